@@ -22,7 +22,8 @@ from pydantic import BaseModel
 
 from conftest import group_row
 from ncalign import settings
-from ncalign.config import ConvertConfig, DemoConfig, GenerateConfig, ScoreConfig, TrainConfig
+from ncalign.config import ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
+from ncalign.training_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)$")
@@ -31,6 +32,7 @@ VERBS: dict[str, type[BaseModel]] = {
     "convert": ConvertConfig,
     "demo": DemoConfig,
     "generate": GenerateConfig,
+    "lab": LabConfig,
     "score": ScoreConfig,
     "train": TrainConfig,
 }

@@ -17,12 +17,14 @@ from ncalign.config import Strategy
 from ncalign.kernels import (
     effective_sample_size,
     eligible_negatives,
+    importance_log_weights,
     kernel_entropy,
     kernel_probabilities,
     pick_positive,
     sample_negatives,
     transition_matrix,
 )
+from ncalign.objectives import rnce_loss
 
 STRATEGIES: tuple[Strategy, ...] = ("mc", "max", "min", "uniform")
 DRAWS = 20_000
@@ -392,3 +394,93 @@ def test_eligible_negatives_are_strictly_below_the_positive() -> None:
     mask = torch.tensor([[True, True, True, True, True, False]]).expand(3, 6)
     found = eligible_negatives(rewards, torch.tensor([0, -1, 3]), mask)
     assert found.tolist() == [[False, False, True, False, True, False], [False] * 6, [False] * 6]
+
+
+def test_all_takes_every_candidate_in_the_groups_order() -> None:
+    mask = torch.tensor([[True, True, False, True, True], [True, False, True, False, False], [False] * 5])
+    scores = torch.full((3, 5), math.nan)
+    drawn = sample_negatives(scores, torch.tensor([1, 0, -1]), mask, num_negatives=3, strategy="all")
+    assert drawn.tolist() == [[0, 3, 4], [2, -1, -1], [-1, -1, -1]]
+    first = sample_negatives(scores, torch.tensor([1, 0, -1]), mask, num_negatives=1, strategy="all", include_positive=True)
+    assert first.tolist() == [[0], [0], [-1]]
+    found = kernel_probabilities(scores, torch.tensor([1, 0, -1]), mask, strategy="all")
+    torch.testing.assert_close(found, torch.tensor([[1 / 3, 0, 0, 1 / 3, 1 / 3], [0, 0, 1, 0, 0], [0] * 5]))
+
+
+def test_sweet_spot_is_two_standard_deviations_below_the_mean_reward() -> None:
+    # Mean 10, population variance (4 + 0 + 0 + 0 + 0 + 4) / 6 = 4/3: the spot is 10 - 2 * sqrt(4/3) = 7.69.
+    rewards = torch.tensor([[12.0, 10.0, 10.0, 10.0, 10.0, 8.0, 7.69]])
+    mask = torch.tensor([[True] * 6 + [False]])
+    drawn = sample_negatives(torch.zeros(1, 7), zeros(1), mask, num_negatives=2, strategy="sweet_spot", rewards=rewards)
+    assert drawn.tolist() == [[5, 1]], "the nearest, then the first of those tied; a masked candidate is no candidate"
+    found = kernel_probabilities(torch.zeros(1, 7), zeros(1), mask, strategy="sweet_spot", rewards=rewards)
+    assert found.tolist() == [[0, 0, 0, 0, 0, 1, 0]]
+
+
+def test_sweet_spot_is_not_always_the_worst() -> None:
+    # Rewards 10 and 0 ten times each, and one of -10: mean 90/21, and (mean - 2 std) lies nearer to 0 than to -10 only if it is
+    # above -5. Sum of squares 1100: variance 1100/21 - (90/21)^2 = 34.01, std 5.83, spot -7.38: the worst. With one of -20 the
+    # mean is 80/21, the variance 1400/21 - (80/21)^2 = 52.15, the spot -10.63: nearer to -20 (9.37) than to 0 (10.63).
+    # With one of -40: mean 60/21, variance 2600/21 - (60/21)^2 = 115.6, spot -18.65: nearer to 0 (18.65) than to -40 (21.35).
+    for worst, nearest in ((-10.0, 20), (-20.0, 20), (-40.0, 10)):
+        rewards = torch.tensor([[10.0] * 10 + [0.0] * 10 + [worst]], dtype=torch.float64)
+        drawn = sample_negatives(
+            torch.zeros(1, 21), zeros(1), real(1, 21), num_negatives=1, strategy="sweet_spot", rewards=rewards
+        )
+        assert drawn.tolist() == [[nearest]]
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1.0, 1e38])
+def test_sweet_spot_holds_at_any_scale_and_leaves_out_the_unrated(scale: float) -> None:
+    rewards = torch.tensor([[2.0, 1.0, 0.0, math.nan, math.inf, math.nan]]) * scale
+    mask = torch.tensor([[True, True, True, True, True, False]])
+    drawn = sample_negatives(torch.zeros(1, 6), zeros(1), mask, num_negatives=4, strategy="sweet_spot", rewards=rewards)
+    assert drawn.tolist() == [[2, 1, -1, -1]]
+    empty = kernel_probabilities(torch.zeros(1, 6), zeros(1), mask & False, strategy="sweet_spot", rewards=rewards)
+    assert empty.tolist() == [[0.0] * 6]
+
+
+def test_sweet_spot_needs_rewards() -> None:
+    with pytest.raises(ValueError, match="pass rewards="):
+        sample_negatives(torch.zeros(1, 2), zeros(1), real(1, 2), num_negatives=1, strategy="sweet_spot")
+    with pytest.raises(ValueError, match="pass rewards="):
+        kernel_probabilities(torch.zeros(1, 2), zeros(1), real(1, 2), strategy="sweet_spot")
+
+
+def test_importance_log_weights_by_hand() -> None:
+    q = torch.tensor([[0.0, 0.5, 0.3, 0.2], [0.0, 1.0, 0.0, 0.0], [0.0] * 4], dtype=torch.float64)
+    found = importance_log_weights(q, torch.tensor([[1, 3, 1], [1, -1, -1], [-1, -1, -1]]))
+    expected = [[-math.log(3 * 0.5), -math.log(3 * 0.2), -math.log(3 * 0.5)], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14)
+    assert importance_log_weights(torch.zeros(1, 2), torch.tensor([[1]])).isfinite().all()
+
+
+@pytest.mark.parametrize(("num_negatives", "temperature"), [(1, 1.0), (2, 1.0), (2, 0.7), (3, 3.0)])
+def test_corrected_draws_estimate_the_normaliser_without_bias(num_negatives: int, temperature: float) -> None:
+    """E sum_z e^(r_z) / (M q_z) = sum over the negatives of e^(r_i), for every q."""
+    r = torch.tensor([[0.3, 1.2, -0.4, 0.8]], dtype=torch.float64)
+    q = kernel_probabilities(r, zeros(1), real(1, 4), strategy="mc", temperature=temperature)
+    expected = 0.0
+    for columns in itertools.product(range(1, 4), repeat=num_negatives):
+        drawn = torch.tensor([columns])
+        estimate = (r.gather(1, drawn) + importance_log_weights(q, drawn)).exp().sum()
+        expected += q.gather(1, drawn).prod().item() * estimate.item()
+    assert expected == pytest.approx(math.exp(1.2) + math.exp(-0.4) + math.exp(0.8), abs=1e-12)
+
+
+@pytest.mark.parametrize("num_negatives", [1, 2])
+def test_corrected_rnce_is_the_full_rnce_for_every_draw_and_its_gradient_on_average(num_negatives: int) -> None:
+    """With q = softmax(r) over the negatives, e^(r_z) / q_z is their sum whatever z: value exact, gradient exact on average."""
+    r = torch.tensor([[0.3, 1.2, -0.4, 0.8]], dtype=torch.float64, requires_grad=True)
+    q = kernel_probabilities(r, zeros(1), real(1, 4), strategy="mc")
+    full = r.logsumexp(dim=1) - r[:, 0]
+    (wanted,) = torch.autograd.grad(full.sum(), r)
+    mean = torch.zeros_like(r)
+    for columns in itertools.product(range(1, 4), repeat=num_negatives):
+        drawn = torch.tensor([columns])
+        logits = torch.cat([r[:, :1], r.gather(1, drawn) + importance_log_weights(q, drawn)], dim=1)
+        loss = rnce_loss(logits, zeros(1), real(1, num_negatives + 1))
+        torch.testing.assert_close(loss, full, rtol=0, atol=1e-12)
+        (gradient,) = torch.autograd.grad(loss.sum(), r)
+        mean += q.gather(1, drawn).prod() * gradient
+    torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-12)

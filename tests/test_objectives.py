@@ -13,18 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ncalign.config import DPO, MCPO, NCA, RNCE, InfoNCA, NCAPair, ObjectiveConfig
 from ncalign.objectives import (
+    DPO,
+    MCPO,
+    NCA,
+    RNCE,
+    InfoNCA,
+    NCAPair,
+    ObjectiveConfig,
     build_method,
-    dpo_all_pairs_loss,
-    dpo_best_vs_each_loss,
     dpo_loss,
     info_nca_loss,
+    mean_over_negatives,
+    mean_over_pairs,
     nca_loss,
     nca_pair_loss,
     rnce_loss,
     target_weights,
 )
+from ncalign.objectives.method import Entering
 
 GroupLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -33,6 +40,17 @@ def best(rewards: Tensor, mask: Tensor) -> Tensor:
     """Column of the highest reward, -1 for an empty group; rewards are distinct wherever this is used."""
     values = torch.where(mask, rewards, -torch.inf)
     return torch.where(mask.any(dim=1), values.argmax(dim=1), -1)
+
+
+def dpo_best_vs_each_loss(r: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
+    """DPO of the positive against all others: the lift takes the positive first, so it is moved there."""
+    places = torch.arange(r.shape[1]).expand_as(r)
+    order = torch.where(places == positive.unsqueeze(1), -1, places).argsort(dim=1, stable=True)
+    present = mask.gather(1, order) & (positive >= 0).unsqueeze(1)
+    return mean_over_negatives(dpo_loss)(r.gather(1, order), r.gather(1, order), present)
+
+
+dpo_all_pairs_loss = mean_over_pairs(dpo_loss)
 
 
 # Every loss of whole groups in one form.
@@ -300,15 +318,21 @@ METHODS: list[tuple[ObjectiveConfig, float]] = [
 methods = pytest.mark.parametrize("config", [config for config, _ in METHODS], ids=str)
 
 
+def entering(log_ratios: Tensor, rewards: Tensor, mask: Tensor) -> Entering:
+    """One token each, under a reference that gives each completion a log-prob of -2 nats."""
+    zero = torch.zeros((), dtype=log_ratios.dtype)
+    return Entering(log_ratios, log_ratios - 2, rewards, torch.ones_like(log_ratios), mask, None, zero)
+
+
 def applied(config: ObjectiveConfig, log_ratios: Tensor, rewards: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
     """What a training step does with a method."""
     method = build_method(config)
-    if method.select is None:
-        return method.loss(log_ratios, rewards, mask)
-    scores = (method.beta * log_ratios).detach() if method.needs_scores else None
-    columns = method.select(scores, rewards, mask, torch.Generator().manual_seed(seed))
+    if method.sampler is None:
+        return method.loss(entering(log_ratios, rewards, mask))
+    scores = (method.beta * log_ratios).detach() if method.sampler.scores else None
+    columns = method.sampler.select(scores, rewards, mask, torch.Generator().manual_seed(seed))
     taken = columns.clamp(min=0)
-    return method.loss(log_ratios.gather(1, taken), rewards.gather(1, taken), columns >= 0)
+    return method.loss(entering(log_ratios.gather(1, taken), rewards.gather(1, taken), columns >= 0))
 
 
 @pytest.mark.parametrize(("config", "expected"), METHODS, ids=str)
@@ -351,7 +375,7 @@ def test_a_group_without_preference_gives_zero_where_the_method_needs_one(config
     log_ratios = row(0.4, -0.2, 1.3).requires_grad_()
     value = applied(config, log_ratios, rewards, ~rewards.isnan())
     (gradient,) = torch.autograd.grad(value.sum(), log_ratios)
-    if method.needs_preference:
+    if method.refuse([0.5, 0.5, 0.5]):
         assert value.item() == 0.0
         assert gradient.abs().sum().item() == 0.0
     elif rewards.isfinite().all():
@@ -359,7 +383,8 @@ def test_a_group_without_preference_gives_zero_where_the_method_needs_one(config
 
 
 def test_needs_scores_only_where_the_kernel_reads_them() -> None:
-    needing = [config for config, _ in METHODS if build_method(config).needs_scores]
+    samplers = [(config, build_method(config).sampler) for config, _ in METHODS]
+    needing = [config for config, sampler in samplers if sampler is not None and sampler.scores is not None]
     assert needing == [config for config, _ in METHODS if isinstance(config, MCPO) and config.strategy != "uniform"]
 
 
@@ -375,9 +400,9 @@ def test_the_kernel_settings_of_mc_po_reach_the_kernel() -> None:
     scores = row(9.0, 2.0, 0.0, 0.0).expand(2000, 4)
 
     def share(config: MCPO, column: int) -> float:
-        select = build_method(config).select
-        assert select is not None
-        drawn = select(scores, rewards, real(2000, 4), torch.Generator().manual_seed(0))
+        sampler = build_method(config).sampler
+        assert sampler is not None
+        drawn = sampler.select(scores, rewards, real(2000, 4), torch.Generator().manual_seed(0))
         assert (drawn[:, 0] == 0).all()
         return (drawn[:, 1] == column).double().mean().item()
 
@@ -395,16 +420,17 @@ def test_the_kernel_settings_of_mc_po_reach_the_kernel() -> None:
 def test_rnce_and_mc_po_take_no_tied_candidate_as_negative() -> None:
     rewards = row(1.0, 1.0, 0.0).expand(64, 3)
     for config in (MCPO(num_negatives=2), RNCE(), DPO(), NCAPair()):
-        select = build_method(config).select
-        assert select is not None
-        drawn = select(torch.zeros(64, 3), rewards, real(64, 3), torch.Generator().manual_seed(0))
+        sampler = build_method(config).sampler
+        assert sampler is not None
+        drawn = sampler.select(torch.zeros(64, 3), rewards, real(64, 3), torch.Generator().manual_seed(0))
         assert set(drawn[:, 0].tolist()) == {0, 1}, "ties are broken at random"
         assert (drawn[:, 1] == 2).all()
         assert (drawn[:, 2:] == -1).all()
-    # The tied candidate takes no part in the pairs either.
+    # The tied candidate that is not the positive takes no part in the pairs either.
     log_ratios = row(0.2, 5.0, -0.3)
-    found = applied(DPO(beta=1.0, pairing="best_vs_each"), log_ratios, rewards[:1], real(1, 3))
-    assert found.item() == pytest.approx(-math.log(sigmoid(0.2 + 0.3)), abs=1e-12)
+    config = DPO(beta=1.0, pairing="best_vs_each")
+    found = {round(applied(config, log_ratios, rewards[:1], real(1, 3), seed=seed).item(), 12) for seed in range(16)}
+    assert found == {round(-math.log(sigmoid(0.2 + 0.3)), 12), round(-math.log(sigmoid(5.0 + 0.3)), 12)}
 
 
 def test_mc_po_with_all_negatives_is_rnce() -> None:
@@ -475,11 +501,11 @@ def test_float64_rewards_change_neither_draws_nor_precision(config: ObjectiveCon
     log_ratios, mask = numbers(16, 5, seed=4, dtype=torch.float32), real(16, 5)
     found = []
     for given_rewards in (rewards, rewards.float()):
-        ratios, entering, present = log_ratios, given_rewards, mask
-        if method.select is not None:
-            columns = method.select(log_ratios, given_rewards, mask, torch.Generator().manual_seed(0))
+        ratios, taken, present = log_ratios, given_rewards, mask
+        if method.sampler is not None:
+            columns = method.sampler.select(log_ratios, given_rewards, mask, torch.Generator().manual_seed(0))
             index, present = columns.clamp(min=0), columns >= 0
-            ratios, entering = log_ratios.gather(1, index), given_rewards.gather(1, index)
-        found.append(method.loss(ratios, entering, present))
+            ratios, taken = log_ratios.gather(1, index), given_rewards.gather(1, index)
+        found.append(method.loss(entering(ratios, taken, present)))
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)

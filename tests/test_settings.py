@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncalign.config import DPO, MCPO, NCA, ConvertConfig, DemoConfig, InfoNCA, LoRA, TrainConfig
+from ncalign.config import ConvertConfig, DemoConfig, LoRA
+from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
 from ncalign.settings import ConfigError, field_names, load, nearest, to_yaml
+from ncalign.training_config import TrainConfig
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "runs/x"}
 
@@ -145,14 +148,14 @@ def test_unknown_nested_key(write) -> None:
 
 def test_unknown_nested_key_without_a_near_name_lists_the_methods_fields(write) -> None:
     (problem,) = problems(write("objective:\n  name: nca\n  zzz: 0.1\n"))
-    assert problem == "run.yaml:6: unknown key 'objective.zzz'; 'nca' has beta, alpha"
+    assert problem == "run.yaml:6: unknown key 'objective.zzz'; 'nca' has beta, alpha, target_entropy, transform, normalizer"
 
 
 def test_a_field_of_another_method_names_its_owners(write) -> None:
     (problem,) = problems(write("objective:\n  name: dpo\n  alpha: 1\n"))
-    assert problem == "run.yaml:6: unknown key 'objective.alpha' (a field of info_nca, nca); 'dpo' has beta, pairing"
+    assert problem == "run.yaml:6: unknown key 'objective.alpha' (a field of info_nca, exo, swepo, nca); 'dpo' has beta, pairing, label_smoothing"
     (problem,) = problems(None, {"objective": "dpo", "objective.alpha": "1"}, needed=True)
-    assert problem == "unknown flag '--objective.alpha' (a field of info_nca, nca); 'dpo' has beta, pairing"
+    assert problem == "unknown flag '--objective.alpha' (a field of info_nca, exo, swepo, nca); 'dpo' has beta, pairing, label_smoothing"
 
 
 def test_a_nested_field_at_the_top_level(write) -> None:
@@ -164,7 +167,8 @@ def test_unknown_method(write) -> None:
     (problem,) = problems(write("objective: ncca\n"))
     assert problem == "run.yaml:4: objective: found 'ncca'; did you mean 'nca'?"
     (problem,) = problems(None, {"objective": "zzz"}, needed=True)
-    assert problem == "--objective: found 'zzz'; must be one of mc_po, rnce, info_nca, nca, dpo, nca_pair"
+    names = [config.model_fields["name"].default for config in get_args(get_args(ObjectiveConfig)[0])]
+    assert problem == f"--objective: found 'zzz'; must be one of {', '.join(names)}"
 
 
 def test_wrong_type_and_range(write) -> None:

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ncalign
 from conftest import group_row, relative_distance, weights
-from ncalign.config import TrainConfig
 from ncalign.reference import reference_folder
 from ncalign.training import dry_run, run_training
 from ncalign.training.checkpoint import find_checkpoints
+from ncalign.training_config import TrainConfig
 
 Config = Callable[..., TrainConfig]
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -468,12 +468,12 @@ class TestLearning:
         assert logged(run)[0]["kernel/effective_sample_size"] == pytest.approx(2.0, abs=1e-4)
 
     def test_a_gradient_that_is_not_finite_stops_the_run(self, config: Config) -> None:
-        from ncalign.objectives import Method
+        from ncalign.objectives import compose, implicit_reward, needs_candidates
 
-        def broken(log_ratios: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            return (log_ratios * math.inf).sum(dim=1)
+        def broken(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return (values * math.inf).sum(dim=1)
 
-        method = Method("broken", beta=0.1, needs_scores=False, needs_preference=False, select=None, loss=broken)
+        method = compose("broken", beta=0.1, score=implicit_reward(0.1), loss=broken, refuse=needs_candidates)
         run = config(reference="compute")
         with pytest.raises(ValueError, match=r"step 1: the gradient is not finite \(groups 'g"):
             run_training(run, method=method)
@@ -588,7 +588,7 @@ def test_every_configuration_field_is_read() -> None:
 
 DRIVER = """
 import os, signal, sys
-from ncalign.config import TrainConfig
+from ncalign.training_config import TrainConfig
 from ncalign.training import loop, run_training
 kill_after = int(sys.argv[2])
 if kill_after:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ncalign.batching import encode_groups
-    from ncalign.config import TrainConfig
     from ncalign.groups import Candidate, Group, read_groups, write_groups
     from ncalign.logprobs import completion_logprobs
     from ncalign.policy import load_policy
     from ncalign.training import run_training as train
+    from ncalign.training_config import TrainConfig
 
 __version__ = version("ncalign")
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 _HOMES = {
     "Candidate": ("ncalign.groups", "Candidate"),
     "Group": ("ncalign.groups", "Group"),
-    "TrainConfig": ("ncalign.config", "TrainConfig"),
+    "TrainConfig": ("ncalign.training_config", "TrainConfig"),
     "completion_logprobs": ("ncalign.logprobs", "completion_logprobs"),
     "encode_groups": ("ncalign.batching", "encode_groups"),
     "load_policy": ("ncalign.policy", "load_policy"),

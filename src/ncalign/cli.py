@@ -17,14 +17,17 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
 from ncalign import __version__, settings
-from ncalign.config import ConvertConfig, DemoConfig, GenerateConfig, ScoreConfig, TrainConfig
+from ncalign.config import ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
 from ncalign.flags import Arguments, Layout, parse
 from ncalign.settings import ConfigError
+
+if TYPE_CHECKING:
+    from ncalign.training_config import TrainConfig
 
 Config = TypeVar("Config", bound=BaseModel)
 Result = Mapping[str, object]
@@ -41,10 +44,11 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Verb(Generic[Config]):
-    """One verb: its configuration, its work, and what to say when it is interrupted."""
+    """One verb: its configuration (loaded when it is run), its work, and what to say when it is interrupted."""
 
     name: str
-    config: type[Config]
+    purpose: str
+    config: Callable[[], type[Config]]
     example: str
     work: Callable[[Config], Result]
     when_interrupted: Callable[[Config], str]
@@ -53,14 +57,16 @@ class Verb(Generic[Config]):
     groups: tuple[tuple[str, str], ...] = ()
 
     @property
-    def purpose(self) -> str:
-        """What the verb does, in a line."""
-        return (self.config.__doc__ or "").partition(": ")[2].strip().rstrip(".")
-
-    @property
     def layout(self) -> Layout:
         """What its command line has besides the fields."""
         return Layout(self.name, self.purpose, self.example, self.positional, self.groups, dry_run=self.plan is not None)
+
+
+def _train_config() -> type[TrainConfig]:
+    # The methods' configurations lie beside their losses, which need torch.
+    from ncalign.training_config import TrainConfig
+
+    return TrainConfig
 
 
 def _train(config: TrainConfig) -> Result:
@@ -112,6 +118,16 @@ def _demo(config: DemoConfig) -> Result:
     return run_demo(config)
 
 
+def _lab(config: LabConfig) -> Result:
+    from ncalign.lab import run_lab
+
+    return run_lab(config.output_dir)
+
+
+def _after_lab_stopped(config: LabConfig) -> str:
+    return "nothing was written; rerun to start again"
+
+
 def _after_writing_stopped(config: ConvertConfig | GenerateConfig | ScoreConfig) -> str:
     return f"{config.output} was not written, and what was there before is unchanged; rerun to start again"
 
@@ -122,7 +138,8 @@ def _after_demo_stopped(config: DemoConfig) -> str:
 
 TRAIN = Verb(
     "train",
-    TrainConfig,
+    "align a model from groups of scored candidates",
+    _train_config,
     "ncalign train --config run.yaml --learning_rate 1e-5 --objective nca --objective.beta 0.2 --lora.r 8",
     _train,
     _after_training_stopped,
@@ -140,7 +157,8 @@ TRAIN = Verb(
 )
 CONVERT = Verb(
     "convert",
-    ConvertConfig,
+    "any schema we read → groups in JSONL or Parquet",
+    lambda: ConvertConfig,
     "ncalign convert pairs.parquet groups.jsonl --on_bad_row skip",
     _convert,
     _after_writing_stopped,
@@ -148,20 +166,38 @@ CONVERT = Verb(
 )
 GENERATE = Verb(
     "generate",
-    GenerateConfig,
+    "sample K candidate completions for each prompt",
+    lambda: GenerateConfig,
     "ncalign generate --model my-model --prompts prompts.jsonl --output candidates.jsonl --num_samples 8",
     _generate,
     _after_writing_stopped,
 )
 SCORE = Verb(
     "score",
-    ScoreConfig,
+    "fill in the candidates' rewards",
+    lambda: ScoreConfig,
     "ncalign score --data candidates.jsonl --output scored.jsonl --reward rewards.py:length",
     _score,
     _after_writing_stopped,
 )
-DEMO = Verb("demo", DemoConfig, "ncalign demo --objective nca", _demo, _after_demo_stopped)
-VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, CONVERT, GENERATE, SCORE)
+DEMO = Verb(
+    "demo",
+    "align a real small model and measure what it gained",
+    lambda: DemoConfig,
+    "ncalign demo --objective nca",
+    _demo,
+    _after_demo_stopped,
+)
+LAB = Verb(
+    "lab",
+    "check the theory on policies small enough to enumerate",
+    lambda: LabConfig,
+    "ncalign lab theory --output_dir runs/theory",
+    _lab,
+    _after_lab_stopped,
+    positional=("experiment",),
+)
+VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, CONVERT, GENERATE, SCORE, LAB)
 
 _HELP = """usage: ncalign VERB [--config FILE] [--FIELD VALUE ...]
 
@@ -178,10 +214,10 @@ exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted
 """
 
 
-def _configure(verb: Verb[Config], arguments: Arguments) -> Config:
+def _configure(model: type[Config], arguments: Arguments) -> Config:
     """Load the configuration; problems of the command line and of the values are reported together."""
     try:
-        config = settings.load(verb.config, arguments.config, arguments.flags, guessed=arguments.guessed)
+        config = settings.load(model, arguments.config, arguments.flags, guessed=arguments.guessed)
     except ConfigError as error:
         raise ConfigError([*arguments.problems, *error.problems]) from None
     if arguments.problems:
@@ -250,11 +286,12 @@ def _overview() -> str:
 
 
 def _run(verb: Verb[Config], rest: Sequence[str]) -> int:
-    arguments = parse(verb.config, verb.layout, rest)
+    model = verb.config()
+    arguments = parse(model, verb.layout, rest)
     if arguments.help is not None:
         _show(arguments.help)
         return DONE
-    config = _configure(verb, arguments)
+    config = _configure(model, arguments)
     if arguments.print_config:
         _show(settings.to_yaml(config))
         return DONE

@@ -1,7 +1,7 @@
-"""Frozen, validated configuration: one model per verb, unknown keys refused.
+"""Frozen, validated configuration: one model per verb, unknown keys refused; the objects stop at the door of each verb.
 
-A method's configuration is a tagged union on ``name``: each member has only the fields that the method reads. The objects
-stop at the door of each verb; the functions behind it take the few values that they use.
+Nothing here imports torch. The methods' configurations lie beside their losses, in ``objectives/``, and `train`'s, which holds
+one of them, in ``training_config.py``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Strategy = Literal["mc", "max", "min", "uniform"]
-Pairing = Literal["best_vs_one", "best_vs_each", "all_pairs"]
+Strategy = Literal["mc", "max", "min", "uniform", "sweet_spot", "all"]
+Pairing = Annotated[
+    Literal["best_vs_one", "best_vs_each", "best_vs_worst", "best_vs_hard", "best_vs_sweet_spot", "all_pairs"],
+    Field(
+        description="The best against one random lower-scored candidate, each of them, the lowest-scored, one drawn by MC-PO's "
+        "kernel, or the one nearest to two standard deviations below the mean reward; or all pairs."
+    ),
+]
 Beta = Annotated[float, Field(gt=0, description="Scale of the log-ratio: implicit reward = beta * log(policy/reference).")]
 Alpha = Annotated[
     float, Field(gt=0, description="Reward temperature: target weights are softmax(reward / alpha) within a group.")
@@ -26,64 +32,6 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-
-class MCPO(Frozen):
-    """MC-PO: RNCE with negatives drawn by a Monte Carlo kernel (arXiv 2502.04567, Algorithm 1)."""
-
-    name: Literal["mc_po"] = "mc_po"
-    beta: Beta = 0.1
-    num_negatives: int = Field(1, ge=1, description="M, the negatives that enter the loss.")
-    strategy: Strategy = Field("mc", description="How negatives are drawn from the current implicit rewards.")
-    include_positive: bool = Field(False, description="Whether the preferred completion is itself a state of the kernel.")
-    replacement: bool = Field(False, description="Whether the M negatives are drawn with replacement.")
-    temperature: float = Field(1.0, gt=0, description="Divides the scores before the softmax of the kernel.")
-    chain_steps: int = Field(1, ge=1, description="Steps k of the kernel's chain; the last state is the draw.")
-    num_proposals: int | None = Field(
-        None, ge=1, description="Candidates that a step of the chain proposes; none: all of them, and one step is exact."
-    )
-
-
-class RNCE(Frozen):
-    """RNCE over the whole group: the best completion against every lower-scored one (S-DPO)."""
-
-    name: Literal["rnce"] = "rnce"
-    beta: Beta = 0.1
-
-
-class InfoNCA(Frozen):
-    """InfoNCA: cross-entropy between softmax(reward/alpha) and the softmax of implicit rewards (arXiv 2402.05369)."""
-
-    name: Literal["info_nca"] = "info_nca"
-    beta: Beta = 0.1
-    alpha: Alpha = 0.1
-
-
-class NCA(Frozen):
-    """NCA for scalar rewards: binary classification of each completion against noise (arXiv 2402.05369)."""
-
-    name: Literal["nca"] = "nca"
-    beta: Beta = 0.1
-    alpha: Alpha = 0.1
-
-
-class DPO(Frozen):
-    """DPO on pairs made from a scored group."""
-
-    name: Literal["dpo"] = "dpo"
-    beta: Beta = 0.1
-    pairing: Pairing = Field(
-        "best_vs_one", description="Best against one random lower-scored, each lower-scored, or all pairs."
-    )
-
-
-class NCAPair(Frozen):
-    """NCA for a pair: the best completion and one random lower-scored one."""
-
-    name: Literal["nca_pair"] = "nca_pair"
-    beta: Beta = 0.1
-
-
-ObjectiveConfig = Annotated[MCPO | RNCE | InfoNCA | NCA | DPO | NCAPair, Field(discriminator="name")]
 
 OnBadRow = Annotated[
     Literal["error", "skip"],
@@ -130,59 +78,6 @@ class EncodingConfig(Frozen):
                 "completions need room"
             )
         return self
-
-
-class TrainConfig(EncodingConfig):
-    """`ncalign train`: align a model from groups of scored candidates."""
-
-    model: str = Field(description="Model folder or hub id.")
-    data: Path = Field(description="Groups to train on (JSONL or Parquet; any schema that `convert` reads).")
-    output_dir: Path = Field(description="Run folder: metrics.jsonl, config.yaml, checkpoints/, model/.")
-    eval_data: Path | None = Field(None, description="Held-out groups.")
-    eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of the training groups held out when there is no eval_data."
-    )
-    objective: ObjectiveConfig = Field(default_factory=MCPO, description="The method, by its name, and its fields.")
-    lora: LoRA | None = Field(None, description="Train a LoRA adapter; without it, all weights.")
-    reference: Literal["compute", "data"] = Field(
-        "compute", description="Reference log-probs: computed from the starting model (and cached), or taken from the data."
-    )
-    cache_dir: Path | None = Field(None, description="Where reference log-probs are kept; default: the user's cache folder.")
-    on_bad_row: OnBadRow = "error"
-    dtype: DType = "float32"
-    learning_rate: float = Field(
-        5e-6, gt=0, description="Peak of the schedule. LoRA wants about 10 to 40 times that of all weights."
-    )
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the learning rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of AdamW's second moment.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm above which gradients are scaled down; 0: never.")
-    num_train_epochs: float = Field(1.0, gt=0, description="Visits to each group.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: as many as num_train_epochs takes.")
-    per_device_train_batch_size: int = Field(
-        8, ge=1, description="Groups of a device in one forward and backward pass, at most."
-    )
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Passes in one optimizer step.")
-    max_tokens_per_batch: int = Field(
-        8192, ge=1, description="Padded tokens in one pass, at most; a batch above it is split. One group is never split."
-    )
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
-    seed: Seed = Field(0, description="Of the order of the groups, the kernel's draws and the adapter's initial weights.")
-    logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: before the first step and after the last.")
-    save_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: none but the final model.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
-    report_to: tuple[str, ...] = Field(("tensorboard",), description="accelerate's trackers; an empty list for none.")
-    resume: bool = Field(False, description="Go on from the run folder's last checkpoint.")
-    overwrite: bool = Field(False, description="Replace what an earlier run left in output_dir.")
-    merge: bool = Field(
-        False,
-        description="Save the model with the adapter merged into its weights; always so when the run started from an adapter.",
-    )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
 class ConvertConfig(Frozen):
@@ -235,3 +130,10 @@ class DemoConfig(Frozen):
     fresh: bool = Field(False, description="Sample and score the candidates anew instead of using the shipped ones.")
     num_eval_prompts: int = Field(384, ge=128, description="Held-out prompts that both models answer.")
     seed: Seed = Field(0, description="Of the training.")
+
+
+class LabConfig(Frozen):
+    """`ncalign lab`: check the theory on policies small enough to enumerate."""
+
+    experiment: Literal["theory"] = Field("theory", description="What to run; theory: each statement of the two papers.")
+    output_dir: Path | None = Field(None, description="Folder for theory.json, the plots and theory.html; none: print alone.")

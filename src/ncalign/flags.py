@@ -104,16 +104,17 @@ def _add_section(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> 
     # The long spelling is what --print-config's YAML suggests, so it works too.
     group.add_argument(f"--{name}", dest=name, metavar="{" + ",".join(names) + "}", help=text)
     group.add_argument(f"--{name}.name", dest=name, help=argparse.SUPPRESS)
-    owners: dict[str, list[str]] = {}
-    infos: dict[str, FieldInfo] = {}
+    owners: dict[str, dict[str, FieldInfo]] = {}
     for model in models:
         for inner, inner_info in model.model_fields.items():
             if inner != "name":
-                owners.setdefault(inner, []).append(settings.model_name(model))
-                infos.setdefault(inner, inner_info)
-    for inner, inner_info in infos.items():
-        whose = "every method" if len(owners[inner]) == len(models) else ", ".join(owners[inner])
-        _add_field(group, f"{name}.{inner}", inner_info, f"[{whose}] {_explained(inner_info)}")
+                owners.setdefault(inner, {})[settings.model_name(model)] = inner_info
+    for inner, infos in owners.items():
+        whose = "every method" if len(infos) == len(models) else ", ".join(infos)
+        first = next(iter(infos.values()))
+        others = ", ".join(f"{method} {info.default}" for method, info in infos.items() if info.default != first.default)
+        text = _explained(first).removesuffix(")") + (f"; {others})" if others else ")")
+        _add_field(group, f"{name}.{inner}", first, f"[{whose}] {text}")
 
 
 def _explained_switch(info: FieldInfo) -> str:
@@ -125,7 +126,7 @@ def _method_list(info: FieldInfo) -> str:
     lines = []
     for model in settings.section_models(info):
         own = ", ".join(name for name in model.model_fields if name != "name")
-        lines += [f"{settings.model_name(model):<10}{(model.__doc__ or '').partition(chr(10))[0]}", f"{'':<10}fields: {own}"]
+        lines += [f"{settings.model_name(model):<16}{(model.__doc__ or '').partition(chr(10))[0]}", f"{'':<16}fields: {own}"]
     return "\n".join(lines)
 
 

@@ -7,6 +7,9 @@ numbers are drawn on the generator's device, so that a CPU generator gives the s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -78,6 +81,7 @@ def sample_negatives(
     chain_steps: int = 1,
     num_proposals: int | None = None,
     generator: torch.Generator | None = None,
+    rewards: Float[Tensor, "B K"] | None = None,
 ) -> Int[Tensor, "B M"]:
     r"""Columns of the M candidates that estimate the normalising constant.
 
@@ -89,21 +93,24 @@ def sample_negatives(
         mask: True for the candidates that the kernel may see; the positive is left out by itself.
         num_negatives: M.
         strategy: ``mc`` draws from the softmax of the scores, ``uniform`` draws blindly, ``max`` and ``min`` take the
-            highest and the lowest scores (the first of tied ones).
+            highest and the lowest scores, ``sweet_spot`` the rewards nearest to two standard deviations below the mean (the
+            first of tied ones each), and ``all`` takes the candidates in the group's order.
         include_positive: Whether the positive is itself a state of the kernel. Drawn, it makes a pair without gradient.
-        replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. ``max`` and ``min`` never do.
+        replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. The others never do.
         temperature: Divides the scores of ``mc``.
         chain_steps: Steps k of the ``mc`` chain; its last state is the draw.
         num_proposals: L, the fresh candidates that a step of the ``mc`` chain chooses among beside its own state. None: all
             of them; a step then forgets where it started, and more steps draw from the same distribution.
         generator: Source of randomness; ``mc`` and ``uniform`` need it.
+        rewards: Rewards, which ``sweet_spot`` needs and the others don't read. Their mean and their standard deviation (that of
+            the population) are taken over the mask, the positive included; a candidate without a finite reward is not chosen.
 
     Returns:
         M columns a group; -1 in the last ones of a group with fewer eligible candidates than M (with replacement: without
         any). The loss masks those.
 
     Raises:
-        ValueError: A number out of range, or a random strategy without a generator.
+        ValueError: A number out of range, a random strategy without a generator, or ``sweet_spot`` without rewards.
 
     Example:
         >>> scores, mask = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
@@ -114,16 +121,24 @@ def sample_negatives(
 
     Source:
         MC-PO, arXiv 2502.04567, Algorithm 1 (``mc``, one step). Draws without replacement use the Gumbel top-M trick.
+        ``sweet_spot``: arXiv 2502.16825, the rejected completion at the mean minus two standard deviations.
     """
-    _check(num_negatives, strategy, temperature, chain_steps, num_proposals, generator)
-    available = mask if include_positive else _without(mask, positive)
-    if strategy == "max" or strategy == "min":
-        return _top(_finite(scores if strategy == "max" else -scores, available), available, num_negatives)
-    assert generator is not None
-    logits = _finite(_working(scores) / temperature if strategy == "mc" else torch.zeros_like(mask).float(), available)
-    if strategy == "mc" and num_proposals is not None:
-        return _chains(logits, positive, available, num_negatives, replacement, chain_steps, num_proposals, generator)
-    return _independent(logits, available, num_negatives, replacement, generator)
+    kernel = build_kernel(
+        strategy=strategy,
+        num_negatives=num_negatives,
+        include_positive=include_positive,
+        replacement=replacement,
+        temperature=temperature,
+        chain_steps=chain_steps,
+        num_proposals=num_proposals,
+    )
+    if kernel.is_random and generator is None:
+        raise ValueError(
+            f"strategy {strategy!r} draws at random and no generator was given: pass generator=torch.Generator().manual_seed(0)"
+        )
+    _check_rewards(strategy, rewards)
+    rewards = torch.zeros_like(scores) if rewards is None else rewards
+    return kernel.draw(scores, rewards, positive, mask, mask, generator)
 
 
 def kernel_probabilities(
@@ -134,6 +149,7 @@ def kernel_probabilities(
     strategy: Strategy,
     include_positive: bool = False,
     temperature: float = 1.0,
+    rewards: Float[Tensor, "B K"] | None = None,
 ) -> Float[Tensor, "B K"]:
     """Distribution of the first draw of `sample_negatives` when every candidate is proposed.
 
@@ -141,15 +157,17 @@ def kernel_probabilities(
         scores: Implicit rewards under the current policy.
         positive: Column of each group's positive; -1 where there is none.
         mask: True for the candidates that the kernel may see.
-        strategy: As in `sample_negatives`; ``max`` and ``min`` give all the probability to one candidate.
+        strategy: As in `sample_negatives`; ``max``, ``min`` and ``sweet_spot`` give all the probability to one candidate, and
+            ``all`` gives each the same.
         include_positive: As in `sample_negatives`.
         temperature: As in `sample_negatives`.
+        rewards: As in `sample_negatives`.
 
     Returns:
         Probabilities that sum to 1 over a group; all 0 in a group without eligible candidates.
 
     Raises:
-        ValueError: The temperature is not above 0, or the strategy is unknown.
+        ValueError: The temperature is not above 0, the strategy is unknown, or ``sweet_spot`` has no rewards.
 
     Example:
         >>> import math
@@ -157,15 +175,106 @@ def kernel_probabilities(
         >>> kernel_probabilities(scores, torch.tensor([0]), mask, strategy="mc")
         tensor([[0.0000, 0.7500, 0.2500]])
     """
-    _check(1, strategy, temperature, 1, None, None, needs_generator=False)
-    available = mask if include_positive else _without(mask, positive)
-    scores = scores.detach()
-    if strategy == "max" or strategy == "min":
-        chosen = _top(_finite(scores if strategy == "max" else -scores, available), available, 1)
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        return (columns == chosen).to(_working(scores).dtype)
-    logits = _finite(_working(scores) / temperature if strategy == "mc" else torch.zeros_like(scores), available)
-    return torch.where(available, logits.masked_fill(~available, -torch.inf).softmax(dim=1), 0.0)
+    _check_rewards(strategy, rewards)
+    kernel = build_kernel(strategy=strategy, include_positive=include_positive, temperature=temperature)
+    return kernel.probabilities(scores, torch.zeros_like(scores) if rewards is None else rewards, positive, mask, mask)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way of drawing negatives, put together once by `build_kernel`: calling it looks up nothing.
+
+    Attributes:
+        draw: ``(scores, rewards, positive, visible, mask, generator) -> [B, M]``, as `sample_negatives`. The positive and the
+            candidates that may be drawn are visible; the mask holds all of the group's, whose rewards make its mean.
+        probabilities: ``(scores, rewards, positive, visible, mask) -> [B, K]``, as `kernel_probabilities`.
+        is_random: whether `draw` needs a generator.
+    """
+
+    draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, torch.Generator | None], Tensor]
+    probabilities: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    is_random: bool
+
+
+def build_kernel(
+    *,
+    strategy: Strategy,
+    num_negatives: int = 1,
+    include_positive: bool = False,
+    replacement: bool = False,
+    temperature: float = 1.0,
+    chain_steps: int = 1,
+    num_proposals: int | None = None,
+) -> Kernel:
+    """The kernel with these settings, whose meaning is that of `sample_negatives`'s arguments.
+
+    Raises:
+        ValueError: A number out of range, or an unknown strategy.
+
+    Example:
+        >>> kernel = build_kernel(strategy="max", num_negatives=2)
+        >>> scores, mask = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
+        >>> kernel.draw(scores, scores, torch.tensor([0]), mask, mask, None)
+        tensor([[2, 3]])
+    """
+    _check(num_negatives, temperature, chain_steps, num_proposals)
+    if strategy not in _KEYS:
+        raise ValueError(f"strategy is {strategy!r}: choose one of {', '.join(_KEYS)}")
+    keys, is_random = _KEYS[strategy], strategy in ("mc", "uniform")
+    if not is_random:
+        pick = partial(_top_of, num_negatives)
+    elif strategy == "mc" and num_proposals is not None:
+        pick = partial(_chains, num_negatives, replacement, chain_steps, num_proposals)
+    else:
+        pick = partial(_draws if replacement else _gumbel_top, num_negatives)
+    # `all` takes each candidate in turn, and is as likely to come upon one as upon another.
+    share = _softmax if is_random or strategy == "all" else _one_hot
+
+    def prepared(
+        scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor
+    ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
+        available = visible if include_positive else _without(visible, positive)
+        return keys(scores.detach(), rewards, mask, available, temperature)
+
+    def draw(
+        scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor, generator: torch.Generator | None
+    ) -> Int[Tensor, "B M"]:
+        found, available = prepared(scores, rewards, positive, visible, mask)
+        return pick(found, positive, available, generator)
+
+    def probabilities(scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Float[Tensor, "B K"]:
+        return share(*prepared(scores, rewards, positive, visible, mask))
+
+    return Kernel(draw, probabilities, is_random)
+
+
+@torch.no_grad()
+def importance_log_weights(probabilities: Float[Tensor, "B K"], negatives: Int[Tensor, "B M"]) -> Float[Tensor, "B M"]:
+    r"""Log q correction $-\log(M q_z)$ of each negative $z$ drawn with probability $q_z$; M counts the group's draws.
+
+    Added to the negatives' implicit rewards it makes their sum $\sum_z e^{r_z} / (M q_z)$, an unbiased estimate of
+    $\sum_i e^{r_i}$ over the candidates that the kernel may draw.
+
+    Args:
+        probabilities: Rows from `kernel_probabilities`, with the arguments of the draw.
+        negatives: Columns from `sample_negatives`, drawn independently: one a group, or with replacement.
+
+    Returns:
+        One number a draw; 0 where the column is -1.
+
+    Example:
+        >>> probabilities = torch.tensor([[0.0, 0.5, 0.25, 0.25]])
+        >>> importance_log_weights(probabilities, torch.tensor([[1, 2, -1]]))  # -log(2 / 2) and -log(2 / 4)
+        tensor([[-0.0000, 0.6931, 0.0000]])
+
+    Source:
+        Importance sampling of the normalising constant; arXiv 2502.04567 draws from the kernel without it.
+    """
+    drawn = negatives >= 0
+    q = _working(probabilities).gather(1, negatives.clamp(min=0))
+    # A draw whose probability underflows still has a finite logarithm.
+    logs = q.clamp(min=torch.finfo(q.dtype).tiny).log() + drawn.sum(dim=1, keepdim=True).clamp(min=1).to(q.dtype).log()
+    return torch.where(drawn, -logs, 0.0)
 
 
 def kernel_entropy(probabilities: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
@@ -232,7 +341,7 @@ def transition_matrix(
     Source:
         Conditional importance sampling: the kernel of MC-PO's Algorithm 1 with the current state among its proposals.
     """
-    _check(1, "mc", temperature, 1, num_proposals, None, needs_generator=False)
+    _check(1, temperature, 1, num_proposals)
     size = scores.shape[0]
     logits = _working(scores.detach()) / temperature
     proposed = size - 1 if num_proposals is None else min(num_proposals, size - 1)
@@ -245,16 +354,7 @@ def transition_matrix(
     return matrix
 
 
-def _check(
-    num_negatives: int,
-    strategy: str,
-    temperature: float,
-    chain_steps: int,
-    num_proposals: int | None,
-    generator: torch.Generator | None,
-    *,
-    needs_generator: bool = True,
-) -> None:
+def _check(num_negatives: int, temperature: float, chain_steps: int, num_proposals: int | None) -> None:
     """Refuse arguments out of range, saying what is needed."""
     counts = (("num_negatives", num_negatives), ("chain_steps", chain_steps), ("num_proposals", num_proposals))
     for name, value in counts:
@@ -262,12 +362,67 @@ def _check(
             raise ValueError(f"{name} is {value}: give a whole number of at least 1")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it divides the scores and must be above 0 (1 leaves them as they are)")
-    if strategy not in ("mc", "max", "min", "uniform"):
-        raise ValueError(f"strategy is {strategy!r}: choose one of mc, max, min, uniform")
-    if needs_generator and generator is None and strategy in ("mc", "uniform"):
-        raise ValueError(
-            f"strategy {strategy!r} draws at random and no generator was given: pass generator=torch.Generator().manual_seed(0)"
-        )
+
+
+def _check_rewards(strategy: str, rewards: Tensor | None) -> None:
+    if strategy == "sweet_spot" and rewards is None:
+        raise ValueError("strategy 'sweet_spot' looks at the rewards and got none: pass rewards=")
+
+
+# Keys by which a strategy draws or takes candidates, and the candidates that it can take.
+_Keys = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def _tempered(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(_working(scores) / temperature, available), available
+
+
+def _alike(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(torch.zeros_like(scores), available), available
+
+
+def _highest(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(scores, available), available
+
+
+def _lowest(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(-scores, available), available
+
+
+def _near_sweet_spot(
+    scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The nearer a reward to two standard deviations below the group's mean, the higher the key."""
+    rated = mask & rewards.isfinite()
+    values = torch.where(rated, _working(rewards), 0.0)
+    # In units of the largest reward, so that squares don't overflow.
+    values = values / values.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    count = rated.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = values.sum(dim=1, keepdim=True) / count
+    deviation = (torch.where(rated, values - mean, 0.0).square().sum(dim=1, keepdim=True) / count).sqrt()
+    available = available & rated
+    return _finite(-(values - (mean - 2 * deviation)).abs(), available), available
+
+
+_KEYS: Mapping[str, _Keys] = {
+    "mc": _tempered,
+    "max": _highest,
+    "min": _lowest,
+    "uniform": _alike,
+    "sweet_spot": _near_sweet_spot,
+    "all": _alike,
+}
+
+
+def _softmax(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
+    """Probabilities over the available candidates; all 0 where there is none."""
+    return torch.where(available, keys.softmax(dim=1), 0.0)
+
+
+def _one_hot(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
+    """All the probability on the candidate with the highest key."""
+    columns = torch.arange(keys.shape[1], device=keys.device)
+    return (columns == _top(keys, available, 1)).to(keys.dtype)
 
 
 def _working(values: Tensor) -> Tensor:
@@ -287,13 +442,15 @@ def _without(mask: Tensor, column: Tensor) -> Tensor:
     return mask & (torch.arange(mask.shape[1], device=mask.device) != column.unsqueeze(1))
 
 
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Independent uniform numbers in [0, 1) in this tensor's shape."""
+    assert generator is not None
     return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
+def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard Gumbel noise in this tensor's shape and type: minus the log of exponential numbers."""
+    assert generator is not None
     noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device).exponential_(generator=generator)
     return -noise.clamp_(min=torch.finfo(like.dtype).tiny).log_().to(like.device)
 
@@ -311,26 +468,34 @@ def _top(keys: Tensor, available: Tensor, num: int) -> Tensor:
     return torch.where(places < available.sum(dim=1, keepdim=True), order, -1)
 
 
-def _independent(
-    logits: Tensor, available: Tensor, num_negatives: int, replacement: bool, generator: torch.Generator
-) -> Tensor:
-    """Draws from the softmax over the available candidates: M that know nothing of each other, or the Gumbel top M."""
-    if replacement:
-        noisy = logits.unsqueeze(1) + _gumbel(logits.unsqueeze(1).expand(-1, num_negatives, -1), generator)
-        return _first_true(noisy, available.unsqueeze(1).expand_as(noisy))
-    return _top(_finite(logits + _gumbel(logits, generator), available), available, num_negatives)
+def _top_of(num: int, keys: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None) -> Int[Tensor, "B M"]:
+    """The M highest keys."""
+    return _top(keys, available, num)
+
+
+def _draws(num: int, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None) -> Int[Tensor, "B M"]:
+    """M draws from the softmax over the available candidates that know nothing of each other."""
+    noisy = logits.unsqueeze(1) + _gumbel(logits.unsqueeze(1).expand(-1, num, -1), generator)
+    return _first_true(noisy, available.unsqueeze(1).expand_as(noisy))
+
+
+def _gumbel_top(
+    num: int, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None
+) -> Int[Tensor, "B M"]:
+    """M draws from the softmax over the available candidates without replacement: the Gumbel top M."""
+    return _top(_finite(logits + _gumbel(logits, generator), available), available, num)
 
 
 def _chains(
-    logits: Tensor,
-    start: Tensor,
-    available: Tensor,
     num_negatives: int,
     replacement: bool,
     chain_steps: int,
     num_proposals: int,
-    generator: torch.Generator,
-) -> Tensor:
+    logits: Tensor,
+    start: Tensor,
+    available: Tensor,
+    generator: torch.Generator | None,
+) -> Int[Tensor, "B M"]:
     """Last states of M chains of conditional importance sampling that propose some of the candidates at each step.
 
     A chain without a state (its start is left out, or an earlier chain ended there) draws its first one from the proposals

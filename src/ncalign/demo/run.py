@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ncalign.atomic import write_json_atomic
-from ncalign.config import DPO, MCPO, NCA, DemoConfig, InfoNCA, LoRA, ObjectiveConfig, TrainConfig
+from ncalign.config import DemoConfig, LoRA
 from ncalign.demo.candidates import MAX_NEW_TOKENS, has_spread, make_candidates, shipped_candidates
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
@@ -20,11 +20,13 @@ from ncalign.encoding import as_messages
 from ncalign.evaluation import PairedComparison, paired_comparison
 from ncalign.generation import SamplingParams, TransformersGenerator
 from ncalign.groups import Candidate, Group, read_groups, write_groups
+from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
 from ncalign.policy import load_model, load_tokenizer
 from ncalign.progress import say
 from ncalign.report import write_report
 from ncalign.rewards import ReasoningGymReward
 from ncalign.training.run import run_training, versions
+from ncalign.training_config import TrainConfig
 
 HELD_OUT_SEED = 0
 NUM_BETTER = 2

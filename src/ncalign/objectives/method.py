@@ -1,29 +1,73 @@
-"""A method as data: its kernel and its loss, from its configuration.
+"""A method as data: score x sampler x log q correction x loss x anchors, composed of small functions.
 
-To add a method, write one pure function of `[B, K]` tensors (in `ranking.py`, `binary.py` or a file of its own family), a
-configuration model with the fields that it reads, and one arm of `build_method`. Nothing else in the package knows methods.
+`compose` puts the parts together; `Method` is all that a training loop knows of the result. A configuration class in the file
+of its loss names the parts that a published method consists of, and a user's own method is a call of `compose` from anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ncalign.config import DPO, MCPO, NCA, RNCE, InfoNCA, NCAPair, ObjectiveConfig
-from ncalign.kernels import eligible_negatives, kernel_probabilities, pick_positive, sample_negatives
-from ncalign.objectives.binary import nca_loss, nca_pair_loss
-from ncalign.objectives.ranking import dpo_all_pairs_loss, dpo_best_vs_each_loss, dpo_loss, info_nca_loss, rnce_loss
-from ncalign.objectives.targets import target_weights
+from ncalign.config import Beta, Frozen, Pairing
+from ncalign.objectives.samplers import PAIRINGS, Sampler
+from ncalign.objectives.targets import working_precision
 
-Select = Callable[[Tensor | None, Tensor, Tensor, torch.Generator], Tensor]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Entering:
+    """The candidates that enter a loss: S a group, in the order in which the sampler chose them.
+
+    Attributes:
+        log_ratios: ``log policy - log reference`` of each completion, summed over its tokens, in nats; 0 where masked.
+        logprobs: of the policy, summed, in nats.
+        rewards: outside rewards; NaN where masked.
+        lengths: scored tokens.
+        mask: True for real entries. With a sampler column 0 is the positive.
+        log_q: what the log q correction takes off each score, or None; 0 for the positive.
+        baseline: level that the scores are measured from; 0 for methods without one.
+    """
+
+    log_ratios: Float[Tensor, "B S"]
+    logprobs: Float[Tensor, "B S"]
+    rewards: Float[Tensor, "B S"]
+    lengths: Float[Tensor, "B S"]
+    mask: Bool[Tensor, "B S"]
+    log_q: Float[Tensor, "B S"] | None
+    baseline: Float[Tensor, ""]
+
+
+Score = Callable[[Entering], Tensor]
+"""What a loss compares, ``[B, S]``."""
+GroupLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(values [B, S], rewards [B, S], mask [B, S]) -> [B]``."""
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+"""``(chosen [B], rejected [B]) -> [B]``."""
+RewardedPairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``(chosen [B], rejected [B], chosen rewards [B], rejected rewards [B]) -> [B]``."""
+Anchor = Callable[[Entering], Tensor]
+"""A term added to the loss, ``[B]``."""
 Weights = Callable[[Tensor, Tensor], Tensor]
+Refuse = Callable[[Sequence[float]], str | None]
+Rewards = Callable[[Sequence[float], Mapping[str, Any]], list[float]]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How the level is found that a step's scores are measured from.
+
+    Attributes:
+        level: ``(mean log-ratio of mismatched completions, mean implicit reward of all steps so far) -> baseline``.
+        mismatched: whether the first is needed: each prompt with a completion of another prompt, scored before the step.
+    """
+
+    level: Callable[[float, float], float]
+    mismatched: bool
 
 
 @dataclass(frozen=True)
@@ -32,202 +76,251 @@ class Method:
 
     Attributes:
         name: Name in the configuration.
-        beta: Scale of the log-ratio; `loss` multiplies by it.
-        needs_scores: Whether `select` needs implicit rewards of all candidates, from a pass without gradients.
-        needs_preference: Whether a group whose rewards are all equal teaches nothing and can't be used.
-        select: ``(scores, rewards, mask, generator) -> columns [B, S]`` of the candidates that enter the loss; -1 for none,
-            column 0 for the positive. The mask is True for candidates that exist and have a reward; scores are implicit
-            rewards, or None where `needs_scores` is False. None in place of a function: all candidates enter.
-        loss: ``(log_ratios [B, S], rewards [B, S], mask [B, S]) -> [B]`` on the selected candidates, in nats. The mask is
-            False where `select` gave -1.
-        kernel: ``(scores, positive, rewards, mask) -> [B, K]``, the probabilities behind `select`'s draws; for metrics.
-        target_weights: ``(rewards, mask) -> [B, K]``, what the loss aims at; for metrics.
+        beta: Scale of the log-ratio, for the metrics' implicit rewards.
+        loss: The loss of the candidates that enter, one number a group.
+        sampler: Chooses the candidates that enter; None: all of them, in the group's order.
+        refuse: A group's rewards -> why it can't be used, or None.
+        target_weights: ``(rewards, mask) -> [B, K]``, what the loss aims at; for metrics and the check of alpha.
+        baseline: The level that scores are measured from, for methods that have one.
+        rewards_from: ``(rewards, metadata) -> rewards`` of a group, applied as it is loaded.
+        fit: The method with what it takes from the rewards ``[N, K]`` of the whole training set.
     """
 
     name: str
     beta: float
-    needs_scores: bool
-    needs_preference: bool
-    select: Select | None
-    loss: Loss
-    kernel: Kernel | None = None
+    loss: Callable[[Entering], Tensor]
+    sampler: Sampler | None
+    refuse: Refuse
     target_weights: Weights | None = None
+    baseline: Baseline | None = None
+    rewards_from: Rewards | None = None
+    fit: Callable[[Tensor, Tensor], Method] | None = None
 
 
-def build_method(config: ObjectiveConfig) -> Method:
-    """The method that a configuration names.
+def compose(
+    name: str,
+    *,
+    beta: float,
+    score: Score,
+    loss: GroupLoss,
+    refuse: Refuse,
+    sampler: Sampler | None = None,
+    anchors: Sequence[Anchor] = (),
+    target_weights: Weights | None = None,
+    baseline: Baseline | None = None,
+    rewards_from: Rewards | None = None,
+    fit: Callable[[Tensor, Tensor], Method] | None = None,
+) -> Method:
+    r"""A method from its parts: $\ell(s_i - \log q_i - b,\, R,\, \text{mask}) + \sum \text{anchors}$.
 
     Args:
-        config: One of the objective configurations.
+        name: For messages and results.
+        beta: Scale of the log-ratio in the metrics; usually that of the score too.
+        score: What the loss compares, such as `implicit_reward(beta)`.
+        loss: Loss of a group; `mean_over_negatives` and `mean_over_pairs` make one of a loss of pairs.
+        refuse: Why a group can't be used: `needs_preference`, `needs_candidates`, or a function of one's own.
+        sampler: Which candidates enter; None: all, in the group's order.
+        anchors: Terms added to the loss, such as `chosen_nll(1.0)`; they need a sampler, which puts the positive first.
+        target_weights: What the loss aims at, for metrics.
+        baseline: The level that scores are measured from.
+        rewards_from: Replaces a group's rewards as it is loaded.
+        fit: Makes the method anew from the whole training set's rewards.
 
     Returns:
-        Its kernel and its loss.
+        The method.
+
+    Raises:
+        ValueError: There are anchors and no sampler.
 
     Example:
-        >>> method = build_method(MCPO(beta=0.5))
-        >>> rewards, mask = torch.tensor([[0.0, 1.0, 0.5]]), torch.tensor([[True, True, False]])
-        >>> columns = method.select(torch.zeros(1, 3), rewards, mask, torch.Generator().manual_seed(0))
-        >>> columns  # the positive, and the only candidate below it
-        tensor([[1, 0]])
-        >>> method.loss(torch.zeros(1, 2), rewards.gather(1, columns), columns >= 0)  # ln 2
-        tensor([0.6931])
+        >>> from ncalign.objectives.pairs import dpo_loss
+        >>> from ncalign.objectives.samplers import one_below
+        >>> method = compose(
+        ...     "mine", beta=0.1, score=implicit_reward(0.1), loss=mean_over_negatives(dpo_loss),
+        ...     sampler=one_below(), refuse=needs_preference,
+        ... )
+        >>> method.refuse([1.0, 1.0])
+        'all rewards equal'
     """
-    beta = config.beta
-    match config:
-        case MCPO():
-            return Method(
-                config.name, beta, config.strategy != "uniform", True, _mc_selection(config), _rnce(beta), _mc_kernel(config)
-            )
-        case RNCE():
-            return Method(config.name, beta, False, True, _select_all_below, _rnce(beta))
-        case InfoNCA():
-            return _soft_targets(config, info_nca_loss)
-        case NCA():
-            return _soft_targets(config, nca_loss)
-        case DPO(pairing="best_vs_one"):
-            return Method(config.name, beta, False, True, _select_one_below, _pair(beta, dpo_loss))
-        case DPO(pairing="best_vs_each"):
-            return Method(config.name, beta, False, True, None, _best_vs_each(beta))
-        case DPO():
-            return Method(
-                config.name,
-                beta,
-                False,
-                True,
-                None,
-                lambda ratios, rewards, mask: dpo_all_pairs_loss(beta * ratios, rewards, mask),
-            )
-        case NCAPair():
-            return Method(config.name, beta, False, True, _select_one_below, _pair(beta, nca_pair_loss))
+    if anchors and sampler is None:
+        raise ValueError(f"{name}: an anchor holds on to the positive in column 0: give a sampler, which puts it there")
+
+    def whole(entering: Entering) -> Tensor:
+        values = working_precision(score(entering)) - entering.baseline
+        if entering.log_q is not None:
+            values = values - entering.log_q
+        total = loss(values, entering.rewards, entering.mask)
+        for anchor in anchors:
+            total = total + anchor(entering)
+        return total
+
+    return Method(name, beta, whole, sampler, refuse, target_weights, baseline, rewards_from, fit)
 
 
-def _soft_targets(config: InfoNCA | NCA, loss: Callable[..., Tensor]) -> Method:
-    """A method in which every candidate enters, weighted by its reward; equal rewards serve it too."""
-    alpha, beta = config.alpha, config.beta
-    return Method(
-        config.name,
-        beta,
-        False,
-        False,
-        None,
-        lambda ratios, rewards, mask: loss(beta * ratios, rewards, mask, alpha=alpha),
-        target_weights=partial(target_weights, alpha=alpha),
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+def implicit_reward(beta: float) -> Score:
+    """``beta * log-ratio``, summed over the completion's tokens."""
+    return lambda entering: beta * entering.log_ratios
+
+
+def mean_log_ratio(beta: float) -> Score:
+    """``beta * log-ratio / length``: a token's mean."""
+    return lambda entering: beta * entering.log_ratios / entering.lengths.clamp(min=1)
+
+
+def policy_logprob(beta: float) -> Score:
+    """``beta * log policy``, without a reference."""
+    return lambda entering: beta * entering.logprobs
+
+
+def mean_logprob(beta: float) -> Score:
+    """``beta * log policy / length``, without a reference: SimPO's."""
+    return lambda entering: beta * entering.logprobs / entering.lengths.clamp(min=1)
+
+
+# --- Lifts and anchors ------------------------------------------------------------------------------------------------
+
+
+def mean_over_negatives(pair_loss: PairLoss) -> GroupLoss:
+    """A loss of pairs as the mean over the pairs (column 0, each other column); 0 for a group without a pair.
+
+    Example:
+        >>> import math
+        >>> from ncalign.objectives.pairs import dpo_loss
+        >>> loss = mean_over_negatives(dpo_loss)
+        >>> r, mask = torch.tensor([[0.0, math.log(2.0), math.log(4.0)]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> loss(r, r, mask)  # (log 3 + log 5) / 2
+        tensor([1.3540])
+    """
+    return mean_over_rewarded_negatives(lambda chosen, rejected, chosen_rewards, rejected_rewards: pair_loss(chosen, rejected))
+
+
+def mean_over_rewarded_negatives(pair_loss: RewardedPairLoss) -> GroupLoss:
+    """As `mean_over_negatives`, for a loss that reads the pair's rewards too."""
+
+    def loss(values: Float[Tensor, "B S"], rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, " B"]:
+        pairs = mask[:, 1:] & mask[:, :1]
+        return _mean(pair_loss, pairs, [(values[:, :1], values[:, 1:]), (rewards[:, :1], rewards[:, 1:])])
+
+    return loss
+
+
+def mean_over_pairs(pair_loss: PairLoss) -> GroupLoss:
+    """A loss of pairs as the mean over all pairs of a group whose rewards differ, the higher one chosen; 0 without any.
+
+    Example:
+        >>> import math
+        >>> from ncalign.objectives.pairs import dpo_loss
+        >>> loss = mean_over_pairs(dpo_loss)
+        >>> r, rewards = torch.tensor([[0.0, math.log(2.0), 0.0]]), torch.tensor([[2.0, 1.0, 1.0]])
+        >>> loss(r, rewards, torch.ones(1, 3, dtype=torch.bool))  # two pairs: (log 3 + log 2) / 2
+        tensor([0.8959])
+    """
+    return mean_over_rewarded_pairs(lambda chosen, rejected, chosen_rewards, rejected_rewards: pair_loss(chosen, rejected))
+
+
+def mean_over_rewarded_pairs(pair_loss: RewardedPairLoss) -> GroupLoss:
+    """As `mean_over_pairs`, for a loss that reads the pair's rewards too."""
+
+    def loss(values: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, " B"]:
+        order = torch.where(mask, rewards, 0.0)
+        pairs = mask.unsqueeze(2) & mask.unsqueeze(1) & (order.unsqueeze(2) > order.unsqueeze(1))
+        return _mean(pair_loss, pairs, [(t.unsqueeze(2), t.unsqueeze(1)) for t in (values, rewards)])
+
+    return loss
+
+
+def chosen_nll(weight: float) -> Anchor:
+    r"""Anchor $-\frac{w}{|y_0|} \log \pi_\theta(y_0|x)$ that keeps the positive likely: its mean NLL a token, times a weight.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.bool)
+        >>> ratio, logprob, length = torch.zeros(1, 1), torch.tensor([[-6.0]]), torch.tensor([[3.0]])
+        >>> chosen_nll(0.5)(Entering(ratio, logprob, ratio, length, one, None, torch.zeros(())))  # 0.5 * 6 / 3
+        tensor([1.])
+    """
+
+    def anchor(entering: Entering) -> Tensor:
+        logprobs = torch.where(entering.mask[:, 0], entering.logprobs[:, 0], 0.0)
+        return -weight * working_precision(logprobs) / entering.lengths[:, 0].clamp(min=1)
+
+    return anchor
+
+
+def _mean(pair_loss: RewardedPairLoss, pairs: Bool[Tensor, "B ..."], sides: list[tuple[Tensor, Tensor]]) -> Float[Tensor, " B"]:
+    """Mean of a loss over the pairs that are real; what the others hold reaches neither value nor gradient."""
+    (chosen, rejected), (better, worse) = (
+        [torch.where(pairs, side.expand(pairs.shape), 0.0).flatten() for side in both] for both in sides
     )
+    losses = pair_loss(chosen, rejected, better, worse).view(pairs.shape)
+    return torch.where(pairs, losses, 0.0).flatten(1).sum(dim=1) / pairs.flatten(1).sum(dim=1).clamp(min=1)
 
 
-def _positive_first(positive: Int[Tensor, " B"], negatives: Int[Tensor, "B M"]) -> Int[Tensor, "B M+1"]:
-    """Columns with the positive in front."""
-    return torch.cat([positive.unsqueeze(1), negatives], dim=1)
+# --- Baselines --------------------------------------------------------------------------------------------------------
 
 
-def _mc_selection(config: MCPO) -> Select:
-    """The positive and M negatives from MC-PO's kernel."""
-
-    def select(
-        scores: Float[Tensor, "B K"] | None,
-        rewards: Float[Tensor, "B K"],
-        mask: Bool[Tensor, "B K"],
-        generator: torch.Generator,
-    ) -> Int[Tensor, "B S"]:
-        if scores is None:
-            assert config.strategy == "uniform", "every other strategy reads the scores"
-            scores = torch.zeros_like(rewards)
-        positive = pick_positive(rewards, mask, generator=generator)
-        negatives = sample_negatives(
-            scores,
-            positive,
-            _visible(rewards, positive, mask),
-            num_negatives=config.num_negatives,
-            strategy=config.strategy,
-            include_positive=config.include_positive,
-            replacement=config.replacement,
-            temperature=config.temperature,
-            chain_steps=config.chain_steps,
-            num_proposals=config.num_proposals,
-            generator=generator,
-        )
-        return _positive_first(positive, negatives)
-
-    return select
+def mismatched_kl(beta: float) -> Baseline:
+    """KTO's reference point: beta times the mean log-ratio of each prompt with another prompt's completion, at least 0."""
+    return Baseline(lambda mismatched, seen: beta * max(mismatched, 0.0), mismatched=True)
 
 
-def _mc_kernel(config: MCPO) -> Kernel:
-    """The distribution of MC-PO's draw."""
+def running_mean() -> Baseline:
+    """BCO's reward shift: the mean implicit reward of all steps before this one."""
+    return Baseline(lambda mismatched, seen: seen, mismatched=False)
 
-    def kernel(
-        scores: Float[Tensor, "B K"], positive: Int[Tensor, " B"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
-    ) -> Float[Tensor, "B K"]:
-        return kernel_probabilities(
-            scores,
-            positive,
-            _visible(rewards, positive, mask),
-            strategy=config.strategy,
-            include_positive=config.include_positive,
-            temperature=config.temperature,
+
+# --- What a group must have -------------------------------------------------------------------------------------------
+
+
+def needs_candidates(rewards: Sequence[float]) -> str | None:
+    """Refuse a group with fewer than two candidates."""
+    return "only one candidate" if len(rewards) < 2 else None
+
+
+def needs_preference(rewards: Sequence[float]) -> str | None:
+    """Refuse a group in which no candidate is better than another."""
+    return needs_candidates(rewards) or ("all rewards equal" if len(set(rewards)) == 1 else None)
+
+
+# --- Methods of pairs -------------------------------------------------------------------------------------------------
+
+
+class PairConfig(Frozen):
+    """Fields that all methods of pairs share."""
+
+    name: str
+    beta: Beta = 0.1
+    pairing: Pairing = "best_vs_one"
+
+    def pairs(self, loss: PairLoss, *, score: Score | None = None, anchors: Sequence[Anchor] = ()) -> Method:
+        """The method of this loss on the pairs that `pairing` makes of a group."""
+        lift = mean_over_pairs(loss) if self.pairing == "all_pairs" else mean_over_negatives(loss)
+        return self.grouped(lift, score=score, anchors=anchors)
+
+    def rewarded(self, loss: RewardedPairLoss) -> Method:
+        """As `pairs`, for a loss that reads the pair's rewards too."""
+        return self.grouped(
+            mean_over_rewarded_pairs(loss) if self.pairing == "all_pairs" else mean_over_rewarded_negatives(loss)
         )
 
-    return kernel
+    def grouped(self, loss: GroupLoss, *, score: Score | None = None, anchors: Sequence[Anchor] = ()) -> Method:
+        """The method of this loss of a group whose first column is the positive."""
+        if self.pairing == "all_pairs" and anchors:
+            raise ValueError(f"{self.name}: pairing all_pairs has no single chosen completion to anchor: use best_vs_each")
+        return compose(
+            self.name,
+            beta=self.beta,
+            score=score or implicit_reward(self.beta),
+            loss=loss,
+            refuse=needs_preference,
+            sampler=PAIRINGS[self.pairing],
+            anchors=anchors,
+        )
 
 
-def _visible(rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
-    """The positive and what stands below it; nothing where nothing does: a positive alone is no group to draw from."""
-    below = eligible_negatives(rewards, positive, mask)
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    return below | ((columns == positive.unsqueeze(1)) & below.any(dim=1, keepdim=True))
-
-
-def _select_one_below(
-    scores: Float[Tensor, "B K"] | None, rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], generator: torch.Generator
-) -> Int[Tensor, "B 2"]:
-    """The positive and one random candidate below it."""
-    positive = pick_positive(rewards, mask, generator=generator)
-    below = eligible_negatives(rewards, positive, mask)
-    blind = torch.zeros_like(rewards)
-    negative = sample_negatives(blind, positive, below, num_negatives=1, strategy="uniform", generator=generator)
-    return _positive_first(positive, negative)
-
-
-def _select_all_below(
-    scores: Float[Tensor, "B K"] | None, rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], generator: torch.Generator
-) -> Int[Tensor, "B K"]:
-    """The positive and every candidate below it, in the group's order."""
-    positive = pick_positive(rewards, mask, generator=generator)
-    below = eligible_negatives(rewards, positive, mask)
-    alike = torch.zeros_like(rewards)
-    # Of equal scores the first come first, so this lists the candidates below in order. At least one column: K may be 1.
-    others = sample_negatives(alike, positive, below, num_negatives=max(mask.shape[1] - 1, 1), strategy="max")
-    return _positive_first(positive, others)[:, : mask.shape[1]]
-
-
-def _rnce(beta: float) -> Loss:
-    """RNCE of column 0 against the others."""
-
-    def loss(log_ratios: Float[Tensor, "B S"], rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, " B"]:
-        first = torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device)
-        return rnce_loss(beta * log_ratios, first, mask)
-
-    return loss
-
-
-def _pair(beta: float, pair_loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """A pair loss of columns 0 and 1; a group without both gives 0."""
-
-    def loss(log_ratios: Float[Tensor, "B 2"], rewards: Float[Tensor, "B 2"], mask: Bool[Tensor, "B 2"]) -> Float[Tensor, " B"]:
-        both = mask.all(dim=1)
-        values = torch.where(both.unsqueeze(1), beta * log_ratios, 0.0)
-        return torch.where(both, pair_loss(values[:, 0], values[:, 1]), 0.0)
-
-    return loss
-
-
-def _best_vs_each(beta: float) -> Loss:
-    """DPO of the best candidate (the first of tied ones) against each candidate below it."""
-
-    def loss(log_ratios: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, " B"]:
-        positive = pick_positive(rewards, mask, generator=None)
-        below = eligible_negatives(rewards, positive, mask)
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        entering = below | (columns == positive.unsqueeze(1))
-        return dpo_best_vs_each_loss(beta * log_ratios, positive, entering)
-
-    return loss
+def entering_at(log_ratios: Float[Tensor, "B S"], rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Entering:
+    """Candidates of one token each under a reference that gives them log-prob 0: for tests and for looking at a loss."""
+    ratios = torch.where(mask, log_ratios, 0.0)
+    return Entering(ratios, ratios, rewards, torch.ones_like(ratios), mask, None, ratios.new_zeros(()))

@@ -1,4 +1,4 @@
-r"""Losses that compare the candidates of a group with one another: RNCE, InfoNCA and DPO.
+r"""Losses that compare the candidates of a group with one another: RNCE (and MC-PO), InfoNCA and the linear contrast.
 
 They depend on differences of implicit rewards only, so adding a constant to all of a group's implicit rewards changes nothing.
 Each takes `[B, K]` implicit rewards $r_i = \beta(\log \pi_\theta(y_i|x) - \log \pi_{ref}(y_i|x))$ and returns one
@@ -7,12 +7,18 @@ number a group, in nats; the caller reduces. Masked entries may hold anything an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.objectives.targets import target_weights, working_precision
+from ncalign.config import Beta, Frozen
+from ncalign.objectives.method import Method, compose, implicit_reward, needs_candidates, needs_preference
+from ncalign.objectives.samplers import all_below, log_policy, log_ratio, mc_sampler, some_below
+from ncalign.objectives.targets import TargetConfig, target_weights, working_precision
 
 
 def rnce_loss(
@@ -76,99 +82,220 @@ def info_nca_loss(
     Source:
         InfoNCA, arXiv 2402.05369, section 3.
     """
-    weights = target_weights(rewards, mask, alpha=alpha)
-    present = mask.any(dim=1, keepdim=True)
-    logits = torch.where(mask, working_precision(implicit_rewards), -torch.inf)
-    log_probabilities = torch.where(present, logits, 0.0).log_softmax(dim=1)
-    return -(weights.to(logits.dtype) * torch.where(mask, log_probabilities, 0.0)).sum(dim=1)
+    return info_nca_weighted_loss(implicit_rewards, target_weights(rewards, mask, alpha=alpha), mask)
 
 
-def dpo_loss(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    r"""DPO loss of a pair.
+def info_nca_weighted_loss(
+    implicit_rewards: Float[Tensor, "B K"], weights: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
+) -> Float[Tensor, " B"]:
+    r"""InfoNCA's cross-entropy for target weights from anywhere.
 
-    $$\ell = -\log \sigma(r_w - r_l)$$
+    $$\ell = -\sum_i w_i \log \frac{e^{r_i}}{\sum_j e^{r_j}}$$
 
     Args:
-        chosen: Implicit reward $r_w$ of each pair's preferred completion, dimensionless.
-        rejected: Implicit reward $r_l$ of the other.
+        implicit_rewards: Implicit rewards $r$, dimensionless.
+        weights: Target weights $w$, which sum to 1 over the real candidates of a group. Masked entries may hold anything.
+        mask: True for the candidates that enter.
 
     Returns:
-        Loss of each pair; $\ln 2$ where the two are equal.
+        Loss of each group, in nats; 0 for a group without candidates.
 
     Example:
         >>> import math
-        >>> dpo_loss(torch.tensor([0.0]), torch.tensor([math.log(2.0)]))  # log(1 + 2)
-        tensor([1.0986])
+        >>> r, weights = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[1.0, 0.0]])
+        >>> info_nca_weighted_loss(r, weights, torch.ones(1, 2, dtype=torch.bool))  # log(1 + 3)
+        tensor([1.3863])
 
     Source:
-        DPO, arXiv 2305.18290, equation 7.
+        InfoNCA, arXiv 2402.05369, section 3.
     """
-    return -F.logsigmoid(working_precision(chosen) - working_precision(rejected))
+    present = mask.any(dim=1, keepdim=True)
+    logits = torch.where(mask, working_precision(implicit_rewards), -torch.inf)
+    log_probabilities = torch.where(present, logits, 0.0).log_softmax(dim=1)
+    shares = torch.where(mask, weights, 0.0).to(logits.dtype)
+    return -(shares * torch.where(mask, log_probabilities, 0.0)).sum(dim=1)
 
 
-def dpo_best_vs_each_loss(
+def linear_contrast_loss(
     implicit_rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: Bool[Tensor, "B K"]
 ) -> Float[Tensor, " B"]:
-    r"""Mean DPO loss of the pairs (positive, negative), one for each negative of the group.
+    r"""Difference between the mean implicit reward of the negatives and that of the positive.
 
-    $$\ell = -\frac{1}{M} \sum_{i=1}^{M} \log \sigma(r_0 - r_i)$$
+    $$\ell = -r_0 + \frac1M \sum_{m=1}^{M} r_{z_m}$$
 
     Args:
         implicit_rewards: Implicit rewards $r$, dimensionless.
         positive: Column of the positive. A group whose positive is masked or negative (absent) gives 0.
-        mask: True for the candidates that enter; all of them but the positive are negatives.
+        mask: True for the candidates that enter: the positive and its M negatives. A drawn copy of the positive is a negative
+            in a column of its own.
 
     Returns:
-        Loss of each group; $\ln 2$ where all implicit rewards are equal, 0 for a group without negatives. The paper's
-        DPO×(K−1) makes each pair a row of its own: over an epoch that is the sum, M times this mean.
+        Loss of each group; 0 without negatives. It has no lower bound and its value says little: its gradient is what counts.
+        For $z \sim \mathrm{softmax}(r)$ over the positive and all negatives, the expected gradient is `rnce_loss`'s.
 
     Example:
-        >>> import math
-        >>> r = torch.tensor([[0.0, math.log(2.0), math.log(4.0)]])
-        >>> mask = torch.ones(1, 3, dtype=torch.bool)
-        >>> dpo_best_vs_each_loss(r, torch.tensor([0]), mask)  # (log 3 + log 5) / 2
-        tensor([1.3540])
+        >>> r = torch.tensor([[1.0, 3.0, 0.0]])
+        >>> linear_contrast_loss(r, torch.tensor([0]), torch.ones(1, 3, dtype=torch.bool))  # (3 + 0) / 2 - 1
+        tensor([0.5000])
 
     Source:
-        The baseline DPO×3 of arXiv 2402.05369.
+        The contrastive divergence gradient that MC-PO's Algorithm 1 rests on, arXiv 2502.04567.
     """
     column = positive.clamp(min=0).unsqueeze(1)
     present = (positive >= 0).unsqueeze(1) & mask.gather(1, column)
     negatives = (mask & present).scatter(1, column, False)
-    rewards = torch.where(mask, working_precision(implicit_rewards), 0.0)
-    losses = torch.where(negatives, -F.logsigmoid(rewards.gather(1, column) - rewards), 0.0)
-    return losses.sum(dim=1) / negatives.sum(dim=1).clamp(min=1)
+    values = torch.where(mask & present, working_precision(implicit_rewards), 0.0)
+    differences = torch.where(negatives, values - values.gather(1, column), 0.0)
+    return differences.sum(dim=1) / negatives.sum(dim=1).clamp(min=1)
 
 
-def dpo_all_pairs_loss(
-    implicit_rewards: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
+def _rnce_of_first(
+    values: Float[Tensor, "B S"], rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]
 ) -> Float[Tensor, " B"]:
-    r"""Mean DPO loss of all pairs of a group whose rewards differ, the higher reward as chosen.
+    """`rnce_loss` with the positive in column 0."""
+    return rnce_loss(values, torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device), mask)
 
-    $$\ell = -\frac{1}{|P|} \sum_{(i,j) \in P} \log \sigma(r_i - r_j), \qquad P = \{(i, j) : R_i > R_j\}$$
 
-    Args:
-        implicit_rewards: Implicit rewards $r$, dimensionless.
-        rewards: Rewards $R$; only their order matters, and a tie makes no pair.
-        mask: True for the candidates that exist and have a reward.
+def _linear_contrast_of_first(
+    values: Float[Tensor, "B S"], rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]
+) -> Float[Tensor, " B"]:
+    """`linear_contrast_loss` with the positive in column 0."""
+    return linear_contrast_loss(values, torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device), mask)
 
-    Returns:
-        Loss of each group; $\ln 2$ where all implicit rewards are equal, 0 for a group without pairs. The paper's
-        DPO×C(K,2) makes each pair a row of its own: over an epoch that is the sum, |P| times this mean.
 
-    Example:
-        >>> import math
-        >>> r, rewards = torch.tensor([[0.0, math.log(2.0), 0.0]]), torch.tensor([[2.0, 1.0, 1.0]])
-        >>> mask = torch.ones(1, 3, dtype=torch.bool)
-        >>> dpo_all_pairs_loss(r, rewards, mask)  # two pairs: (log 3 + log 2) / 2
-        tensor([0.8959])
+class RNCE(Frozen):
+    """RNCE: the best completion against lower-scored ones, all of them or a random few (S-DPO, arXiv 2406.09215)."""
 
-    Source:
-        The baseline DPO×C(4,2) of arXiv 2402.05369.
-    """
-    values = torch.where(mask, working_precision(implicit_rewards), 0.0)
-    order = torch.where(mask, rewards, 0.0)
-    both = mask.unsqueeze(2) & mask.unsqueeze(1)
-    pairs = both & (order.unsqueeze(2) > order.unsqueeze(1))
-    losses = torch.where(pairs, -F.logsigmoid(values.unsqueeze(2) - values.unsqueeze(1)), 0.0)
-    return losses.sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
+    name: Literal["rnce"] = "rnce"
+    beta: Beta = 0.1
+    num_negatives: int | None = Field(
+        None,
+        ge=1,
+        description="M, lower-scored candidates drawn at random at each visit; none: all. Groups with fewer are refused.",
+    )
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        return compose(
+            self.name,
+            beta=self.beta,
+            score=implicit_reward(self.beta),
+            loss=_rnce_of_first,
+            refuse=self._refuse,
+            sampler=all_below() if self.num_negatives is None else some_below(self.num_negatives),
+        )
+
+    def _refuse(self, rewards: Sequence[float]) -> str | None:
+        """Refuse groups without a preference, and those with too few negatives."""
+        reason = needs_preference(rewards)
+        if reason is not None or self.num_negatives is None:
+            return reason
+        best = max(rewards)
+        below = sum(reward < best for reward in rewards)
+        if below >= self.num_negatives:
+            return None
+        return f"{below} candidates below the best, and num_negatives is {self.num_negatives}"
+
+
+class InfoNCA(TargetConfig):
+    """InfoNCA: cross-entropy between target weights from rewards and the softmax of implicit rewards (arXiv 2402.05369)."""
+
+    name: Literal["info_nca"] = "info_nca"
+    beta: Beta = 0.1
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        weights = self.weights()
+        return compose(
+            self.name,
+            beta=self.beta,
+            score=implicit_reward(self.beta),
+            loss=lambda values, rewards, mask: info_nca_weighted_loss(values, weights(rewards, mask), mask),
+            refuse=needs_candidates,
+            target_weights=weights,
+            fit=None if self.target_entropy is None else lambda rewards, mask: self.fitted(rewards, mask).method(),
+        )
+
+
+class MCPO(Frozen):
+    """MC-PO: RNCE with negatives drawn by a Monte Carlo kernel (arXiv 2502.04567, Algorithm 1)."""
+
+    name: Literal["mc_po"] = "mc_po"
+    beta: Beta = 0.1
+    num_negatives: int = Field(1, ge=1, description="M, the negatives that enter the loss.")
+    strategy: Literal["mc", "max", "min", "uniform", "sweet_spot"] = Field(
+        "mc", description="How negatives are drawn; mc, max and min read the kernel's scores, the others don't."
+    )
+    kernel_score: Literal["implicit_reward", "policy_logprob"] = Field(
+        "implicit_reward", description="What the kernel weighs by, times beta: the log-ratio, or the policy's log-prob alone."
+    )
+    include_positive: bool = Field(False, description="Whether the preferred completion is itself a state of the kernel.")
+    replacement: bool = Field(False, description="Whether the M negatives are drawn with replacement.")
+    temperature: float = Field(1.0, gt=0, description="Divides the scores before the softmax of the kernel.")
+    chain_steps: int = Field(1, ge=1, description="Steps k of the kernel's chain; the last state is the draw.")
+    num_proposals: int | None = Field(
+        None, ge=1, description="Candidates that a step of the chain proposes; none: all of them, and one step is exact."
+    )
+    log_q_correction: bool = Field(
+        False, description="Whether each negative's score is corrected for the probability with which it was drawn."
+    )
+
+    @model_validator(mode="after")
+    def _correction_is_possible(self) -> MCPO:
+        """Refuse, before any data is read, settings that the sampler refuses."""
+        self.method()
+        return self
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        return compose(
+            self.name,
+            beta=self.beta,
+            score=implicit_reward(self.beta),
+            loss=_rnce_of_first,
+            refuse=needs_preference,
+            sampler=mc_sampler(
+                num_negatives=self.num_negatives,
+                strategy=self.strategy,
+                include_positive=self.include_positive,
+                replacement=self.replacement,
+                temperature=self.temperature,
+                chain_steps=self.chain_steps,
+                num_proposals=self.num_proposals,
+                scores=log_policy if self.kernel_score == "policy_logprob" else log_ratio,
+                log_q_correction=self.log_q_correction,
+            ),
+        )
+
+
+class ContrastiveDivergence(Frozen):
+    """CD: linear contrast of the positive with draws of the kernel that includes it; exact on average (arXiv 2502.04567)."""
+
+    name: Literal["cd"] = "cd"
+    beta: Beta = 0.1
+    num_negatives: int = Field(1, ge=1, description="M, draws of the kernel, with replacement; they average its gradient.")
+    chain_steps: int = Field(1, ge=1, description="Steps k of the kernel's chain, which starts at the positive.")
+    num_proposals: int | None = Field(
+        None, ge=1, description="Candidates that a step of the chain proposes; none: all of them, and one step is exact."
+    )
+
+    def method(self) -> Method:
+        """The method with these settings."""
+        return compose(
+            self.name,
+            beta=self.beta,
+            score=implicit_reward(self.beta),
+            loss=_linear_contrast_of_first,
+            refuse=needs_preference,
+            sampler=mc_sampler(
+                num_negatives=self.num_negatives,
+                strategy="mc",
+                include_positive=True,
+                replacement=True,
+                chain_steps=self.chain_steps,
+                num_proposals=self.num_proposals,
+            ),
+        )
+
+
+Config = RNCE | InfoNCA | MCPO | ContrastiveDivergence

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.groups import Group, ReadReport, read_groups
+from ncalign.objectives import Method
 
 
 @dataclass
@@ -44,14 +47,13 @@ class LoadedGroups:
         }
 
 
-def load_groups(path: Path, encoder: Encoder, *, method: str, needs_preference: bool, on_bad_row: str) -> LoadedGroups:
+def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str) -> LoadedGroups:
     """Read and encode the groups of a file.
 
     Args:
         path: groups in any schema that is read.
         encoder: for the policy's tokenizer.
-        method: name of the method, for messages.
-        needs_preference: whether the method needs candidates with different rewards.
+        method: says which groups it can use, and what it makes of their rewards.
         on_bad_row: ``error`` raises when any group can't be used, after all have been looked at; ``skip`` leaves them out.
 
     Raises:
@@ -61,7 +63,7 @@ def load_groups(path: Path, encoder: Encoder, *, method: str, needs_preference: 
     report = ReadReport()
     for group in read_groups(path, on_bad_row="skip" if on_bad_row == "skip" else "error", report=report):
         loaded.num_read += 1
-        scored, reason = scored_candidates(group, needs_preference=needs_preference)
+        scored, reason = scored_candidates(group, method)
         if reason is None:
             loaded.unscored += len(group.candidates) - len(scored.candidates)
             try:
@@ -76,26 +78,46 @@ def load_groups(path: Path, encoder: Encoder, *, method: str, needs_preference: 
         loaded.unusable["unreadable row"] += report.skipped
         loaded.examples["unreadable row"] = report.examples[0]
     if loaded.unusable and on_bad_row == "error":
-        raise ValueError(_complaint(path, loaded, method) + "\nMend them, or set on_bad_row: skip to leave them out")
+        raise ValueError(_complaint(path, loaded, method.name) + "\nMend them, or set on_bad_row: skip to leave them out")
     if not loaded.groups:
-        raise ValueError(_complaint(path, loaded, method) + "\nNo group is left to train on")
+        raise ValueError(_complaint(path, loaded, method.name) + "\nNo group is left to train on")
     if loaded.unusable:
-        loaded.notice = _complaint(path, loaded, method)
+        loaded.notice = _complaint(path, loaded, method.name)
     return loaded
 
 
-def scored_candidates(group: Group, *, needs_preference: bool) -> tuple[Group, str | None]:
-    """The group without its unscored candidates, and why it can't be used, if it can't."""
+def scored_candidates(group: Group, method: Method) -> tuple[Group, str | None]:
+    """The group with scored candidates alone and the rewards that the method wants, and why it can't be used, if it can't."""
     candidates = [candidate for candidate in group.candidates if candidate.reward is not None]
-    if len(group.candidates) < 2:
-        return group, "only one candidate"
+    rewards = [candidate.reward for candidate in candidates if candidate.reward is not None]
     if not candidates:
-        return group, "no rewards at all"
-    if len(candidates) < 2:
-        return group, "only one candidate with a reward"
-    if needs_preference and len({candidate.reward for candidate in candidates}) == 1:
-        return group, "all rewards equal"
-    return (group if len(candidates) == len(group.candidates) else replace(group, candidates=candidates)), None
+        return group, "no candidates" if not group.candidates else "no rewards at all"
+    if method.rewards_from is not None:
+        try:
+            rewards = method.rewards_from(rewards, group.metadata)
+        except ValueError as error:
+            return group, str(error)
+        candidates = [replace(candidate, reward=value) for candidate, value in zip(candidates, rewards, strict=True)]
+    reason = method.refuse(rewards)
+    if reason is not None:
+        return group, reason + (" with a reward" if len(candidates) == 1 < len(group.candidates) else "")
+    same = len(candidates) == len(group.candidates) and method.rewards_from is None
+    return (group if same else replace(group, candidates=candidates)), None
+
+
+def mismatched_groups(groups: Sequence[EncodedGroup], *, max_length: int) -> list[EncodedGroup]:
+    """For each group its prompt with the first completion of the next group that has another prompt.
+
+    A completion that has nothing to do with its prompt tells how far the policy moved everywhere, which is what KTO measures
+    from. One too long for the prompt is cut at its end.
+    """
+    mismatched = []
+    for position, group in enumerate(groups):
+        others = (groups[(position + offset) % len(groups)] for offset in range(1, len(groups)))
+        other = next((other for other in others if not np.array_equal(other.prompt, group.prompt)), group)
+        completion = other.completions[0][: max(max_length - len(group.prompt), 1)]
+        mismatched.append(replace(group, completions=(completion,), rewards=(0.0,), reference_logprobs=(None,)))
+    return mismatched
 
 
 def split_held_out(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ncalign.config import TrainConfig
 from ncalign.encoding import EncodedGroup
 from ncalign.objectives import build_method
 from ncalign.training.engine import Engine, Pass
 from ncalign.training.run import Prepared, make_accelerator, prepare
+from ncalign.training_config import TrainConfig
 
 _MIB = 2**20
 

@@ -15,7 +15,7 @@ from ncalign.batching import GroupBatch, collate, split_by_tokens, visit_generat
 from ncalign.encoding import EncodedGroup
 from ncalign.kernels import pick_positive
 from ncalign.logprobs import LogprobModel
-from ncalign.objectives import Method
+from ncalign.objectives import Entering, Method, Sampler
 from ncalign.policy import reference_mode
 from ncalign.progress import Bar
 from ncalign.reference import ReferenceCache, candidate_key, missing_groups
@@ -74,28 +74,36 @@ class Engine:
         """The tensors of a pass on this process's device."""
         return collate(part.groups, pad_token_id=self.pad_token_id).to(self.accelerator.device)
 
-    def visit(self, part: Pass, *, epoch: int, train: bool) -> Visit:
+    def visit(self, part: Pass, *, epoch: int, train: bool, baseline: float = 0.0) -> Visit:
         """Score, draw, and evaluate the objective; with gradients only through what enters the loss."""
-        batch = self.batch(part)
+        batch, sampler = self.batch(part), self.method.sampler
         mask, reference = batch.candidate_mask, batch.reference_logprobs
         logprobs = torch.full(mask.shape, NAN, device=mask.device)
-        everything = self.method.needs_scores or not train
-        if everything:
+        read = sampler.scores if sampler is not None else None
+        if read is not None or not train:
             logprobs = self.score(batch)
-        scores = self.method.beta * (logprobs - reference.to(logprobs.dtype)) if everything else None
-        select = self._select(scores, batch, part.indices, epoch)
+        scores = None if read is None else self.method.beta * read(logprobs, reference.to(logprobs.dtype))
+        select = None if sampler is None else self._select(sampler, scores, batch, part.indices, epoch)
         if train:
             self.model.train()
             entering = self.model(batch, select)
             logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
         else:
             entering = logprobs if select is None else _gathered(logprobs, select)
-        present = mask if select is None else select >= 0
-        wanted_reference = reference if select is None else _gathered(reference, select)
-        log_ratios = torch.where(present, entering - wanted_reference.to(entering.dtype), 0.0)
-        rewards = batch.rewards if select is None else _gathered(batch.rewards, select)
-        loss = self.method.loss(log_ratios, rewards, present)
+        loss = self.method.loss(_entering(entering, batch, sampler, select, scores, baseline))
         return self._account(batch, loss, logprobs, scores, select)
+
+    def mismatched_log_ratio(self, groups: Sequence[EncodedGroup]) -> float:
+        """Mean log-ratio of all processes' candidates of these groups, without gradients; NaN where there are none."""
+        total, count = 0.0, 0
+        for part in self.passes(range(len(groups)), groups):
+            batch = self.batch(part)
+            ratios = (self.score(batch) - batch.reference_logprobs)[batch.candidate_mask]
+            total, count = total + part.counted * float(ratios.sum()), count + part.counted * ratios.numel()
+        if self.accelerator.num_processes > 1:
+            found = gather_object([(total, count)])
+            total, count = sum(some for some, _ in found), sum(some for _, some in found)
+        return total / count if count else NAN
 
     @torch.no_grad()
     def score(self, batch: GroupBatch) -> Tensor:
@@ -111,17 +119,15 @@ class Engine:
         logprobs: Tensor = self.model(batch)
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
 
-    def _select(self, scores: Tensor | None, batch: GroupBatch, indices: list[int], epoch: int) -> Tensor | None:
+    def _select(self, sampler: Sampler, scores: Tensor | None, batch: GroupBatch, indices: list[int], epoch: int) -> Tensor:
         """Each group draws with random numbers of its own, so that the split over passes and processes changes nothing."""
-        if self.method.select is None:
-            return None
         drawn = []
         for b, index in enumerate(indices):
             # The group's own columns only: padding would change how many random numbers a draw takes.
             own = (slice(b, b + 1), slice(0, int(batch.candidate_mask[b].sum())))
             row_scores = None if scores is None else scores[own].cpu()
             generator = visit_generator(self.seed, epoch=epoch, index=index)
-            drawn.append(self.method.select(row_scores, batch.rewards[own].cpu(), batch.candidate_mask[own].cpu(), generator))
+            drawn.append(sampler.select(row_scores, batch.rewards[own].cpu(), batch.candidate_mask[own].cpu(), generator))
         width = max(choice.shape[1] for choice in drawn)
         padded = [nn.functional.pad(choice, (0, width - choice.shape[1]), value=-1) for choice in drawn]
         return torch.cat(padded).to(batch.rewards.device)
@@ -138,6 +144,7 @@ class Engine:
             lower = batch.candidate_mask & (batch.rewards < batch.rewards.gather(1, positive.unsqueeze(1)))
             negatives = candidates.masked_fill(~lower, -1)
         method = self.method
+        kernel = None if method.sampler is None else method.sampler.kernel
         return Visit(
             loss=loss,
             log_ratios=logprobs - batch.reference_logprobs.to(logprobs.dtype),
@@ -147,9 +154,7 @@ class Engine:
             mask=batch.candidate_mask,
             positive=positive,
             negatives=negatives,
-            kernel=None
-            if method.kernel is None or scores is None
-            else method.kernel(scores, positive, batch.rewards, batch.candidate_mask),
+            kernel=None if kernel is None or scores is None else kernel(scores, positive, batch.rewards, batch.candidate_mask),
             target_weights=None
             if method.target_weights is None
             else method.target_weights(batch.rewards, batch.candidate_mask),
@@ -198,6 +203,27 @@ class Engine:
 def _no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     with accelerator.no_sync(model):
         yield
+
+
+def _entering(
+    logprobs: Tensor, batch: GroupBatch, sampler: Sampler | None, select: Tensor | None, scores: Tensor | None, baseline: float
+) -> Entering:
+    """What the loss sees, with 0 for the model's numbers where a group has nothing."""
+    present = batch.candidate_mask if select is None else select >= 0
+    reference = batch.reference_logprobs if select is None else _gathered(batch.reference_logprobs, select)
+    lengths = batch.completion_lengths.to(logprobs.dtype)
+    log_q = None
+    if sampler is not None and sampler.log_q is not None and scores is not None and select is not None:
+        log_q = sampler.log_q(scores.detach(), batch.rewards, batch.candidate_mask, select)
+    return Entering(
+        log_ratios=torch.where(present, logprobs - reference.to(logprobs.dtype), 0.0),
+        logprobs=torch.where(present, logprobs, 0.0),
+        rewards=batch.rewards if select is None else _gathered(batch.rewards, select),
+        lengths=lengths if select is None else _gathered(lengths, select).masked_fill(~present, 0.0),
+        mask=present,
+        log_q=log_q,
+        baseline=torch.tensor(baseline, dtype=logprobs.dtype, device=logprobs.device),
+    )
 
 
 def _gathered(values: Tensor, select: Tensor) -> Tensor:

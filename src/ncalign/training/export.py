@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from ncalign.atomic import removed_on_error, write_text_atomic
-from ncalign.config import TrainConfig
 from ncalign.logprobs import base_causal_model
 from ncalign.policy import Policy, quiet_transformers
+from ncalign.training_config import TrainConfig
 
 _PREFIX = "model."
 _CARD = """---

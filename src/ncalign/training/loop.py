@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -14,9 +14,10 @@ from accelerate.utils import gather_object
 from ncalign.encoding import EncodedGroup
 from ncalign.progress import Bar, say
 from ncalign.training.engine import Engine
-from ncalign.training.metrics import ChosenAlarm, MetricMeans, group_metrics, merged
+from ncalign.training.metrics import ChosenAlarm, MetricMeans, group_metrics, mean_implicit_reward, merged
 from ncalign.training.schedule import DataPlan
 
+Number = TypeVar("Number", int, float)
 _EVALUATION_EPOCH = -1
 
 
@@ -44,6 +45,9 @@ class Loop:
         intervals: when to log, evaluate and save.
         log: takes a row of metrics.
         save: writes a checkpoint after a step, with this loop's own state.
+        mismatched: for methods that measure from them, each training group's prompt with a completion of another.
+        eval_mismatched: the same of the groups held out.
+        seen: sum and number of the trained groups' mean implicit rewards.
     """
 
     engine: Engine
@@ -56,6 +60,9 @@ class Loop:
     intervals: Intervals
     log: Callable[[dict[str, float]], None]
     save: Callable[[int, dict[str, Any]], None]
+    mismatched: Sequence[EncodedGroup] = ()
+    eval_mismatched: Sequence[EncodedGroup] = ()
+    seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     alarm: ChosenAlarm = field(default_factory=ChosenAlarm)
     means: MetricMeans = field(default_factory=MetricMeans)
     last: dict[str, float] = field(default_factory=dict)
@@ -95,14 +102,14 @@ class Loop:
         """What a resumed run needs to log what this one would have logged; JSON values."""
         sums, counts = self.gathered(self.means)
         alarm = {"history": self.alarm.history, "rung": self.alarm.rung}
-        return {"sums": sums, "counts": counts, "alarm": alarm, "last": self.last}
+        return {"sums": sums, "counts": counts, "alarm": alarm, "last": self.last, "seen": self.seen}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over from :meth:`state`; the sums of all processes lie with the first one."""
         if self.engine.accelerator.is_main_process:
             self.means = MetricMeans(state["sums"], state["counts"])
         self.alarm.history, self.alarm.rung = state["alarm"]["history"], state["alarm"]["rung"]
-        self.last = state["last"]
+        self.last, self.seen = state["last"], state["seen"]
 
     def step(self, step: int) -> tuple[float, int]:
         """One optimizer step over the step's groups; returns the gradient norm and the tokens this process ran."""
@@ -112,12 +119,15 @@ class Loop:
         # Gradients are averaged over processes; each adds its groups' share of the step's mean.
         scale = accelerator.num_processes / len(indices)
         tokens, broken = 0, []
+        baseline = self.baseline([self.mismatched[index] for index in indices] if self.mismatched else ())
+        implicit = torch.zeros(2, dtype=torch.float64)
         for number, part in enumerate(parts):
             with engine.no_sync_but_last(number, len(parts)):
-                visit = engine.visit(part, epoch=epoch, train=True)
+                visit = engine.visit(part, epoch=epoch, train=True, baseline=baseline)
                 accelerator.backward(visit.loss.sum() * (scale if part.counted else 0.0))
             if part.counted:
                 self.means.add(group_metrics(visit))
+                implicit += mean_implicit_reward(visit)
                 tokens += sum(len(group.prompt) * len(group.completions) for group in part.groups) + int(visit.lengths.sum())
                 finite = visit.loss.isfinite().tolist()
                 broken += [group.id for group, good in zip(part.groups, finite, strict=True) if not good]
@@ -132,18 +142,28 @@ class Loop:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
+        if engine.method.baseline is not None:
+            self.seen = [before + self.total(new) for before, new in zip(self.seen, implicit.tolist(), strict=True)]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, tokens
+
+    def baseline(self, mismatched: Sequence[EncodedGroup]) -> float:
+        """The level that the method measures scores from, the same for all passes and processes; 0 for methods without one."""
+        if self.engine.method.baseline is None:
+            return 0.0
+        log_ratio = self.engine.mismatched_log_ratio(mismatched) if mismatched else math.nan
+        return self.engine.method.baseline.level(log_ratio, self.seen[0] / self.seen[1] if self.seen[1] else 0.0)
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics on the held-out groups; the kernel draws the same at every evaluation."""
         means, broken = MetricMeans(), []
         parts = self.engine.passes(range(len(self.eval_groups)), self.eval_groups)
+        baseline = self.baseline(self.eval_mismatched)
         with Bar("Evaluating", len(parts), shown=self.engine.accelerator.is_main_process) as bar:
             for part in parts:
-                visit = self.engine.visit(part, epoch=_EVALUATION_EPOCH, train=False)
+                visit = self.engine.visit(part, epoch=_EVALUATION_EPOCH, train=False, baseline=baseline)
                 if part.counted:
                     means.add(group_metrics(visit))
                     finite = visit.loss.isfinite().tolist()
@@ -170,8 +190,8 @@ class Loop:
         alone = self.engine.accelerator.num_processes == 1
         return merged([means.parts()] if alone else gather_object([means.parts()]))
 
-    def total(self, count: int) -> int:
-        """A count summed over processes."""
+    def total(self, count: Number) -> Number:
+        """A number summed over processes."""
         return count if self.engine.accelerator.num_processes == 1 else sum(gather_object([count]))
 
 

@@ -83,6 +83,12 @@ def group_metrics(visit: Visit) -> dict[str, Float[Tensor, " B"]]:
     return metrics
 
 
+def mean_implicit_reward(visit: Visit) -> Float[Tensor, 2]:
+    """Sum over groups of the mean implicit reward of their computed candidates, and the number of groups; float64."""
+    means = _nanmean((visit.beta * visit.log_ratios).double().masked_fill(~visit.mask, NAN)).cpu()
+    return torch.stack([means.nansum(), means.isfinite().sum().double()])
+
+
 def pair_accuracy(
     implicit_rewards: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
 ) -> Float[Tensor, " B"]:

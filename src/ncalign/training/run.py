@@ -23,18 +23,18 @@ from transformers import PreTrainedModel
 from ncalign.atomic import check_writable, write_json_atomic
 from ncalign.batching import GroupBatch
 from ncalign.cache import cache_folder
-from ncalign.config import TrainConfig
 from ncalign.encoding import EncodedGroup, Encoder
 from ncalign.groups import read_groups
 from ncalign.logprobs import LogprobModel, base_causal_model, check_head
 from ncalign.objectives import Method, build_method
+from ncalign.objectives.targets import warn_if_degenerate
 from ncalign.policy import Policy, load_policy, reference_mode
 from ncalign.progress import say
 from ncalign.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
 from ncalign.settings import ConfigError
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
-from ncalign.training.data import LoadedGroups, load_groups, split_held_out
+from ncalign.training.data import LoadedGroups, load_groups, mismatched_groups, split_held_out
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
 from ncalign.training.loop import Intervals, Loop
@@ -42,6 +42,7 @@ from ncalign.training.peers import another_process_named
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
+from ncalign.training_config import TrainConfig
 
 _NUM_CHECKED = 64
 """Groups whose references are checked when they come with the data."""
@@ -60,6 +61,8 @@ class Prepared:
     held_out: list[EncodedGroup]
     loaded: LoadedGroups
     encoder: Encoder
+    mismatched: list[EncodedGroup]
+    eval_mismatched: list[EncodedGroup]
 
 
 def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[str, Any]:
@@ -149,18 +152,20 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
         string_prompts=config.string_prompts,
     )
     _say(accelerator, f"Reading {config.data}")
-    load = partial(load_groups, encoder=encoder, method=method.name, on_bad_row=config.on_bad_row)
-    loaded = load(config.data, needs_preference=method.needs_preference)
+    load = partial(load_groups, encoder=encoder, method=method, on_bad_row=config.on_bad_row)
+    loaded = load(config.data)
     train, held_out = split_held_out(loaded.groups, fraction=config.eval_fraction, seed=config.seed)
     notices = [loaded.notice]
     if config.eval_data is not None:
-        evaluated = load(config.eval_data, needs_preference=method.needs_preference)
+        evaluated = load(config.eval_data)
         notices.append(evaluated.notice)
         train, held_out = loaded.groups, evaluated.groups
     if not train:
         raise ValueError(f"{config.data}: eval_fraction={config.eval_fraction} leaves no group to train on: lower it")
     if config.eval_fraction and not held_out:
         notices.append(f"eval_fraction={config.eval_fraction} of {len(train)} groups holds out none: raise it to evaluate")
+    method, notice = fit_method(method, train)
+    notices.append(notice)
     for notice in filter(None, (*notices, *encoder.report.notices())):
         _say(accelerator, f"note: {notice}")
     if config.activation_checkpointing:
@@ -185,7 +190,24 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
         max_steps=config.max_steps,
         seed=config.seed,
     )
-    return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder)
+    mismatched: list[list[EncodedGroup]] = [[], []]
+    if method.baseline is not None and method.baseline.mismatched:
+        mismatched = [mismatched_groups(groups, max_length=config.max_length) for groups in (train, held_out)]
+    return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
+
+
+def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
+    """The method with what it takes from the training set's rewards, and what a user should know of its target weights."""
+    size = max(len(group.rewards) for group in groups)
+    rewards = torch.full((len(groups), size), float("nan"), dtype=torch.float64)
+    for row, group in zip(rewards, groups, strict=True):
+        row[: len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
+    mask = ~rewards.isnan()
+    if method.fit is not None:
+        method = method.fit(rewards, mask)
+    if method.target_weights is None:
+        return method, ""
+    return method, warn_if_degenerate(method.target_weights(rewards, mask), mask) or ""
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -240,9 +262,12 @@ def _fill_reference(config: TrainConfig, prepared: Prepared) -> None:
                     f"{group.origin}: group {group.id!r} has a candidate without reference_logprob: reference: data needs "
                     "one for each candidate; reference: compute fills them in"
                 )
+    given = config.reference == "data"
+    # Completions paired with other prompts than their own are in nobody's data.
+    groups = [*([] if given else [*prepared.train, *prepared.held_out]), *prepared.mismatched, *prepared.eval_mismatched]
+    if not groups:
         return
     cache = ReferenceCache(reference_folder(_cache_dir(config), prepared.policy.fingerprint))
-    groups = [*prepared.train, *prepared.held_out]
     try:
         if missing_groups(groups, cache):
             check_writable(cache.folder / "part.parquet")
@@ -252,8 +277,10 @@ def _fill_reference(config: TrainConfig, prepared: Prepared) -> None:
             f"{error.strerror or error}. Reference log-probs are kept there: set cache_dir, or NCALIGN_CACHE, to "
             "a folder with room that you may write to"
         ) from error
-    prepared.train = with_reference(prepared.train, cache.values.__getitem__)
-    prepared.held_out = with_reference(prepared.held_out, cache.values.__getitem__)
+    fill = partial(with_reference, lookup=cache.values.__getitem__)
+    if not given:
+        prepared.train, prepared.held_out = fill(prepared.train), fill(prepared.held_out)
+    prepared.mismatched, prepared.eval_mismatched = fill(prepared.mismatched), fill(prepared.eval_mismatched)
 
 
 def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
@@ -295,6 +322,8 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
         intervals=Intervals(config.logging_steps, config.eval_steps, config.save_steps),
         log=log,
         save=lambda step, state: None,
+        mismatched=prepared.mismatched,
+        eval_mismatched=prepared.eval_mismatched,
     )
 
 

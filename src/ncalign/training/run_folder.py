@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ncalign.atomic import explained, write_text_atomic
-from ncalign.config import TrainConfig
+from ncalign.training_config import TrainConfig
 
 if sys.platform != "win32":
     import fcntl

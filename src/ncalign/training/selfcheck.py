@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncalign.batching import GroupBatch
-from ncalign.objectives import Method
+from ncalign.objectives import Entering, Method
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,15 @@ def check_first_step(
 
 def _loss(method: Method, batch: GroupBatch, log_ratios: Tensor) -> float:
     """The mean loss on what the method selects when nothing tells the candidates apart."""
-    rewards, mask = batch.rewards.cpu(), batch.candidate_mask.cpu()
-    log_ratios = log_ratios.cpu()
-    if method.select is not None:
-        select = method.select(torch.zeros_like(log_ratios), rewards, mask, torch.Generator().manual_seed(0))
-        index = select.clamp(min=0)
-        log_ratios, rewards, mask = log_ratios.gather(1, index), rewards.gather(1, index), select >= 0
-    return float(method.loss(log_ratios, rewards, mask).mean())
+    log_ratios, mask = log_ratios.cpu(), batch.candidate_mask.cpu()
+    values = [log_ratios, batch.reference_logprobs.cpu() + log_ratios, batch.rewards.cpu(), batch.completion_lengths.cpu()]
+    if method.sampler is not None:
+        generator = torch.Generator().manual_seed(0)
+        select = method.sampler.select(torch.zeros_like(log_ratios), values[2], mask, generator)
+        values, mask = [value.gather(1, select.clamp(min=0)) for value in values], select >= 0
+    ratios, logprobs, rewards, lengths = values
+    entering = Entering(ratios, logprobs, rewards, lengths.to(ratios.dtype), mask, None, ratios.new_zeros(()))
+    return float(method.loss(entering).mean())
 
 
 def _worst(difference: Tensor, mask: Tensor) -> tuple[int, int]:

@@ -1,0 +1,189 @@
+"""Samplers: which candidates of a group enter the loss, the positive first, with what a loop must know of the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ncalign.config import Strategy
+from ncalign.kernels import build_kernel, eligible_negatives, importance_log_weights, pick_positive
+
+Select = Callable[[Tensor | None, Tensor, Tensor, torch.Generator], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+LogQ = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Scores = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A choice of candidates.
+
+    Attributes:
+        select: ``(scores, rewards, mask, generator) -> columns [B, S]``; -1 for none, column 0 for the positive. Scores are
+            None where ``scores`` is.
+        scores: ``(logprobs, reference_logprobs) -> [B, K]``, what `select` reads, times the method's beta; from a pass without
+            gradients. None: `select` is blind, and that pass is skipped.
+        kernel: ``(scores, positive, rewards, mask) -> [B, K]``, the probabilities behind the draws; for metrics.
+        log_q: ``(scores, rewards, mask, columns) -> [B, S]``, what the log q correction takes off each score; None: none.
+    """
+
+    select: Select
+    scores: Scores | None = None
+    kernel: Kernel | None = None
+    log_q: LogQ | None = None
+
+
+def log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Log-ratio of policy and reference: times beta, the implicit reward."""
+    return logprobs - reference
+
+
+def log_policy(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Log-prob of the policy alone: times beta, a tempered policy."""
+    return logprobs
+
+
+def mc_sampler(
+    *,
+    num_negatives: int,
+    strategy: Strategy,
+    include_positive: bool = False,
+    replacement: bool = False,
+    temperature: float = 1.0,
+    chain_steps: int = 1,
+    num_proposals: int | None = None,
+    scores: Scores = log_ratio,
+    log_q_correction: bool = False,
+) -> Sampler:
+    """The positive and M negatives that MC-PO's kernel draws among the candidates below it; arguments as `sample_negatives`.
+
+    Args:
+        num_negatives: M.
+        strategy: How they are drawn.
+        include_positive: Whether the positive is a state of the kernel.
+        replacement: Whether a candidate can be drawn more than once.
+        temperature: Divides the scores.
+        chain_steps: Steps of the chain.
+        num_proposals: Candidates that a step proposes.
+        scores: What the kernel weighs by, before beta.
+        log_q_correction: Whether each negative's score is corrected for the probability with which it was drawn.
+
+    Raises:
+        ValueError: The correction is asked for where that probability is not known.
+    """
+    if log_q_correction:
+        _check_correction(num_negatives, strategy, include_positive, replacement, num_proposals)
+    built = build_kernel(
+        strategy=strategy,
+        num_negatives=num_negatives,
+        include_positive=include_positive,
+        replacement=replacement,
+        temperature=temperature,
+        chain_steps=chain_steps,
+        num_proposals=num_proposals,
+    )
+
+    def select(
+        scores: Float[Tensor, "B K"] | None,
+        rewards: Float[Tensor, "B K"],
+        mask: Bool[Tensor, "B K"],
+        generator: torch.Generator,
+    ) -> Int[Tensor, "B S"]:
+        positive = pick_positive(rewards, mask, generator=generator)
+        known = torch.zeros_like(rewards) if scores is None else scores
+        negatives = built.draw(known, rewards, positive, _visible(rewards, positive, mask), mask, generator)
+        return torch.cat([positive.unsqueeze(1), negatives], dim=1)
+
+    def kernel(
+        scores: Float[Tensor, "B K"], positive: Int[Tensor, " B"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K"]:
+        return built.probabilities(scores, rewards, positive, _visible(rewards, positive, mask), mask)
+
+    def log_q(
+        scores: Float[Tensor, "B K"],
+        rewards: Float[Tensor, "B K"],
+        mask: Bool[Tensor, "B K"],
+        columns: Int[Tensor, "B S"],
+    ) -> Float[Tensor, "B S"]:
+        probabilities = kernel(scores, columns[:, 0], rewards, mask)
+        drawn = -importance_log_weights(probabilities, columns[:, 1:])
+        return torch.nn.functional.pad(drawn, (1, 0))
+
+    return Sampler(
+        select,
+        None if strategy in ("uniform", "sweet_spot", "all") else scores,
+        kernel,
+        log_q if log_q_correction else None,
+    )
+
+
+def _check_correction(
+    num_negatives: int, strategy: str, include_positive: bool, replacement: bool, num_proposals: int | None
+) -> None:
+    """Refuse the log q correction for draws whose probability is not the kernel's."""
+    if strategy != "mc" or include_positive or num_proposals is not None or (num_negatives > 1 and not replacement):
+        raise ValueError(
+            "log_q_correction needs negatives whose probability is known: strategy mc without include_positive and "
+            "num_proposals, and replacement: true where num_negatives is above 1"
+        )
+
+
+def _visible(rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
+    """The positive and what stands below it; nothing where nothing does: a positive alone is no group to draw from."""
+    below = eligible_negatives(rewards, positive, mask)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return below | ((columns == positive.unsqueeze(1)) & below.any(dim=1, keepdim=True))
+
+
+def some_below(num_negatives: int) -> Sampler:
+    """The positive and M random candidates below it."""
+    return mc_sampler(num_negatives=num_negatives, strategy="uniform")
+
+
+def one_below() -> Sampler:
+    """The positive and one random candidate below it."""
+    return some_below(1)
+
+
+def worst_below() -> Sampler:
+    """The positive and the candidate with the lowest reward."""
+    return _below(lambda rewards, below: torch.where(below, rewards, torch.inf).argsort(dim=1, stable=True)[:, :1])
+
+
+def all_below() -> Sampler:
+    """The positive and every candidate below it, in the group's order."""
+    # At least one column for negatives: K may be 1.
+    return _below(lambda rewards, below: (~below).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(below.shape[1] - 1, 1)])
+
+
+def _below(order: Callable[[Tensor, Tensor], Tensor]) -> Sampler:
+    """The positive and what stands first in an order of the candidates below it, as far as it is below it."""
+
+    def select(
+        scores: Float[Tensor, "B K"] | None,
+        rewards: Float[Tensor, "B K"],
+        mask: Bool[Tensor, "B K"],
+        generator: torch.Generator,
+    ) -> Int[Tensor, "B S"]:
+        positive = pick_positive(rewards, mask, generator=generator)
+        below = eligible_negatives(rewards, positive, mask)
+        columns = order(rewards, below)
+        negatives = torch.where(below.gather(1, columns), columns, -1)
+        return torch.cat([positive.unsqueeze(1), negatives], dim=1)[:, : max(mask.shape[1], 1)]
+
+    return Sampler(select)
+
+
+PAIRINGS: Mapping[str, Sampler | None] = {
+    "best_vs_one": one_below(),
+    "best_vs_each": all_below(),
+    "best_vs_worst": worst_below(),
+    "best_vs_hard": mc_sampler(num_negatives=1, strategy="mc"),
+    "best_vs_sweet_spot": mc_sampler(num_negatives=1, strategy="sweet_spot"),
+    "all_pairs": None,
+}
+"""What each pairing lets enter; with None all candidates do, and the loss forms the pairs."""
