@@ -121,7 +121,8 @@ def _demo(config: DemoConfig) -> Result:
 def _lab(config: LabConfig) -> Result:
     from ncalign.lab import run_lab
 
-    return run_lab(config.output_dir)
+    experiments = {"theory": run_lab}
+    return experiments[config.experiment](config.output_dir)
 
 
 def _after_lab_stopped(config: LabConfig) -> str:
