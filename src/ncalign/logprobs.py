@@ -41,13 +41,14 @@ class LogprobModel(nn.Module):
         self._autocast = autocast
         self._no_split_modules = list(base_causal_model(model)._no_split_modules or [])
 
-    def forward(self, batch: GroupBatch, select: Tensor | None = None) -> Tensor:
-        """See :func:`completion_logprobs`."""
-        if self._autocast is None:
+    def forward(self, batch: GroupBatch, select: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """See :func:`completion_logprobs`; ``dtype`` stands in for the model's own autocast."""
+        autocast = dtype or self._autocast
+        if autocast is None:
             return completion_logprobs(self.model, batch, select=select)
         # Without this peft casts every input of a float32 adapter to float32 and back, which costs more than the model itself.
         uncast = disable_input_dtype_casting(self.model) if isinstance(self.model, PeftModel) else nullcontext()
-        with uncast, torch.autocast(batch.input_ids.device.type, dtype=self._autocast):
+        with uncast, torch.autocast(batch.input_ids.device.type, dtype=autocast):
             return completion_logprobs(self.model, batch, select=select)
 
 
@@ -123,6 +124,16 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         return cap * torch.tanh(out / cap) if cap is not None else out
 
     return logits
+
+
+def completion_token_cost(model: PreTrainedModel | PeftModel) -> float:
+    """What a completion token costs in a prompt token's forward passes, ``1 + V d / N``: the head on top of N body weights."""
+    causal = base_causal_model(model)
+    head = causal.get_output_embeddings()
+    assert head is not None
+    embeddings = {id(weight) for weight in (head.weight, causal.get_input_embeddings().weight)}
+    body = sum(weight.numel() for weight in causal.parameters() if id(weight) not in embeddings)
+    return 1 + float(head.weight.numel()) / max(body, 1)
 
 
 @torch.no_grad()

@@ -29,6 +29,9 @@ class TrainConfig(EncodingConfig):
     cache_dir: Path | None = Field(None, description="Where reference log-probs are kept; default: the user's cache folder.")
     on_bad_row: OnBadRow = "error"
     dtype: DType = "float32"
+    scoring_dtype: Literal["bfloat16"] | None = Field(
+        None, description="Precision of the pass that scores candidates for the kernel; none: the training's."
+    )
     learning_rate: float = Field(
         5e-6, gt=0, description="Peak of the schedule. LoRA wants about 10 to 40 times that of all weights."
     )

@@ -29,12 +29,14 @@ class Sampler:
             gradients. None: `select` is blind, and that pass is skipped.
         kernel: ``(scores, positive, rewards, mask) -> [B, K]``, the probabilities behind the draws; for metrics.
         log_q: ``(scores, rewards, mask, columns) -> [B, S]``, what the log q correction takes off each score; None: none.
+        size: most candidates that enter, the positive included, where that is known before the draw; None: it may be all.
     """
 
     select: Select
     scores: Scores | None = None
     kernel: Kernel | None = None
     log_q: LogQ | None = None
+    size: int | None = None
 
 
 def log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -118,6 +120,7 @@ def mc_sampler(
         None if strategy in ("uniform", "sweet_spot", "all") else scores,
         kernel,
         log_q if log_q_correction else None,
+        1 + num_negatives,
     )
 
 

@@ -92,7 +92,7 @@ def _measure(engine: Engine, indices: list[int], groups: list[EncodedGroup]) -> 
 
     parameters = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        visit = engine.visit(Pass(indices, groups, True), epoch=0, train=True)
+        visit = engine.visit(Pass(indices, groups, True), epoch=0, scoring=engine.scoring(groups, at_reference=False))
     visit.loss.sum().backward()
     return sum(size for pointer, size in kept.items() if pointer not in parameters)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +32,15 @@ class Pass:
     counted: bool
 
 
+class Scoring(Enum):
+    """Where the scores come from that a sampler reads in training."""
+
+    NONE = "the sampler reads none"
+    KNOWN = "the policy is the reference still, whose log-probs are in hand"
+    APART = "a pass over all candidates without gradients"
+    TOGETHER = "the pass with gradients, which all candidates go through"
+
+
 @dataclass(frozen=True)
 class Engine:
     """Runs a method on batches of groups.
@@ -42,7 +52,9 @@ class Engine:
         pad_token_id: fills the rows.
         seed: of the kernel's draws.
         max_groups: most groups in a pass.
-        max_tokens: most padded tokens in a pass.
+        max_tokens: most tokens in a pass.
+        token_cost: what a completion token costs, in forward passes of a prompt token: the head comes on top of the body.
+        scoring_dtype: precision of the pass that scores candidates for the sampler; None: as the training's.
     """
 
     model: nn.Module
@@ -52,6 +64,8 @@ class Engine:
     seed: int
     max_groups: int
     max_tokens: int
+    token_cost: float = 1.0
+    scoring_dtype: torch.dtype | None = None
 
     @property
     def inner(self) -> LogprobModel:
@@ -74,24 +88,68 @@ class Engine:
         """The tensors of a pass on this process's device."""
         return collate(part.groups, pad_token_id=self.pad_token_id).to(self.accelerator.device)
 
-    def visit(self, part: Pass, *, epoch: int, train: bool, baseline: float = 0.0) -> Visit:
-        """Score, draw, and evaluate the objective; with gradients only through what enters the loss."""
-        batch, sampler = self.batch(part), self.method.sampler
-        mask, reference = batch.candidate_mask, batch.reference_logprobs
+    def scoring(self, groups: Sequence[EncodedGroup], *, at_reference: bool) -> Scoring:
+        """How the scores of a step's candidates are had, the same for all processes: each must know all groups of the step.
+
+        Gradients through all candidates cost `3P + 3KcT` forward passes of a token, a pass to score them and another through
+        the chosen ones `4P + (K + 3S)cT`: a group's prompt has P tokens, each of its K candidates T, S of them enter the loss,
+        and a completion token costs c.
+
+        Args:
+            groups: of the step, all processes'.
+            at_reference: whether the policy is known to be the reference still.
+        """
+        sampler = self.method.sampler
+        if at_reference:
+            return Scoring.KNOWN
+        if sampler is None or sampler.scores is None:
+            return Scoring.NONE
+        prompts = candidates = chosen = 0.0
+        for group in groups:
+            tokens, number = sum(len(completion) for completion in group.completions), len(group.completions)
+            prompts += len(group.prompt)
+            candidates += tokens
+            chosen += tokens * min(sampler.size or number, number) / number
+        cheaper = (2 * candidates - 3 * chosen) * self.token_cost < prompts
+        return Scoring.TOGETHER if cheaper else Scoring.APART
+
+    def visit(self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0) -> Visit:
+        """Score, draw, and evaluate the objective on what was drawn, with gradients.
+
+        Args:
+            part: the groups.
+            epoch: of the visit, for the sampler's random numbers.
+            scoring: where the scores come from that the sampler reads.
+            baseline: level that the method measures scores from.
+        """
+        batch = self.batch(part)
+        mask, graph = batch.candidate_mask, None
         logprobs = torch.full(mask.shape, NAN, device=mask.device)
-        read = sampler.scores if sampler is not None else None
-        if read is not None or not train:
-            logprobs = self.score(batch)
-        scores = None if read is None else self.method.beta * read(logprobs, reference.to(logprobs.dtype))
-        select = None if sampler is None else self._select(sampler, scores, batch, part.indices, epoch)
-        if train:
-            self.model.train()
-            entering = self.model(batch, select)
-            logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
-        else:
-            entering = logprobs if select is None else _gathered(logprobs, select)
-        loss = self.method.loss(_entering(entering, batch, sampler, select, scores, baseline))
-        return self._account(batch, loss, logprobs, scores, select)
+        if scoring is Scoring.KNOWN:
+            logprobs = batch.reference_logprobs.float()
+        elif scoring is Scoring.TOGETHER:
+            graph = self._train(batch, None)
+            logprobs = graph.detach().masked_fill(~mask, NAN)
+        elif scoring is Scoring.APART:
+            logprobs = self.score(batch, dtype=self.scoring_dtype)
+        select, scores = self._select(batch, logprobs, part.indices, epoch)
+        entering = self._train(batch, select) if graph is None else _gathered(graph, select)
+        logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
+        return self._account(batch, entering, logprobs, scores, select, baseline)
+
+    @torch.no_grad()
+    def look(self, part: Pass, *, epoch: int, baseline: float = 0.0) -> Visit:
+        """As `visit`, without gradients and with the log-probs of all candidates."""
+        batch = self.batch(part)
+        logprobs = self.score(batch)
+        select, scores = self._select(batch, logprobs, part.indices, epoch)
+        return self._account(batch, _gathered(logprobs, select), logprobs, scores, select, baseline)
+
+    def _train(self, batch: GroupBatch, select: Tensor | None) -> Tensor:
+        """Log-probs with gradients."""
+        self.model.train()
+        logprobs: Tensor = self.model(batch, select)
+        return logprobs
 
     def mismatched_log_ratio(self, groups: Sequence[EncodedGroup]) -> float:
         """Mean log-ratio of all processes' candidates of these groups, without gradients; NaN where there are none."""
@@ -106,10 +164,10 @@ class Engine:
         return total / count if count else NAN
 
     @torch.no_grad()
-    def score(self, batch: GroupBatch) -> Tensor:
-        """Log-probs of all candidates without gradients; NaN where there is none."""
+    def score(self, batch: GroupBatch, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Log-probs of all candidates without gradients, in another precision if one is given; NaN where there is none."""
         self.model.eval()
-        logprobs: Tensor = self.model(batch)
+        logprobs: Tensor = self.model(batch, None, dtype)
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
 
     @torch.no_grad()
@@ -119,22 +177,38 @@ class Engine:
         logprobs: Tensor = self.model(batch)
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
 
-    def _select(self, sampler: Sampler, scores: Tensor | None, batch: GroupBatch, indices: list[int], epoch: int) -> Tensor:
-        """Each group draws with random numbers of its own, so that the split over passes and processes changes nothing."""
+    def _select(
+        self, batch: GroupBatch, logprobs: Tensor, indices: list[int], epoch: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The columns that enter the loss (None: all) and the scores that the sampler read (None: none)."""
+        sampler, rewards, mask = self.method.sampler, batch.rewards.cpu(), batch.candidate_mask.cpu()
+        if sampler is None:
+            return None, None
+        scores = None
+        if sampler.scores is not None:
+            scores = self.method.beta * sampler.scores(logprobs, batch.reference_logprobs.to(logprobs.dtype))
+        read = None if scores is None else scores.cpu()
         drawn = []
+        # Each group draws with random numbers of its own, so that the split over passes and processes changes nothing.
         for b, index in enumerate(indices):
             # The group's own columns only: padding would change how many random numbers a draw takes.
-            own = (slice(b, b + 1), slice(0, int(batch.candidate_mask[b].sum())))
-            row_scores = None if scores is None else scores[own].cpu()
+            own = (slice(b, b + 1), slice(0, int(mask[b].sum())))
             generator = visit_generator(self.seed, epoch=epoch, index=index)
-            drawn.append(sampler.select(row_scores, batch.rewards[own].cpu(), batch.candidate_mask[own].cpu(), generator))
+            drawn.append(sampler.select(None if read is None else read[own], rewards[own], mask[own], generator))
         width = max(choice.shape[1] for choice in drawn)
         padded = [nn.functional.pad(choice, (0, width - choice.shape[1]), value=-1) for choice in drawn]
-        return torch.cat(padded).to(batch.rewards.device)
+        return torch.cat(padded).to(batch.rewards.device), scores
 
     def _account(
-        self, batch: GroupBatch, loss: Tensor, logprobs: Tensor, scores: Tensor | None, select: Tensor | None
+        self,
+        batch: GroupBatch,
+        entering: Tensor,
+        logprobs: Tensor,
+        scores: Tensor | None,
+        select: Tensor | None,
+        baseline: float,
     ) -> Visit:
+        loss = self.method.loss(_entering(entering, batch, self.method.sampler, select, scores, baseline))
         logprobs = logprobs.detach()
         if select is not None:
             positive, negatives = select[:, 0], select[:, 1:]
@@ -226,8 +300,8 @@ def _entering(
     )
 
 
-def _gathered(values: Tensor, select: Tensor) -> Tensor:
-    return values.gather(1, select.clamp(min=0)).masked_fill(select < 0, NAN)
+def _gathered(values: Tensor, select: Tensor | None) -> Tensor:
+    return values if select is None else values.gather(1, select.clamp(min=0)).masked_fill(select < 0, NAN)
 
 
 def _placed(values: Tensor, entering: Tensor, select: Tensor | None) -> Tensor:

@@ -115,7 +115,8 @@ class Loop:
         """One optimizer step over the step's groups; returns the gradient norm and the tokens this process ran."""
         engine, accelerator = self.engine, self.engine.accelerator
         epoch, indices = self.plan.step_groups(step)
-        parts = engine.passes(indices, [self.groups[index] for index in indices])
+        groups = [self.groups[index] for index in indices]
+        parts, scoring = engine.passes(indices, groups), engine.scoring(groups, at_reference=step == 0)
         # Gradients are averaged over processes; each adds its groups' share of the step's mean.
         scale = accelerator.num_processes / len(indices)
         tokens, broken = 0, []
@@ -123,7 +124,7 @@ class Loop:
         implicit = torch.zeros(2, dtype=torch.float64)
         for number, part in enumerate(parts):
             with engine.no_sync_but_last(number, len(parts)):
-                visit = engine.visit(part, epoch=epoch, train=True, baseline=baseline)
+                visit = engine.visit(part, epoch=epoch, scoring=scoring, baseline=baseline)
                 accelerator.backward(visit.loss.sum() * (scale if part.counted else 0.0))
             if part.counted:
                 self.means.add(group_metrics(visit))
@@ -163,7 +164,7 @@ class Loop:
         baseline = self.baseline(self.eval_mismatched)
         with Bar("Evaluating", len(parts), shown=self.engine.accelerator.is_main_process) as bar:
             for part in parts:
-                visit = self.engine.visit(part, epoch=_EVALUATION_EPOCH, train=False, baseline=baseline)
+                visit = self.engine.look(part, epoch=_EVALUATION_EPOCH, baseline=baseline)
                 if part.counted:
                     means.add(group_metrics(visit))
                     finite = visit.loss.isfinite().tolist()

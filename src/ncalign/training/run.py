@@ -25,10 +25,10 @@ from ncalign.batching import GroupBatch
 from ncalign.cache import cache_folder
 from ncalign.encoding import EncodedGroup, Encoder
 from ncalign.groups import read_groups
-from ncalign.logprobs import LogprobModel, base_causal_model, check_head
+from ncalign.logprobs import LogprobModel, base_causal_model, check_head, completion_token_cost
 from ncalign.objectives import Method, build_method
 from ncalign.objectives.targets import warn_if_degenerate
-from ncalign.policy import Policy, load_policy, reference_mode
+from ncalign.policy import DTYPES, Policy, load_policy, reference_mode
 from ncalign.progress import say
 from ncalign.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
 from ncalign.settings import ConfigError
@@ -168,6 +168,24 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
     notices.append(notice)
     for notice in filter(None, (*notices, *encoder.report.notices())):
         _say(accelerator, f"note: {notice}")
+    engine, optimizer = make_engine(config, policy, method, accelerator)
+    plan = make_plan(
+        len(train),
+        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+    mismatched: list[list[EncodedGroup]] = [[], []]
+    if method.baseline is not None and method.baseline.mismatched:
+        mismatched = [mismatched_groups(groups, max_length=config.max_length) for groups in (train, held_out)]
+    return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
+
+
+def make_engine(
+    config: TrainConfig, policy: Policy, method: Method, accelerator: Accelerator
+) -> tuple[Engine, torch.optim.Optimizer]:
+    """The engine that runs the method on this policy, and the optimizer of what it trains."""
     if config.activation_checkpointing:
         recompute_activations(base_causal_model(policy.model))
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
@@ -182,18 +200,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
         seed=config.seed,
         max_groups=config.per_device_train_batch_size,
         max_tokens=config.max_tokens_per_batch,
+        token_cost=completion_token_cost(policy.model),
+        scoring_dtype=None if config.scoring_dtype is None else DTYPES[config.scoring_dtype],
     )
-    plan = make_plan(
-        len(train),
-        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-    )
-    mismatched: list[list[EncodedGroup]] = [[], []]
-    if method.baseline is not None and method.baseline.mismatched:
-        mismatched = [mismatched_groups(groups, max_length=config.max_length) for groups in (train, held_out)]
-    return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
+    return engine, optimizer
 
 
 def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
