@@ -19,6 +19,7 @@ from ncalign.config import DemoConfig, GenerateConfig
 from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.groups import Candidate, Group
 from ncalign.kernels import eligible_negatives
+from ncalign.layout import Span
 from ncalign.objectives import target_weights
 from ncalign.training_config import TrainConfig
 
@@ -44,10 +45,9 @@ def test_collate_puts_everything_in_its_place() -> None:
     )
     nan = float("nan")
     assert batch.ids == ("a", "b")
-    assert batch.input_ids.tolist() == [[1, 2, 3, PAD, PAD], [1, 2, 4, 5, 6], [7, 8, 1, 2, 3]]
-    assert batch.completion_mask.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
+    assert batch.spans == (Span(0, 2, (1, 3)), Span(6, 3, (2,)))
     assert batch.candidate_mask.tolist() == [[True, True], [True, False]]
-    assert batch.rows.tolist() == [[0, 1], [2, -1]]
     assert batch.completion_lengths.tolist() == [[1, 3], [2, 0]]
     rewards = torch.tensor([[0.5, nan], [0.25, nan]], dtype=torch.float64)
     torch.testing.assert_close(batch.rewards, rewards, rtol=0, atol=0, equal_nan=True)
@@ -96,17 +96,15 @@ class TestEncodeGroups:
         groups = [Group("a", "What is seven plus five?", [Candidate("The answer is twelve.", 1.0)])]
         with pytest.warns(UserWarning, match="1 prompts lost their beginning and 1 completions their end"):
             batch = encode_groups(tokenizer, groups, max_length=6, max_prompt_length=2)
-        assert batch.input_ids.shape == (1, 6)
-        assert batch.completion_mask.int().tolist() == [[0, 0, 1, 1, 1, 1]]
+        assert batch.spans == (Span(0, 2, (4,)),)
         turn = encode_groups(tokenizer, groups, string_prompts="user_turn")
-        assert tokenizer.decode(turn.input_ids[0]).startswith("<|im_start|>user\nWhat is seven plus five?")
+        assert tokenizer.decode(turn.tokens).startswith("<|im_start|>user\nWhat is seven plus five?")
 
     def test_pads_with_eos_where_there_is_no_padding_token(self) -> None:
         tokenizer = build_tokenizer()
         tokenizer.pad_token = None
         batch = encode_groups(tokenizer, [Group("a", "What", [Candidate(" is", 1.0), Candidate(" is seven plus", 0.0)])])
-        width = int(batch.completion_lengths[0, 0]) + 1
-        assert (batch.input_ids[0, -1], batch.input_ids[0, width]) == (tokenizer.eos_token_id, tokenizer.eos_token_id)
+        assert batch.pad_token_id == tokenizer.eos_token_id
 
     def test_refuses_what_can_not_be_a_batch(self) -> None:
         tokenizer = build_tokenizer()
@@ -118,40 +116,40 @@ class TestEncodeGroups:
             encode_groups(tokenizer, [Group("b", "What", [Candidate(" ", 1.0)], origin="x.jsonl:3")])
 
 
-def test_a_pad_token_inside_the_text_is_a_token() -> None:
-    # Many tokenizers pad with EOS: the mask, not the id, says what is padding.
-    batch = collate([group("a", [PAD, 1], [[2, PAD], [3]], [0.0, 0.0])], pad_token_id=PAD)
-    assert batch.completion_mask.int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 0]]
-
-
 def test_to_moves_every_tensor() -> None:
     batch = collate([group("a", [1], [[2]], [0.0])], pad_token_id=PAD).to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == len(dataclasses.fields(batch)) - 1
+    assert len(tensors) == len(dataclasses.fields(batch)) - 3  # ids, spans and the padding's id are no tensors
     assert all(tensor.device.type == "meta" for tensor in tensors)
 
 
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 8), st.integers(2, 60)), max_size=20),
+    sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(2, 60)), max_size=20),
     max_groups=st.integers(1, 6),
     max_tokens=st.integers(1, 400),
+    padded=st.booleans(),
 )
 def test_passes_hold_each_group_once_within_the_limits(
-    lengths: list[tuple[int, int]], max_groups: int, max_tokens: int
+    sizes: list[tuple[int, int]], max_groups: int, max_tokens: int, padded: bool
 ) -> None:
-    passes = list(split_by_tokens(lengths, max_groups=max_groups, max_tokens=max_tokens))
-    assert sorted(position for part in passes for position in part) == list(range(len(lengths)))
+    passes = list(split_by_tokens(sizes, max_groups=max_groups, max_tokens=max_tokens, padded=padded))
+    assert sorted(position for part in passes for position in part) == list(range(len(sizes)))
     for part in passes:
         assert 1 <= len(part) <= max_groups
-        padded = sum(lengths[position][0] for position in part) * max(lengths[position][1] for position in part)
-        assert padded <= max_tokens or len(part) == 1
-    widths = [lengths[position][1] for part in passes for position in part]
-    assert widths == sorted(widths, reverse=True)
+        rows, widths = zip(*(sizes[position] for position in part), strict=True)
+        tokens = sum(rows) * max(widths) if padded else sum(r * w for r, w in zip(rows, widths, strict=True))
+        assert tokens <= max_tokens or len(part) == 1
+    widths = tuple(sizes[position][1] for part in passes for position in part)
+    assert widths == tuple(sorted(widths, reverse=True))
 
 
 def test_passes_are_no_smaller_than_they_must_be() -> None:
-    assert list(split_by_tokens([(2, 10)] * 5, max_groups=8, max_tokens=80)) == [[0, 1, 2, 3], [4]]
-    assert list(split_by_tokens([(2, 10)] * 5, max_groups=3, max_tokens=10_000)) == [[0, 1, 2], [3, 4]]
+    for padded in (True, False):
+        assert list(split_by_tokens([(2, 10)] * 5, max_groups=8, max_tokens=80, padded=padded)) == [[0, 1, 2, 3], [4]]
+        assert list(split_by_tokens([(2, 10)] * 5, max_groups=3, max_tokens=10_000, padded=padded)) == [[0, 1, 2], [3, 4]]
+    # Two rows of 30 and two of 10 tokens: 4 rows of 30 when padded, 80 tokens when not.
+    assert list(split_by_tokens([(2, 10), (2, 30)], max_groups=8, max_tokens=100, padded=True)) == [[1], [0]]
+    assert list(split_by_tokens([(2, 10), (2, 30)], max_groups=8, max_tokens=100, padded=False)) == [[1, 0]]
 
 
 @pytest.mark.parametrize(("model", "needed"), [(TrainConfig, TRAIN), (GenerateConfig, GENERATE), (DemoConfig, {})])

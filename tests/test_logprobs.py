@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -50,11 +51,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _DECODER),
     "llama-tied": ("Llama", _DECODER | dict(tie_word_embeddings=True)),
     "qwen2": ("Qwen2", _DECODER),
+    "qwen2-window": ("Qwen2", _DECODER | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "qwen3": ("Qwen3", _DECODER | dict(head_dim=8)),
     # The window is shorter than the texts: what a token sees depends on its place in the row.
     "mistral": ("Mistral", _DECODER | dict(sliding_window=4)),
     "gemma2": ("Gemma2", _GEMMA | dict(attn_logit_softcapping=5.0)),
     "gemma3": ("Gemma3", _GEMMA),
+    "gemma": ("Gemma", _DECODER | dict(head_dim=8)),
+    "phi3": ("Phi3", _DECODER),
     "phi": ("Phi", _DECODER | dict(num_key_value_heads=4)),
     "gpt-neox": ("GPTNeoX", {k: v for k, v in _DECODER.items() if k != "num_key_value_heads"}),
     "gpt2": (
@@ -63,6 +67,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         | dict(eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     ),
     "mixtral": ("Mixtral", _DECODER | dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        _DECODER | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    ),
+    "qwen3-moe": ("Qwen3Moe", _DECODER | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)),
     "cohere": ("Cohere", _DECODER | dict(logit_scale=0.25)),
     "granite": ("Granite", _DECODER | dict(logits_scaling=4.0, embedding_multiplier=2.0, residual_multiplier=0.5)),
 }
@@ -150,12 +159,26 @@ def test_equals_log_softmax_of_full_logits_in_float32(name: str, ragged: list[En
     assert_same_gradients(weighted_gradients(model, flat_found), weighted_gradients(model, flat_expected), 1e-5)
 
 
+def padded_rows(batch: GroupBatch) -> tuple[Tensor, Tensor]:
+    """``[N, T]`` token ids of a row for each candidate, and which of them are scored; padded at the right."""
+    ids, scored = [], []
+    for span in batch.spans:
+        prompt = batch.tokens[span.start : span.start + span.prompt]
+        for offset, length in zip(span.offsets(), span.completions, strict=True):
+            ids.append(torch.cat([prompt, batch.tokens[offset : offset + length]]))
+            scored.append(torch.arange(len(ids[-1])) >= span.prompt)
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=batch.pad_token_id)
+    return padded, torch.nn.utils.rnn.pad_sequence(scored, batch_first=True)
+
+
 def full_logits(model: PreTrainedModel, batch: GroupBatch) -> Tensor:
-    """Log-probs [B, K] from all logits of the batch's own rows."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
-    token = logits.log_softmax(dim=-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    rows = (token * batch.completion_mask[:, 1:]).sum(dim=1)
-    return torch.where(batch.rows >= 0, rows[batch.rows.clamp(min=0)], 0.0)
+    """Log-probs [B, K] from all logits of padded rows."""
+    ids, scored = padded_rows(batch)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    token = logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    rows = (token * scored[:, 1:]).sum(dim=1)
+    return rows.new_zeros(batch.candidate_mask.shape).masked_scatter(batch.candidate_mask, rows)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "gpt2"])
@@ -229,13 +252,8 @@ def test_select_of_nothing_is_zero(ragged: list[EncodedGroup]) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "mixtral"])
 def test_what_fills_the_rows_is_never_seen(name: str, ragged: list[EncodedGroup]) -> None:
     model = build(name)
-    batch = batch_of(ragged)
-    noise = torch.randint(0, VOCABULARY, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
-    lengths = [len(g.prompt) + len(c) for g in ragged for c in g.completions]
-    padding = torch.arange(batch.input_ids.shape[1]) >= torch.tensor(lengths).unsqueeze(1)
-    filled = GroupBatch(**{**vars(batch), "input_ids": torch.where(padding, noise, batch.input_ids)})
-    assert not torch.equal(filled.input_ids, batch.input_ids)
-    torch.testing.assert_close(completion_logprobs(model, filled), completion_logprobs(model, batch), rtol=1e-6, atol=1e-5)
+    found, expected = (completion_logprobs(model, batch_of(ragged, pad=pad)) for pad in (PAD, 77))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_a_token_of_the_prompt_and_one_of_the_completion_matter(ragged: list[EncodedGroup]) -> None:
@@ -243,12 +261,13 @@ def test_a_token_of_the_prompt_and_one_of_the_completion_matter(ragged: list[Enc
     model = build("llama")
     batch = batch_of(ragged)
     before = completion_logprobs(model, batch).detach()
-    for column in (0, 9):
-        ids = batch.input_ids.clone()
-        ids[0, column] = (ids[0, column] + 1) % VOCABULARY
-        after = completion_logprobs(model, GroupBatch(**{**vars(batch), "input_ids": ids})).detach()
-        assert abs(float(after[0, 0] - before[0, 0])) > 1e-2
-        assert torch.equal(after[0, 1:] != before[0, 1:], torch.tensor([False, False]))
+    prompt = batch.spans[0].prompt
+    for place, seen_by in ((0, [True, True, True]), (prompt, [True, False, False])):
+        tokens = batch.tokens.clone()
+        tokens[place] = (tokens[place] + 1) % VOCABULARY
+        after = completion_logprobs(model, dataclasses.replace(batch, tokens=tokens)).detach()
+        assert ((after[0] - before[0]).abs() > 1e-3).tolist() == seen_by
+        assert torch.equal(after[1:], before[1:])
 
 
 def adapted(model: PreTrainedModel, *, seed: int = 0) -> PeftModel:
@@ -300,11 +319,9 @@ def test_bfloat16_sums_in_float32(ragged: list[EncodedGroup]) -> None:
     found = completion_logprobs(model, batch_of(ragged))
     assert found.dtype == torch.float32
     # log_softmax and the sum in float32, of the same bfloat16 logits.
-    logits = model(input_ids=batch_of(ragged).input_ids, use_cache=False).logits
-    assert logits.dtype == torch.bfloat16
-    token = logits[:, :-1].float().log_softmax(-1).gather(2, batch_of(ragged).input_ids[:, 1:, None]).squeeze(2)
-    rows = (token * batch_of(ragged).completion_mask[:, 1:]).sum(dim=1)
-    torch.testing.assert_close(found[batch_of(ragged).candidate_mask], rows, rtol=1e-2, atol=1e-2)
+    expected = full_logits(model, batch_of(ragged))
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_autocast_sums_in_float32(ragged: list[EncodedGroup]) -> None:
@@ -342,8 +359,8 @@ def test_no_tensor_of_all_logits_is_ever_made() -> None:
             LlamaConfig(**(_DECODER | dict(vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1)))
         )
     batch = batch_of([group(1, 6, [26, 20]), group(2, 10, [22, 15])])
-    rows, tokens = batch.input_ids.shape
-    scored = int(batch.completion_mask.sum())
+    rows, tokens = padded_rows(batch)[0].shape
+    scored = int(batch.completion_lengths.sum())
 
     def largest(run: Callable[[], Tensor]) -> int:
         with Largest() as mode:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ncalign.encoding import EncodedGroup, Encoder
 from ncalign.groups import Group
+from ncalign.layout import Span
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """B groups with at most K candidates each, and their tokens, one row for a prompt and one completion.
+    """B groups with at most K candidates each, and their tokens, each once.
 
     Attributes:
         ids: the groups' ids.
@@ -27,9 +29,9 @@ class GroupBatch:
         rewards: float64, for rewards that float32 would round into ties; NaN where missing.
         reference_logprobs: nats, summed over completion tokens; NaN where not known.
         completion_lengths: scored tokens; 0 where there is no candidate.
-        rows: each candidate's row in the token tensors; -1 where there is none.
-        input_ids: prompt then completion then padding at the right, which no real token sees under causal attention.
-        completion_mask: True at the tokens that are scored.
+        tokens: of all groups, one after the other.
+        spans: where each group's prompt and completions lie in them.
+        pad_token_id: fills rows, where a layout has any.
     """
 
     ids: tuple[str, ...]
@@ -37,45 +39,49 @@ class GroupBatch:
     rewards: Float[Tensor, "B K"]
     reference_logprobs: Float[Tensor, "B K"]
     completion_lengths: Int[Tensor, "B K"]
-    rows: Int[Tensor, "B K"]
-    input_ids: Int[Tensor, "N T"]
-    completion_mask: Bool[Tensor, "N T"]
+    tokens: Int[Tensor, " N"]
+    spans: tuple[Span, ...]
+    pad_token_id: int
 
     def to(self, device: torch.device | str) -> GroupBatch:
         """The batch with its tensors on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return GroupBatch(self.ids, **moved)
+        return replace(
+            self,
+            candidate_mask=self.candidate_mask.to(device),
+            rewards=self.rewards.to(device),
+            reference_logprobs=self.reference_logprobs.to(device),
+            completion_lengths=self.completion_lengths.to(device),
+            tokens=self.tokens.to(device),
+        )
 
 
 def collate(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> GroupBatch:
-    """Stack groups into a batch; K and T are the largest among them."""
+    """Put groups into a batch; K is the largest among them."""
     num_groups = len(groups)
     num_candidates = max(len(group.completions) for group in groups)
-    width = max(group.length for group in groups)
-    num_rows = sum(len(group.completions) for group in groups)
     mask = torch.zeros(num_groups, num_candidates, dtype=torch.bool)
     rewards = torch.full((num_groups, num_candidates), float("nan"), dtype=torch.float64)
     references = torch.full((num_groups, num_candidates), float("nan"), dtype=torch.float64)
     lengths = torch.zeros(num_groups, num_candidates, dtype=torch.long)
-    rows = torch.full((num_groups, num_candidates), -1, dtype=torch.long)
-    input_ids = torch.full((num_rows, width), pad_token_id, dtype=torch.long)
-    completion_mask = torch.zeros(num_rows, width, dtype=torch.bool)
-    row = 0
+    spans: list[Span] = []
     for b, group in enumerate(groups):
-        prompt = torch.from_numpy(group.prompt).long()
-        for k, completion in enumerate(group.completions):
-            end = len(prompt) + len(completion)
-            input_ids[row, : len(prompt)] = prompt
-            input_ids[row, len(prompt) : end] = torch.from_numpy(completion).long()
-            completion_mask[row, len(prompt) : end] = True
-            mask[b, k] = True
-            lengths[b, k] = len(completion)
-            rows[b, k] = row
-            row += 1
-        rewards[b, : len(group.rewards)] = _float64(group.rewards)
-        references[b, : len(group.rewards)] = _float64(group.reference_logprobs)
-    ids = tuple(group.id for group in groups)
-    return GroupBatch(ids, mask, rewards, references, lengths, rows, input_ids, completion_mask)
+        sizes = tuple(len(completion) for completion in group.completions)
+        mask[b, : len(sizes)] = True
+        lengths[b, : len(sizes)] = torch.tensor(sizes)
+        rewards[b, : len(sizes)] = _float64(group.rewards)
+        references[b, : len(sizes)] = _float64(group.reference_logprobs)
+        spans.append(Span(spans[-1].end if spans else 0, len(group.prompt), sizes))
+    tokens = np.concatenate([part for group in groups for part in (group.prompt, *group.completions)])
+    return GroupBatch(
+        ids=tuple(group.id for group in groups),
+        candidate_mask=mask,
+        rewards=rewards,
+        reference_logprobs=references,
+        completion_lengths=lengths,
+        tokens=torch.from_numpy(tokens).long(),
+        spans=tuple(spans),
+        pad_token_id=pad_token_id,
+    )
 
 
 def encode_groups(
@@ -123,32 +129,36 @@ def visit_generator(seed: int, *, epoch: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(_mix(seed, epoch, index))
 
 
-def split_by_tokens(lengths: Sequence[tuple[int, int]], *, max_groups: int, max_tokens: int) -> Iterator[list[int]]:
-    """Split groups into passes of at most ``max_groups`` groups and ``max_tokens`` padded tokens, longest first.
+def split_by_tokens(sizes: Sequence[tuple[int, int]], *, max_groups: int, max_tokens: int, padded: bool) -> Iterator[list[int]]:
+    """Split groups into passes of at most ``max_groups`` groups and ``max_tokens`` tokens, groups of like length together.
 
     Args:
-        lengths: of each group, its rows and its longest row's tokens.
+        sizes: of each group, its rows and its longest row's tokens; or where prompts are shared, 1 and all its tokens.
         max_groups: most groups in a pass.
-        max_tokens: most rows x longest row in a pass; a group above it makes a pass of its own.
+        max_tokens: most tokens in a pass; a group above it makes a pass of its own.
+        padded: whether each row takes as many tokens as the longest of its pass.
 
     Yields:
-        Positions in ``lengths``.
+        Positions in ``sizes``.
 
     Example:
-        >>> list(split_by_tokens([(2, 10), (2, 50), (2, 40)], max_groups=8, max_tokens=200))
+        >>> list(split_by_tokens([(2, 10), (2, 50), (2, 40)], max_groups=8, max_tokens=200, padded=True))
+        [[1, 2], [0]]
+        >>> list(split_by_tokens([(1, 10), (1, 50), (1, 40)], max_groups=8, max_tokens=90, padded=False))
         [[1, 2], [0]]
     """
     current: list[int] = []
-    rows = width = 0
-    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i][1]):
-        group_rows, group_width = lengths[position]
-        full = len(current) == max_groups or (rows + group_rows) * max(width, group_width) > max_tokens
-        if current and full:
+    rows = width = tokens = 0
+    for position in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        group_rows, group_width = sizes[position]
+        needed = (rows + group_rows) * max(width, group_width) if padded else tokens + group_rows * group_width
+        if current and (len(current) == max_groups or needed > max_tokens):
             yield current
-            current, rows, width = [], 0, 0
+            current, rows, width, tokens = [], 0, 0, 0
         current.append(position)
         rows += group_rows
         width = max(width, group_width)
+        tokens += group_rows * group_width
     if current:
         yield current
 

@@ -44,6 +44,11 @@ class EncodedGroup:
         """Tokens of the prompt and the longest completion."""
         return len(self.prompt) + max(len(completion) for completion in self.completions)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and all completions."""
+        return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
 
 @dataclass
 class EncodingReport:

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ncalign.batching import GroupBatch
+from ncalign.layout import Layout, Span, padded_layout, shared_layout
+from ncalign.sharing import NAME as SHARED
+from ncalign.sharing import shares_prompts
 
 _CHUNK_LOGITS = {"cpu": 2**22, "other": 2**26}
 """Logits held at a time: 16 MiB in float32 on a CPU, 256 MiB on an accelerator."""
@@ -48,7 +51,7 @@ class LogprobModel(nn.Module):
             return completion_logprobs(self.model, batch, select=select)
         # Without this peft casts every input of a float32 adapter to float32 and back, which costs more than the model itself.
         uncast = disable_input_dtype_casting(self.model) if isinstance(self.model, PeftModel) else nullcontext()
-        with uncast, torch.autocast(batch.input_ids.device.type, dtype=autocast):
+        with uncast, torch.autocast(batch.tokens.device.type, dtype=autocast):
             return completion_logprobs(self.model, batch, select=select)
 
 
@@ -75,22 +78,105 @@ def completion_logprobs(
     Raises:
         ValueError: ``model`` is no such model.
     """
-    rows = batch.rows if select is None else _gather_rows(batch.rows, select)
-    present = rows >= 0
-    wanted = rows[present]
     causal = base_causal_model(model)
-    if wanted.numel() == 0:
-        return torch.zeros(rows.shape, device=rows.device)
-    scored = batch.completion_mask[wanted]
-    # Padding stands at the right, where causal attention keeps it from every real token: no attention mask is needed.
-    width = int(scored.any(dim=0).nonzero().max()) + 1
-    input_ids = batch.input_ids[wanted][:, :width]
-    predicts = scored[:, 1:width]
-    hidden = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][predicts]
-    targets = input_ids[:, 1:][predicts]
-    token_logprobs = _token_logprobs(head_of(causal), hidden, targets, chunk_tokens or _chunk_tokens(causal, hidden.device))
-    per_row = token_logprobs.new_zeros(predicts.shape).masked_scatter(predicts, token_logprobs).sum(dim=-1)
-    return per_row.new_zeros(rows.shape).masked_scatter(present, per_row)
+    wanted, places = _wanted(batch, select)
+    if not any(wanted):
+        return torch.zeros(places.shape, device=batch.tokens.device)
+    if shares_prompts(causal):
+        layout = shared_layout(batch.tokens, batch.spans, wanted)
+    else:
+        layout = padded_layout(batch.tokens, batch.spans, wanted, pad_token_id=batch.pad_token_id)
+    hidden = _body(causal, layout).flatten(0, 1)[layout.predictors]
+    chunk = chunk_tokens or _chunk_tokens(causal, hidden.device)
+    token_logprobs = _token_logprobs(head_of(causal), hidden, layout.targets, chunk)
+    # One more candidate than there are stands for those that are absent.
+    summed = token_logprobs.new_zeros(layout.num_candidates + 1).index_add(0, layout.owners, token_logprobs)
+    return summed[places.to(summed.device)]
+
+
+def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], Int[Tensor, "B S"]]:
+    """The candidates of each group that are asked for, each once, and the place of each cell's among all of them."""
+    sizes = [len(span.completions) for span in batch.spans]
+    cells = [list(range(size)) for size in sizes] if select is None else select.tolist()
+    wanted = [sorted({k for k in row if k >= 0}) for row in cells]
+    width = batch.candidate_mask.shape[1] if select is None else select.shape[1]
+    absent = sum(map(len, wanted))
+    places = torch.full((len(sizes), width), absent)
+    first = 0
+    for b, (row, chosen) in enumerate(zip(cells, wanted, strict=True)):
+        at = {k: first + place for place, k in enumerate(chosen)}
+        for s, k in enumerate(row):
+            places[b, s] = at.get(k, absent)
+        first += len(chosen)
+    return wanted, places
+
+
+def _body(causal: PreTrainedModel, layout: Layout) -> Tensor:
+    """Last hidden states of a layout's rows."""
+    if layout.segments is None:
+        # Padding stands at the right, where causal attention keeps it from every real token: no attention mask is needed.
+        hidden: Tensor = causal.base_model(input_ids=layout.input_ids, use_cache=False).last_hidden_state
+        return hidden
+    # A mask that is given is passed on as it is; without one the model would make one of the row's length squared.
+    given = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.input_ids.device)
+    hidden = causal.base_model(
+        input_ids=layout.input_ids,
+        position_ids=layout.position_ids,
+        attention_mask=given,
+        use_cache=False,
+        segments=layout.segments,
+    ).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
+    """Have the model compute each prompt once for all its completions, if that gives what rows of their own give.
+
+    Both are computed for two small groups. Where they differ (a layer that mixes tokens in another way than attention, an
+    attention that is not transformers' own interface) the model is left as it was.
+
+    Returns:
+        Why prompts can't be shared; None where they are from now on.
+    """
+    causal = base_causal_model(model)
+    if shares_prompts(causal):
+        return None
+    batch = _probe(causal)
+    training = model.training
+    before = causal.config.get_text_config()._attn_implementation
+    model.eval()
+    try:
+        expected = completion_logprobs(model, batch)
+        causal.set_attn_implementation(SHARED)
+        error = float((completion_logprobs(model, batch) - expected).abs().max())
+        reason = None if error <= _probe_tolerance(causal, expected) else f"log-probs differ by {error:.2g} nats"
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as failure:
+        reason = str(failure).strip().split("\n", 1)[0] or type(failure).__name__
+    model.train(training)
+    if reason is not None:
+        causal.set_attn_implementation(before)
+    return reason
+
+
+def _probe(causal: PreTrainedModel) -> GroupBatch:
+    """Two small groups of arbitrary tokens, longer than a short window."""
+    vocabulary = causal.config.get_text_config().vocab_size
+    sizes = ((23, (9, 4, 12)), (11, (1, 7)))
+    spans: list[Span] = []
+    for prompt, completions in sizes:
+        spans.append(Span(spans[-1].end if spans else 0, prompt, completions))
+    tokens = (torch.arange(spans[-1].end, device=causal.device) * 7919 + 11) % vocabulary
+    mask = torch.tensor([[True, True, True], [True, True, False]], device=causal.device)
+    unknown = torch.full(mask.shape, float("nan"), dtype=torch.float64, device=causal.device)
+    lengths = torch.tensor([[9, 4, 12], [1, 7, 0]], device=causal.device)
+    return GroupBatch(("0", "1"), mask, unknown, unknown, lengths, tokens, tuple(spans), pad_token_id=0)
+
+
+def _probe_tolerance(causal: PreTrainedModel, expected: Tensor) -> float:
+    """Nats by which rounding can set the two apart: each token's log-prob is rounded on its own."""
+    share = 1e-5 if causal.dtype in (torch.float32, torch.float64) else 0.05
+    return share * max(1.0, float(expected.abs().max()))
 
 
 def base_causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -177,7 +263,3 @@ def _chunk(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) ->
 def _chunk_tokens(model: PreTrainedModel, device: torch.device) -> int:
     budget = _CHUNK_LOGITS["cpu" if device.type == "cpu" else "other"]
     return max(1, budget // int(model.config.get_text_config().vocab_size))
-
-
-def _gather_rows(rows: Int[Tensor, "B K"], select: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-    return rows.gather(1, select.clamp(min=0)).masked_fill(select < 0, -1)

@@ -49,7 +49,10 @@ class TrainConfig(EncodingConfig):
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Passes in one optimizer step.")
     max_tokens_per_batch: int = Field(
-        8192, ge=1, description="Padded tokens in one pass, at most; a batch above it is split. One group is never split."
+        8192, ge=1, description="Tokens in one pass, at most; a batch above it is split. One group is never split."
+    )
+    share_prompts: bool = Field(
+        True, description="Compute each prompt once for all its completions, where the model's architecture allows it."
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
     seed: Seed = Field(0, description="Of the order of the groups, the kernel's draws and the adapter's initial weights.")

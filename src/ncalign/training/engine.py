@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ncalign.batching import GroupBatch, collate, split_by_tokens, visit_generator
 from ncalign.encoding import EncodedGroup
 from ncalign.kernels import pick_positive
-from ncalign.logprobs import LogprobModel
+from ncalign.logprobs import LogprobModel, base_causal_model
 from ncalign.objectives import Entering, Method, Sampler
 from ncalign.policy import reference_mode
 from ncalign.progress import Bar
 from ncalign.reference import ReferenceCache, candidate_key, missing_groups
+from ncalign.sharing import shares_prompts
 from ncalign.training.metrics import NAN, Visit
 
 
@@ -77,8 +78,9 @@ class Engine:
     def passes(self, indices: Sequence[int], groups: Sequence[EncodedGroup], *, max_groups: int | None = None) -> list[Pass]:
         """This process's share of the groups in passes, equally many on every process (wrappers may communicate in each)."""
         share = range(self.accelerator.process_index, len(groups), self.accelerator.num_processes)
-        sizes = [(len(groups[i].completions), groups[i].length) for i in share]
-        split = split_by_tokens(sizes, max_groups=max_groups or self.max_groups, max_tokens=self.max_tokens)
+        shared = shares_prompts(base_causal_model(self.inner.model))
+        sizes = [(1, groups[i].num_tokens) if shared else (len(groups[i].completions), groups[i].length) for i in share]
+        split = split_by_tokens(sizes, max_groups=max_groups or self.max_groups, max_tokens=self.max_tokens, padded=not shared)
         passes = [Pass([indices[share[i]] for i in part], [groups[share[i]] for i in part], True) for part in split]
         most = max(gather_object([len(passes)])) if self.accelerator.num_processes > 1 else len(passes)
         filler = Pass([indices[0]], [groups[0]], False) if len(passes) < most else None
@@ -214,7 +216,7 @@ class Engine:
             positive, negatives = select[:, 0], select[:, 1:]
         else:
             positive = pick_positive(batch.rewards, batch.candidate_mask, generator=None)
-            candidates = torch.arange(batch.rewards.shape[1], device=positive.device).expand_as(batch.rows)
+            candidates = torch.arange(batch.rewards.shape[1], device=positive.device).expand_as(batch.rewards)
             lower = batch.candidate_mask & (batch.rewards < batch.rewards.gather(1, positive.unsqueeze(1)))
             negatives = candidates.masked_fill(~lower, -1)
         method = self.method

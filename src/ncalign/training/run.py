@@ -25,7 +25,7 @@ from ncalign.batching import GroupBatch
 from ncalign.cache import cache_folder
 from ncalign.encoding import EncodedGroup, Encoder
 from ncalign.groups import read_groups
-from ncalign.logprobs import LogprobModel, base_causal_model, check_head, completion_token_cost
+from ncalign.logprobs import LogprobModel, base_causal_model, check_head, completion_token_cost, share_prompts
 from ncalign.objectives import Method, build_method
 from ncalign.objectives.targets import warn_if_degenerate
 from ncalign.policy import DTYPES, Policy, load_policy, reference_mode
@@ -188,6 +188,9 @@ def make_engine(
     """The engine that runs the method on this policy, and the optimizer of what it trains."""
     if config.activation_checkpointing:
         recompute_activations(base_causal_model(policy.model))
+    reason = share_prompts(policy.model) if config.share_prompts else None
+    if reason is not None:
+        _say(accelerator, f"note: each completion computes its prompt anew, since prompts can't be shared here: {reason}")
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
     autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     model = LogprobModel(policy.model, autocast=autocast)

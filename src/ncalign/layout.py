@@ -1,0 +1,155 @@
+"""How a batch's tokens are laid out for the model: prompts shared by their completions, or a padded row for each completion.
+
+Both layouts say which hidden state predicts which scored token, so that what comes after the model's body is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """Where a group's tokens lie: the prompt's first, then each completion's.
+
+    Attributes:
+        start: index of the prompt's first token.
+        prompt: tokens of the prompt.
+        completions: tokens of each completion.
+    """
+
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Index after the group's last token."""
+        return self.start + self.prompt + sum(self.completions)
+
+    def offsets(self) -> list[int]:
+        """Index of each completion's first token."""
+        found, at = [], self.start + self.prompt
+        for length in self.completions:
+            found.append(at)
+            at += length
+        return found
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Groups that lie one after the other in one row of tokens, and masks once made for them."""
+
+    spans: tuple[Span, ...]
+    masks: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tokens as the model takes them, and where to find the log-probs of the scored ones.
+
+    Attributes:
+        input_ids: ``[rows, width]``.
+        position_ids: each token's distance from its prompt's beginning; None where rows begin with their prompts.
+        segments: of a row that shares prompts; None for rows of their own.
+        predictors: index of the hidden state, rows one after the other, that predicts each scored token.
+        targets: the scored tokens.
+        owners: place of each scored token's candidate among the wanted ones.
+        num_candidates: candidates wanted.
+    """
+
+    input_ids: Int[Tensor, "R W"]
+    position_ids: Int[Tensor, "R W"] | None
+    segments: Segments | None
+    predictors: Int[Tensor, " C"]
+    targets: Int[Tensor, " C"]
+    owners: Int[Tensor, " C"]
+    num_candidates: int
+
+
+def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]]) -> Layout:
+    """One row in which each prompt stands once, with the wanted completions after it, each at the position after the prompt.
+
+    Args:
+        tokens: of all groups.
+        spans: where each group's lie.
+        wanted: of each group, its candidates to lay out, each once; a group without any is left out.
+
+    Example:
+        >>> tokens = torch.tensor([1, 2, 3, 4, 5, 6])
+        >>> layout = shared_layout(tokens, [Span(0, 2, (1, 3))], [[0, 1]])
+        >>> layout.position_ids
+        tensor([[0, 1, 2, 2, 3, 4]])
+        >>> layout.predictors  # the prompt's last token predicts the first one of both
+        tensor([1, 1, 3, 4])
+    """
+    picked: list[Tensor] = []
+    positions: list[Tensor] = []
+    placed: list[Span] = []
+    at = 0
+    for span, chosen in zip(spans, wanted, strict=True):
+        if not chosen:
+            continue
+        offsets = span.offsets()
+        pieces = [(span.start, span.prompt, 0)] + [(offsets[k], span.completions[k], span.prompt) for k in chosen]
+        picked += [torch.arange(first, first + length) for first, length, _ in pieces]
+        positions += [torch.arange(position, position + length) for _, length, position in pieces]
+        placed.append(Span(at, span.prompt, tuple(span.completions[k] for k in chosen)))
+        at = placed[-1].end
+    input_ids = tokens[torch.cat(picked).to(tokens.device)].unsqueeze(0)
+    predictors, scored, owners = _scored(
+        (span.start + span.prompt, offset, length)
+        for span in placed
+        for offset, length in zip(span.offsets(), span.completions, strict=True)
+    )
+    device = tokens.device
+    return Layout(
+        input_ids=input_ids,
+        position_ids=torch.cat(positions).unsqueeze(0).to(device),
+        segments=Segments(tuple(placed)),
+        predictors=predictors.to(device),
+        targets=input_ids[0][scored.to(device)],
+        owners=owners.to(device),
+        num_candidates=sum(len(span.completions) for span in placed),
+    )
+
+
+def padded_layout(
+    tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]], *, pad_token_id: int
+) -> Layout:
+    """A row for each wanted candidate: its prompt, itself, and padding that causal attention keeps from every real token."""
+    rows = [(span, span.offsets()[k], span.completions[k]) for span, chosen in zip(spans, wanted, strict=True) for k in chosen]
+    width = max(span.prompt + length for span, _, length in rows)
+    # One more token than there are stands for padding.
+    index = torch.full((len(rows), width), len(tokens))
+    for row, (span, offset, length) in zip(index, rows, strict=True):
+        row[: span.prompt] = torch.arange(span.start, span.start + span.prompt)
+        row[span.prompt : span.prompt + length] = torch.arange(offset, offset + length)
+    input_ids = torch.cat([tokens, tokens.new_full((1,), pad_token_id)])[index.to(tokens.device)]
+    predictors, scored, owners = _scored(
+        (number * width + span.prompt, number * width + span.prompt, length) for number, (span, _, length) in enumerate(rows)
+    )
+    return Layout(
+        input_ids=input_ids,
+        position_ids=None,
+        segments=None,
+        predictors=predictors.to(tokens.device),
+        targets=input_ids.flatten()[scored.to(tokens.device)],
+        owners=owners.to(tokens.device),
+        num_candidates=len(rows),
+    )
+
+
+def _scored(completions: Iterable[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the predicting and of the scored tokens, and whose they are: (end of the prompt, offset, length) each."""
+    predictors, scored, owners = [], [], []
+    for owner, (end, offset, length) in enumerate(completions):
+        predictors.append(torch.cat([torch.tensor([end - 1]), torch.arange(offset, offset + length - 1)]))
+        scored.append(torch.arange(offset, offset + length))
+        owners.append(torch.full((length,), owner))
+    return torch.cat(predictors), torch.cat(scored), torch.cat(owners)

@@ -1,0 +1,229 @@
+"""Prompts computed once for all their completions: the same numbers as a row for each, on every architecture that is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
+
+from ncalign.batching import GroupBatch, collate
+from ncalign.layout import Segments, Span, padded_layout, shared_layout
+from ncalign.logprobs import LogprobModel, completion_logprobs, share_prompts
+from ncalign.sharing import mask_function, shares_prompts
+from ncalign.training.run import recompute_activations
+from test_logprobs import ARCHITECTURES, VOCABULARY, adapted, build, group
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+RAGGED = ((5, (3, 1, 7)), (12, (2,)), (1, (4, 4, 4, 4)), (9, (1, 6)))
+Sizes = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def batch_of(sizes: Sizes, *, seed: int = 0) -> GroupBatch:
+    groups = [group(seed * 100 + number, prompt, completions) for number, (prompt, completions) in enumerate(sizes)]
+    return collate(groups, pad_token_id=0)
+
+
+def values_and_gradients(
+    model: torch.nn.Module, batch: GroupBatch, select: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs, and the gradients of a weighted sum of them."""
+    model.zero_grad(set_to_none=True)
+    logprobs = completion_logprobs(model, batch, select=select)  # type: ignore[arg-type]
+    # Candidates weigh differently, so that errors of one do not make up for another's.
+    weights = 0.3 + 0.17 * torch.arange(logprobs.numel(), dtype=logprobs.dtype).view_as(logprobs)
+    (logprobs * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs.detach(), gradients
+
+
+def assert_same(
+    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], *, nats: float, relative: float
+) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=nats)
+    assert found[1].keys() == expected[1].keys()
+    assert found[1]
+    norm = torch.stack([g.norm() for g in expected[1].values()]).norm()
+    apart = torch.stack([(found[1][name] - g).norm() for name, g in expected[1].items()]).norm()
+    assert apart <= relative * norm
+
+
+def shared(name: str, **options: Any) -> PreTrainedModel:
+    model = build(name, **options)
+    assert share_prompts(model) is None
+    assert shares_prompts(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shared_is_padded(name: str) -> None:
+    batch = batch_of(RAGGED)
+    expected = values_and_gradients(build(name), batch)
+    assert_same(values_and_gradients(shared(name), batch), expected, nats=1e-4, relative=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi"])
+def test_shared_is_padded_to_the_last_digits_in_float64(name: str) -> None:
+    # Of architectures whose norms and rotations are in the model's own precision.
+    batch = batch_of(RAGGED)
+    expected = values_and_gradients(build(name, dtype=torch.float64), batch)
+    relative = 1e-6 if name == "phi" else 1e-12  # rotary angles are float32 whatever the model is
+    assert_same(values_and_gradients(shared(name, dtype=torch.float64), batch), expected, nats=relative, relative=relative)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple)), min_size=1, max_size=4
+    ).map(tuple),
+    name=st.sampled_from(["llama", "mistral", "gemma2"]),
+)
+def test_shared_is_padded_whatever_the_shapes(sizes: Sizes, name: str) -> None:
+    batch = batch_of(sizes)
+    expected = values_and_gradients(build(name), batch)
+    assert_same(values_and_gradients(shared(name), batch), expected, nats=1e-4, relative=1e-5)
+
+
+def test_select_takes_candidates_in_any_order_with_repeats_and_gaps() -> None:
+    batch = batch_of(RAGGED)
+    select = torch.tensor([[2, 0, 2], [-1, -1, -1], [3, -1, 1], [0, 1, -1]])
+    expected = values_and_gradients(build("llama"), batch, select)
+    found = values_and_gradients(shared("llama"), batch, select)
+    assert_same(found, expected, nats=1e-4, relative=1e-5)
+    assert found[0][0, 0] == found[0][0, 2]
+    assert found[0][1].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "mixtral"])
+def test_groups_and_completions_do_not_see_each_other(name: str) -> None:
+    model, batch = shared(name), batch_of(RAGGED)
+    before = completion_logprobs(model, batch).detach()
+    for b, span in enumerate(batch.spans):
+        for k, offset in enumerate(span.offsets()):
+            tokens = batch.tokens.clone()
+            tokens[offset] = (tokens[offset] + 1) % VOCABULARY
+            changed = completion_logprobs(model, replace(batch, tokens=tokens)).detach() != before
+            assert changed.nonzero().tolist() == [[b, k]]
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    batch = batch_of(RAGGED)
+    expected = values_and_gradients(shared("llama"), batch)
+    model = shared("llama")
+    recompute_activations(model)
+    model.train()
+    found = values_and_gradients(model, batch)
+    assert torch.equal(found[0], expected[0])
+    assert_same(found, expected, nats=0.0, relative=1e-6)
+
+
+def test_an_adapter_shares_too() -> None:
+    batch = batch_of(RAGGED)
+    expected = values_and_gradients(adapted(build("llama")), batch)
+    model = adapted(build("llama"))
+    assert share_prompts(model) is None
+    assert_same(values_and_gradients(model, batch), expected, nats=1e-4, relative=1e-5)
+
+
+def test_bfloat16_stays_near_the_padded_rows() -> None:
+    batch = batch_of(RAGGED)
+    with torch.no_grad():
+        expected = LogprobModel(build("llama"), autocast=torch.bfloat16)(batch)
+        found = LogprobModel(shared("llama"), autocast=torch.bfloat16)(batch)
+    # bfloat16 has 8 bits: a token's log-prob of a few nats is off by some hundredths in either.
+    assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
+
+
+def test_without_segments_it_is_the_attention_of_before() -> None:
+    ids = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones_like(ids)
+    padding[1, :4] = 0
+    for name in ("llama", "mistral", "gemma2"):
+        expected = build(name)(input_ids=ids, attention_mask=padding, use_cache=False).logits
+        found = shared(name)(input_ids=ids, attention_mask=padding, use_cache=False).logits
+        torch.testing.assert_close(found[padding.bool()], expected[padding.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_generation_is_as_before() -> None:
+    ids = torch.tensor([[5, 9, 14, 30]])
+    for name in ("llama", "gemma2", "gpt2"):
+        found, expected = (
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+            for model in (shared(name), build(name))
+        )
+        assert torch.equal(found, expected)
+
+
+def test_the_saved_model_does_not_know_of_it(tmp_path: Path) -> None:
+    shared("llama").save_pretrained(tmp_path)
+    assert "ncalign" not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not shares_prompts(loaded)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
+
+
+def test_what_mixes_tokens_in_another_way_is_left_as_it_was() -> None:
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = batch_of(RAGGED)
+    before = completion_logprobs(model, batch).detach()
+    assert share_prompts(model)
+    assert not shares_prompts(model)
+    assert torch.equal(completion_logprobs(model, batch).detach(), before)
+
+
+def test_what_looks_right_and_is_not_is_found_out() -> None:
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+
+    def leaky(*args: Any, **kwargs: Any) -> Any:
+        hidden, weights = forward(*args, **kwargs)
+        return hidden + 0.01 * hidden.mean(dim=1, keepdim=True), weights
+
+    attention.forward = leaky
+    reason = share_prompts(model)
+    assert reason is not None
+    assert "log-probs differ by" in reason
+    assert not shares_prompts(model)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_accelerators_mask_is_the_rule_written_out(window: int | None) -> None:
+    spans = (Span(0, 3, (2, 4)), Span(9, 1, (1,)), Span(11, 4, (3, 1, 2)))
+    length = spans[-1].end
+    found = create_mask(mask_function(Segments(spans), torch.device("cpu"), window), 1, 1, length, length, device="cpu")[0, 0]
+    expected = torch.zeros(length, length, dtype=torch.bool)
+    for span in spans:
+        prompt = list(range(span.start, span.start + span.prompt))
+        texts = [prompt] + [
+            prompt + list(range(offset, offset + size)) for offset, size in zip(span.offsets(), span.completions, strict=True)
+        ]
+        for text in texts:
+            for i, query in enumerate(text):
+                for j in range(i + 1):
+                    expected[query, text[j]] = window is None or i - j < window
+    assert torch.equal(found, expected)
+
+
+def test_layouts_by_hand() -> None:
+    tokens, spans = torch.arange(10, 21), [Span(0, 2, (1, 3)), Span(6, 3, (2,))]
+    row = shared_layout(tokens, spans, [[1], [0]])
+    assert row.input_ids.tolist() == [[10, 11, 13, 14, 15, 16, 17, 18, 19, 20]]
+    assert row.position_ids is not None
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
+    assert row.predictors.tolist() == [1, 2, 3, 7, 8]
+    assert row.targets.tolist() == [13, 14, 15, 19, 20]
+    assert row.owners.tolist() == [0, 0, 0, 1, 1]
+    rows = padded_layout(tokens, spans, [[0, 1], []], pad_token_id=9)
+    assert rows.input_ids.tolist() == [[10, 11, 12, 9, 9], [10, 11, 13, 14, 15]]
+    assert rows.predictors.tolist() == [1, 6, 7, 8]
+    assert rows.targets.tolist() == [12, 13, 14, 15]
