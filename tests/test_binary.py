@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+import trl_losses
+from ncalign.config import Pairing
 from ncalign.objectives.binary import (
     BCO,
     KTO,
@@ -30,6 +30,7 @@ from ncalign.objectives.binary import (
 )
 from ncalign.objectives.method import Method, entering_at, mean_over_negatives
 from ncalign.objectives.targets import sharpness, target_weights, z_scores
+from trl_losses import assert_trls, dpo_trainer, random_groups
 
 LABELLED = {
     "kto": partial(kto_loss, baseline=0.3, desirable_weight=1.5, undesirable_weight=0.75),
@@ -282,65 +283,6 @@ def test_a_shift_of_both_the_scores_and_the_baseline_changes_nothing(loss) -> No
 # --- TRL's own code ---------------------------------------------------------------------------------------------------
 
 
-def trl_trainer(logps: Tensor, **attributes) -> tuple[SimpleNamespace, dict[str, Tensor]]:
-    """What TRL reads of a trainer whose model returns these log-probs for completions of one token, and of a batch."""
-    rows = len(logps)
-    zeros = torch.zeros(rows, 1)
-
-    def model(**inputs) -> SimpleNamespace:
-        return SimpleNamespace(log_probs=logps.unsqueeze(1), entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-
-    model.training = False
-    same = {"gather": lambda value: value, "gather_for_metrics": lambda value: value}
-    trainer = SimpleNamespace(
-        model=model,
-        accelerator=SimpleNamespace(device=torch.device("cpu"), **same),
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        **attributes,
-    )
-    ones = torch.ones(rows, 2, dtype=torch.long)
-    return trainer, {"input_ids": ones, "attention_mask": ones, "completion_mask": torch.tensor([[0, 1]]).expand(rows, 2)}
-
-
-def trl_kto_loss(
-    logps: Tensor, reference: Tensor, labels: Tensor, kl_logps: Tensor, kl_reference: Tensor, *, beta: float, weights: Tensor
-) -> Tensor:
-    """The loss of a batch by TRL's `KTOTrainer`."""
-    trainer, batch = trl_trainer(
-        logps,
-        calculate_KL=True,
-        loss_type="kto",
-        beta=beta,
-        desirable_weight=weights[0].item(),
-        undesirable_weight=weights[1].item(),
-        _compute_kl_logps=lambda model, batch: kl_logps,
-    )
-    batch |= {"label": labels, "ref_logps": reference, "ref_KL_logps": kl_reference}
-    kto_trainer = pytest.importorskip("trl.trainer.kto_trainer")
-    return kto_trainer.KTOTrainer._compute_loss(trainer, trainer.model, batch, return_outputs=False)
-
-
-def trl_pair_loss(
-    name: str, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
-) -> Tensor:
-    """The loss of a batch of pairs by TRL's `DPOTrainer`."""
-    trainer, batch = trl_trainer(
-        torch.cat([chosen, rejected]),
-        loss_types=[name],
-        loss_weights=[1.0],
-        beta=beta,
-        ld_alpha=None,
-        f_divergence_type="reverse_kl",
-        use_weighting=False,
-    )
-    batch |= {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
-    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    return dpo_trainer.DPOTrainer._compute_loss(trainer, trainer.model, batch, return_outputs=False)
-
-
 @pytest.mark.parametrize("drift", [0.5, -0.5])
 @pytest.mark.parametrize("share", [0.5, 0.0, 1.0])
 def test_kto_is_trls(drift: float, share: float) -> None:
@@ -349,7 +291,7 @@ def test_kto_is_trls(drift: float, share: float) -> None:
     kl_reference = numbers(12, seed=3)
     kl_logps = kl_reference + drift + 0.1 * numbers(12, seed=4)
     weights = torch.tensor([1.4, 0.6])
-    theirs = trl_kto_loss(
+    theirs = trl_losses.kto_loss(
         logps.flatten(), reference.flatten(), labels.flatten(), kl_logps, kl_reference, beta=beta, weights=weights
     )
     config = KTO(beta=beta, desirable_weight=weights[0].item(), undesirable_weight=weights[1].item())
@@ -363,18 +305,11 @@ def test_kto_is_trls(drift: float, share: float) -> None:
     torch.testing.assert_close(gradient_of(ours, logps), gradient_of(theirs, logps), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "loss"), [("nca_pair", nca_pair_loss), ("bco_pair", biased_nca_loss)])
-def test_pair_losses_are_trls(name: str, loss) -> None:
-    chosen, rejected, ref_chosen, ref_rejected = (numbers(6, seed=seed).requires_grad_(seed < 2) for seed in range(4))
-    beta = 0.3
-    theirs = trl_pair_loss(name, chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    ours = loss(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)).mean()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    torch.testing.assert_close(gradient_of(ours, chosen), gradient_of(theirs, chosen), rtol=0, atol=1e-6)
-    if name == "bco_pair":
-        labels = torch.tensor([[True, False]]).expand(6, 2)
-        r = beta * torch.stack([chosen - ref_chosen, rejected - ref_rejected], dim=1)
-        torch.testing.assert_close(bco_loss(r, labels, real(6, 2), shift=0.0).mean(), ours, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("pairing", ["best_vs_worst", "best_vs_each", "all_pairs"])
+@pytest.mark.parametrize(("name", "config"), [("nca_pair", NCAPair), ("bco_pair", BiasedNCA)])
+def test_pair_methods_are_trls(name: str, config: type[NCAPair] | type[BiasedNCA], pairing: Pairing) -> None:
+    theirs = dpo_trainer([name], pairing=pairing, beta=0.3)
+    assert_trls(config(beta=0.3, pairing=pairing), theirs, random_groups())
 
 
 # --- Methods ----------------------------------------------------------------------------------------------------------

@@ -343,3 +343,12 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_laboratory_prints_the_bare_list_as_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"statement": "s", "source": "p", "predicted": 0.0, "measured": 0.0, "tolerance": 1e-12, "holds": True}
+    monkeypatch.setattr("ncalign.lab.run_lab", lambda output_dir: {"statements": [row], "text": "table", "files": []})
+    assert cli.main(["lab", "theory", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [row]

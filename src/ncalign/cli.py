@@ -53,6 +53,7 @@ class Verb(Generic[Config]):
     work: Callable[[Config], Result]
     when_interrupted: Callable[[Config], str]
     plan: Callable[[Config], Result] | None = None  # --dry-run
+    as_json: Callable[[Result], object] = lambda result: result  # what --json prints
     positional: tuple[str, ...] = ()
     groups: tuple[tuple[str, str], ...] = ()
 
@@ -196,6 +197,7 @@ LAB = Verb(
     "ncalign lab theory --output_dir runs/theory",
     _lab,
     _after_lab_stopped,
+    as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
 VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, CONVERT, GENERATE, SCORE, LAB)
@@ -315,7 +317,7 @@ def _run(verb: Verb[Config], rest: Sequence[str]) -> int:
         return FAILED
     except Exception:
         return _failed_by_a_bug()
-    _show(_as_json(result) if arguments.json else _summary(result))
+    _show(_as_json(verb.as_json(result)) if arguments.json else _summary(result))
     return DONE
 
 

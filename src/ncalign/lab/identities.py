@@ -126,7 +126,9 @@ def values_at_the_reference() -> Findings:
         ("NCA at the reference, K = 1 to 4, every alpha: 2 log 2", nca, twice),
         ("NCA of a pair at the reference: 2 log 2", pairs, twice),
     )
-    return Findings([Statement(text, "follows from the losses", value, furthest(got, value), EXACT) for text, got, value in cases])
+    return Findings(
+        [Statement(text, "follows from the losses", value, furthest(got, value), EXACT) for text, got, value in cases]
+    )
 
 
 def gradient_coefficients() -> Findings:
@@ -175,7 +177,11 @@ def invariances() -> Findings:
     return Findings(
         [
             Statement(
-                "RNCE ignores r + c(x): largest change", source, 0.0, max(_distances(_rnce, lambda r: _rnce(r + shift), at)), EXACT
+                "RNCE ignores r + c(x): largest change",
+                source,
+                0.0,
+                max(_distances(_rnce, lambda r: _rnce(r + shift), at)),
+                EXACT,
             ),
             Statement(
                 "InfoNCA ignores r + c(x): largest change",

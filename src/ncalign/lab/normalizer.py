@@ -64,7 +64,7 @@ def proposition_3_3() -> Findings:
         estimate = total + model
         statements += [
             Statement(
-                f"the expected gradient of log Z-hat is that of log Z, positive from the model, M = {num_negatives}: largest distance",
+                f"E grad log Z-hat = grad log Z with the positive from the model, M = {num_negatives}: largest distance",
                 "MC-PO Proposition 3.3",
                 0.0,
                 largest(estimate - exact),
@@ -72,7 +72,7 @@ def proposition_3_3() -> Findings:
             ),
             Statement(
                 f"RNCE's total expected gradient is 0 with the positive from the model, M = {num_negatives}: largest entry",
-                "MC-PO Proposition 3.3; fact 3",
+                "MC-PO Proposition 3.3",
                 0.0,
                 largest(total),
                 EXACT,
@@ -138,12 +138,14 @@ def _bias_rows(bias: Mapping[str, Line], model: Float[Tensor, " V"]) -> list[Sta
         for x in [worst["reference, positive from the model"]]
     ]
     statements.append(
-        Statement("bias, negatives from the reference, positive from the data: exponent of M from 12 to 50", source, -1.0, slope, 0.1)
+        Statement(
+            "bias, negatives from the reference, positive from the data: exponent of M from 12 to 50", source, -1.0, slope, 0.1
+        )
     )
     statements.append(
         Statement(
-            "bias, negatives from the kernel and logistic loss, M = 50: that of the model squared, which more negatives don't mend",
-            "MC-PO Algorithm 1; fact 4",
+            "bias, negatives from the kernel, logistic loss, M = 50: near that of the model squared, and not 0",
+            "MC-PO Algorithm 1",
             limit,
             bias["kernel, positive from the data"][-1][1],
             0.05 * limit,
