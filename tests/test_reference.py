@@ -62,8 +62,10 @@ class TestKeys:
         assert len({same, *others}) == 4
 
     def test_a_fingerprint_has_a_folder_of_its_own(self, tmp_path: Path) -> None:
-        folders = {reference_folder(tmp_path, digit * 64) for digit in "0123456789abcdef"}
-        assert len(folders) == 16
+        folders = {
+            reference_folder(tmp_path, digit * 64, shared=shared) for digit in "0123456789abcdef" for shared in (True, False)
+        }
+        assert len(folders) == 32
         assert all(tmp_path in folder.parents for folder in folders)
 
 

@@ -325,7 +325,7 @@ class TestSelfCheck:
 
         run = config("first", max_steps=1)
         run_training(run)
-        folder = reference_folder(run.cache_dir, ncalign.load_policy(run.model).fingerprint)
+        folder = reference_folder(run.cache_dir, ncalign.load_policy(run.model).fingerprint, shared=True)
         (part,) = folder.glob("*.parquet")
         table = pq.read_table(part)
         shifted = pa.array([value + 1.0 for value in table.column("logprob").to_pylist()])

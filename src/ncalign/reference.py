@@ -58,9 +58,9 @@ class ReferenceCache:
         self._pending.clear()
 
 
-def reference_folder(cache_dir: Path, fingerprint: str) -> Path:
-    """The folder of a fingerprint's reference log-probs."""
-    return cache_dir / "reference" / fingerprint[:32]
+def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool) -> Path:
+    """The folder of a fingerprint's reference log-probs; shared prompts round differently, and have one of their own."""
+    return cache_dir / "reference" / (fingerprint[:32] + ("-shared" if shared else ""))
 
 
 def candidate_key(group: EncodedGroup, candidate: int) -> bytes:

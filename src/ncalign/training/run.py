@@ -32,6 +32,7 @@ from ncalign.policy import DTYPES, Policy, load_policy, reference_mode
 from ncalign.progress import say
 from ncalign.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
 from ncalign.settings import ConfigError
+from ncalign.sharing import shares_prompts
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from ncalign.training.data import LoadedGroups, load_groups, mismatched_groups, split_held_out
@@ -250,7 +251,7 @@ def self_check(config: TrainConfig, prepared: Prepared) -> None:
     """Run :func:`check_first_step` on the first step's groups, and where others made the references, on groups all over."""
     engine = prepared.engine
     _, indices = prepared.plan.step_groups(0)
-    folder = reference_folder(_cache_dir(config), prepared.policy.fingerprint)
+    folder = _reference_folder(config, prepared)
     source = str(folder)
     if config.reference == "data":
         source = "the data"
@@ -280,7 +281,7 @@ def _fill_reference(config: TrainConfig, prepared: Prepared) -> None:
     groups = [*([] if given else [*prepared.train, *prepared.held_out]), *prepared.mismatched, *prepared.eval_mismatched]
     if not groups:
         return
-    cache = ReferenceCache(reference_folder(_cache_dir(config), prepared.policy.fingerprint))
+    cache = ReferenceCache(_reference_folder(config, prepared))
     try:
         if missing_groups(groups, cache):
             check_writable(cache.folder / "part.parquet")
@@ -416,8 +417,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _cache_dir(config: TrainConfig) -> Path:
-    return config.cache_dir or cache_folder()
+def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
+    shared = shares_prompts(base_causal_model(prepared.policy.model))
+    return reference_folder(config.cache_dir or cache_folder(), prepared.policy.fingerprint, shared=shared)
 
 
 def _say(accelerator: Accelerator, text: str) -> None:
