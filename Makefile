@@ -86,7 +86,7 @@ docs: $(VENV)/.dev  ## build the documentation; open site/index.html
 	@echo "== documentation, into site/"
 	@$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.dev  ## run every benchmark, one after the other; results in benchmarks/results.json
+bench: $(VENV)/.dev  ## run every benchmark, one after the other; results in benchmarks/RESULTS.md and results.json
 	@$(BIN)/python benchmarks/run_all.py
 
 clean:  ## remove what checks and builds leave behind (keeps .venv and runs)

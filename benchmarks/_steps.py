@@ -342,9 +342,8 @@ def make_loop(case: Case, folder: Path) -> Any:
         dtype=case.dtype,
         objective=TypeAdapter(ObjectiveConfig).validate_json(case.objective),
         per_device_train_batch_size=case.groups,
-        max_tokens_per_batch=10**9,
         report_to=(),
-        **options,
+        **{"max_tokens_per_batch": 10**9, **options},
     )
     accelerator = make_accelerator(config)
     policy = load_policy(str(folder), dtype=case.dtype)

@@ -1,4 +1,4 @@
-"""Run every benchmark of this folder, one after the other, and gather their rows in results.json.
+"""Run every benchmark of this folder, one after the other, and gather their rows in results.json and RESULTS.md.
 
 Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, holds, spread, conditions}``.
 """
@@ -6,9 +6,11 @@ Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, hol
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -16,19 +18,46 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     """Run the scripts; 1 when a goal does not hold or a script fails."""
-    rows, worst = [], 0
-    for script in sorted(HERE.glob("*.py")):
+    found: dict[str, list[dict[str, object]]] = {}
+    worst = 0
+    for script in sorted(HERE.glob("[!_]*.py")):
         if script.name == Path(__file__).name:
             continue
         print(f"== {script.name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "rows.json"
             worst = max(worst, abs(subprocess.call([sys.executable, str(script), "--json", str(output)])))
-            rows += json.loads(output.read_text()) if output.is_file() else []
-    target = HERE / "results.json"
-    target.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"== {len(rows)} rows in {target.relative_to(HERE.parent)}")
+            found[script.name] = json.loads(output.read_text()) if output.is_file() else []
+    rows = [row for some in found.values() for row in some]
+    write(HERE / "results.json", json.dumps(rows, indent=2) + "\n")
+    write(HERE / "RESULTS.md", page(found))
+    print(f"== {len(rows)} rows in benchmarks/results.json and benchmarks/RESULTS.md")
     return min(worst, 1)
+
+
+def page(found: Mapping[str, Sequence[Mapping[str, object]]]) -> str:
+    """The rows as a page: a table for each script."""
+    lines = ["# Results", "", "Written by `make bench`. Spread: the smallest and the largest of the repeated values."]
+    for script, rows in found.items():
+        lines += ["", f"## {script}", ""]
+        if not rows:
+            lines.append("The script failed.")
+            continue
+        lines += ["| what | value | goal | holds | spread |", "|---|---|---|---|---|"]
+        for row in rows:
+            goal = "–" if row["goal"] is None else row["goal"]
+            holds = {True: "yes", False: "**no**", None: "–"}[row["holds"]]  # type: ignore[index]
+            low, high = row["spread"]  # type: ignore[misc]
+            lines.append(f"| {row['name']} | {row['value']:.4g} | {goal} | {holds} | {low:.4g} to {high:.4g} |")
+        lines += ["", *sorted({f"{row['conditions']}." for row in rows})]
+    return "\n".join(lines) + "\n"
+
+
+def write(target: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, target)
 
 
 if __name__ == "__main__":
