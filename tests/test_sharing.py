@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from ncalign.batching import GroupBatch, collate
-from ncalign.layout import Segments, Span, padded_layout, shared_layout
-from ncalign.logprobs import LogprobModel, completion_logprobs, share_prompts
+from ncalign.layout import Segments, Span, completions_layout, padded_layout, prompts_layout, shared_layout
+from ncalign.logprobs import LogprobModel, chosen_logprobs, completion_logprobs, share_prompts
 from ncalign.sharing import mask_function, shares_prompts
 from ncalign.training.run import recompute_activations
 from test_logprobs import ARCHITECTURES, VOCABULARY, adapted, build, group
@@ -194,6 +195,104 @@ def test_what_looks_right_and_is_not_is_found_out() -> None:
     assert reason is not None
     assert "log-probs differ by" in reason
     assert not shares_prompts(model)
+
+
+SELECT = torch.tensor([[2, 0], [-1, -1], [3, 1], [1, -1]])
+
+
+def chosen_values_and_gradients(
+    model: torch.nn.Module, batch: GroupBatch, select: Tensor
+) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+    """The scores of all, and of the chosen what `values_and_gradients` gives."""
+    model.zero_grad(set_to_none=True)
+    logprobs, scores = chosen_logprobs(model, batch, lambda scores: select, scoring=nullcontext())  # type: ignore[arg-type]
+    weights = 0.3 + 0.17 * torch.arange(logprobs.numel(), dtype=logprobs.dtype).view_as(logprobs)
+    (logprobs * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return scores, (logprobs.detach(), gradients)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_prompts_once_for_scoring_and_training(name: str) -> None:
+    batch, model = batch_of(RAGGED), shared(name)
+    expected = values_and_gradients(model, batch, SELECT)
+    with torch.no_grad():
+        everything = completion_logprobs(model, batch)
+    scores, found = chosen_values_and_gradients(model, batch, SELECT)
+    assert not scores.requires_grad
+    torch.testing.assert_close(scores, everything, rtol=0, atol=1e-4)
+    assert_same(found, expected, nats=1e-4, relative=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple)), min_size=1, max_size=4
+    ).map(tuple),
+    name=st.sampled_from(["llama", "mistral", "gemma2"]),
+    pick=st.integers(0, 4),
+)
+def test_prompts_once_whatever_the_shapes(sizes: Sizes, name: str, pick: int) -> None:
+    batch, model = batch_of(sizes), shared(name)
+    select = torch.tensor([[pick if pick < len(lengths) else -1, 0] for _, lengths in sizes])
+    found = chosen_values_and_gradients(model, batch, select)[1]
+    assert_same(found, values_and_gradients(model, batch, select), nats=1e-4, relative=1e-5)
+
+
+def test_prompts_once_with_activation_checkpointing() -> None:
+    batch, model = batch_of(RAGGED), shared("llama")
+    expected = chosen_values_and_gradients(model, batch, SELECT)[1]
+    recompute_activations(model)
+    model.train()
+    assert_same(chosen_values_and_gradients(model, batch, SELECT)[1], expected, nats=0.0, relative=1e-6)
+
+
+def test_prompts_once_when_nothing_is_chosen() -> None:
+    found = chosen_values_and_gradients(shared("llama"), batch_of(RAGGED), torch.full((4, 2), -1))[1]
+    assert found[0].eq(0).all()
+    assert all(gradient.eq(0).all() for gradient in found[1].values())
+
+
+@pytest.mark.parametrize("training", [None, torch.bfloat16])
+def test_every_weight_has_its_gradient_when_scored_in_bfloat16(training: torch.dtype | None) -> None:
+    batch = batch_of(RAGGED)
+    model = LogprobModel(build("llama"), autocast=training)
+    assert not model.model.config.tie_word_embeddings
+    assert share_prompts(model.model) is None
+    logprobs, scores = model(batch, choose=lambda scores: SELECT, dtype=torch.bfloat16)
+    logprobs.sum().backward()
+    assert not scores.requires_grad
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(batch, SELECT).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=(1e-5 if training is None else 0.1) * float(gradient.abs().max())
+        )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_accelerators_mask_behind_a_row_of_prompts(window: int | None) -> None:
+    spans = (Span(0, 3, (2, 4)), Span(9, 2, (1,)), Span(12, 4, (3, 1, 2)))
+    tokens = torch.arange(spans[-1].end)
+    prompts = prompts_layout(tokens, spans)
+    assert prompts.segments is not None
+    assert prompts.segments.kept is not None
+    prompts.segments.kept["a layer"] = (torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 2))
+    # The second group has nothing wanted.
+    segments = completions_layout(tokens, spans, [[1], [], [2, 0]], prompts.segments).segments
+    assert segments is not None
+    found = create_mask(mask_function(segments, torch.device("cpu"), window), 1, 1, 9, 18, device="cpu")[0, 0]
+    expected = torch.zeros(9, 18, dtype=torch.bool)
+    # Keys: prompts of 3, 2 and 4 tokens, then the completions of 4, 2 and 3.
+    for prompt, own in ((range(3), range(4)), (range(5, 9), range(4, 6)), (range(5, 9), range(6, 9))):
+        text = [*prompt, *(9 + token for token in own)]
+        for i, query in enumerate(own, start=len(prompt)):
+            for j in range(i + 1):
+                expected[query, text[j]] = window is None or i - j < window
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("window", [None, 3])

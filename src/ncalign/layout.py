@@ -43,9 +43,19 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Segments:
-    """Groups that lie one after the other in one row of tokens, and masks once made for them."""
+    """Groups that lie one after the other in one row of tokens: whole, or the prompts in one row and completions in others.
+
+    Attributes:
+        spans: what lies where.
+        prompts: of completions without their prompts, where in the earlier row each span's prompt lies.
+        kept: of each attention layer, the keys and values of the row of prompts: that row fills it, those of completions read
+            it. None for whole groups.
+        masks: made once for all layers.
+    """
 
     spans: tuple[Span, ...]
+    prompts: tuple[Span, ...] = ()
+    kept: dict[Any, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -57,7 +67,8 @@ class Layout:
         input_ids: ``[rows, width]``.
         position_ids: each token's distance from its prompt's beginning; None where rows begin with their prompts.
         segments: of a row that shares prompts; None for rows of their own.
-        predictors: index of the hidden state, rows one after the other, that predicts each scored token.
+        predictors: index of the hidden state, rows one after the other, that predicts each scored token; for completions
+            without their prompts the hidden states of the prompts' last tokens, one a group, come first.
         targets: the scored tokens.
         owners: place of each scored token's candidate among the wanted ones.
         num_candidates: candidates wanted.
@@ -116,6 +127,77 @@ def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequ
         targets=input_ids[0][scored.to(device)],
         owners=owners.to(device),
         num_candidates=sum(len(span.completions) for span in placed),
+    )
+
+
+def prompts_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span]) -> Layout:
+    """The first half of a shared layout: one row of the prompts alone, whose last tokens predict; nothing in it is scored."""
+    placed: list[Span] = []
+    for span in spans:
+        placed.append(Span(placed[-1].end if placed else 0, span.prompt, ()))
+    picked = torch.cat([torch.arange(span.start, span.start + span.prompt) for span in spans])
+    positions = torch.cat([torch.arange(span.prompt) for span in spans])
+    device = tokens.device
+    nothing = torch.zeros(0, dtype=torch.long, device=device)
+    return Layout(
+        input_ids=tokens[picked.to(device)].unsqueeze(0),
+        position_ids=positions.unsqueeze(0).to(device),
+        segments=Segments(tuple(placed), kept={}),
+        predictors=torch.tensor([span.end - 1 for span in placed], device=device),
+        targets=nothing,
+        owners=nothing,
+        num_candidates=0,
+    )
+
+
+def completions_layout(
+    tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]], prompts: Segments
+) -> Layout:
+    """The second half: one row of the wanted completions, to go after the row of all groups' prompts.
+
+    Args:
+        tokens: of all groups.
+        spans: where each group's lie.
+        wanted: of each group, its candidates to lay out, each once; a group without any is left out.
+        prompts: what lies where in the earlier row, and its keys and values.
+
+    Example:
+        >>> tokens, spans = torch.tensor([1, 2, 3, 4, 5, 6]), [Span(0, 2, (1, 3))]
+        >>> layout = completions_layout(tokens, spans, [[1]], prompts_layout(tokens, spans).segments)
+        >>> layout.input_ids, layout.position_ids
+        (tensor([[4, 5, 6]]), tensor([[2, 3, 4]]))
+        >>> layout.predictors  # the prompt's last hidden state, then the completion's own
+        tensor([0, 1, 2])
+    """
+    picked: list[Tensor] = []
+    positions: list[Tensor] = []
+    placed: list[Span] = []
+    earlier: list[Span] = []
+    pieces: list[tuple[int, int, int]] = []
+    for number, (span, chosen, prompt) in enumerate(zip(spans, wanted, prompts.spans, strict=True)):
+        if not chosen:
+            continue
+        offsets = span.offsets()
+        picked += [torch.arange(offsets[k], offsets[k] + span.completions[k]) for k in chosen]
+        positions += [torch.arange(span.prompt, span.prompt + span.completions[k]) for k in chosen]
+        placed.append(Span(placed[-1].end if placed else 0, 0, tuple(span.completions[k] for k in chosen)))
+        earlier.append(prompt)
+        # Hidden states of the prompts' ends come first.
+        pieces += [
+            (number + 1, len(spans) + offset, length)
+            for offset, length in zip(placed[-1].offsets(), placed[-1].completions, strict=True)
+        ]
+    predictors, scored, owners = _scored(pieces)
+    device = tokens.device
+    input_ids = tokens[torch.cat(picked).to(device)].unsqueeze(0)
+    return Layout(
+        input_ids=input_ids,
+        position_ids=torch.cat(positions).unsqueeze(0).to(device),
+        segments=Segments(tuple(placed), prompts=tuple(earlier), kept=prompts.kept),
+        predictors=predictors.to(device),
+        targets=input_ids[0][(scored - len(spans)).to(device)],
+        owners=owners.to(device),
+        num_candidates=len(pieces),
     )
 
 

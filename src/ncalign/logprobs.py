@@ -7,8 +7,8 @@ vocabulary head does not grow with the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ncalign.batching import GroupBatch
-from ncalign.layout import Layout, Span, padded_layout, shared_layout
+from ncalign.layout import Layout, Span, completions_layout, padded_layout, prompts_layout, shared_layout
 from ncalign.sharing import NAME as SHARED
 from ncalign.sharing import shares_prompts
 
@@ -44,15 +44,33 @@ class LogprobModel(nn.Module):
         self._autocast = autocast
         self._no_split_modules = list(base_causal_model(model)._no_split_modules or [])
 
-    def forward(self, batch: GroupBatch, select: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """See :func:`completion_logprobs`; ``dtype`` stands in for the model's own autocast."""
-        autocast = dtype or self._autocast
-        if autocast is None:
+    def forward(
+        self,
+        batch: GroupBatch,
+        select: Tensor | None = None,
+        *,
+        choose: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See :func:`completion_logprobs`, or with ``choose`` :func:`chosen_logprobs`.
+
+        ``dtype`` stands in for the model's own autocast where no gradient flows.
+        """
+        if choose is not None:
+            with self._precision(batch, self._autocast):
+                return chosen_logprobs(self.model, batch, choose, scoring=self._precision(batch, dtype))
+        with self._precision(batch, dtype or self._autocast):
             return completion_logprobs(self.model, batch, select=select)
+
+    @contextmanager
+    def _precision(self, batch: GroupBatch, dtype: torch.dtype | None) -> Iterator[None]:
+        if dtype is None:
+            yield
+            return
         # Without this peft casts every input of a float32 adapter to float32 and back, which costs more than the model itself.
         uncast = disable_input_dtype_casting(self.model) if isinstance(self.model, PeftModel) else nullcontext()
-        with uncast, torch.autocast(batch.tokens.device.type, dtype=autocast):
-            return completion_logprobs(self.model, batch, select=select)
+        with uncast, torch.autocast(batch.tokens.device.type, dtype=dtype):
+            yield
 
 
 def completion_logprobs(
@@ -86,12 +104,59 @@ def completion_logprobs(
         layout = shared_layout(batch.tokens, batch.spans, wanted)
     else:
         layout = padded_layout(batch.tokens, batch.spans, wanted, pad_token_id=batch.pad_token_id)
-    hidden = _body(causal, layout).flatten(0, 1)[layout.predictors]
+    return _summed(causal, _body(causal, layout).flatten(0, 1), layout, places, chunk_tokens)
+
+
+def _summed(
+    causal: PreTrainedModel, hidden: Float[Tensor, "N D"], layout: Layout, places: Tensor, chunk_tokens: int | None = None
+) -> Float[Tensor, "B S"]:
     chunk = chunk_tokens or _chunk_tokens(causal, hidden.device)
-    token_logprobs = _token_logprobs(head_of(causal), hidden, layout.targets, chunk)
+    token_logprobs = _token_logprobs(head_of(causal), hidden[layout.predictors], layout.targets, chunk)
     # One more candidate than there are stands for those that are absent.
     summed = token_logprobs.new_zeros(layout.num_candidates + 1).index_add(0, layout.owners, token_logprobs)
     return summed[places.to(summed.device)]
+
+
+def chosen_logprobs(
+    model: PreTrainedModel | PeftModel,
+    batch: GroupBatch,
+    choose: Callable[[Float[Tensor, "B K"]], Int[Tensor, "B S"]],
+    *,
+    scoring: AbstractContextManager[None],
+) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B K"]]:
+    """Log-probs with gradients of the candidates that are chosen by those of all candidates, each prompt computed once.
+
+    The prompts go through the model first, with gradients; all completions follow on their keys and values without, and then
+    the chosen ones with gradients: `3P + KcT + 3ScT` forward passes of a token, for a prompt of P tokens and completions of T.
+
+    Args:
+        model: a model that shares prompts.
+        batch: B groups of at most K candidates.
+        choose: from the log-probs of all candidates (0 where there is none) to the wanted ones, as `completion_logprobs`.
+        scoring: context, such as a precision, in which all candidates are scored.
+
+    Returns:
+        The wanted candidates' log-probs, and those of all without gradients.
+    """
+    causal = base_causal_model(model)
+    prompts = prompts_layout(batch.tokens, batch.spans)
+    segments = prompts.segments
+    assert segments is not None
+    ends = _body(causal, prompts)[0][prompts.predictors]
+    if torch.is_autocast_enabled(ends.device.type):
+        # Autocast keeps the first cast of a weight: the head's must not be one without gradients.
+        head_of(causal)(ends[:1])
+
+    def follow(select: Tensor | None) -> Tensor:
+        wanted, places = _wanted(batch, select)
+        if not any(wanted):
+            return ends.new_zeros(places.shape) + 0.0 * ends.sum()
+        layout = completions_layout(batch.tokens, batch.spans, wanted, segments)
+        return _summed(causal, torch.cat([ends, _body(causal, layout)[0]]), layout, places)
+
+    with torch.no_grad(), scoring:
+        scores = follow(None)
+    return follow(choose(scores)), scores
 
 
 def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], Int[Tensor, "B S"]]:

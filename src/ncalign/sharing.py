@@ -64,14 +64,27 @@ def shared_attention(
         return found
     if options.get("dropout") or options.get("s_aux") is not None or options.get("position_bias") is not None:
         raise NotImplementedError("attention with dropout, sinks or a position bias")
+    # Rotations leave queries and keys in float32 under autocast, which attention would round only once they are copied.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if segments.kept is not None and not segments.prompts:
+        # Not overwritten when the layer runs again in the backward pass: these are the ones that gradients flow through.
+        segments.kept.setdefault(module, (key, value))
+    earlier = None
+    if segments.kept is not None and segments.prompts:
+        before_key, before_value = segments.kept[module]
+        earlier = (before_key.to(value.dtype), before_value.to(value.dtype))
     window = options.get("sliding_window")
     if query.is_cuda:
-        return _flex(query, key, value, segments, window, cap, scale).transpose(1, 2), None
-    outputs = [
-        output
-        for span in segments.spans
-        for output in _span_attention(query, key, value, span, segments, window=window, cap=cap, scale=scale)
-    ]
+        return _flex(query, key, value, earlier, segments, window, cap, scale).transpose(1, 2), None
+    attend = partial(_span_attention, query, key, value, segments=segments, window=window, cap=cap, scale=scale)
+    if earlier is None:
+        outputs = [output for span in segments.spans for output in attend(span, None)]
+    else:
+        outputs = [
+            output
+            for span, prompt in zip(segments.spans, segments.prompts, strict=True)
+            for output in attend(span, tuple(part[:, :, prompt.start : prompt.end] for part in earlier))
+        ]
     return torch.cat(outputs, dim=1), None
 
 
@@ -80,25 +93,32 @@ def _span_attention(
     key: Tensor,
     value: Tensor,
     span: Span,
-    segments: Segments,
+    earlier: tuple[Tensor, ...] | None,
     *,
+    segments: Segments,
     window: int | None,
     cap: float | None,
     scale: float,
 ) -> list[Tensor]:
-    """The outputs ``[1, n, H, D]`` of a group's prompt and of its completions."""
+    """The outputs ``[1, n, H, D]`` of a group's prompt and of its completions; the prompt may lie in an earlier row."""
     start, end = span.start, span.start + span.prompt
-    q, k, v = (part[:, :, start:end] for part in (query, key, value))
     reach = window or _ACROSS
-    whole = reach >= span.prompt and cap is None
-    mask = None if whole else _causal_mask(segments, span.prompt, 0, reach, query.device)
-    prompt = _attend(q, k, v, mask, cap=cap, scale=scale)
-    longest, number = max(span.completions), len(span.completions)
-    own = [_stack(part[:, :, end : span.end], span.completions, longest) for part in (query, key, value)]
-    keys, values = (torch.cat([shared.expand(number, -1, -1, -1), each], dim=2) for shared, each in ((k, own[1]), (v, own[2])))
-    mask = _causal_mask(segments, longest, span.prompt, reach, query.device)
-    completions = _attend(own[0], keys, values, mask, cap=cap, scale=scale).transpose(1, 2)
-    return [prompt.transpose(1, 2), _unstack(completions, span.completions)]
+    outputs = []
+    if earlier is None:
+        q, k, v = (part[:, :, start:end] for part in (query, key, value))
+        whole = reach >= span.prompt and cap is None
+        mask = None if whole else _causal_mask(segments, span.prompt, 0, reach, query.device)
+        outputs.append(_attend(q, k, v, mask, cap=cap, scale=scale).transpose(1, 2))
+    else:
+        k, v = earlier
+    if span.completions:
+        longest, number = max(span.completions), len(span.completions)
+        own = [_stack(part[:, :, end : span.end], span.completions, longest) for part in (query, key, value)]
+        keys, values = (torch.cat([shared.expand(number, -1, -1, -1), each], 2) for shared, each in ((k, own[1]), (v, own[2])))
+        mask = _causal_mask(segments, longest, k.shape[2], reach, query.device)
+        completions = _attend(own[0], keys, values, mask, cap=cap, scale=scale).transpose(1, 2)
+        outputs.append(_unstack(completions, span.completions))
+    return outputs
 
 
 def _stack(row: Tensor, lengths: tuple[int, ...], longest: int) -> Tensor:
@@ -165,39 +185,63 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, c
 
 
 def mask_function(segments: Segments, device: torch.device, window: int | None) -> Callable[..., Tensor]:
-    """FlexAttention's mask ``(batch, head, query, key) -> bool`` of a row."""
+    """FlexAttention's mask ``(batch, head, query, key) -> bool`` of a row; the keys of an earlier row of prompts come first."""
+    queries = _places(segments.spans, segments.prompts)
+    keys = [*_earlier_places(segments), *queries]
     # Of each token: its group, its completion (0 for the prompt), its position.
-    group, part, position = (torch.tensor(column, device=device) for column in zip(*_places(segments), strict=True))
+    group, part, position = (torch.tensor(column, device=device) for column in zip(*queries, strict=True))
+    key_group, key_part, key_position = (torch.tensor(column, device=device) for column in zip(*keys, strict=True))
     reach = window or _ACROSS
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (group[query] == group[key]) & ((part[key] == 0) | (part[key] == part[query]))
-        distance = position[query] - position[key]
+        same = (group[query] == key_group[key]) & ((key_part[key] == 0) | (key_part[key] == part[query]))
+        distance = position[query] - key_position[key]
         return same & (distance >= 0) & (distance < reach)
 
     return visible
 
 
-def _places(segments: Segments) -> list[tuple[int, int, int]]:
+def _places(spans: tuple[Span, ...], prompts: tuple[Span, ...]) -> list[tuple[int, int, int]]:
+    firsts = [span.prompt for span in (prompts or spans)]
     return [
         (number, part, position)
-        for number, span in enumerate(segments.spans)
-        for part, (length, first) in enumerate([(span.prompt, 0), *((length, span.prompt) for length in span.completions)])
-        for position in range(first, first + length)
+        for number, (span, first) in enumerate(zip(spans, firsts, strict=True))
+        for part, (length, begin) in enumerate([(span.prompt, 0), *((length, first) for length in span.completions)])
+        for position in range(begin, begin + length)
     ]
+
+
+def _earlier_places(segments: Segments) -> list[tuple[int, int, int]]:
+    """Of the prompts' row, all of it: prompts that no completion here follows belong to no group."""
+    if segments.kept is None or not segments.prompts:
+        return []
+    kept_key, _ = next(iter(segments.kept.values()))
+    places = [(-1, 0, 0)] * kept_key.shape[2]
+    for number, prompt in enumerate(segments.prompts):
+        places[prompt.start : prompt.end] = [(number, 0, position) for position in range(prompt.prompt)]
+    return places
 
 
 _compiled: list[Callable[..., Tensor]] = []
 
 
 def _flex(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None, cap: float | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    earlier: tuple[Tensor, Tensor] | None,
+    segments: Segments,
+    window: int | None,
+    cap: float | None,
+    scale: float,
 ) -> Tensor:
     """The same through FlexAttention's block-sparse kernel."""
+    if earlier is not None:
+        key, value = torch.cat([earlier[0], key], dim=2), torch.cat([earlier[1], value], dim=2)
     name = ("blocks", window, query.device)
     if name not in segments.masks:
-        visible, length = mask_function(segments, query.device, window), query.shape[2]
-        segments.masks[name] = create_block_mask(visible, None, None, length, length, device=query.device)
+        visible = mask_function(segments, query.device, window)
+        segments.masks[name] = create_block_mask(visible, None, None, query.shape[2], key.shape[2], device=query.device)
     blocks = segments.masks[name]
     if not _compiled:
         _compiled.append(torch.compile(flex_attention, dynamic=True))

@@ -56,6 +56,7 @@ class Engine:
         max_tokens: most tokens in a pass.
         token_cost: what a completion token costs, in forward passes of a prompt token: the head comes on top of the body.
         scoring_dtype: precision of the pass that scores candidates for the sampler; None: as the training's.
+        prompts_once: whether that pass and the training's share the prompts, in one call of the model.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Engine:
     max_tokens: int
     token_cost: float = 1.0
     scoring_dtype: torch.dtype | None = None
+    prompts_once: bool = False
 
     @property
     def inner(self) -> LogprobModel:
@@ -94,8 +96,8 @@ class Engine:
         """How the scores of a step's candidates are had, the same for all processes: each must know all groups of the step.
 
         Gradients through all candidates cost `3P + 3KcT` forward passes of a token, a pass to score them and another through
-        the chosen ones `4P + (K + 3S)cT`: a group's prompt has P tokens, each of its K candidates T, S of them enter the loss,
-        and a completion token costs c.
+        the chosen ones `4P + (K + 3S)cT`, or `3P + (K + 3S)cT` where they share the prompts: a group's prompt has P tokens,
+        each of its K candidates T, S of them enter the loss, and a completion token costs c.
 
         Args:
             groups: of the step, all processes'.
@@ -112,7 +114,7 @@ class Engine:
             prompts += len(group.prompt)
             candidates += tokens
             chosen += tokens * min(sampler.size or number, number) / number
-        cheaper = (2 * candidates - 3 * chosen) * self.token_cost < prompts
+        cheaper = (2 * candidates - 3 * chosen) * self.token_cost < (0.0 if self.prompts_once else prompts)
         return Scoring.TOGETHER if cheaper else Scoring.APART
 
     def visit(self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0) -> Visit:
@@ -125,8 +127,10 @@ class Engine:
             baseline: level that the method measures scores from.
         """
         batch = self.batch(part)
-        mask, graph = batch.candidate_mask, None
-        logprobs = torch.full(mask.shape, NAN, device=mask.device)
+        mask = batch.candidate_mask
+        if scoring is Scoring.APART and self.prompts_once:
+            return self._visit_once(batch, part, epoch, baseline)
+        graph, logprobs = None, torch.full(mask.shape, NAN, device=mask.device)
         if scoring is Scoring.KNOWN:
             logprobs = batch.reference_logprobs.float()
         elif scoring is Scoring.TOGETHER:
@@ -136,6 +140,22 @@ class Engine:
             logprobs = self.score(batch, dtype=self.scoring_dtype)
         select, scores = self._select(batch, logprobs, part.indices, epoch)
         entering = self._train(batch, select) if graph is None else _gathered(graph, select)
+        logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
+        return self._account(batch, entering, logprobs, scores, select, baseline)
+
+    def _visit_once(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> Visit:
+        """Scores without gradients and the chosen candidates with, on the same prompts."""
+        mask, drawn = batch.candidate_mask, []
+
+        def choose(logprobs: Tensor) -> Tensor:
+            drawn.append(self._select(batch, logprobs.masked_fill(~mask, NAN), part.indices, epoch))
+            select = drawn[0][0]
+            assert select is not None
+            return select
+
+        self.model.train()
+        entering, logprobs = self.model(batch, choose=choose, dtype=self.scoring_dtype)
+        select, scores = drawn[0]
         logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
         return self._account(batch, entering, logprobs, scores, select, baseline)
 
@@ -169,7 +189,7 @@ class Engine:
     def score(self, batch: GroupBatch, *, dtype: torch.dtype | None = None) -> Tensor:
         """Log-probs of all candidates without gradients, in another precision if one is given; NaN where there is none."""
         self.model.eval()
-        logprobs: Tensor = self.model(batch, None, dtype)
+        logprobs: Tensor = self.model(batch, dtype=dtype)
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
 
     @torch.no_grad()

@@ -206,8 +206,16 @@ def make_engine(
         max_tokens=config.max_tokens_per_batch,
         token_cost=completion_token_cost(policy.model),
         scoring_dtype=None if config.scoring_dtype is None else DTYPES[config.scoring_dtype],
+        prompts_once=_prompts_once(config, policy, accelerator),
     )
     return engine, optimizer
+
+
+def _prompts_once(config: TrainConfig, policy: Policy, accelerator: Accelerator) -> bool:
+    """Whether scoring and training share the prompts: not where an adapter's dropout sets them apart or weights are sharded."""
+    noisy = config.lora is not None and config.lora.dropout > 0
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    return shares_prompts(base_causal_model(policy.model)) and not noisy and not sharded
 
 
 def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
