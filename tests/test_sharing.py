@@ -280,7 +280,7 @@ def test_the_accelerators_mask_behind_a_row_of_prompts(window: int | None) -> No
     prompts = prompts_layout(tokens, spans)
     assert prompts.segments is not None
     assert prompts.segments.kept is not None
-    prompts.segments.kept["a layer"] = (torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 2))
+    prompts.segments.kept.of["a layer"] = (torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 2))
     # The second group has nothing wanted.
     segments = completions_layout(tokens, spans, [[1], [], [2, 0]], prompts.segments).segments
     assert segments is not None

@@ -41,6 +41,14 @@ class Span(NamedTuple):
         return found
 
 
+class KeptPrompts:
+    """Keys and values of a row of prompts, of each attention layer (no dict: wrappers of models copy those)."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self.of: dict[Any, tuple[Tensor, Tensor]] = {}
+
+
 @dataclass(frozen=True)
 class Segments:
     """Groups that lie one after the other in one row of tokens: whole, or the prompts in one row and completions in others.
@@ -48,14 +56,13 @@ class Segments:
     Attributes:
         spans: what lies where.
         prompts: of completions without their prompts, where in the earlier row each span's prompt lies.
-        kept: of each attention layer, the keys and values of the row of prompts: that row fills it, those of completions read
-            it. None for whole groups.
+        kept: filled by the row of prompts, read by those of completions; None for whole groups.
         masks: made once for all layers.
     """
 
     spans: tuple[Span, ...]
     prompts: tuple[Span, ...] = ()
-    kept: dict[Any, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
+    kept: KeptPrompts | None = field(default=None, compare=False, repr=False)
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -142,7 +149,7 @@ def prompts_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span]) -> Layout:
     return Layout(
         input_ids=tokens[picked.to(device)].unsqueeze(0),
         position_ids=positions.unsqueeze(0).to(device),
-        segments=Segments(tuple(placed), kept={}),
+        segments=Segments(tuple(placed), kept=KeptPrompts()),
         predictors=torch.tensor([span.end - 1 for span in placed], device=device),
         targets=nothing,
         owners=nothing,

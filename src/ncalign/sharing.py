@@ -68,10 +68,10 @@ def shared_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if segments.kept is not None and not segments.prompts:
         # Not overwritten when the layer runs again in the backward pass: these are the ones that gradients flow through.
-        segments.kept.setdefault(module, (key, value))
+        segments.kept.of.setdefault(module, (key, value))
     earlier = None
     if segments.kept is not None and segments.prompts:
-        before_key, before_value = segments.kept[module]
+        before_key, before_value = segments.kept.of[module]
         earlier = (before_key.to(value.dtype), before_value.to(value.dtype))
     window = options.get("sliding_window")
     if query.is_cuda:
@@ -215,7 +215,7 @@ def _earlier_places(segments: Segments) -> list[tuple[int, int, int]]:
     """Of the prompts' row, all of it: prompts that no completion here follows belong to no group."""
     if segments.kept is None or not segments.prompts:
         return []
-    kept_key, _ = next(iter(segments.kept.values()))
+    kept_key, _ = next(iter(segments.kept.of.values()))
     places = [(-1, 0, 0)] * kept_key.shape[2]
     for number, prompt in enumerate(segments.prompts):
         places[prompt.start : prompt.end] = [(number, 0, position) for position in range(prompt.prompt)]

@@ -214,7 +214,7 @@ def make_engine(
 def _prompts_once(config: TrainConfig, policy: Policy, accelerator: Accelerator) -> bool:
     """Whether scoring and training share the prompts: not where an adapter's dropout sets them apart or weights are sharded."""
     noisy = config.lora is not None and config.lora.dropout > 0
-    sharded = accelerator.distributed_type is DistributedType.FSDP
+    sharded = accelerator.distributed_type == DistributedType.FSDP
     return shares_prompts(base_causal_model(policy.model)) and not noisy and not sharded
 
 
