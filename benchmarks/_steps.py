@@ -329,6 +329,7 @@ def make_loop(case: Case, folder: Path) -> Any:
     from ncalign.encoding import EncodedGroup
     from ncalign.objectives import ObjectiveConfig, build_method
     from ncalign.policy import load_policy
+    from ncalign.training.engine import Pass
     from ncalign.training.loop import Intervals, Loop
     from ncalign.training.run import make_accelerator, make_engine
     from ncalign.training.schedule import DataPlan
@@ -358,9 +359,9 @@ def make_loop(case: Case, folder: Path) -> Any:
         )
         for number, (prompt, completions) in enumerate(tokens(case, vocabulary=len(policy.tokenizer)))
     ]
-    references = _references(case, folder, [(list(g.prompt), [list(c) for c in g.completions]) for g in encoded])
-    encoded = [replace(g, reference_logprobs=tuple(r)) for g, r in zip(encoded, references, strict=True)]
     engine, optimizer = make_engine(config, policy, build_method(config.objective), accelerator)
+    references = [engine.score(engine.batch(Pass([0], [group], True)))[0].tolist() for group in encoded]
+    encoded = [replace(g, reference_logprobs=tuple(r)) for g, r in zip(encoded, references, strict=True)]
     plan = DataPlan(num_groups=len(encoded), groups_per_step=case.groups, num_steps=case.steps + 1, seed=0)
     torch.manual_seed(0)
     return Loop(

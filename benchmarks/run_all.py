@@ -5,6 +5,7 @@ Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, hol
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,6 +19,9 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     """Run the scripts; 1 when a goal does not hold or a script fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each script (default 3)")
+    repeats = str(parser.parse_args().repeats)
     found: dict[str, list[dict[str, object]]] = {}
     worst = 0
     for script in sorted(HERE.glob("[!_]*.py")):
@@ -26,7 +30,7 @@ def main() -> int:
         print(f"== {script.name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "rows.json"
-            worst = max(worst, abs(subprocess.call([sys.executable, str(script), "--json", str(output)])))
+            worst = max(worst, abs(subprocess.call([sys.executable, str(script), "--repeats", repeats, "--json", str(output)])))
             found[script.name] = json.loads(output.read_text()) if output.is_file() else []
     rows = [row for some in found.values() for row in some]
     write(HERE / "results.json", json.dumps(rows, indent=2) + "\n")
