@@ -1,6 +1,7 @@
 """Run every benchmark of this folder, one after the other, and gather their rows in results.json and RESULTS.md.
 
-Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, holds, spread, conditions}``.
+Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, holds, spread, conditions}``; here each row is given
+its script's name. Of scripts that are not run the rows of before are kept.
 """
 
 from __future__ import annotations
@@ -21,19 +22,28 @@ def main() -> int:
     """Run the scripts; 1 when a goal does not hold or a script fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each script (default 3)")
-    repeats = str(parser.parse_args().repeats)
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="their names (default: all)")
+    arguments = parser.parse_args()
+    repeats, wanted = str(arguments.repeats), set(arguments.scripts)
+    results = HERE / "results.json"
     found: dict[str, list[dict[str, object]]] = {}
+    for row in json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []:
+        found.setdefault(str(row["script"]), []).append(row)
+    scripts = {script.name for script in HERE.glob("[!_]*.py")} - {Path(__file__).name}
+    if wanted - scripts:
+        parser.error(f"no such script: {', '.join(sorted(wanted - scripts))}; there are {', '.join(sorted(scripts))}")
     worst = 0
-    for script in sorted(HERE.glob("[!_]*.py")):
-        if script.name == Path(__file__).name:
-            continue
+    for name in sorted(wanted or scripts):
+        script = HERE / name
         print(f"== {script.name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "rows.json"
             worst = max(worst, abs(subprocess.call([sys.executable, str(script), "--repeats", repeats, "--json", str(output)])))
-            found[script.name] = json.loads(output.read_text()) if output.is_file() else []
+            rows = json.loads(output.read_text()) if output.is_file() else []
+            found[name] = [{"script": name, **row} for row in rows]
+    found = {name: found[name] for name in sorted(found)}
     rows = [row for some in found.values() for row in some]
-    write(HERE / "results.json", json.dumps(rows, indent=2) + "\n")
+    write(results, json.dumps(rows, indent=2) + "\n")
     write(HERE / "RESULTS.md", page(found))
     print(f"== {len(rows)} rows in benchmarks/results.json and benchmarks/RESULTS.md")
     return min(worst, 1)
