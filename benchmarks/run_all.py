@@ -1,7 +1,7 @@
 """Run every benchmark of this folder, one after the other, and gather their rows in results.json and RESULTS.md.
 
-Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, holds, spread, conditions}``; here each row is given
-its script's name. Of scripts that are not run the rows of before are kept.
+Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, holds, spread, conditions}``; each row is given its
+script's name here. Of scripts that are not run the rows of before are kept.
 """
 
 from __future__ import annotations
