@@ -274,7 +274,7 @@ def _padded(case: Case, folder: Path) -> tuple[list[float], float]:
     groups = tokens(case, vocabulary=len(AutoTokenizer.from_pretrained(folder)))
     references = _references(case, folder, groups)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, fused=True)
 
     def chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = model.lm_head(hidden).float()

@@ -79,6 +79,7 @@ class Layout:
         targets: the scored tokens.
         owners: place of each scored token's candidate among the wanted ones.
         num_candidates: candidates wanted.
+        sources: of a row of prompts or completions alone, each token's index among those of all groups.
     """
 
     input_ids: Int[Tensor, "R W"]
@@ -88,6 +89,7 @@ class Layout:
     targets: Int[Tensor, " C"]
     owners: Int[Tensor, " C"]
     num_candidates: int
+    sources: Int[Tensor, " N"] | None = None
 
 
 def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]]) -> Layout:
@@ -142,18 +144,19 @@ def prompts_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span]) -> Layout:
     placed: list[Span] = []
     for span in spans:
         placed.append(Span(placed[-1].end if placed else 0, span.prompt, ()))
-    picked = torch.cat([torch.arange(span.start, span.start + span.prompt) for span in spans])
-    positions = torch.cat([torch.arange(span.prompt) for span in spans])
     device = tokens.device
+    sources = torch.cat([torch.arange(span.start, span.start + span.prompt) for span in spans]).to(device)
+    positions = torch.cat([torch.arange(span.prompt) for span in spans])
     nothing = torch.zeros(0, dtype=torch.long, device=device)
     return Layout(
-        input_ids=tokens[picked.to(device)].unsqueeze(0),
+        input_ids=tokens[sources].unsqueeze(0),
         position_ids=positions.unsqueeze(0).to(device),
         segments=Segments(tuple(placed), kept=KeptPrompts()),
         predictors=torch.tensor([span.end - 1 for span in placed], device=device),
         targets=nothing,
         owners=nothing,
         num_candidates=0,
+        sources=sources,
     )
 
 
@@ -196,7 +199,8 @@ def completions_layout(
         ]
     predictors, scored, owners = _scored(pieces)
     device = tokens.device
-    input_ids = tokens[torch.cat(picked).to(device)].unsqueeze(0)
+    sources = torch.cat(picked).to(device)
+    input_ids = tokens[sources].unsqueeze(0)
     return Layout(
         input_ids=input_ids,
         position_ids=torch.cat(positions).unsqueeze(0).to(device),
@@ -205,6 +209,7 @@ def completions_layout(
         targets=input_ids[0][(scored - len(spans)).to(device)],
         owners=owners.to(device),
         num_candidates=len(pieces),
+        sources=sources,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -52,13 +53,13 @@ class LogprobModel(nn.Module):
         choose: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """See :func:`completion_logprobs`, or with ``choose`` :func:`chosen_logprobs`.
+        """See :func:`completion_logprobs`, or with ``choose`` :func:`chosen_logprobs`, which scores those of ``select``.
 
         ``dtype`` stands in for the model's own autocast where no gradient flows.
         """
         if choose is not None:
             with self._precision(batch, self._autocast):
-                return chosen_logprobs(self.model, batch, choose, scoring=self._precision(batch, dtype))
+                return chosen_logprobs(self.model, batch, choose, read=select, scoring=self._precision(batch, dtype))
         with self._precision(batch, dtype or self._autocast):
             return completion_logprobs(self.model, batch, select=select)
 
@@ -120,29 +121,35 @@ def _summed(
 def chosen_logprobs(
     model: PreTrainedModel | PeftModel,
     batch: GroupBatch,
-    choose: Callable[[Float[Tensor, "B K"]], Int[Tensor, "B S"]],
+    choose: Callable[[Float[Tensor, "B R"]], Int[Tensor, "B S"]],
     *,
+    read: Int[Tensor, "B R"] | None = None,
     scoring: AbstractContextManager[None],
-) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B K"]]:
-    """Log-probs with gradients of the candidates that are chosen by those of all candidates, each prompt computed once.
+) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B R"]]:
+    """Log-probs with gradients of the candidates that are chosen by those of others, each prompt computed once.
 
-    The prompts go through the model first, with gradients; all completions follow on their keys and values without, and then
-    the chosen ones with gradients: `3P + KcT + 3ScT` forward passes of a token, for a prompt of P tokens and completions of T.
+    The prompts go through the model first, with gradients; the completions that are read follow on their keys and values
+    without, and then the chosen ones with gradients: `3P + RcT + 3ScT` forward passes of a token, for a prompt of P tokens and
+    completions of T.
 
     Args:
         model: a model that shares prompts.
         batch: B groups of at most K candidates.
-        choose: from the log-probs of all candidates (0 where there is none) to the wanted ones, as `completion_logprobs`.
-        scoring: context, such as a precision, in which all candidates are scored.
+        choose: from the log-probs of the candidates read (0 where there is none) to the wanted ones, as indices into K; -1 for
+            none.
+        read: the candidates whose log-probs it is given, likewise; all of them by default (R = K).
+        scoring: context, such as a precision, in which they are scored.
 
     Returns:
-        The wanted candidates' log-probs, and those of all without gradients.
+        The wanted candidates' log-probs, and those of the ones read without gradients.
     """
     causal = base_causal_model(model)
     prompts = prompts_layout(batch.tokens, batch.spans)
     segments = prompts.segments
     assert segments is not None
-    ends = _body(causal, prompts)[0][prompts.predictors]
+    # Looked up once: each look-up's backward pass would fill a gradient as large as the vocabulary.
+    embedded = causal.get_input_embeddings()(batch.tokens)
+    ends = _body(causal, prompts, embedded)[0][prompts.predictors]
     if torch.is_autocast_enabled(ends.device.type):
         # Autocast keeps the first cast of a weight: the head's must not be one without gradients.
         head_of(causal)(ends[:1])
@@ -152,10 +159,10 @@ def chosen_logprobs(
         if not any(wanted):
             return ends.new_zeros(places.shape) + 0.0 * ends.sum()
         layout = completions_layout(batch.tokens, batch.spans, wanted, segments)
-        return _summed(causal, torch.cat([ends, _body(causal, layout)[0]]), layout, places)
+        return _summed(causal, torch.cat([ends, _body(causal, layout, embedded)[0]]), layout, places)
 
     with torch.no_grad(), scoring:
-        scores = follow(None)
+        scores = follow(read)
     return follow(choose(scores)), scores
 
 
@@ -176,16 +183,20 @@ def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], 
     return wanted, places
 
 
-def _body(causal: PreTrainedModel, layout: Layout) -> Tensor:
-    """Last hidden states of a layout's rows."""
+def _body(causal: PreTrainedModel, layout: Layout, embedded: Tensor | None = None) -> Tensor:
+    """Last hidden states of a layout's rows; the tokens' embeddings may be at hand."""
     if layout.segments is None:
         # Padding stands at the right, where causal attention keeps it from every real token: no attention mask is needed.
         hidden: Tensor = causal.base_model(input_ids=layout.input_ids, use_cache=False).last_hidden_state
         return hidden
     # A mask that is given is passed on as it is; without one the model would make one of the row's length squared.
     given = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.input_ids.device)
+    looked_up = None
+    if embedded is not None and layout.sources is not None:
+        looked_up = embedded.index_select(0, layout.sources).unsqueeze(0)
     hidden = causal.base_model(
-        input_ids=layout.input_ids,
+        input_ids=layout.input_ids if looked_up is None else None,
+        inputs_embeds=looked_up,
         position_ids=layout.position_ids,
         attention_mask=given,
         use_cache=False,
@@ -214,7 +225,10 @@ def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
     try:
         expected = completion_logprobs(model, batch)
         causal.set_attn_implementation(SHARED)
-        error = float((completion_logprobs(model, batch) - expected).abs().max())
+        columns = torch.arange(batch.candidate_mask.shape[1], device=causal.device)
+        every = columns.expand(batch.candidate_mask.shape).masked_fill(~batch.candidate_mask, -1)
+        once, _ = chosen_logprobs(model, batch, lambda scores: every, scoring=nullcontext())
+        error = max(float((found - expected).abs().max()) for found in (completion_logprobs(model, batch), once))
         reason = None if error <= _probe_tolerance(causal, expected) else f"log-probs differ by {error:.2g} nats"
     except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as failure:
         reason = str(failure).strip().split("\n", 1)[0] or type(failure).__name__
@@ -311,7 +325,9 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
 def _token_logprobs(
     head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "C D"], targets: Int[Tensor, " C"], chunk_tokens: int
 ) -> Float[Tensor, " C"]:
-    chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    # Of like size: in the backward pass even a chunk of one token makes a gradient of the head's whole weight.
+    number = max(1, round(len(targets) / chunk_tokens))
+    chunks = zip(hidden.tensor_split(number), targets.tensor_split(number), strict=True)
     if torch.is_grad_enabled():
         parts = [checkpoint(_chunk, head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
     else:
@@ -322,7 +338,7 @@ def _token_logprobs(
 def _chunk(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 
 def _chunk_tokens(model: PreTrainedModel, device: torch.device) -> int:

@@ -48,8 +48,10 @@ class TrainConfig(EncodingConfig):
         8, ge=1, description="Groups of a device in one forward and backward pass, at most."
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Passes in one optimizer step.")
-    max_tokens_per_batch: int = Field(
-        8192, ge=1, description="Tokens in one pass, at most; a batch above it is split. One group is never split."
+    max_tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one pass, at most; a batch above it is split, one group never; none: 2048 on a CPU, else 16384.",
     )
     share_prompts: bool = Field(
         True, description="Compute each prompt once for all its completions, where the model's architecture allows it."

@@ -30,6 +30,7 @@ class Sampler:
         kernel: ``(scores, positive, rewards, mask) -> [B, K]``, the probabilities behind the draws; for metrics.
         log_q: ``(scores, rewards, mask, columns) -> [B, S]``, what the log q correction takes off each score; None: none.
         size: most candidates that enter, the positive included, where that is known before the draw; None: it may be all.
+        reads: ``(rewards, mask) -> [B, K]``, the candidates whose scores decide the draw; None: all.
     """
 
     select: Select
@@ -37,6 +38,7 @@ class Sampler:
     kernel: Kernel | None = None
     log_q: LogQ | None = None
     size: int | None = None
+    reads: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -121,6 +123,7 @@ def mc_sampler(
         kernel,
         log_q if log_q_correction else None,
         1 + num_negatives,
+        None if include_positive else _below_best,
     )
 
 
@@ -133,6 +136,11 @@ def _check_correction(
             "log_q_correction needs negatives whose probability is known: strategy mc without include_positive and "
             "num_proposals, and replacement: true where num_negatives is above 1"
         )
+
+
+def _below_best(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
+    """The candidates below the best: the same ones whichever of tied best ones is the positive."""
+    return eligible_negatives(rewards, pick_positive(rewards, mask, generator=None), mask)
 
 
 def _visible(rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:

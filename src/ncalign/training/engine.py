@@ -137,7 +137,7 @@ class Engine:
             graph = self._train(batch, None)
             logprobs = graph.detach().masked_fill(~mask, NAN)
         elif scoring is Scoring.APART:
-            logprobs = self.score(batch, dtype=self.scoring_dtype)
+            logprobs = self.score(batch, read=self._read(batch), dtype=self.scoring_dtype)
         select, scores = self._select(batch, logprobs, part.indices, epoch)
         entering = self._train(batch, select) if graph is None else _gathered(graph, select)
         logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
@@ -145,18 +145,19 @@ class Engine:
 
     def _visit_once(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> Visit:
         """Scores without gradients and the chosen candidates with, on the same prompts."""
-        mask, drawn = batch.candidate_mask, []
+        mask, drawn, read = batch.candidate_mask, [], self._read(batch)
 
         def choose(logprobs: Tensor) -> Tensor:
-            drawn.append(self._select(batch, logprobs.masked_fill(~mask, NAN), part.indices, epoch))
+            drawn.append(self._select(batch, logprobs.masked_fill(read < 0, NAN), part.indices, epoch))
             select = drawn[0][0]
             assert select is not None
             return select
 
         self.model.train()
-        entering, logprobs = self.model(batch, choose=choose, dtype=self.scoring_dtype)
+        entering, logprobs = self.model(batch, read, choose=choose, dtype=self.scoring_dtype)
         select, scores = drawn[0]
-        logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
+        known = logprobs.to(entering.dtype).masked_fill(read < 0, NAN)
+        logprobs = _placed(known, entering.detach(), select).masked_fill(~mask, NAN)
         return self._account(batch, entering, logprobs, scores, select, baseline)
 
     @torch.no_grad()
@@ -186,11 +187,17 @@ class Engine:
         return total / count if count else NAN
 
     @torch.no_grad()
-    def score(self, batch: GroupBatch, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Log-probs of all candidates without gradients, in another precision if one is given; NaN where there is none."""
+    def score(self, batch: GroupBatch, *, read: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Log-probs of all candidates, or of those to be read, without gradients, in a precision if one is given; else NaN."""
         self.model.eval()
-        logprobs: Tensor = self.model(batch, dtype=dtype)
-        return logprobs.masked_fill(~batch.candidate_mask, NAN)
+        logprobs: Tensor = self.model(batch, read, dtype=dtype)
+        return logprobs.masked_fill(~batch.candidate_mask if read is None else read < 0, NAN)
+
+    def _read(self, batch: GroupBatch) -> Tensor:
+        """``[B, K]``, the index of each candidate whose score the sampler reads; -1 for others."""
+        sampler, mask = self.method.sampler, batch.candidate_mask
+        read = mask if sampler is None or sampler.reads is None else sampler.reads(batch.rewards, mask)
+        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(~read, -1)
 
     @torch.no_grad()
     def rehearse(self, batch: GroupBatch) -> Tensor:

@@ -49,6 +49,8 @@ from ncalign.training_config import TrainConfig
 
 _NUM_CHECKED = 64
 """Groups whose references are checked when they come with the data."""
+_PASS_TOKENS = {"cpu": 2048, "other": 16384}
+"""Tokens of a pass by default: a CPU is busy with fewer."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _UNSUPPORTED = frozenset({DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA})
 
@@ -214,7 +216,7 @@ def make_engine(
         pad_token_id=int(policy.tokenizer.pad_token_id),
         seed=config.seed,
         max_groups=config.per_device_train_batch_size,
-        max_tokens=config.max_tokens_per_batch,
+        max_tokens=config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"],
         token_cost=completion_token_cost(policy.model),
         scoring_dtype=None if config.scoring_dtype is None else DTYPES[config.scoring_dtype],
         prompts_once=_prompts_once(config, policy, accelerator),
@@ -263,6 +265,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        fused=True,
     )
 
 

@@ -1,0 +1,84 @@
+"""A visit's loss and gradients do not depend on how its scores were had, and nothing is scored that nobody reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaForCausalLM
+
+from ncalign.encoding import EncodedGroup
+from ncalign.logprobs import LogprobModel, share_prompts
+from ncalign.objectives import MCPO, build_method
+from ncalign.training.engine import Engine, Scoring
+from ncalign.training.metrics import Visit
+
+
+def groups() -> list[EncodedGroup]:
+    """Three groups of ragged candidates; the last has a tie at the top."""
+    source = np.random.default_rng(0)
+    sizes = [(9, (4, 7, 2, 5)), (3, (6, 1, 8)), (5, (3, 4, 5, 6, 2))]
+    rewards = [(0.1, 0.9, 0.4, 0.3), (1.0, 0.0, 0.5), (0.2, 0.7, 0.7, 0.1, 0.0)]
+
+    def some(length: int) -> np.ndarray:
+        return source.integers(10, 300, length, dtype=np.int32)
+
+    return [
+        EncodedGroup(
+            str(i), "", some(prompt), tuple(map(some, lengths)), rewards[i], tuple(-5.0 - k for k in range(len(lengths)))
+        )
+        for i, (prompt, lengths) in enumerate(sizes)
+    ]
+
+
+def engine(model: LlamaForCausalLM, objective: MCPO) -> Engine:
+    assert share_prompts(model) is None
+    method = build_method(objective)
+    return Engine(LogprobModel(model), method, Accelerator(cpu=True), pad_token_id=0, seed=3, max_groups=8, max_tokens=4096)
+
+
+def visit(engine: Engine, scoring: Scoring) -> tuple[Visit, dict[str, torch.Tensor]]:
+    engine.model.zero_grad()
+    (part,) = engine.passes(range(3), groups())
+    found = engine.visit(part, epoch=1, scoring=scoring)
+    found.loss.sum().backward()
+    return found, {name: weight.grad for name, weight in engine.model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "objective", [MCPO(), MCPO(num_negatives=2, include_positive=True)], ids=["one", "two and the positive"]
+)
+def test_ways_to_score_agree(tiny_model: LlamaForCausalLM, objective: MCPO) -> None:
+    plain = engine(tiny_model, objective)
+    expected, gradients = visit(plain, Scoring.TOGETHER)
+    assert sum(float(gradient.abs().sum()) for gradient in gradients.values()) > 0
+    for other in (plain, replace(plain, prompts_once=True)):
+        found, others = visit(other, Scoring.APART)
+        torch.testing.assert_close(found.loss, expected.loss)
+        assert torch.equal(found.negatives, expected.negatives)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts_once", [False, True])
+def test_only_what_can_be_drawn_is_scored(tiny_model: LlamaForCausalLM, prompts_once: bool) -> None:
+    whole = replace(engine(tiny_model, MCPO()), prompts_once=prompts_once)
+    found, _ = visit(whole, Scoring.APART)
+    # The longest group comes first. Known: the candidates below the best, and the positive, from the pass that trains.
+    expected = [[True] * 4 + [False], [True] * 5, [True] * 3 + [False] * 2]
+    expected[1][3 - int(found.positive[1])] = False  # the one that is tied with the positive
+    assert (~found.logprobs.isnan()).tolist() == expected
+
+
+def test_rounded_scores_leave_the_loss_exact(tiny_model: LlamaForCausalLM) -> None:
+    exact = replace(engine(tiny_model, MCPO()), prompts_once=True)
+    rounded = replace(exact, scoring_dtype=torch.bfloat16)
+    (first, _), (second, _) = visit(exact, Scoring.APART), visit(rounded, Scoring.APART)
+    other = ~first.logprobs.isnan()
+    other.scatter_(1, first.positive.unsqueeze(1), False).scatter_(1, first.negatives, False)
+    assert (first.logprobs != second.logprobs)[other].all()  # these were scored in bfloat16 and only read
+    assert torch.equal(first.negatives, second.negatives)
+    torch.testing.assert_close(first.loss, second.loss)
