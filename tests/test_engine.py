@@ -82,3 +82,34 @@ def test_rounded_scores_leave_the_loss_exact(tiny_model: LlamaForCausalLM) -> No
     assert (first.logprobs != second.logprobs)[other].all()  # these were scored in bfloat16 and only read
     assert torch.equal(first.negatives, second.negatives)
     torch.testing.assert_close(first.loss, second.loss)
+
+
+def test_accepted_proposals(tiny_model: LlamaForCausalLM) -> None:
+    """Proposed by the exact scores, the acceptance depends only on how likely positive and negative are among the states."""
+    whole = replace(engine(tiny_model, MCPO(acceptance=True)), prompts_once=True)
+    found, _ = visit(whole, Scoring.APART)
+    states = found.mask.clone()
+    for row, rewards in enumerate(found.rewards):
+        states[row] &= (rewards < rewards.nan_to_num(-1).max()) | (torch.arange(5) == found.positive[row])
+    model = (0.1 * found.log_ratios).masked_fill(~states, -torch.inf).softmax(dim=1)
+    odds = (1 - model.gather(1, found.positive.unsqueeze(1))) / (1 - model.gather(1, found.negatives))
+    torch.testing.assert_close(found.loss, (1 + odds.squeeze(1)).log())
+
+
+def test_blind_proposals_need_no_scores_and_are_dpo(tiny_model: LlamaForCausalLM) -> None:
+    accepting = engine(tiny_model, MCPO(strategy="uniform", acceptance=True))
+    assert accepting.scoring(groups(), at_reference=False) is Scoring.NONE
+    (found, _), (plain, _) = (visit(one, Scoring.NONE) for one in (accepting, engine(tiny_model, MCPO(strategy="uniform"))))
+    assert torch.equal(found.loss, plain.loss)
+    r = 0.1 * found.log_ratios
+    margin = r.gather(1, found.positive.unsqueeze(1)) - r.gather(1, found.negatives)
+    torch.testing.assert_close(found.loss, -margin.squeeze(1).sigmoid().log())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_negatives": 2}, {"strategy": "max"}, {"include_positive": True}, {"num_proposals": 1}, {"log_q_correction": True}],
+)
+def test_acceptance_is_of_one_proposal(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="acceptance needs one proposal"):
+        MCPO(acceptance=True, **fields)

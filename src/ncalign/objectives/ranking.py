@@ -239,6 +239,9 @@ class MCPO(Frozen):
     log_q_correction: bool = Field(
         False, description="Whether each negative's score is corrected for the probability with which it was drawn."
     )
+    acceptance: bool = Field(
+        False, description="Whether a draw is a proposal, which the loss weighs with the probability that it is accepted."
+    )
 
     @model_validator(mode="after")
     def _correction_is_possible(self) -> MCPO:
@@ -264,6 +267,7 @@ class MCPO(Frozen):
                 num_proposals=self.num_proposals,
                 scores=log_policy if self.kernel_score == "policy_logprob" else log_ratio,
                 log_q_correction=self.log_q_correction,
+                acceptance=self.acceptance,
             ),
         )
 

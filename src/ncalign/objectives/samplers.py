@@ -62,6 +62,7 @@ def mc_sampler(
     num_proposals: int | None = None,
     scores: Scores = log_ratio,
     log_q_correction: bool = False,
+    acceptance: bool = False,
 ) -> Sampler:
     """The positive and M negatives that MC-PO's kernel draws among the candidates below it; arguments as `sample_negatives`.
 
@@ -75,12 +76,16 @@ def mc_sampler(
         num_proposals: Candidates that a step proposes.
         scores: What the kernel weighs by, before beta.
         log_q_correction: Whether each negative's score is corrected for the probability with which it was drawn.
+        acceptance: Whether the draw is a proposal that moves on from the positive, and its score is corrected by
+            `proposal_log_ratio`: a logistic loss then weighs it with the probability that it is accepted.
 
     Raises:
-        ValueError: The correction is asked for where that probability is not known.
+        ValueError: A correction is asked for where the draw's probability is not known, or both are.
     """
     if log_q_correction:
         _check_correction(num_negatives, strategy, include_positive, replacement, num_proposals)
+    if acceptance:
+        _check_acceptance(num_negatives, strategy, include_positive, num_proposals, chain_steps, log_q_correction)
     built = build_kernel(
         strategy=strategy,
         num_negatives=num_negatives,
@@ -113,18 +118,71 @@ def mc_sampler(
         mask: Bool[Tensor, "B K"],
         columns: Int[Tensor, "B S"],
     ) -> Float[Tensor, "B S"]:
-        probabilities = kernel(scores, columns[:, 0], rewards, mask)
-        drawn = -importance_log_weights(probabilities, columns[:, 1:])
-        return torch.nn.functional.pad(drawn, (1, 0))
+        if acceptance:
+            visible = _visible(rewards, columns[:, 0], mask)
+            corrections = proposal_log_ratio(scores / temperature, columns[:, 0], columns[:, 1:], visible)
+        else:
+            corrections = -importance_log_weights(kernel(scores, columns[:, 0], rewards, mask), columns[:, 1:])
+        return torch.nn.functional.pad(corrections, (1, 0))
 
     return Sampler(
         select,
         None if strategy in ("uniform", "sweet_spot", "all") else scores,
         kernel,
-        log_q if log_q_correction else None,
+        log_q if log_q_correction or acceptance else None,
         1 + num_negatives,
-        None if include_positive else _below_best,
+        None if include_positive or acceptance else _below_best,
     )
+
+
+@torch.no_grad()
+def proposal_log_ratio(
+    scores: Float[Tensor, "B K"], positive: Int[Tensor, " B"], negatives: Int[Tensor, "B M"], mask: Bool[Tensor, "B K"]
+) -> Float[Tensor, "B M"]:
+    r"""Log-ratio $\log q(z|0) - \log q(0|z)$ of proposing the negative from the positive, and of the way back.
+
+    From state $i$ another state $j$ is proposed with $q(j|i) = e^{s_j} / \sum_{k \ne i} e^{s_k}$. Accepted with the
+    probability $a = \sigma(r_z - r_0 - \text{log-ratio})$, it makes a step that leaves $\mathrm{softmax}(r)$ invariant whatever
+    the scores $s$ are: rounded, stale, tempered. $a$ is the factor of $\nabla(r_z - r_0)$ in the gradient of `rnce_loss` with
+    one negative whose implicit reward is $r_z - \text{log-ratio}$.
+
+    Args:
+        scores: What proposals are drawn by, $s$.
+        positive: Column of each group's positive.
+        negatives: Columns of the proposals; -1 for none.
+        mask: True for the states, the positive's included.
+
+    Returns:
+        One number a proposal; 0 where the column is -1, and where all scores are equal.
+
+    Example:
+        >>> import math
+        >>> scores, mask = torch.tensor([[0.0, math.log(3.0), 0.0]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> proposal_log_ratio(scores, torch.tensor([0]), torch.tensor([[1]]), mask).exp()  # (3 / 4) / (1 / 2)
+        tensor([[1.5000]])
+
+    Source:
+        Barker's acceptance (1965) for independence proposals that leave out the current state.
+    """
+    logits = torch.where(mask, scores, -torch.inf)
+    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    # Of each state, the log of the sum that its proposals are divided by; what has no other state is never asked for.
+    totals = logits.unsqueeze(1).expand(-1, mask.shape[1], -1).masked_fill(itself, -torch.inf).logsumexp(dim=2)
+    odds = logits + totals
+    drawn = (negatives >= 0) & (positive >= 0).unsqueeze(1)
+    ratio = odds.gather(1, negatives.clamp(min=0)) - odds.gather(1, positive.clamp(min=0).unsqueeze(1))
+    return torch.where(drawn, ratio, 0.0)
+
+
+def _check_acceptance(
+    num_negatives: int, strategy: str, include_positive: bool, num_proposals: int | None, chain_steps: int, log_q: bool
+) -> None:
+    """Refuse settings in which a draw is not one proposal from the positive."""
+    if strategy not in ("mc", "uniform") or num_negatives > 1 or include_positive or num_proposals or chain_steps > 1 or log_q:
+        raise ValueError(
+            "acceptance needs one proposal of another candidate: strategy mc or uniform, num_negatives and chain_steps 1, "
+            "without include_positive, num_proposals and log_q_correction"
+        )
 
 
 def _check_correction(
