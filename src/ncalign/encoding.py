@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -83,6 +83,15 @@ class EncodingReport:
     template_mismatches: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     first_truncated: str | None = None
+
+    def add(self, other: EncodingReport) -> None:
+        """Count what another encoder did as well."""
+        for entry in fields(self):
+            if entry.type == "int":
+                combine = max if entry.name == "longest" else sum
+                setattr(self, entry.name, combine((getattr(self, entry.name), getattr(other, entry.name))))
+        self.dropped.update(other.dropped)
+        self.first_truncated = self.first_truncated or other.first_truncated
 
     def notices(self) -> list[str]:
         """What a user should know, one sentence each."""

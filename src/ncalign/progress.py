@@ -21,12 +21,12 @@ class Bar:
 
     Args:
         description: what is being done.
-        total: units of work.
+        total: units of work; None where it is not known.
         completed: units done before (on resume).
         shown: False for silence, as on all processes but the first.
     """
 
-    def __init__(self, description: str, total: int, *, completed: int = 0, shown: bool = True) -> None:
+    def __init__(self, description: str, total: int | None, *, completed: int = 0, shown: bool = True) -> None:
         """See the class."""
         self._description, self._total, self._done, self._shown = description, total, completed, shown
         self._skipped = completed
@@ -54,15 +54,19 @@ class Bar:
         """Leave the last state standing."""
         self._bar.stop()
         if self._shown and not self._live and kind is None:
-            say(f"{self._description}: {self._done}/{self._total} in {time.monotonic() - self._started:.0f} s")
+            say(f"{self._description}: {self._count()} in {time.monotonic() - self._started:.0f} s")
 
     def advance(self, amount: int = 1, *, note: str = "") -> None:
         """Count work done."""
         self._done += amount
         self._bar.update(self._task, advance=amount, note=note)
         now = time.monotonic()
-        if self._shown and not self._live and now - self._last_line > _LINE_EVERY_SECONDS and self._done < self._total:
-            self._last_line = now
-            per_unit = (now - self._started) / max(1, self._done - self._skipped)
-            left = per_unit * (self._total - self._done)
-            say(f"{self._description}: {self._done}/{self._total} {note} ETA {left:.0f} s")
+        if not self._shown or self._live or now - self._last_line <= _LINE_EVERY_SECONDS or self._done == self._total:
+            return
+        self._last_line = now
+        rate = (self._done - self._skipped) / max(now - self._started, 1e-9)
+        left = "" if self._total is None else f"ETA {(self._total - self._done) / max(rate, 1e-9):.0f} s"
+        say(f"{self._description}: {self._count()} {note} {left}".rstrip())
+
+    def _count(self) -> str:
+        return str(self._done) if self._total is None else f"{self._done}/{self._total}"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
+from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport
 from ncalign.groups import Group, ReadReport, read_groups
 from ncalign.objectives import Method
+from ncalign.parallel import map_chunks, num_workers
+from ncalign.progress import Bar
 
 
 @dataclass
@@ -47,7 +51,7 @@ class LoadedGroups:
         }
 
 
-def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str) -> LoadedGroups:
+def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str, shown: bool = True) -> LoadedGroups:
     """Read and encode the groups of a file.
 
     Args:
@@ -55,24 +59,25 @@ def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str
         encoder: for the policy's tokenizer.
         method: says which groups it can use, and what it makes of their rewards.
         on_bad_row: ``error`` raises when any group can't be used, after all have been looked at; ``skip`` leaves them out.
+        shown: whether progress is.
 
     Raises:
         ValueError: rows that can't be read, groups that can't be used (under ``error``), or none left to train on.
     """
-    loaded = LoadedGroups()
-    report = ReadReport()
-    for group in read_groups(path, on_bad_row="skip" if on_bad_row == "skip" else "error", report=report):
-        loaded.num_read += 1
-        scored, reason = scored_candidates(group, method)
-        if reason is None:
-            loaded.unscored += len(group.candidates) - len(scored.candidates)
-            try:
-                loaded.groups.append(encoder.encode(scored))
-            except DroppedGroupError as dropped:
-                reason = dropped.reason
-        if reason is not None:
-            loaded.unusable[reason] += 1
-            loaded.examples.setdefault(reason, f"{group.origin or path}, group {group.id!r}")
+    loaded, report = LoadedGroups(), ReadReport()
+    groups = read_groups(path, on_bad_row="skip" if on_bad_row == "skip" else "error", report=report)
+    with Bar(f"Encoding {path.name}", None, shown=shown) as bar:
+        for outcomes, encoding in map_chunks(partial(_encode, encoder, method), groups, workers=num_workers()):
+            encoder.report.add(encoding)
+            for outcome in outcomes:
+                loaded.num_read += 1
+                loaded.unscored += outcome.unscored
+                if outcome.encoded is not None:
+                    loaded.groups.append(outcome.encoded)
+                else:
+                    loaded.unusable[outcome.reason] += 1
+                    loaded.examples.setdefault(outcome.reason, f"{outcome.origin or path}, group {outcome.id!r}")
+            bar.advance(len(outcomes))
     loaded.num_read += report.skipped
     if report.skipped:
         loaded.unusable["unreadable row"] += report.skipped
@@ -84,6 +89,34 @@ def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str
     if loaded.unusable:
         loaded.notice = _complaint(path, loaded, method.name)
     return loaded
+
+
+class _Outcome(NamedTuple):
+    """What became of a group: its encoding, or why there is none."""
+
+    id: str
+    origin: str | None
+    encoded: EncodedGroup | None
+    reason: str = ""
+    unscored: int = 0
+
+
+def _encode(encoder: Encoder, method: Method, groups: Sequence[Group]) -> tuple[list[_Outcome], EncodingReport]:
+    """Encode some groups, with an account of their own."""
+    encoder = copy(encoder)
+    encoder.report = EncodingReport()
+    outcomes = []
+    for group in groups:
+        scored, reason = scored_candidates(group, method)
+        encoded, unscored = None, 0
+        if reason is None:
+            unscored = len(group.candidates) - len(scored.candidates)
+            try:
+                encoded = encoder.encode(scored)
+            except DroppedGroupError as dropped:
+                reason = dropped.reason
+        outcomes.append(_Outcome(group.id, group.origin, encoded, reason or "", unscored))
+    return outcomes, encoder.report
 
 
 def scored_candidates(group: Group, method: Method) -> tuple[Group, str | None]:

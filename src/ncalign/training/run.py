@@ -157,8 +157,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
         max_prompt_length=config.max_prompt_length,
         string_prompts=config.string_prompts,
     )
-    _say(accelerator, f"Reading {config.data}")
-    load = partial(load_groups, encoder=encoder, method=method, on_bad_row=config.on_bad_row)
+    load = partial(load_groups, encoder=encoder, method=method, on_bad_row=config.on_bad_row, shown=accelerator.is_main_process)
     loaded = load(config.data)
     train, held_out = split_held_out(loaded.groups, fraction=config.eval_fraction, seed=config.seed)
     notices = [loaded.notice]

@@ -1,0 +1,77 @@
+"""Work on many items in worker processes, in order, with a bounded number of them under way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CHUNK = 64
+"""Items handed to a worker at a time."""
+ALONE = 8
+"""Chunks that this process works on before it forks: small inputs never do."""
+_AHEAD = 4
+
+_function: Callable[[list[Any]], Any] | None = None
+
+
+def num_workers() -> int:
+    """Cores for each process of a run on this machine; 1, which means no workers, where processes can't be forked safely."""
+    if sys.platform != "linux":
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def map_chunks(function: Callable[[list[Item]], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+    """Apply a function to chunks of the items, in worker processes where there are many; results come in the items' order.
+
+    Workers are forked: only items and results are sent, not the function and what it refers to. A few chunks are read ahead.
+
+    Args:
+        function: of a list of items.
+        items: read as results are asked for.
+        workers: processes; 1 for none beside this one.
+
+    Raises:
+        RuntimeError: a worker was killed, as systems do when memory runs out. What the function raises is raised here.
+    """
+    source = iter(items)
+    chunks = iter(lambda: list(islice(source, CHUNK)), [])
+    yield from map(function, chunks if workers == 1 else islice(chunks, ALONE))
+    first = next(chunks, None)
+    if first is None:
+        return
+    global _function
+    _function = function
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
+    under_way: deque[Future[Any]] = deque([pool.submit(_call, first)])
+    try:
+        while under_way:
+            under_way.extend(pool.submit(_call, chunk) for chunk in islice(chunks, _AHEAD * workers - len(under_way)))
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError("a worker process was killed, perhaps for want of memory") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        _function = None
+
+
+def _begin() -> None:
+    """In a worker: Ctrl-C is the parent's to handle, and tokenizers must not start threads of their own after a fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _call(items: list[Any]) -> Any:
+    assert _function is not None
+    return _function(items)

@@ -1,0 +1,70 @@
+"""Work in worker processes gives what work in this process gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from conftest import group_row
+from ncalign.encoding import Encoder
+from ncalign.objectives import NCA, build_method
+from ncalign.parallel import ALONE, CHUNK, map_chunks
+from ncalign.training import data
+from ncalign.training.data import load_groups
+
+MANY = CHUNK * (ALONE + 20) + 5
+
+
+def test_results_come_in_order_from_other_processes() -> None:
+    found = list(map_chunks(lambda items: (os.getpid(), items), range(MANY), workers=3))
+    assert [item for _, items in found for item in items] == list(range(MANY))
+    assert {process for process, _ in found[:ALONE]} == {os.getpid()}
+    assert os.getpid() not in {process for process, _ in found[ALONE:]}
+
+
+def test_a_small_input_forks_nothing() -> None:
+    assert {*map_chunks(lambda items: os.getpid(), range(ALONE * CHUNK), workers=4)} == {os.getpid()}
+
+
+def test_items_are_not_read_far_ahead() -> None:
+    read = []
+    results = map_chunks(len, (read.append(item) or item for item in count()), workers=2)
+    for _ in range(ALONE + 3):
+        next(results)
+    assert len(read) <= (ALONE + 3 + 4 * 2 + 1) * CHUNK
+    results.close()
+
+
+@pytest.mark.parametrize(
+    ("act", "error"), [(lambda: int("x"), ValueError), (lambda: os.kill(os.getpid(), signal.SIGKILL), RuntimeError)]
+)
+def test_what_happens_in_a_worker_is_raised_here(act: Callable[[], object], error: type[Exception]) -> None:
+    def work(items: list[int]) -> None:
+        if items[0] >= ALONE * CHUNK:
+            act()
+
+    with pytest.raises(error, match=r"invalid literal|worker process was killed"):
+        list(map_chunks(work, range(MANY), workers=2))
+
+
+def test_encoding_is_the_same_in_workers(
+    tiny_tokenizer: PreTrainedTokenizerFast, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards: list[list[float | None]] = [[1.0, 0.0], [0.1, None, 0.4], [0.2], [0.3, 0.6, 1.0]]
+    path = write_jsonl([group_row(index, rewards[index % 4]) for index in range(MANY)])
+    found = []
+    for workers in (1, 2):
+        monkeypatch.setattr(data, "num_workers", lambda workers=workers: workers)
+        encoder = Encoder(tiny_tokenizer, max_length=48)
+        loaded = load_groups(path, encoder, method=build_method(NCA()), on_bad_row="skip")
+        texts = [tiny_tokenizer.decode(group.completions[-1]) for group in loaded.groups]
+        found.append((loaded.counts(), loaded.notice, [group.id for group in loaded.groups], texts, encoder.report))
+    assert found[0] == found[1]
+    assert found[0][0]["groups_left_out"] == {"only one candidate": MANY // 4}
+    assert found[0][4].completions_truncated > 0
