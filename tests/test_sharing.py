@@ -80,11 +80,14 @@ def test_shared_is_padded_to_the_last_digits_in_float64(name: str) -> None:
     assert_same(values_and_gradients(shared(name, dtype=torch.float64), batch), expected, nats=relative, relative=relative)
 
 
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple)), min_size=1, max_size=4
+).map(tuple)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
-    sizes=st.lists(
-        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple)), min_size=1, max_size=4
-    ).map(tuple),
+    sizes=SHAPES,
     name=st.sampled_from(["llama", "mistral", "gemma2"]),
 )
 def test_shared_is_padded_whatever_the_shapes(sizes: Sizes, name: str) -> None:
@@ -226,9 +229,7 @@ def test_prompts_once_for_scoring_and_training(name: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    sizes=st.lists(
-        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple)), min_size=1, max_size=4
-    ).map(tuple),
+    sizes=SHAPES,
     name=st.sampled_from(["llama", "mistral", "gemma2"]),
     pick=st.integers(0, 4),
 )

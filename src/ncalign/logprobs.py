@@ -211,8 +211,9 @@ def _body(causal: PreTrainedModel, layout: Layout, embedded: Tensor | None = Non
 def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
     """Have the model compute each prompt once for all its completions, if that gives what rows of their own give.
 
-    Both are computed for two small groups. Where they differ (a layer that mixes tokens in another way than attention, an
-    attention that is not transformers' own interface) the model is left as it was.
+    Log-probs of two small groups are computed both ways, and with the prompts in a pass of their own. Where they differ (a
+    layer that mixes tokens in another way than attention, an attention that is not transformers' own interface) the model is
+    left as it was.
 
     Returns:
         Why prompts can't be shared; None where they are from now on.

@@ -236,24 +236,19 @@ def kernel_is_reversible() -> Findings:
 def accepted_proposals() -> Findings:
     """Proposals by any scores, accepted with Barker's probability, leave the model invariant, and the loss accepts them."""
     r, data = numbers(SIZE, seed=35, scale=1.5), numbers(PROBLEMS, SIZE, seed=30).softmax(dim=1)
-    model, states = r.softmax(dim=0), torch.arange(SIZE)
-    moved, slopes = [], []
+    model, moved, slopes = r.softmax(dim=0), [], []
     for scores in (r, 0.3 * r, r + numbers(SIZE, seed=36), torch.zeros(SIZE, dtype=r.dtype)):
-        columns = states.expand(SIZE, SIZE)
-        ratio = proposal_log_ratio(scores.expand(SIZE, -1), states, columns, every(columns))
-        proposed = kernel_probabilities(scores.expand(SIZE, -1), states, every(columns), strategy="mc")
-        accepted = (r - r.unsqueeze(1) - ratio).sigmoid()
-        step = proposed * accepted
+        proposed, corrected = (found[0] for found in from_proposals(scores.unsqueeze(0)))
+        step = proposed * (r + corrected - r.unsqueeze(1)).sigmoid()
         moved.append(largest(model @ step + model * (1 - step.sum(dim=1)) - model))
         # The loss of a pair, drawn with the proposals' probability, against the contrast with the step's next state.
         at = r.clone().requires_grad_()
-        values = torch.stack([at.unsqueeze(1).expand(SIZE, SIZE), at - ratio], dim=2).flatten(0, 1)
+        values = torch.stack([at.unsqueeze(1).expand(SIZE, SIZE), at + corrected], dim=2).flatten(0, 1)
         losses = rnce_loss(values, torch.zeros(SIZE**2, dtype=torch.long), every(values)).view(SIZE, SIZE)
         (slope,) = torch.autograd.grad((proposed[0] * losses[0]).sum(), at)
         contrast = step[0].clone()
         contrast[0] = -step[0, 1:].sum()
         slopes.append(largest(slope - contrast))
-    draws = partial(from_proposals, spread=0.5)
     source = "Barker's acceptance; contrastive divergence"
     return Findings(
         [
@@ -271,20 +266,19 @@ def accepted_proposals() -> Findings:
                 "proposals from tempered scores, accepted, logistic loss: the data is the fixed point, total variation",
                 source,
                 0.0,
-                largest(flow(data, draws, rnce_loss, num_steps=3 * NUM_STEPS).distances[-1]),
+                largest(flow(data, lambda at: from_proposals(0.5 * at), rnce_loss, num_steps=3 * NUM_STEPS).distances[-1]),
                 EXACT,
             ),
         ]
     )
 
 
-def from_proposals(r: Float[Tensor, "P V"], *, spread: float) -> tuple[Float[Tensor, "P V V"], Float[Tensor, "P V V"]]:
-    """Negatives proposed by the scores times a factor, with the correction that makes the loss accept them."""
-    problems, size = r.shape
-    scores = spread * r.repeat_interleave(size, dim=0)
-    positives = torch.arange(size).repeat(problems)
-    q = kernel_probabilities(scores, positives, every(scores), strategy="mc")
-    ratio = proposal_log_ratio(scores, positives, torch.arange(size).expand(len(scores), -1), every(scores))
+def from_proposals(scores: Float[Tensor, "P V"]) -> tuple[Float[Tensor, "P V V"], Float[Tensor, "P V V"]]:
+    """Negatives proposed by some scores, with the correction that makes the loss accept them."""
+    problems, size = scores.shape
+    repeated, positives = scores.repeat_interleave(size, dim=0), torch.arange(size).repeat(problems)
+    q = kernel_probabilities(repeated, positives, every(repeated), strategy="mc")
+    ratio = proposal_log_ratio(repeated, positives, torch.arange(size).expand(len(repeated), -1), every(repeated))
     return q.view(problems, size, size), -ratio.view(problems, size, size)
 
 

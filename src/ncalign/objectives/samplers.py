@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -112,27 +113,38 @@ def mc_sampler(
     ) -> Float[Tensor, "B K"]:
         return built.probabilities(scores, rewards, positive, _visible(rewards, positive, mask), mask)
 
-    def log_q(
-        scores: Float[Tensor, "B K"],
-        rewards: Float[Tensor, "B K"],
-        mask: Bool[Tensor, "B K"],
-        columns: Int[Tensor, "B S"],
-    ) -> Float[Tensor, "B S"]:
-        if acceptance:
-            visible = _visible(rewards, columns[:, 0], mask)
-            corrections = proposal_log_ratio(scores / temperature, columns[:, 0], columns[:, 1:], visible)
-        else:
-            corrections = -importance_log_weights(kernel(scores, columns[:, 0], rewards, mask), columns[:, 1:])
-        return torch.nn.functional.pad(corrections, (1, 0))
-
     return Sampler(
         select,
         None if strategy in ("uniform", "sweet_spot", "all") else scores,
         kernel,
-        log_q if log_q_correction or acceptance else None,
+        accepting(temperature) if acceptance else dividing(kernel) if log_q_correction else None,
         1 + num_negatives,
         None if include_positive or acceptance else _below_best,
     )
+
+
+def dividing(kernel: Kernel) -> LogQ:
+    """The log q correction by which each negative is divided by the probability of its draw."""
+
+    def log_q(
+        scores: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], columns: Int[Tensor, "B S"]
+    ) -> Float[Tensor, "B S"]:
+        probabilities = kernel(scores, columns[:, 0], rewards, mask)
+        return F.pad(-importance_log_weights(probabilities, columns[:, 1:]), (1, 0))
+
+    return log_q
+
+
+def accepting(temperature: float) -> LogQ:
+    """The correction by which a logistic loss weighs a proposal with the probability that it is accepted."""
+
+    def log_q(
+        scores: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], columns: Int[Tensor, "B S"]
+    ) -> Float[Tensor, "B S"]:
+        positive, proposals = columns[:, 0], columns[:, 1:]
+        return F.pad(proposal_log_ratio(scores / temperature, positive, proposals, _visible(rewards, positive, mask)), (1, 0))
+
+    return log_q
 
 
 @torch.no_grad()

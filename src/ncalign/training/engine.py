@@ -95,9 +95,9 @@ class Engine:
     def scoring(self, groups: Sequence[EncodedGroup], *, at_reference: bool) -> Scoring:
         """How the scores of a step's candidates are had, the same for all processes: each must know all groups of the step.
 
-        Gradients through all candidates cost `3P + 3KcT` forward passes of a token, a pass to score them and another through
-        the chosen ones `4P + (K + 3S)cT`, or `3P + (K + 3S)cT` where they share the prompts: a group's prompt has P tokens,
-        each of its K candidates T, S of them enter the loss, and a completion token costs c.
+        Gradients through all candidates cost `3P + 3KcT` forward passes of a token, a pass to score R of them and another
+        through the chosen ones `4P + (R + 3S)cT`, or `3P + (R + 3S)cT` where they share the prompts: a group's prompt has P
+        tokens, each of its K candidates T, the sampler reads R of them, S enter the loss, and a completion token costs c.
 
         Args:
             groups: of the step, all processes'.
@@ -108,13 +108,15 @@ class Engine:
             return Scoring.KNOWN
         if sampler is None or sampler.scores is None:
             return Scoring.NONE
-        prompts = candidates = chosen = 0.0
+        prompts = passed = 0.0
         for group in groups:
-            tokens, number = sum(len(completion) for completion in group.completions), len(group.completions)
+            lengths = torch.tensor([float(len(completion)) for completion in group.completions])
+            number, tokens = len(lengths), float(lengths.sum())
+            rewards, mask = torch.tensor([group.rewards], dtype=torch.float64), torch.ones(1, number, dtype=torch.bool)
+            read = mask if sampler.reads is None else sampler.reads(rewards, mask)
             prompts += len(group.prompt)
-            candidates += tokens
-            chosen += tokens * min(sampler.size or number, number) / number
-        cheaper = (2 * candidates - 3 * chosen) * self.token_cost < (0.0 if self.prompts_once else prompts)
+            passed += 3 * tokens - float(lengths[read[0]].sum()) - 3 * tokens * min(sampler.size or number, number) / number
+        cheaper = passed * self.token_cost < (0.0 if self.prompts_once else prompts)
         return Scoring.TOGETHER if cheaper else Scoring.APART
 
     def visit(self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0) -> Visit:
