@@ -110,9 +110,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: no verb given; needed is one of demo, train, convert, generate, score, lab (see ncalign --help)"),
+        ([], "error: no verb given; needed is one of demo, train, online, convert, generate, score, lab (see ncalign --help)"),
         (["trian"], "error: unknown verb 'trian'; did you mean 'train'?"),
-        (["xyzzy"], "error: unknown verb 'xyzzy'; must be one of demo, train, convert, generate, score, lab"),
+        (["xyzzy"], "error: unknown verb 'xyzzy'; must be one of demo, train, online, convert, generate, score, lab"),
         (["--config", "x"], "error: unknown flag '--config' before the verb; write ncalign VERB [--FIELD VALUE ...]"),
         ([*TRAIN, "--learning-rat", "1"], "error: unknown flag '--learning_rat'; did you mean '--learning_rate'?"),
         ([*TRAIN, "--beta=1"], "error: unknown flag '--beta'; did you mean '--objective.beta'?"),

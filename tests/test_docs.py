@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from conftest import group_row
 from ncalign import settings
 from ncalign.config import ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
+from ncalign.online_config import OnlineConfig
 from ncalign.training_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ VERBS: dict[str, type[BaseModel]] = {
     "demo": DemoConfig,
     "generate": GenerateConfig,
     "lab": LabConfig,
+    "online": OnlineConfig,
     "score": ScoreConfig,
     "train": TrainConfig,
 }

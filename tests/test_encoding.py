@@ -212,6 +212,14 @@ def test_a_prompt_that_holds_the_probe_is_rendered_whole() -> None:
     assert render_prompt(tokenizer, prompt) == expected
 
 
+@pytest.mark.parametrize("prompt", ["What is seven", [{"role": "user", "content": "What is seven?"}]])
+def test_a_completion_that_was_cut_has_no_end_token(prompt: str | list[Message]) -> None:
+    whole, cut = Candidate(" plus five"), Candidate(" plus five", finished=False)
+    encoded = Encoder(build_tokenizer()).encode(Group(id="g", prompt=prompt, candidates=[whole, cut]))
+    assert encoded.completions[0].tolist()[:-1] == encoded.completions[1].tolist()
+    assert encoded.completions[0][-1] == build_tokenizer().eos_token_id
+
+
 def test_dropped_groups_are_counted_by_reason() -> None:
     encoder = Encoder(build_tokenizer())
     for answer in ("", " ", "a<|im_end|>b"):

@@ -102,6 +102,21 @@ def test_samples_follow_the_tempered_distribution(
         assert counts[letter] / n == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / n))
 
 
+def test_log_probs_are_those_of_the_model_whatever_the_temperature(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    params = SamplingParams(8, temperature=0.6, top_p=0.9)
+    found = generator_of(tiny_model, tiny_tokenizer, 3).generate(PROMPTS[:1], num_samples=4, params=params, seed=3)
+    prompt = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    for completion in found[0]:
+        assert completion.token_ids is not None
+        ids = torch.cat([prompt, torch.tensor([completion.token_ids])], dim=1)
+        with torch.no_grad():
+            logprobs = tiny_model(ids).logits.log_softmax(-1)[0, prompt.shape[1] - 1 : -1]
+        expected = float(logprobs.gather(1, ids[0, prompt.shape[1] :, None]).sum())
+        assert completion.logprob == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("params", "letters"), [(SamplingParams(1, top_k=2), "bc"), (SamplingParams(1, top_p=0.6), "c"), (SamplingParams(1), "abc")]
 )

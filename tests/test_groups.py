@@ -43,7 +43,9 @@ metadata = st.dictionaries(
 
 
 def candidates_of(completions: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Candidate]]:
-    one = st.builds(Candidate, completions, reward=rewards, reference_logprob=rewards, source=st.none() | texts)
+    one = st.builds(
+        Candidate, completions, reward=rewards, reference_logprob=rewards, source=st.none() | texts, finished=st.booleans()
+    )
     # Long groups by repetition: ties, and no slower to generate.
     return st.lists(one, min_size=1, max_size=4).flatmap(lambda few: st.sampled_from([few, (few * 64)[:64]]))
 
@@ -140,6 +142,7 @@ def test_a_group_is_validated(fields: dict[str, Any], needed: str) -> None:
         ({"reward": 10**400}, "too large for a float"),
         ({"reference_logprob": math.inf}, "reference_logprob is infinite"),
         ({"source": 1}, "source is 1 (a number): a string"),
+        ({"finished": 1}, "finished is 1 (a number): true or false"),
     ],
 )
 def test_a_candidate_is_validated(fields: dict[str, Any], needed: str) -> None:
@@ -176,7 +179,7 @@ BAD_ROWS = [
     ),
     (
         '{"id": "a", "prompt": "p", "candidates": [{"completion": "c", "zzz": 1}]}',
-        "known keys: `completion`, `reward`, `reference_logprob`, `source`",
+        "known keys: `completion`, `reward`, `reference_logprob`, `source`, `finished`",
         "unknown key",
     ),
     ('{"id": "a", "prompt": "p", "candidates": [{"reward": 1}]}', "candidates[0] lacks `completion`", "missing key"),

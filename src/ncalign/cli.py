@@ -27,6 +27,7 @@ from ncalign.flags import Arguments, Layout, parse
 from ncalign.settings import ConfigError
 
 if TYPE_CHECKING:
+    from ncalign.online_config import OnlineConfig
     from ncalign.training_config import TrainConfig
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -80,6 +81,24 @@ def _plan_training(config: TrainConfig) -> Result:
     from ncalign.training import dry_run
 
     return dry_run(config)
+
+
+def _online_config() -> type[OnlineConfig]:
+    from ncalign.online_config import OnlineConfig
+
+    return OnlineConfig
+
+
+def _online(config: OnlineConfig) -> Result:
+    from ncalign.online import run_online
+
+    return run_online(config)
+
+
+def _after_online_stopped(config: OnlineConfig) -> str:
+    if not (config.output_dir / "config.yaml").exists():
+        return "nothing had been written; rerun to start again"
+    return f"what {config.output_dir} holds is kept; rerun with --resume to go on from there"
 
 
 def _after_training_stopped(config: TrainConfig) -> str:
@@ -138,6 +157,16 @@ def _after_demo_stopped(config: DemoConfig) -> str:
     return f"what {config.output_dir} holds is not a whole demo; rerun to start again (the model stays in its cache)"
 
 
+TRAINING_FIELDS = (
+    ("model and data", "model"),
+    ("encoding", "max_length"),
+    ("method", "objective"),
+    ("adapter", "lora"),
+    ("reference and precision", "reference"),
+    ("optimizer", "learning_rate"),
+    ("batches and steps", "num_train_epochs"),
+    ("run", "seed"),
+)
 TRAIN = Verb(
     "train",
     "align a model from groups of scored candidates",
@@ -146,16 +175,16 @@ TRAIN = Verb(
     _train,
     _after_training_stopped,
     plan=_plan_training,
-    groups=(
-        ("model and data", "model"),
-        ("encoding", "max_length"),
-        ("method", "objective"),
-        ("adapter", "lora"),
-        ("reference and precision", "reference"),
-        ("optimizer", "learning_rate"),
-        ("batches and steps", "num_train_epochs"),
-        ("run", "seed"),
-    ),
+    groups=TRAINING_FIELDS,
+)
+ONLINE = Verb(
+    "online",
+    "regenerate and score candidates from the policy while it trains",
+    _online_config,
+    "ncalign online --config run.yaml --data prompts.jsonl --reward rewards.py:score --regenerate_every 50",
+    _online,
+    _after_online_stopped,
+    groups=(*TRAINING_FIELDS, ("rounds", "reference_decay"), ("rewards", "reward"), ("sampling", "num_samples")),
 )
 CONVERT = Verb(
     "convert",
@@ -200,7 +229,7 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
-VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, CONVERT, GENERATE, SCORE, LAB)
+VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, ONLINE, CONVERT, GENERATE, SCORE, LAB)
 
 _HELP = """usage: ncalign VERB [--config FILE] [--FIELD VALUE ...]
 

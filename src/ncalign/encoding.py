@@ -6,7 +6,8 @@ One rule each, for a whole group:
   a prefix of the whole text's tokens (a token merged across the boundary), the completion is encoded on its own, after the
   prompt's tokens, as it is when the model generates; such candidates are counted.
 * **EOS.** The completion ends with exactly one end token, and it is scored: the one that the chat template puts after an
-  assistant's turn, or the tokenizer's EOS where the template puts none or there is no template.
+  assistant's turn, or the tokenizer's EOS where the template puts none or there is no template. A candidate that is not
+  ``finished``, cut while it was generated, has none.
 * **Truncation.** When the prompt and the longest completion exceed ``max_length``, the prompt keeps its end (at least
   ``max_prompt_length`` tokens with BOS, which stays in front) and all completions are cut at the same length. A cut completion
   has no EOS.
@@ -38,6 +39,8 @@ class EncodedGroup:
     completions: tuple[Ids, ...]
     rewards: tuple[float | None, ...]
     reference_logprobs: tuple[float | None, ...]
+    weights: tuple[float, ...] = ()
+    """Of the group's loss when the candidate is its positive; none where every weight is 1."""
 
     @property
     def length(self) -> int:
@@ -203,6 +206,10 @@ class Encoder:
         prompt, *whole = self.tokenizer([prompt_text, *bodies], add_special_tokens=False, verbose=False)["input_ids"]
         completions = [
             self._split(group, prompt, body[len(prompt_text) :], ids, end_id) for body, ids in zip(bodies, whole, strict=True)
+        ]
+        completions = [
+            tokens if candidate.finished else tokens[:-1]
+            for candidate, tokens in zip(group.candidates, completions, strict=True)
         ]
         if not as_chat and self._bos is not None and prompt[:1] != [self._bos]:
             prompt = [self._bos, *prompt]

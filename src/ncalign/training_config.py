@@ -64,6 +64,7 @@ class TrainConfig(EncodingConfig):
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
     report_to: tuple[str, ...] = Field(("tensorboard",), description="accelerate's trackers; an empty list for none.")
     resume: bool = Field(False, description="Go on from the run folder's last checkpoint.")
+    accept_changes: bool = Field(False, description="Resume although the configuration changed; the changes are shown.")
     overwrite: bool = Field(False, description="Replace what an earlier run left in output_dir.")
     merge: bool = Field(
         False,

@@ -32,18 +32,20 @@ class Candidate:
         reward: The outside score; None when there is none.
         reference_logprob: Log-probability of the completion under the reference, summed over its tokens, in nats.
         source: Where the completion came from, for instance a model's name.
+        finished: False for a completion that was cut while it was generated; no EOS is scored after it.
 
     Raises:
         ValueError: A field has the wrong type, or a number is NaN or infinite.
 
     >>> Candidate("Four.", reward=1)
-    Candidate(completion='Four.', reward=1.0, reference_logprob=None, source=None)
+    Candidate(completion='Four.', reward=1.0, reference_logprob=None, source=None, finished=True)
     """
 
     completion: Text
     reward: float | None = None
     reference_logprob: float | None = None
     source: str | None = None
+    finished: bool = True
 
     def __post_init__(self) -> None:
         """Validate, and turn whole numbers into floats."""
@@ -52,6 +54,8 @@ class Candidate:
         object.__setattr__(self, "reference_logprob", number_or_none(self.reference_logprob, "reference_logprob"))
         if self.source is not None:
             _check_string(self.source, "source")
+        if type(self.finished) is not bool:
+            raise DataError(f"finished is {shown(self.finished)}: true or false is needed", reason="wrong type")
 
 
 @dataclass(frozen=True, slots=True)

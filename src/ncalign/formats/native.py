@@ -1,4 +1,4 @@
-"""Our own schema: ``id, prompt, candidates[].{completion, reward, reference_logprob, source}, metadata``."""
+"""Our own schema: ``id, prompt, candidates[].{completion, reward, reference_logprob, source, finished}, metadata``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ncalign.formats.group import Candidate, Group, unknown_key
 from ncalign.formats.parsing import Row, row_id, row_metadata
 
 COLUMNS = ("id", "prompt", "candidates", "metadata")
-CANDIDATE_KEYS = ("completion", "reward", "reference_logprob", "source")
+CANDIDATE_KEYS = ("completion", "reward", "reference_logprob", "source", "finished")
 _CANDIDATE_KEYS = frozenset(CANDIDATE_KEYS)
 
 
@@ -41,7 +41,7 @@ def _candidate(value: Any, index: int) -> Candidate:
             reason="missing key",
         )
     try:
-        return Candidate(**value)
+        return Candidate(**{**value, "finished": True if value.get("finished") is None else value["finished"]})
     except DataError as error:
         raise error.within(f"candidates[{index}]") from None
 
@@ -60,4 +60,6 @@ def _to_object(candidate: Candidate) -> Row:
         value["reference_logprob"] = candidate.reference_logprob
     if candidate.source is not None:
         value["source"] = candidate.source
+    if not candidate.finished:
+        value["finished"] = False
     return value

@@ -131,6 +131,7 @@ def _schema(prompts: bool, completions: bool) -> pa.Schema:
             ("reward", pa.float64()),
             ("reference_logprob", pa.float64()),
             ("source", pa.string()),
+            ("finished", pa.bool_()),
         ]
     )
     return pa.schema(
@@ -158,6 +159,7 @@ def _to_struct(candidate: Candidate, completions: bool, group: Group, index: int
         "reward": candidate.reward,
         "reference_logprob": candidate.reference_logprob,
         "source": candidate.source,
+        "finished": candidate.finished,
     }
 
 

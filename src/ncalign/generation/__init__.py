@@ -2,7 +2,7 @@
 
 from ncalign.generation.base import Completion, Generator, SamplingParams
 from ncalign.generation.local import TransformersGenerator
-from ncalign.generation.run import SampleCounts, run_generate, sample_groups
+from ncalign.generation.run import SampleCounts, completion_as_candidate, run_generate, sample_groups
 
 __all__ = [
     "Completion",
@@ -10,6 +10,7 @@ __all__ = [
     "SampleCounts",
     "SamplingParams",
     "TransformersGenerator",
+    "completion_as_candidate",
     "run_generate",
     "sample_groups",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ncalign.groups import Message
@@ -34,11 +34,16 @@ class Completion:
         text: the text, without special tokens.
         num_tokens: tokens sampled, EOS included.
         finished: whether the model ended it; false when ``max_new_tokens`` cut it.
+        token_ids: the tokens, EOS included; None where the generator does not give them.
+        logprob: sum of their log-probs under the model itself, before temperature and truncation, in nats; None where the
+            generator does not give it.
     """
 
     text: str
     num_tokens: int
     finished: bool
+    token_ids: tuple[int, ...] | None = None
+    logprob: float | None = field(default=None, compare=False)
 
 
 class PromptError(ValueError):

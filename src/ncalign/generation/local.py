@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
@@ -40,16 +41,18 @@ class TransformersGenerator:
         tokenizer: its tokenizer.
         string_prompts: whether prompts that are plain strings are encoded as they are or as a user's turn.
         batch_size: completions sampled at a time.
+        autocast: precision to compute in, where it is not that of the weights.
         progress: whether to show a progress bar on stderr.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
         string_prompts: Literal["raw", "user_turn"] = "raw",
         batch_size: int = 64,
+        autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
         """See the class."""
@@ -57,6 +60,7 @@ class TransformersGenerator:
         self._tokenizer = tokenizer
         self._string_prompts = string_prompts
         self._batch_size = batch_size
+        self._autocast = autocast
         self._progress = progress
         self._eos_ids = _eos_ids(model, tokenizer)
 
@@ -76,10 +80,11 @@ class TransformersGenerator:
             batches = _batches([len(ids) for ids in encoded], num_samples, self._batch_size)
             for number, (indices, repeats) in enumerate(batches):
                 generator = torch.Generator(self._model.device).manual_seed(_batch_seed(seed, number))
-                rows = self._sample([encoded[index] for index in indices], repeats, params, generator)
-                for row, tokens in enumerate(rows):
-                    samples[indices[row // repeats]].append(self._decode(tokens))
-                num_tokens += sum(len(tokens) for tokens in rows)
+                with torch.autocast(self._model.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                    rows = self._sample([encoded[index] for index in indices], repeats, params, generator)
+                for row, (tokens, logprob) in enumerate(rows):
+                    samples[indices[row // repeats]].append(self._decode(tokens, logprob))
+                num_tokens += sum(len(tokens) for tokens, _ in rows)
                 bar.advance(len(rows), note=f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
         return samples
 
@@ -110,8 +115,8 @@ class TransformersGenerator:
 
     def _sample(
         self, prompts: list[list[int]], repeats: int, params: SamplingParams, generator: torch.Generator
-    ) -> list[list[int]]:
-        """Sampled tokens of each row, EOS included; ``repeats`` consecutive rows a prompt."""
+    ) -> list[tuple[list[int], float]]:
+        """Sampled tokens of each row, EOS included, and their log-prob; ``repeats`` consecutive rows a prompt."""
         device = self._model.device
         mask, logits, cache = self._prefill(prompts)
         mask, logits = mask.repeat_interleave(repeats, 0), logits.repeat_interleave(repeats, 0)
@@ -119,13 +124,15 @@ class TransformersGenerator:
             cache.batch_repeat_interleave(repeats)
         warpers = _warpers(params)
         sampled: list[list[int]] = [[] for _ in range(len(mask))]
+        logprobs = [0.0] * len(mask)
         rows = list(range(len(mask)))  # which completion each row of the batch is
         ended = [False] * len(mask)
         for step in range(params.max_new_tokens):
             tokens = _next_tokens(logits, warpers, params.temperature, generator)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
+            for row, token, logprob in zip(rows, tokens.tolist(), _logprobs(logits, tokens), strict=True):
                 if not ended[row]:
                     sampled[row].append(token)
+                    logprobs[row] += logprob
                     ended[row] = token in self._eos_ids
             live = [position for position, row in enumerate(rows) if not ended[row]]
             if not live or step + 1 == params.max_new_tokens:
@@ -144,7 +151,7 @@ class TransformersGenerator:
                 use_cache=True,
             )
             logits = output.logits[:, -1]
-        return sampled
+        return list(zip(sampled, logprobs, strict=True))
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
         """Attention mask [B, T], the next token's logits [B, V] and the cache of left-padded prompts."""
@@ -163,18 +170,19 @@ class TransformersGenerator:
         assert isinstance(output.past_key_values, Cache)
         return mask, output.logits[:, -1], output.past_key_values
 
-    def _decode(self, tokens: list[int]) -> Completion:
+    def _decode(self, tokens: list[int], logprob: float) -> Completion:
         finished = tokens[-1] in self._eos_ids
         text = self._tokenizer.decode(
             tokens[:-1] if finished else tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
-        return Completion(text=text, num_tokens=len(tokens), finished=finished)
+        return Completion(text, len(tokens), finished, token_ids=tuple(tokens), logprob=logprob)
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a completion."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    generation_config = getattr(model, "generation_config", None)
+    configured = generation_config.eos_token_id if generation_config is not None else None
     ids = set(configured) if isinstance(configured, list) else {configured}
     ids.add(tokenizer.eos_token_id)
     found = frozenset(int(token) for token in ids if token is not None)
@@ -214,6 +222,13 @@ def _warpers(params: SamplingParams) -> LogitsProcessorList:
     if params.top_p < 1.0:
         warpers.append(TopPLogitsWarper(params.top_p))
     return warpers
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    """Log-probs of one token a row, from logits [rows, V]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values: list[float] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).tolist()
+    return values
 
 
 def _next_tokens(

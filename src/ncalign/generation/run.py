@@ -77,14 +77,15 @@ def sample_groups(
         counts.empty += len(completions) - len(kept)
         counts.unfinished += sum(not completion.finished for completion in completions)
         counts.tokens += sum(completion.num_tokens for completion in completions)
-        groups.append(replace(group, candidates=[_candidate(group, completion, source) for completion in kept]))
+        groups.append(replace(group, candidates=[completion_as_candidate(group, completion, source) for completion in kept]))
     return groups
 
 
-def _candidate(group: Group, completion: Completion, source: str) -> Candidate:
+def completion_as_candidate(group: Group, completion: Completion, source: str) -> Candidate:
+    """A completion of the group's kind: text for a text, an assistant's turn for a conversation."""
     if isinstance(group.prompt, str):
-        return Candidate(completion.text, source=source)
-    return Candidate([{"role": "assistant", "content": completion.text}], source=source)
+        return Candidate(completion.text, source=source, finished=completion.finished)
+    return Candidate([{"role": "assistant", "content": completion.text}], source=source, finished=completion.finished)
 
 
 def run_generate(config: GenerateConfig) -> dict[str, object]:

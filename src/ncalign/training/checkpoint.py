@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ncalign.atomic import removed_on_error
 
 _PREFIX = "step-"
 _MOMENT = "|"
+_FURTHER = "tensors.safetensors"
 
 
 def save_checkpoint(
@@ -41,8 +43,9 @@ def save_checkpoint(
     accelerator: Accelerator,
     state: dict[str, Any],
     keep: int,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write the checkpoint of a step and delete all but the last ``keep``."""
+    """Write the checkpoint of a step, with what tensors a run needs besides, and delete all but the last ``keep``."""
     folder = run_folder / "checkpoints" / f"{_PREFIX}{step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     if isinstance(model, FSDPModule):
@@ -63,6 +66,8 @@ def save_checkpoint(
             trained = _trained_names(moments["param_groups"])
             save_file(_unshared({name: weights[name] for name in sorted(trained)}), temporary / "model.safetensors")
             save_file(_unshared(_flat_moments(moments)), temporary / "optimizer.safetensors")
+            if tensors:
+                save_file(_unshared(dict(tensors)), temporary / _FURTHER)
             (temporary / "state.json").write_text(json.dumps({"step": step, **state, "param_groups": moments["param_groups"]}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -111,6 +116,12 @@ def load_checkpoint(
     set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
     _restore_random_state(random_state)
     return state
+
+
+def further_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that were saved with a checkpoint besides weights and optimizer."""
+    path = folder / _FURTHER
+    return dict(load_file(path)) if path.is_file() else {}
 
 
 def find_checkpoints(run_folder: Path) -> list[Path]:

@@ -266,6 +266,15 @@ class Engine:
             beta=method.beta,
         )
 
+    def logprobs(self, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
+        """Log-probs of every candidate of these groups under the weights of now, this process's alone, without gradients."""
+        found: list[tuple[float, ...]] = [()] * len(groups)
+        for part in self.passes(range(len(groups)), groups, max_groups=len(groups)) if groups else ():
+            values = self.score(self.batch(part)).double().cpu()
+            for b, index in enumerate(part.indices):
+                found[index] = tuple(values[b, : len(groups[index].completions)].tolist())
+        return found
+
     def fill_reference(self, groups: Sequence[EncodedGroup], cache: ReferenceCache) -> int:
         """Compute the reference log-probs that any process lacks, each its share; returns how many groups that were.
 

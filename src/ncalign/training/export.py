@@ -50,16 +50,24 @@ tags: [ncalign, {method}]
 
 
 def save_model(
-    policy: Policy, model: nn.Module, accelerator: Accelerator, *, config: TrainConfig, results: dict[str, Any]
+    policy: Policy,
+    model: nn.Module,
+    accelerator: Accelerator,
+    *,
+    config: TrainConfig,
+    results: dict[str, Any] | None,
+    target: Path,
 ) -> None:
-    """Write ``model/``: weights (or adapter) in safetensors, tokenizer, chat template and card; whole or not at all."""
+    """Write a model folder: weights (or adapter) in safetensors, tokenizer, chat template and, where there are results, a card.
+
+    It is written whole or not at all.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.num_processes > 1)
     state = get_model_state_dict(model, options=options)
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return
-    target = config.output_dir / "model"
-    temporary = target.with_name(".model.tmp")
+    temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     named: dict[str, Any] = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
     weights = {name: named[name] for name in named.keys() - _aliases(policy.model)}
@@ -68,7 +76,8 @@ def save_model(
         with quiet_transformers(str(temporary)):
             _write_weights(policy, weights, temporary, merge=merges(policy, config))
             policy.tokenizer.save_pretrained(temporary)
-        write_text_atomic(model_card(policy, config, results), temporary / "README.md")
+        if results is not None:
+            write_text_atomic(model_card(policy, config, results), temporary / "README.md")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     accelerator.wait_for_everyone()

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from ncalign.encoding import EncodedGroup
 from ncalign.progress import Bar, say
-from ncalign.training.engine import Engine
-from ncalign.training.metrics import ChosenAlarm, MetricMeans, group_metrics, mean_implicit_reward, merged
+from ncalign.training.engine import Engine, Pass
+from ncalign.training.metrics import ChosenAlarm, MetricMeans, Visit, group_metrics, mean_implicit_reward, merged
 from ncalign.training.schedule import DataPlan
 
 Number = TypeVar("Number", int, float)
@@ -47,6 +48,8 @@ class Loop:
         save: writes a checkpoint after a step, with this loop's own state.
         mismatched: for methods that measure from them, each training group's prompt with a completion of another.
         eval_mismatched: the same of the groups held out.
+        reference_step: the step before which the policy is the reference still; -1 for none.
+        ends: looks at the policy after a step, and says whether the run ends there.
         seen: sum and number of the trained groups' mean implicit rewards.
     """
 
@@ -62,13 +65,15 @@ class Loop:
     save: Callable[[int, dict[str, Any]], None]
     mismatched: Sequence[EncodedGroup] = ()
     eval_mismatched: Sequence[EncodedGroup] = ()
+    reference_step: int = 0
+    ends: Callable[[int], bool] = lambda step: False
     seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     alarm: ChosenAlarm = field(default_factory=ChosenAlarm)
     means: MetricMeans = field(default_factory=MetricMeans)
     last: dict[str, float] = field(default_factory=dict)
 
     def run(self, start: int) -> dict[str, float]:
-        """Train from a step to the plan's end; returns the last evaluation's metrics, or the last logged ones."""
+        """Train from a step to the plan's end, or to where it ends sooner; returns the last evaluation's or logged metrics."""
         main = self.engine.accelerator.is_main_process
         tokens, since = 0, time.monotonic()
         with Bar("Training", self.plan.num_steps, completed=start, shown=main) as bar:
@@ -76,12 +81,12 @@ class Loop:
                 grad_norm, step_tokens = self.step(step)
                 tokens += step_tokens
                 done = step + 1
-                final = done == self.plan.num_steps
+                final = self.ends(done) or done == self.plan.num_steps
                 if due(done, self.intervals.logging) or final:
                     seconds = time.monotonic() - since
                     self.last = {
                         "step": done,
-                        "epoch": done / self.plan.steps_per_epoch,
+                        "epoch": (done - self.plan.first_step) / self.plan.steps_per_epoch,
                         **self.reduced(self.means),
                         "learning_rate": self.learning_rate(step),
                         "grad_norm": grad_norm,
@@ -96,6 +101,8 @@ class Loop:
                     self.evaluate(done)
                 if due(done, self.intervals.checkpoint):
                     self.save(done, self.state())
+                if final:
+                    break
         return self.evaluate(self.plan.num_steps) if self.eval_groups else self.last
 
     def state(self) -> dict[str, Any]:
@@ -116,7 +123,7 @@ class Loop:
         engine, accelerator = self.engine, self.engine.accelerator
         epoch, indices = self.plan.step_groups(step)
         groups = [self.groups[index] for index in indices]
-        parts, scoring = engine.passes(indices, groups), engine.scoring(groups, at_reference=step == 0)
+        parts, scoring = engine.passes(indices, groups), engine.scoring(groups, at_reference=step == self.reference_step)
         # Gradients are averaged over processes; each adds its groups' share of the step's mean.
         scale = accelerator.num_processes / len(indices)
         tokens, broken = 0, []
@@ -125,7 +132,7 @@ class Loop:
         for number, part in enumerate(parts):
             with engine.no_sync_but_last(number, len(parts)):
                 visit = engine.visit(part, epoch=epoch, scoring=scoring, baseline=baseline)
-                accelerator.backward(visit.loss.sum() * (scale if part.counted else 0.0))
+                accelerator.backward(weighted_loss(visit, part).sum() * (scale if part.counted else 0.0))
             if part.counted:
                 self.means.add(group_metrics(visit))
                 implicit += mean_implicit_reward(visit)
@@ -199,3 +206,11 @@ class Loop:
 def due(step: int, interval: int) -> bool:
     """Whether an action of this interval falls on this step."""
     return interval > 0 and step % interval == 0
+
+
+def weighted_loss(visit: Visit, part: Pass) -> Tensor:
+    """The groups' losses, each times the weight of the candidate that is its positive, where candidates have weights."""
+    if not any(group.weights for group in part.groups):
+        return visit.loss
+    weights = [group.weights[int(k)] if group.weights else 1.0 for group, k in zip(part.groups, visit.positive, strict=True)]
+    return visit.loss * torch.tensor(weights, dtype=visit.loss.dtype, device=visit.loss.device)

@@ -133,7 +133,8 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         "model": str(config.output_dir / run_folder.MODEL),
         "versions": versions(),
     }
-    save_model(prepared.policy, engine.model, accelerator, config=config, results=results)
+    target = config.output_dir / run_folder.MODEL
+    save_model(prepared.policy, engine.model, accelerator, config=config, results=results, target=target)
     if accelerator.is_main_process:
         write_json_atomic(results, config.output_dir / run_folder.RESULTS)
     accelerator.end_training()
@@ -322,23 +323,12 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
     accelerator, plan = prepared.engine.accelerator, prepared.plan
     path = config.output_dir / run_folder.METRICS
     metrics = MetricsFile(path, keep_until=start, num_steps=plan.num_steps) if accelerator.is_main_process else None
-    if config.report_to:
-        # TensorBoard shows what a killed run logged after its last checkpoint once, not twice.
-        options = {"tensorboard": {"purge_step": start + 1}} if start else {}
-        flat = _flat(config.model_dump(mode="json"))
-        accelerator.init_trackers(run_folder.TENSORBOARD, config=flat, init_kwargs=options)
+    start_trackers(config, accelerator, start)
 
     def log(row: dict[str, float]) -> None:
         if metrics is not None:
             metrics.write(row)
-        try:
-            accelerator.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
-        except Exception as error:  # each tracker raises classes of its own
-            cause = getattr(error, "strerror", None) or error
-            raise ValueError(
-                f"step {row['step']:.0f}: a tracker of report_to ({', '.join(config.report_to)}) failed: {cause}; mend it, or "
-                "resume without it. The last checkpoint and metrics are kept"
-            ) from error
+        log_to_trackers(config, accelerator, row)
 
     return Loop(
         engine=prepared.engine,
@@ -360,6 +350,31 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
         mismatched=prepared.mismatched,
         eval_mismatched=prepared.eval_mismatched,
     )
+
+
+def start_trackers(config: TrainConfig, accelerator: Accelerator, start: int) -> None:
+    """Open the trackers of a run that begins, or goes on, at a step."""
+    if config.report_to:
+        # TensorBoard shows what a killed run logged after its last checkpoint once, not twice.
+        options = {"tensorboard": {"purge_step": start + 1}} if start else {}
+        flat = _flat(config.model_dump(mode="json"))
+        accelerator.init_trackers(run_folder.TENSORBOARD, config=flat, init_kwargs=options)
+
+
+def log_to_trackers(config: TrainConfig, accelerator: Accelerator, row: dict[str, float]) -> None:
+    """Hand a row of metrics to the trackers.
+
+    Raises:
+        ValueError: one of them failed.
+    """
+    try:
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+    except Exception as error:  # each tracker raises classes of its own
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"step {row['step']:.0f}: a tracker of report_to ({', '.join(config.report_to)}) failed: {cause}; mend it, or "
+            "resume without it. The last checkpoint and metrics are kept"
+        ) from error
 
 
 def _refuse_other_run(checkpoint: Path, state: dict[str, Any], prepared: Prepared) -> None:

@@ -15,23 +15,26 @@ from typing import Any
 import yaml
 
 from ncalign.atomic import explained, write_text_atomic
+from ncalign.progress import say
 from ncalign.training_config import TrainConfig
 
 if sys.platform != "win32":
     import fcntl
 
-RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD = (
+RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS = (
     "results.json",
     "metrics.jsonl",
     "config.yaml",
     "model",
     "checkpoints",
     "tensorboard",
+    "rounds",
 )
-_OURS = (RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD)
+_OURS = (RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS)
 _FREE_ON_RESUME = frozenset(
     {
         "resume",
+        "accept_changes",
         "overwrite",
         "logging_steps",
         "save_steps",
@@ -118,7 +121,8 @@ def open_run_folder(config: TrainConfig) -> None:
         for path in (folder / name for name in _OURS):
             if path.exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for stale in (*folder.glob(".*.tmp"), *folder.glob(f"{CHECKPOINTS}/.*.tmp")):
+    places = ("", f"{CHECKPOINTS}/", f"{ROUNDS}/", f"{ROUNDS}/*/")
+    for stale in [path for place in places for path in folder.glob(f"{place}.*.tmp")]:
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     write_text_atomic(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), folder / CONFIG)
 
@@ -140,9 +144,12 @@ def _refuse_changes(config: TrainConfig, path: Path) -> None:
         for name in now
         if name not in _FREE_ON_RESUME and before.get(name) != now[name]
     ]
-    if changed:
-        listing = "\n".join(changed)
-        raise ValueError(f"the run in {path.parent} was started with another configuration:\n{listing}\nResume it with its own")
+    if not changed:
+        return
+    listing = f"the run in {path.parent} was started with another configuration:\n" + "\n".join(changed)
+    if not config.accept_changes:
+        raise ValueError(f"{listing}\nResume it with its own, or set accept_changes: true to go on with this one")
+    say(f"note: {listing}\nIt goes on with the new one")
 
 
 class MetricsFile:

@@ -38,14 +38,16 @@ class DataPlan:
     Attributes:
         num_groups: groups in the data.
         groups_per_step: the global batch: groups of all passes and processes in one step.
-        num_steps: optimizer steps in all.
+        num_steps: the step that the plan ends before.
         seed: of the order.
+        first_step: the step that the plan begins with.
     """
 
     num_groups: int
     groups_per_step: int
     num_steps: int
     seed: int
+    first_step: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,7 +56,7 @@ class DataPlan:
 
     def step_groups(self, step: int) -> tuple[int, list[int]]:
         """The epoch of a step and the indices of its groups."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = divmod(step - self.first_step, self.steps_per_epoch)
         order = epoch_order(self.num_groups, epoch=epoch, seed=self.seed)
         return epoch, order[within * self.groups_per_step : (within + 1) * self.groups_per_step]
 

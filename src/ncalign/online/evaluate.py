@@ -1,0 +1,64 @@
+"""Held-out prompts, answered greedily by the policy and scored by the run's own reward."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ncalign.atomic import write_json_atomic
+from ncalign.evaluation import paired_comparison
+from ncalign.generation import SamplingParams, completion_as_candidate
+from ncalign.online.pool import read_artefact
+from ncalign.progress import say
+from ncalign.training import run_folder
+
+if TYPE_CHECKING:
+    from ncalign.online.run import Run
+
+NAME = "evaluation.json"
+
+
+def evaluate_policy(run: Run, path: Path) -> None:
+    """Answer the held-out prompts with the policy of now and file their rewards, unless that was done."""
+    if not run.held_out or path.is_file():
+        return
+    params = SamplingParams(run.config.max_new_tokens, temperature=0.0)
+    prompts = [group.prompt for group in run.held_out]
+    found = run.generator.get().generate(prompts, num_samples=1, params=params, seed=run.config.seed)
+    rows: list[dict[str, Any]] = []
+    for group, [completion] in zip(run.held_out, found, strict=True):
+        reward = None
+        if completion.text.strip():
+            [reward] = run.source.score(replace(group, candidates=[completion_as_candidate(group, completion, "policy")]))
+        rows.append({"id": group.id, "text": completion.text, "reward": reward})
+    write_json_atomic(rows, path)
+    known = [row["reward"] for row in rows if row["reward"] is not None]
+    if known:
+        say(f"Held-out reward: {sum(known) / len(known):.3f} on {len(known)} prompts")
+
+
+def compare(run: Run) -> dict[str, Any]:
+    """Mean reward of each evaluation, and the first against the last, on prompts that both have a reward for."""
+    if not run.held_out:
+        return {}
+    folders = [run.folder(row["round"] - 1) for row in run.rounds] + [run.config.output_dir / run_folder.ROUNDS]
+    evaluations = [read_artefact(folder / NAME) for folder in folders]
+    rewards = [[row["reward"] for row in rows] for rows in evaluations]
+    means = [float(np.mean([r for r in row if r is not None])) if any(r is not None for r in row) else None for row in rewards]
+    pairs = [(a, b) for a, b in zip(rewards[0], rewards[-1], strict=True) if a is not None and b is not None]
+    steps = [row["start"] for row in run.rounds] + [run.rounds[-1]["end"]]
+    found: dict[str, Any] = {
+        "steps": steps,
+        "mean_reward": means,
+        "num_prompts": len(run.held_out),
+        "num_compared": len(pairs),
+        "before": {"mean_reward": means[0]},
+        "after": {"mean_reward": means[-1]},
+    }
+    if len(pairs) > 1:
+        before, after = (np.array(side, dtype=np.float64) for side in zip(*pairs, strict=True))
+        found["comparison"] = asdict(paired_comparison(before, after, seed=run.config.seed))
+    return found

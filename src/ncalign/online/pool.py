@@ -1,0 +1,456 @@
+"""A round's pool: sampled, scored, ranked and given its log-probs, each phase an artefact on disk that is made once.
+
+Prompts go through in chunks. A chunk's samples and rewards are one file each, written whole when they are complete, so that a
+kill loses the chunk that was under way; what a chunk holds depends on the seed, the round and its prompts alone. Log-probs are
+filed the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ncalign.atomic import write_json_atomic
+from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
+from ncalign.generation import Completion, Generator, SamplingParams, completion_as_candidate
+from ncalign.generation.base import PromptError
+from ncalign.groups import Candidate, Group
+from ncalign.objectives import Method
+from ncalign.online.clock import Clock
+from ncalign.online.drift import pool_health
+from ncalign.online_config import OnlineConfig
+from ncalign.progress import Bar
+from ncalign.rewards import RewardSource
+from ncalign.training.data import scored_candidates
+
+FRESH = "policy"
+
+
+class LogprobSource(Protocol):
+    """Log-probs of all candidates under some weights."""
+
+    def __call__(self, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
+        """One list a group."""
+        ...
+
+
+@dataclass
+class Answered:
+    """A prompt with its fresh completions and their rewards, None where there is none."""
+
+    prompt: Group
+    completions: list[Completion]
+    rewards: list[float | None]
+
+
+@dataclass
+class Ranked:
+    """A prompt's candidates, ready to be encoded: fresh ones first.
+
+    Attributes:
+        encoded: all that has text, with rewards that may be missing.
+        num_fresh: how many are fresh.
+        columns: those that training sees; none where the method can't use the group.
+        sampled_logprobs: of the fresh ones, as generation counted them; None where it is not exact.
+        reason: why the method can't use the group; empty where it can.
+    """
+
+    encoded: EncodedGroup
+    num_fresh: int
+    columns: list[int]
+    sampled_logprobs: tuple[float, ...] | None
+    reason: str = ""
+
+
+@dataclass
+class Pool:
+    """What a round trains on, and what its drift is measured on.
+
+    Attributes:
+        groups: to train on, with reference log-probs.
+        measured: groups of fresh completions alone.
+        generating: their log-probs under the policy that generated them.
+        health: numbers of the fresh completions.
+        counts: prompts, candidates and tokens.
+    """
+
+    groups: list[EncodedGroup]
+    measured: list[EncodedGroup]
+    generating: list[tuple[float, ...]]
+    health: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+# --- Generate and score -----------------------------------------------------------------------------------------------
+
+
+def answer_prompts(
+    prompts: Sequence[Group],
+    folder: Path,
+    *,
+    generator: Generator,
+    source: RewardSource,
+    config: OnlineConfig,
+    seed: Callable[[int], int],
+    clock: Clock,
+) -> list[Answered]:
+    """Sample and score, chunk by chunk; one chunk is scored while the next is sampled.
+
+    Args:
+        prompts: of the round, in its order.
+        folder: the round's.
+        generator: samples from the policy.
+        source: of the rewards.
+        config: of the run.
+        seed: of a chunk's sampling, from its number.
+        clock: takes the time of both phases.
+    """
+    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    size = config.chunk_size
+    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    sampled: list[list[list[Completion]]] = []
+    scored: list[Future[list[list[float | None]]]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="scoring") as pool, Bar("Sampling prompts", len(prompts)) as bar:
+        try:
+            for number, chunk in enumerate(chunks):
+                with clock.phase("generate"):
+                    sampled.append(_sampled(folder, number, chunk, generator, params, config.num_samples, seed(number)))
+                scored.append(pool.submit(_scored, folder, number, chunk, sampled[-1], source, clock))
+                bar.advance(len(chunk))
+                _raise_failed(scored)
+            with clock.phase("wait for scores"):
+                rewards = [row for future in scored for row in future.result()]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    completions = [row for chunk in sampled for row in chunk]
+    return [Answered(*found) for found in zip(prompts, completions, rewards, strict=True)]
+
+
+def _raise_failed(futures: Sequence[Future[Any]]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+def _sampled(
+    folder: Path, number: int, chunk: Sequence[Group], generator: Generator, params: SamplingParams, num_samples: int, seed: int
+) -> list[list[Completion]]:
+    path = folder / f"generated-{number:05d}.json"
+    if path.is_file():
+        return [[_completion(entry) for entry in row] for row in read_artefact(path)]
+    try:
+        found = generator.generate([group.prompt for group in chunk], num_samples=num_samples, params=params, seed=seed)
+    except PromptError as error:
+        group = chunk[error.index]
+        raise ValueError(f"{group.origin or 'prompt'}: group {group.id!r}: {error.detail}") from error
+    write_json_atomic([[_as_json(completion) for completion in row] for row in found], path)
+    return found
+
+
+def _as_json(completion: Completion) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "num_tokens": completion.num_tokens,
+        "finished": completion.finished,
+        "token_ids": None if completion.token_ids is None else list(completion.token_ids),
+        "logprob": completion.logprob,
+    }
+
+
+def _completion(entry: dict[str, Any]) -> Completion:
+    ids = entry["token_ids"]
+    return Completion(**{**entry, "token_ids": None if ids is None else tuple(ids)})
+
+
+def _scored(
+    folder: Path,
+    number: int,
+    chunk: Sequence[Group],
+    sampled: Sequence[Sequence[Completion]],
+    source: RewardSource,
+    clock: Clock,
+) -> list[list[float | None]]:
+    path = folder / f"scored-{number:05d}.json"
+    if path.is_file():
+        rewards: list[list[float | None]] = read_artefact(path)
+        return rewards
+    with clock.phase("score"):
+        found = [_rewards(group, completions, source) for group, completions in zip(chunk, sampled, strict=True)]
+    write_json_atomic(found, path)
+    return found
+
+
+def _rewards(group: Group, completions: Sequence[Completion], source: RewardSource) -> list[float | None]:
+    """One reward for each completion; those without text have none."""
+    there = [k for k, completion in enumerate(completions) if completion.text.strip()]
+    rewards: list[float | None] = [None] * len(completions)
+    if there:
+        candidates = [completion_as_candidate(group, completions[k], FRESH) for k in there]
+        for k, reward in zip(there, source.score(replace(group, candidates=candidates)), strict=True):
+            rewards[k] = reward
+    return rewards
+
+
+def read_artefact(path: Path) -> Any:
+    """What a phase filed.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and resume makes it again") from error
+
+
+# --- Rank and encode --------------------------------------------------------------------------------------------------
+
+
+def rank(answered: Answered, encoder: Encoder, method: Method, config: OnlineConfig) -> Ranked | None:
+    """A prompt's candidates encoded, and which of them training sees; None where nothing can be encoded."""
+    prompt, completions = answered.prompt, answered.completions
+    written = [k for k, completion in enumerate(completions) if completion.text.strip()]
+    mixed = config.candidates == "fresh_and_offline"
+    offline = [replace(c, reference_logprob=None) for c in prompt.candidates if mixed and c.reward is not None]
+    fresh = {k: replace(completion_as_candidate(prompt, completions[k], FRESH), reward=answered.rewards[k]) for k in written}
+    if not fresh:
+        return None
+    cut = encoder.report.prompts_truncated
+    try:
+        encoded = encoder.encode(replace(prompt, candidates=[*fresh.values(), *offline]))
+    except DroppedGroupError:
+        return None
+    whole = encoder.report.prompts_truncated == cut
+    encoded, exact = as_sampled(encoded, completions, encoder.max_length if whole else 0, num_written=len(fresh))
+    # What was sampled without text is the policy's too: drift is measured on it, and no reward lets training see it.
+    kept = list(range(len(completions))) if exact else written
+    candidates = [*(fresh.get(k) for k in kept), *offline]
+    rewards = [None if candidate is None else candidate.reward for candidate in candidates]
+    columns = eligible_columns(rewards, len(kept), config.preferred)
+    eligible = [candidate for k in columns if (candidate := candidates[k]) is not None]
+    scored, reason = scored_candidates(replace(prompt, candidates=eligible), method)
+    for k, candidate in zip(columns, scored.candidates if reason is None else (), strict=reason is None):
+        rewards[k] = candidate.reward
+    logprobs = tuple(c.logprob for c in completions if c.logprob is not None)
+    known = logprobs if exact and len(logprobs) == len(completions) and not offline else None
+    encoded = replace(encoded, rewards=tuple(rewards))
+    return Ranked(encoded, len(kept), columns if reason is None else [], known, reason or "")
+
+
+def as_sampled(
+    encoded: EncodedGroup, completions: Sequence[Completion], max_length: int, *, num_written: int
+) -> tuple[EncodedGroup, bool]:
+    """Put the sampled ids in place of the encoded texts, which other tokens may spell too; whether that could be done.
+
+    Args:
+        encoded: a group whose first ``num_written`` completions are those of the sampled ones that have text.
+        completions: what was sampled.
+        max_length: most tokens of a prompt and its completion.
+        num_written: how many of them have text.
+    """
+    ids = [completion.token_ids for completion in completions]
+    if any(own is None or len(encoded.prompt) + len(own) > max_length for own in ids):
+        return encoded, False
+    sampled = tuple(np.asarray(own, dtype=np.int32) for own in ids)
+    completed = (*sampled, *encoded.completions[num_written:])
+    unknown: tuple[None, ...] = (None,) * len(completed)
+    return replace(encoded, completions=completed, rewards=unknown, reference_logprobs=unknown), True
+
+
+def eligible_columns(rewards: Sequence[float | None], num_fresh: int, preferred: str) -> list[int]:
+    """The candidates that training sees so that the best of them is the one that ``preferred`` names.
+
+    With ``best_fresh`` the offline candidates that score as high as the best fresh one are left out, and with
+    ``best_offline`` the fresh ones that score as high as the best offline one: they can't be negatives, and are not preferred.
+
+    >>> eligible_columns([1.0, 3.0, 2.0, 5.0], 2, "best_fresh")
+    [0, 1, 2]
+    >>> eligible_columns([1.0, 6.0, 2.0, 5.0], 2, "best_offline")
+    [0, 2, 3]
+    """
+    known = [k for k, reward in enumerate(rewards) if reward is not None]
+    fresh, offline = [k for k in known if k < num_fresh], [k for k in known if k >= num_fresh]
+    if preferred == "best":
+        return known
+    first, second = (fresh, offline) if preferred == "best_fresh" else (offline, fresh)
+    if not first:
+        return []
+    best = max(rewards[k] or 0.0 for k in first)
+    return sorted([*first, *(k for k in second if (rewards[k] or 0.0) < best)])
+
+
+# --- Log-probs --------------------------------------------------------------------------------------------------------
+
+
+def fill_logprobs(
+    ranked: Sequence[Ranked],
+    folder: Path,
+    *,
+    policy: LogprobSource,
+    reference: LogprobSource,
+    config: OnlineConfig,
+    at_reference: bool,
+) -> tuple[list[tuple[float, ...] | None], list[tuple[float, ...] | None]]:
+    """Log-probs under the generating policy and the reference, of the groups where each is needed.
+
+    Args:
+        ranked: the round's groups.
+        folder: the round's.
+        policy: log-probs under the policy as it is, which generated them.
+        reference: log-probs under the reference.
+        config: of the run.
+        at_reference: whether the two are the same weights.
+    """
+    known = config.dtype != "bfloat16"
+    found: tuple[list[tuple[float, ...] | None], ...] = ([], [])
+    with Bar("Log-probs of the pool", len(ranked)) as bar:
+        for number, start in enumerate(range(0, len(ranked), config.chunk_size)):
+            path = folder / f"logprobs-{number:05d}.json"
+            chunk = ranked[start : start + config.chunk_size]
+            if not path.is_file():
+                trained = [bool(group.columns) for group in chunk]
+                wanted = [
+                    start + i < config.drift_groups or (use and (at_reference or config.on_model == "importance"))
+                    for i, use in enumerate(trained)
+                ]
+                generating = _of_policy(chunk, wanted, policy, known=known)
+                others = generating if at_reference else _where(trained, chunk, reference)
+                write_json_atomic({"policy": generating, "reference": others}, path)
+            values = read_artefact(path)
+            for rows, name in zip(found, ("policy", "reference"), strict=True):
+                rows += [None if row is None else tuple(row) for row in values[name]]
+            bar.advance(len(chunk))
+    return found[0], found[1]
+
+
+def _of_policy(
+    chunk: Sequence[Ranked], wanted: Sequence[bool], policy: LogprobSource, *, known: bool
+) -> list[tuple[float, ...] | None]:
+    """Generation's own log-probs where they are those of the training's precision and tokens, else those of a pass."""
+    own = [group.sampled_logprobs if known else None for group in chunk]
+    lacking = [want and logprobs is None for want, logprobs in zip(wanted, own, strict=True)]
+    computed = _where(lacking, chunk, policy)
+    return [a if want and a is not None else b for want, a, b in zip(wanted, own, computed, strict=True)]
+
+
+def _where(wanted: Sequence[bool], chunk: Sequence[Ranked], source: LogprobSource) -> list[tuple[float, ...] | None]:
+    values = iter(source([group.encoded for group, want in zip(chunk, wanted, strict=True) if want]))
+    return [next(values) if want else None for want in wanted]
+
+
+# --- All of it --------------------------------------------------------------------------------------------------------
+
+
+def assemble(
+    answered: Sequence[Answered],
+    ranked: Sequence[Ranked],
+    generating: Sequence[tuple[float, ...] | None],
+    reference: Sequence[tuple[float, ...] | None],
+    *,
+    method: Method,
+    config: OnlineConfig,
+) -> Pool:
+    """The pool from its phases' artefacts."""
+    groups, shares = [], []
+    for group, before, base in zip(ranked, generating, reference, strict=True):
+        if not group.columns:
+            continue
+        assert base is not None
+        weights: tuple[float, ...] = ()
+        if config.on_model == "importance":
+            assert before is not None
+            weights, share = importance_weights(
+                before[: group.num_fresh], base[: group.num_fresh], method.beta, most=config.max_importance
+            )
+            shares.append(share)
+        groups.append(_selected(group, base, weights))
+    measured = [
+        (_fresh_alone(group), before[: group.num_fresh])
+        for group, before in zip(ranked[: config.drift_groups], generating, strict=False)
+        if before is not None
+    ]
+    health = pool_health(
+        [[c.text for c in one.completions] for one in answered],
+        [one.rewards for one in answered],
+        [[c.num_tokens for c in one.completions] for one in answered],
+        [[c.finished for c in one.completions] for one in answered],
+        [list(before) for _, before in measured],
+        [[len(ids) for ids in group.completions] for group, _ in measured],
+    )
+    if shares:
+        health["importance/effective_share"] = float(np.mean(shares))
+    counts = {
+        "prompts": len(answered),
+        "groups_trained_on": len(groups),
+        "completions": sum(len(one.completions) for one in answered),
+        "tokens": sum(c.num_tokens for one in answered for c in one.completions),
+        "empty": sum(not c.text.strip() for one in answered for c in one.completions),
+        "without_reward": sum(
+            reward is None and bool(c.text.strip())
+            for one in answered
+            for reward, c in zip(one.rewards, one.completions, strict=True)
+        ),
+    }
+    return Pool(groups, [group for group, _ in measured], [before for _, before in measured], health, counts)
+
+
+def importance_weights(
+    generating: Sequence[float], reference: Sequence[float], beta: float, *, most: float
+) -> tuple[tuple[float, ...], float]:
+    r"""Weights model/policy of a group's fresh completions, and their effective sample size as a share.
+
+    The model is $p_\theta \propto \pi_{ref}^{1-\beta} \pi_\theta^\beta$, so that $w \propto (\pi_{ref}/\pi_\theta)^{1-\beta}$;
+    their mean within the group is 1, which estimates the model's normaliser for its prompt.
+
+    >>> importance_weights([-1.0, -2.0], [-3.0, -1.0], 1.0, most=10.0)
+    ((1.0, 1.0), 1.0)
+    """
+    exponents = [(1 - beta) * (base - own) for own, base in zip(generating, reference, strict=True)]
+    largest = max(exponents)
+    raw = [math.exp(exponent - largest) for exponent in exponents]
+    mean = sum(raw) / len(raw)
+    share = sum(raw) ** 2 / sum(w * w for w in raw) / len(raw)
+    return tuple(min(w / mean, most) for w in raw), share
+
+
+def _selected(group: Ranked, reference: tuple[float, ...], weights: tuple[float, ...]) -> EncodedGroup:
+    encoded = group.encoded
+    # Candidates of the data were not sampled from the policy: nothing is to be corrected.
+    padded = (*weights, *[1.0] * (len(encoded.completions) - len(weights))) if weights else ()
+    return replace(
+        encoded,
+        completions=tuple(encoded.completions[k] for k in group.columns),
+        rewards=tuple(encoded.rewards[k] for k in group.columns),
+        reference_logprobs=tuple(reference[k] for k in group.columns),
+        weights=tuple(padded[k] for k in group.columns) if padded else (),
+    )
+
+
+def _fresh_alone(group: Ranked) -> EncodedGroup:
+    number = group.num_fresh
+    return replace(
+        group.encoded,
+        completions=group.encoded.completions[:number],
+        rewards=(0.0,) * number,
+        reference_logprobs=(None,) * number,
+    )
+
+
+def pool_groups(answered: Sequence[Answered]) -> Iterator[Group]:
+    """The round's prompts with their fresh, scored completions, as an ordinary groups file holds them."""
+    for one in answered:
+        candidates: list[Candidate] = [
+            replace(completion_as_candidate(one.prompt, completion, FRESH), reward=reward)
+            for completion, reward in zip(one.completions, one.rewards, strict=True)
+            if completion.text.strip()
+        ]
+        if candidates:
+            yield replace(one.prompt, candidates=candidates)

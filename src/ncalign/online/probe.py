@@ -1,0 +1,59 @@
+"""Before a round: do generator and policy hold the same weights?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ncalign.generation import SamplingParams, completion_as_candidate
+from ncalign.groups import Group
+from ncalign.online.pool import as_sampled
+from ncalign.progress import say
+
+if TYPE_CHECKING:
+    from ncalign.online.run import Run
+
+_PROMPTS, _TOKENS = 4, 16
+
+
+def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
+    """Compare the log-probs that the generator reports for a few samples with the policy's own.
+
+    Raises:
+        ValueError: they differ by more than ``probe_tolerance`` nats a token, or the generator reports none.
+    """
+    if run.config.probe_tolerance is None:
+        return
+    asked = prompts[:_PROMPTS]
+    # At temperature 1 what a server reports is the model's own log-prob.
+    found = run.generator.get().generate(
+        [group.prompt for group in asked], num_samples=1, params=SamplingParams(_TOKENS), seed=run.config.seed
+    )
+    groups, claimed, lengths = [], [], []
+    for group, [completion] in zip(asked, found, strict=True):
+        if completion.logprob is None:
+            raise ValueError(
+                f"round {number + 1}: the generator reports no log-probs, so that nobody knows whether it holds the policy's "
+                "weights: have it report them, or set probe_tolerance: none"
+            )
+        if not completion.text.strip():
+            continue
+        encoded = run.encoder.encode(replace(group, candidates=[completion_as_candidate(group, completion, "probe")]))
+        encoded, exact = as_sampled(encoded, [completion], run.config.max_length, num_written=1)
+        if not exact and len(encoded.completions[0]) != completion.num_tokens:
+            continue  # the text was sampled in other tokens than it is encoded in
+        groups.append(encoded)
+        claimed.append(completion.logprob)
+        lengths.append(len(encoded.completions[0]))
+    if not groups:
+        say(f"note: round {number + 1}: generator and policy could not be compared: no sample was encoded as it was sampled")
+        return
+    own = [row[0] for row in run.engine.logprobs(groups)]
+    off = sum(abs(a - b) for a, b in zip(own, claimed, strict=True)) / sum(lengths)
+    if off > run.config.probe_tolerance:
+        raise ValueError(
+            f"round {number + 1}: generator and policy hold different weights: their log-probs of {sum(lengths)} sampled "
+            f"tokens differ by {off:.3g} nats a token, above probe_tolerance={run.config.probe_tolerance}. The generator was "
+            "not updated, serves another model or precision, or uses another chat template"
+        )

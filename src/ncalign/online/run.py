@@ -1,0 +1,508 @@
+"""`ncalign online`, whole: rounds of generate → score → rank → train in one run folder, from configuration to model.
+
+What has been done is on disk and nothing else is: a round's samples, rewards and log-probs as files in ``rounds/``, and the
+policy with its optimizer as checkpoints. Everything between is a function of these, the configuration and the seed, so that a
+run killed anywhere goes on where it was and ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ncalign.atomic import write_json_atomic
+from ncalign.encoding import EncodedGroup, Encoder
+from ncalign.groups import Group, read_groups, write_groups
+from ncalign.logprobs import check_head
+from ncalign.objectives import Method, build_method
+from ncalign.online.backends import GeneratorOf, make_generator
+from ncalign.online.clock import Clock, shares
+from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
+from ncalign.online.evaluate import compare, evaluate_policy
+from ncalign.online.pool import Pool, Ranked, answer_prompts, assemble, fill_logprobs, pool_groups, rank, read_artefact
+from ncalign.online.probe import check_same_weights
+from ncalign.online.rounds import num_steps, round_end, round_prompts
+from ncalign.online.weights import ReferenceWeights
+from ncalign.online_config import OnlineConfig
+from ncalign.policy import Policy, load_policy
+from ncalign.progress import say
+from ncalign.reference import data_digest
+from ncalign.rewards import RewardSource, reward_source
+from ncalign.training import run_folder
+from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
+from ncalign.training.data import mismatched_groups
+from ncalign.training.engine import Engine
+from ncalign.training.export import save_model
+from ncalign.training.loop import Intervals, Loop
+from ncalign.training.peers import another_process_named
+from ncalign.training.run import fit_method, log_to_trackers, make_accelerator, make_engine, start_trackers, versions
+from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
+from ncalign.training.schedule import learning_rate_at, make_plan
+
+
+@dataclass
+class Position:
+    """Where the run is.
+
+    Attributes:
+        round: the round that is under way.
+        start: its first step.
+        step: steps taken in all.
+        ended: whether the round's training is over.
+        loop: the training loop's own state; none before the first step.
+        pool: digest of the round's pool, once it was trained on.
+    """
+
+    round: int = 0
+    start: int = 0
+    step: int = 0
+    ended: bool = False
+    loop: dict[str, Any] | None = None
+    pool: str | None = None
+
+
+@dataclass
+class Run:
+    """Everything that lives as long as the run."""
+
+    config: OnlineConfig
+    accelerator: Accelerator
+    policy: Policy
+    encoder: Encoder
+    method: Method
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    reference: ReferenceWeights
+    generator: GeneratorOf
+    source: RewardSource
+    prompts: list[Group]
+    held_out: list[Group]
+    total: int
+    clock: Clock = field(default_factory=Clock)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def groups_per_step(self) -> int:
+        """Groups of an optimizer step."""
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def track(self, metrics: MetricsFile, row: dict[str, float]) -> None:
+        """Write a row of metrics to the file and the trackers."""
+        metrics.write(row)
+        log_to_trackers(self.config, self.accelerator, row)
+
+    def folder(self, number: int) -> Path:
+        """A round's artefacts."""
+        return self.config.output_dir / run_folder.ROUNDS / f"{number:03d}"
+
+
+def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[str, Any]:
+    """Run the rounds and leave a run folder.
+
+    Args:
+        config: the run.
+        method: a method of one's own in place of ``config.objective``.
+
+    Returns:
+        What ``results.json`` holds: a row for each round, evaluation before and after, where the model is.
+
+    Raises:
+        ValueError: prompts, model, rewards or configuration that can't be used, or a round that can't go on; what was done is
+            kept, and ``resume: true`` goes on from it.
+    """
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
+            "(generator: server) to use further devices"
+        )
+    with another_process_named(), claimed_run_folder(config):
+        return _run(config, accelerator, method or build_method(config.objective))
+
+
+def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
+    finished = finished_results(config) if config.resume else None
+    if finished is not None:
+        say(f"{config.output_dir} is finished: nothing to resume")
+        return finished
+    run = prepare(config, accelerator, method)
+    position = _restored(run) if config.resume else Position()
+    open_run_folder(config)
+    if config.resume and position.step == 0:
+        say(f"note: {config.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
+    start_trackers(config, accelerator, position.step)
+    while True:
+        pool = make_pool(run, position)
+        if not position.ended:
+            train_round(run, position, pool)
+        run.rounds.append(finish_round(run, position, pool))
+        if position.step >= run.total:
+            break
+        position = Position(position.round + 1, position.step, position.step, loop=position.loop)
+    return finish(run, position)
+
+
+def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
+    """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
+    torch.manual_seed(config.seed)
+    source = reward_source(config.reward)
+    prompts, held_out = load_prompts(config)
+    say(f"Loading {config.model}")
+    policy = load_policy(
+        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
+    )
+    check_head(policy.model)
+    encoder = Encoder(
+        policy.tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        string_prompts=config.string_prompts,
+    )
+    engine, optimizer = make_engine(config, policy, method, accelerator)
+    total = num_steps(
+        len(prompts),
+        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+    )
+    reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
+    generator = make_generator(config, policy, engine)
+    return Run(
+        config, accelerator, policy, encoder, method, engine, optimizer, reference, generator, source, prompts, held_out, total
+    )
+
+
+def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
+    """Prompts to train on and held-out ones; equal prompts fall on the same side."""
+
+    def read(path: Path) -> list[Group]:
+        return list(read_groups(path, on_bad_row=config.on_bad_row, allow_empty=True))
+
+    prompts = read(config.data)
+    if not prompts:
+        raise ValueError(f"{config.data} has no prompt to answer")
+    if config.candidates == "fresh_and_offline" and not any(c.reward is not None for g in prompts for c in g.candidates):
+        raise ValueError(f"candidates: fresh_and_offline: {config.data} has no candidate with a reward; score it, or use fresh")
+    if config.eval_data is not None:
+        return prompts, read(config.eval_data)
+    held_out = [_held_out(group, config) for group in prompts]
+    train = [group for group, out in zip(prompts, held_out, strict=True) if not out]
+    if not train:
+        raise ValueError(f"{config.data}: eval_fraction={config.eval_fraction} leaves no prompt to train on: lower it")
+    return train, [group for group, out in zip(prompts, held_out, strict=True) if out]
+
+
+def _held_out(group: Group, config: OnlineConfig) -> bool:
+    return _seed(config.seed, "held out", repr(group.prompt)) < config.eval_fraction * 2**63
+
+
+def _seed(*parts: object) -> int:
+    """63 bits that stand for these values."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _restored(run: Run) -> Position:
+    """Take up the last checkpoint."""
+    checkpoints = find_checkpoints(run.config.output_dir)
+    if not checkpoints:
+        return Position()
+    last = checkpoints[-1]
+    state = load_checkpoint(last, model=run.engine.model, optimizer=run.optimizer, accelerator=run.accelerator)
+    for name, found in _identity(run).items():
+        if state[name] != found:
+            what = "the model's weights or precision" if name == "weights" else "the prompts"
+            raise ValueError(f"{last} is of a run with other inputs: {what} changed since; restore them, or begin anew")
+    run.reference.restore(further_tensors(last))
+    run.rounds = [dict(row) for row in state["rounds"]]
+    say(f"Resuming from {last}")
+    return Position(state["round"], state["start"], state["step"], state["ended"], state["loop"], state["pool"])
+
+
+def _identity(run: Run) -> dict[str, str]:
+    digest = hashlib.blake2b(digest_size=16)
+    for group in run.prompts:
+        digest.update(repr((group.id, group.prompt, group.candidates)).encode())
+    return {"weights": run.policy.fingerprint, "data": digest.hexdigest()}
+
+
+# --- A round's pool ---------------------------------------------------------------------------------------------------
+
+
+def make_pool(run: Run, position: Position) -> Pool:
+    """Generate, score, rank, and compute log-probs, as far as the round's artefacts do not hold it already."""
+    config, folder, number = run.config, run.folder(position.round), position.round
+    end = planned_end(run, position)
+    count = config.prompts_per_round or (end - position.start) * run.groups_per_step
+    indices = round_prompts(
+        position.start,
+        count=count,
+        groups_per_step=run.groups_per_step,
+        num_prompts=len(run.prompts),
+        seed=config.seed,
+    )
+    prompts = [run.prompts[index] for index in indices]
+    made = (folder / "pool.jsonl").is_file()
+    if position.step > position.start and not made:
+        raise ValueError(
+            f"{folder} was deleted or moved, and the policy that made it is gone: restore it, or begin anew (overwrite: true)"
+        )
+    say(f"Round {number + 1}: steps {position.start + 1} to {end} of {run.total}, {len(prompts)} prompts")
+    if not made:
+        # Both need the policy as it was when the round began; with the pool they are done.
+        run.generator.update(folder)
+        with run.clock.phase("evaluate"):
+            evaluate_policy(run, folder / "evaluation.json")
+        with run.clock.phase("probe"):
+            check_same_weights(run, prompts, number)
+    answered = answer_prompts(
+        prompts,
+        folder,
+        generator=run.generator.get(),
+        source=run.source,
+        config=config,
+        seed=lambda chunk: _seed(config.seed, "samples", number, chunk),
+        clock=run.clock,
+    )
+    ranked = [found for one in answered if (found := rank(one, run.encoder, run.method, config)) is not None]
+    with run.clock.phase("log-probs"):
+        generating, reference = fill_logprobs(
+            ranked,
+            folder,
+            policy=run.engine.logprobs,
+            reference=partial(reference_logprobs, run),
+            config=config,
+            at_reference=number == 0 or config.reference == "last_round",
+        )
+    pool = assemble(answered, ranked, generating, reference, method=run.method, config=config)
+    if not made:
+        write_groups(pool_groups(answered), folder / "pool.jsonl")
+    if not pool.groups:
+        raise ValueError(
+            f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
+            f"{folder / 'pool.jsonl'} holds them: easier or harder prompts, more samples or another reward are needed"
+        )
+    if position.pool is not None and position.pool != data_digest(pool.groups):
+        raise ValueError(f"{folder} holds another pool than the checkpoint was trained on: restore it, or begin anew")
+    position.pool = data_digest(pool.groups)
+    return pool
+
+
+def _reasons(ranked: Sequence[Ranked]) -> str:
+    counts = Counter(group.reason for group in ranked if group.reason)
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3)) or "nothing that could be encoded"
+
+
+def planned_end(run: Run, position: Position) -> int:
+    """The step that the round ends before, unless drift ends it sooner."""
+    config = run.config
+    return round_end(position.start, total=run.total, every=config.regenerate_every, shares=config.regenerate_at)
+
+
+def reference_logprobs(run: Run, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
+    """Log-probs under the reference's weights."""
+    with run.reference.in_place():
+        return run.engine.logprobs(groups)
+
+
+# --- A round's training -----------------------------------------------------------------------------------------------
+
+
+def train_round(run: Run, position: Position, pool: Pool) -> None:
+    """Train on the pool to the round's end, and leave a checkpoint there."""
+    config, number = run.config, position.round
+    method, notice = fit_method(run.method, pool.groups)
+    if notice:
+        say(f"note: {notice}")
+    engine = replace(run.engine, method=method, seed=_seed(config.seed, "draws", number))
+    end = planned_end(run, position)
+    plan = make_plan(
+        len(pool.groups),
+        groups_per_step=run.groups_per_step,
+        num_train_epochs=1,
+        max_steps=end - position.start,
+        seed=_seed(config.seed, "order", number),
+    )
+    plan = replace(plan, first_step=position.start, num_steps=end)
+    metrics = MetricsFile(config.output_dir / run_folder.METRICS, keep_until=position.step, num_steps=run.total)
+    at_reference = number == 0 or config.reference == "last_round"
+    loop = Loop(
+        engine=engine,
+        optimizer=run.optimizer,
+        plan=plan,
+        groups=pool.groups,
+        eval_groups=(),
+        learning_rate=partial(_learning_rate, run, position, end),
+        max_grad_norm=config.max_grad_norm,
+        intervals=Intervals(config.logging_steps, 0, config.save_steps),
+        log=lambda row: run.track(metrics, {**row, "round": number + 1}),
+        save=lambda step, state: None,
+        mismatched=_mismatched(run, method, pool, number),
+        reference_step=position.start if at_reference else -1,
+    )
+    if position.loop is not None:
+        loop.restore(position.loop)
+    ended_by_drift = False
+
+    def ends(step: int) -> bool:
+        nonlocal ended_by_drift
+        run.reference.after_step()
+        ended_by_drift = step < end and _drifted(run, pool, step - position.start)
+        return ended_by_drift
+
+    def save(step: int, state: dict[str, Any]) -> None:
+        # The round's last checkpoint says that it has ended, and is written below.
+        if step < end and not ended_by_drift:
+            _save(run, replace(position, step=step, loop=state))
+
+    loop.ends, loop.save = ends, save
+    with run.clock.phase("train"):
+        loop.run(position.step)
+    # A run that goes on logs what it logged last: which step that was, the metrics say.
+    position.step, position.loop, position.ended = int(loop.last["step"]), loop.state(), True
+    _save(run, position)
+
+
+def _learning_rate(run: Run, position: Position, end: int, step: int) -> float:
+    config = run.config
+    first, steps = (position.start, end - position.start) if config.learning_rate_over == "round" else (0, run.total)
+    return learning_rate_at(
+        step - first,
+        peak=config.learning_rate * config.learning_rate_decay**position.round,
+        num_steps=steps,
+        warmup_ratio=config.warmup_ratio,
+        kind=config.lr_scheduler_type,
+    )
+
+
+def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[EncodedGroup]:
+    """Prompts with completions of others, for methods that measure from them, with reference log-probs."""
+    if method.baseline is None or not method.baseline.mismatched:
+        return []
+    groups = mismatched_groups(pool.groups, max_length=run.config.max_length)
+    path = run.folder(number) / "mismatched.json"
+    if not path.is_file():
+        write_json_atomic(reference_logprobs(run, groups), path)
+    found = read_artefact(path)
+    return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, found, strict=True)]
+
+
+def _drifted(run: Run, pool: Pool, steps: int) -> bool:
+    """Whether the policy has left the pool behind, looked at now and then."""
+    limit = run.config.regenerate_on_drift
+    if limit is None or steps % run.config.drift_steps:
+        return False
+    drift = measure_drift(run, pool)
+    if drift is None or drift.kl <= limit:
+        return False
+    say(f"Drift: KL of generating and current policy is {drift.kl:.3f} nats, above {limit}: generating anew")
+    return True
+
+
+def measure_drift(run: Run, pool: Pool) -> Drift | None:
+    """Drift since the pool was generated; None where there is nothing to measure it on."""
+    if not pool.measured:
+        return None
+    with run.clock.phase("drift"):
+        return estimate_drift(pool.generating, run.engine.logprobs(pool.measured), seed=run.config.seed)
+
+
+def _save(run: Run, position: Position) -> None:
+    save_checkpoint(
+        run.config.output_dir,
+        position.step,
+        model=run.engine.model,
+        optimizer=run.optimizer,
+        accelerator=run.accelerator,
+        state={
+            "round": position.round,
+            "start": position.start,
+            "ended": position.ended,
+            "loop": position.loop,
+            "pool": position.pool,
+            "rounds": run.rounds,
+            **_identity(run),
+        },
+        keep=run.config.save_total_limit,
+        tensors=run.reference.state(),
+    )
+
+
+# --- Ends -------------------------------------------------------------------------------------------------------------
+
+
+def finish_round(run: Run, position: Position, pool: Pool) -> dict[str, Any]:
+    """Measure the round's drift, look at its health, and write ``round.json``."""
+    drift = measure_drift(run, pool)
+    first = run.rounds[0]["health"] if run.rounds else pool.health
+    found = alarms(pool.health, first)
+    if drift is not None and drift.kl > WARN_ABOVE:
+        found.append(
+            f"the policy moved {drift.kl:.2f} nats (KL) from the one that made this round's completions, above {WARN_ABOVE}: "
+            "regenerate sooner (regenerate_every, regenerate_on_drift) or lower the learning rate"
+        )
+    row: dict[str, Any] = {
+        "round": position.round + 1,
+        "start": position.start,
+        "end": position.step,
+        "counts": pool.counts,
+        "health": {name: value for name, value in pool.health.items() if math.isfinite(value)},
+        "drift": None if drift is None else drift.as_json(),
+        "alarms": found,
+        "seconds": dict(run.clock.seconds),
+    }
+    write_json_atomic(row, run.folder(position.round) / "round.json")
+    say(f"Round {position.round + 1}: {_round_line(row)}\n  time: {shares(run.clock.seconds)}")
+    for alarm in found:
+        say(f"warning: round {position.round + 1}: {alarm}")
+    run.clock = Clock()
+    return row
+
+
+def _round_line(row: dict[str, Any]) -> str:
+    health, drift = row["health"], row["drift"]
+    parts = [f"reward {health.get('reward/mean', math.nan):.3f} (best {health.get('reward/best', math.nan):.3f})"]
+    if drift is not None:
+        low, high = drift["kl_interval"]
+        parts.append(f"drift {drift['kl']:.3f} nats [{low:.3f}, {high:.3f}]")
+    return ", ".join(parts)
+
+
+def finish(run: Run, position: Position) -> dict[str, Any]:
+    """The last evaluation, the model and results.json."""
+    config = run.config
+    run.generator.update(config.output_dir / run_folder.ROUNDS)
+    evaluate_policy(run, config.output_dir / run_folder.ROUNDS / "evaluation.json")
+    evaluation = compare(run)
+    counts = [row["counts"] for row in run.rounds]
+    data = {
+        "prompts": len(run.prompts),
+        "groups_trained_on": sum(count["groups_trained_on"] for count in counts),
+        "candidates_used": sum(count["completions"] for count in counts),
+        "tokens_generated": sum(count["tokens"] for count in counts),
+    }
+    results = {
+        "method": run.method.name,
+        "steps": position.step,
+        "data": data,
+        "before": evaluation.get("before"),
+        "after": evaluation.get("after", position.loop["last"] if position.loop else {}),
+        "evaluation": evaluation,
+        "rounds": run.rounds,
+        "seed": config.seed,
+        "model": str(config.output_dir / run_folder.MODEL),
+        "versions": versions(),
+    }
+    target = config.output_dir / run_folder.MODEL
+    save_model(run.policy, run.engine.model, run.accelerator, config=config, results=results, target=target)
+    write_json_atomic(results, config.output_dir / run_folder.RESULTS)
+    run.accelerator.end_training()
+    return results

@@ -1,0 +1,77 @@
+"""The weights that reference log-probs are computed with: the starting ones, the round's, or a moving average."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ncalign.logprobs import LogprobModel
+from ncalign.policy import reference_mode
+
+Kind = Literal["fixed", "last_round", "ema"]
+
+
+class ReferenceWeights:
+    """Puts the reference policy's weights in place for a while.
+
+    The fixed reference of an adapter is the model with its adapter off and costs nothing; of all weights a copy is kept, as
+    of a moving average.
+
+    Args:
+        model: the policy, at its start.
+        kind: which weights are the reference's.
+        decay: of the moving average.
+    """
+
+    def __init__(self, model: LogprobModel, *, kind: Kind, decay: float) -> None:
+        """See the class."""
+        self._model, self.kind, self._decay = model, kind, decay
+        self._off = kind == "fixed" and isinstance(model.model, PeftModel)
+        self._kept: dict[str, Tensor] = {}
+        if not self._off and kind != "last_round":
+            self._kept = {name: parameter.detach().clone() for name, parameter in self._trained()}
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the average towards the policy."""
+        if self.kind == "ema":
+            for name, parameter in self._trained():
+                self._kept[name].lerp_(parameter.detach(), 1 - self._decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the policy has the reference's weights."""
+        if self._off:
+            with reference_mode(self._model.model):
+                yield
+            return
+        with torch.no_grad():
+            self._exchange()
+            try:
+                yield
+            finally:
+                self._exchange()
+
+    def _exchange(self) -> None:
+        """Swap what the parameters hold with what is kept: no third copy, and bitwise back again."""
+        for name, parameter in self._trained():
+            if name in self._kept:
+                parameter.data, self._kept[name] = self._kept[name], parameter.data
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: the moving average; everything else can be had from the starting model."""
+        return {f"reference.{name}": tensor for name, tensor in self._kept.items()} if self.kind == "ema" else {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over from :meth:`state`."""
+        for name, kept in self._kept.items():
+            if self.kind == "ema":
+                kept.copy_(tensors[f"reference.{name}"])
