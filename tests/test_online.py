@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,17 @@ from ncalign.batching import collate
 from ncalign.cli import main
 from ncalign.encoding import Encoder
 from ncalign.generation import Completion, TransformersGenerator
-from ncalign.groups import read_groups
+from ncalign.groups import Candidate, Group, read_groups
 from ncalign.logprobs import LogprobModel, completion_logprobs
 from ncalign.online import OnlineConfig, estimate_drift, run_online
 from ncalign.online.drift import alarms, pool_health
 from ncalign.online.pool import eligible_columns, importance_weights
 from ncalign.online.rounds import round_end, round_prompts
 from ncalign.online.weights import ReferenceWeights
+from ncalign.rewards import FunctionReward
 from ncalign.training.engine import Engine
 from online_runs import settings, write_inputs
+from server_double import ServerDouble, serving
 
 Run = Callable[..., dict[str, Any]]
 
@@ -357,6 +361,76 @@ def test_health_and_alarms() -> None:
     assert [alarm.split()[0] for alarm in alarms(later, first)] == ["in", "75%", "entropy", "distinct-2"]
 
 
+# --- Generators elsewhere ---------------------------------------------------------------------------------------------
+
+
+def various(body: dict[str, Any], number: int) -> str:
+    """A text whose share of vowels differs from answer to answer."""
+    chance = random.Random(f"{body['prompt']} {body['seed']} {number}")
+    return " " + "".join(chance.choice("aeiouxyz") for _ in range(12))
+
+
+def test_a_round_on_a_server_that_fails_loses_no_prompt_and_scores_none_twice(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openai._base_client
+
+    for module, name in ((openai._base_client, "INITIAL_RETRY_DELAY"), (openai._base_client, "MAX_RETRY_DELAY")):
+        monkeypatch.setattr(module, name, 0.001)
+    monkeypatch.setattr("ncalign.server._FIRST_PAUSE", 0.001)
+    scored: Counter[str] = Counter()
+    plain = FunctionReward.score
+
+    def score(self: FunctionReward, group: Group) -> list[float | None]:
+        scored.update(f"{group.id} {candidate.completion}" for candidate in group.candidates)
+        return plain(self, group)
+
+    monkeypatch.setattr(FunctionReward, "score", score)
+    chance = random.Random(1)
+    plan = [chance.choice(["drop", "half", "few", 429, 500, None, None]) for _ in range(2000)]
+    double = ServerDouble(various, faults=lambda number: plan[number])
+    double.delay = 0.001
+    with serving(double) as url:
+        server = {"base_url": url, "model": "m", "max_retries": 40}
+        fields = {"generator": "server", "server": server, "push": "none", "probe_tolerance": None, "eval_fraction": 0.0}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ncalign.online.run.train_round", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(**fields)
+        asked = len(double.requests)
+        run(resume=True, **fields)
+        assert len(double.requests) > asked
+    for row in rounds_of(tmp_path / "run"):
+        folder = tmp_path / "run" / "rounds" / f"{row['round'] - 1:03d}"
+        groups = list(read_groups(folder / "pool.jsonl"))
+        assert len(groups) == row["counts"]["prompts"] == 4
+        assert [len(group.candidates) for group in groups] == [3] * 4
+        assert all(candidate.reward is not None for group in groups for candidate in group.candidates)
+    assert set(scored.values()) == {1}
+
+
+def test_adapters_are_loaded_by_a_vllm_server(run: Run, tmp_path: Path) -> None:
+    double = ServerDouble(various)
+    with serving(double) as url:
+        server = {"base_url": url, "model": "base"}
+        run(generator="server", server=server, lora={"r": 2}, probe_tolerance=None)
+    loads = [body for path, body in double.requests if path == "/v1/load_lora_adapter"]
+    assert [body["lora_name"] for body in loads] == ["run-000", "run-001", "run-002", "run-rounds"]
+    used = [body["model"] for path, body in double.requests if path == "/v1/completions"]
+    assert set(used) == {"run-000", "run-001", "run-002", "run-rounds"}
+    assert used == sorted(used)
+    assert (Path(loads[-1]["lora_path"]) / "adapter_model.safetensors").is_file()
+    # Weights that no one samples from any more are not kept.
+    assert len(list((tmp_path / "run" / "rounds").rglob("weights"))) == 1
+
+
+def test_a_server_with_other_log_probs_stops_the_round(run: Run) -> None:
+    with serving(ServerDouble(answer=lambda body, number: "a")) as url:
+        server = {"base_url": url, "model": "m"}
+        with pytest.raises(ValueError, match="hold different weights"):
+            run(generator="server", server=server, push="none")
+
+
 # --- What goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -418,8 +492,6 @@ def test_encoding_matches_generation(tiny_model: LlamaForCausalLM) -> None:
     """What the generator feeds is what training puts before the completion, for text and conversations."""
     tokenizer = build_tokenizer()
     generator, encoder = TransformersGenerator(tiny_model, tokenizer, progress=False), Encoder(tokenizer)
-    from ncalign.groups import Candidate, Group
-
     for prompt in ("What is seven", [{"role": "user", "content": "Reply, please."}]):
         group = Group(id="g", prompt=prompt, candidates=[Candidate("twelve")])
         assert encoder.encode(group).prompt.tolist() == generator._ids(prompt, 4)

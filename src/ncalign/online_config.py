@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ncalign.config import ServerConfig
 from ncalign.training_config import TrainConfig
 
 
@@ -49,6 +50,17 @@ class OnlineConfig(TrainConfig):
     reward: str = Field(
         description="'package.module:function' or 'file.py:function', called with (prompt, completions); or 'reasoning_gym'."
     )
+    generator: Literal["transformers", "server", "vllm"] = Field(
+        "transformers",
+        description="Who samples: the policy in this process, a server (section server), or vLLM in this process.",
+    )
+    server: ServerConfig | None = Field(None, description="The server that samples, with generator: server.")
+    push: Literal["lora", "folder", "none"] = Field(
+        "lora",
+        description="How a round's weights reach a server or vLLM: as an adapter that it loads, as a model folder that it "
+        "reloads, or not at all.",
+    )
+    vllm_memory: float = Field(0.4, gt=0, le=1, description="Share of the GPU's memory for vLLM in this process.")
     num_samples: int = Field(8, ge=1, description="K, new completions per prompt.")
     max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 samples from the policy itself.")
@@ -74,6 +86,10 @@ class OnlineConfig(TrainConfig):
             raise ValueError("preferred: best_offline needs candidates: fresh_and_offline")
         if list(self.regenerate_at) != sorted(set(self.regenerate_at)) or not all(0 < at < 1 for at in self.regenerate_at):
             raise ValueError(f"regenerate_at must rise between 0 and 1, and is {list(self.regenerate_at)}")
+        if (self.generator == "server") != (self.server is not None):
+            raise ValueError("generator: server and the section server go together: give both or neither")
+        if self.generator != "transformers" and self.push == "lora" and self.lora is None:
+            raise ValueError("push: lora needs lora; push: folder sends all weights")
         if self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({self.max_length}): prompts need room"

@@ -2,6 +2,7 @@
 
 from ncalign.generation.base import Completion, Generator, SamplingParams
 from ncalign.generation.local import TransformersGenerator
+from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.run import SampleCounts, completion_as_candidate, run_generate, sample_groups
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Generator",
     "SampleCounts",
     "SamplingParams",
+    "ServerGenerator",
     "TransformersGenerator",
     "completion_as_candidate",
     "run_generate",

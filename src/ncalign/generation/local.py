@@ -95,16 +95,7 @@ class TransformersGenerator:
             raise PromptError(index, str(error)) from error
 
     def _ids(self, prompt: str | list[Message], max_new_tokens: int) -> list[int]:
-        if isinstance(prompt, str) and self._string_prompts == "raw":
-            ids = list(self._tokenizer(prompt, verbose=False)["input_ids"])
-            # Some tokenizers close plain text with EOS, after which nothing is left to say.
-            while ids and ids[-1] == self._tokenizer.eos_token_id:
-                ids.pop()
-        else:
-            text = render_prompt(self._tokenizer, prompt)
-            ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if not ids:
-            raise ValueError("it has no tokens: a completion needs something before it")
+        ids = prompt_ids(self._tokenizer, prompt, self._string_prompts)
         context = getattr(self._model.config, "max_position_embeddings", None)
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
@@ -177,6 +168,26 @@ class TransformersGenerator:
         )
         assert isinstance(text, str)
         return Completion(text, len(tokens), finished, token_ids=tuple(tokens), logprob=logprob)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], string_prompts: Literal["raw", "user_turn"]
+) -> list[int]:
+    """A prompt's tokens, as the model reads them before it answers.
+
+    Raises:
+        ValueError: it has none, or needs a chat template that is missing.
+    """
+    if isinstance(prompt, str) and string_prompts == "raw":
+        ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+        # Some tokenizers close plain text with EOS, after which nothing is left to say.
+        while ids and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+    else:
+        ids = list(tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False, verbose=False)["input_ids"])
+    if not ids:
+        raise ValueError("it has no tokens: a completion needs something before it")
+    return ids
 
 
 def _eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -11,9 +11,11 @@ import torch
 from ncalign.config import GenerateConfig
 from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
 from ncalign.generation.local import TransformersGenerator
+from ncalign.generation.remote import ServerGenerator
 from ncalign.groups import Candidate, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.policy import DTYPES, load_model, load_tokenizer
 from ncalign.progress import say
+from ncalign.store import Store
 
 
 @dataclass
@@ -88,6 +90,23 @@ def completion_as_candidate(group: Group, completion: Completion, source: str) -
     return Candidate([{"role": "assistant", "content": completion.text}], source=source, finished=completion.finished)
 
 
+def _name(config: GenerateConfig) -> str:
+    return str(config.server.model if config.server is not None else config.model)
+
+
+def _generator(config: GenerateConfig) -> tuple[Generator, Store | None]:
+    """The generator, and where it keeps what a server answered until the output is written."""
+    if config.server is not None:
+        answers = Store(config.output.with_name(f".{config.output.name}.answers"))
+        return ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts), answers
+    assert config.model is not None
+    model = load_model(config.model, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+    # nn.Module's own `to`: transformers' wrapper of it lost its type.
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    return TransformersGenerator(model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size), None
+
+
 def run_generate(config: GenerateConfig) -> dict[str, object]:
     """Sample candidates for the prompts of a file and write them as groups.
 
@@ -104,13 +123,7 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
     if report.skipped:
         say(report.notice(config.prompts))
-    model = load_model(config.model, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
-    # nn.Module's own `to`: transformers' wrapper of it lost its type.
-    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    generator = TransformersGenerator(
-        model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size, progress=True
-    )
+    generator, answers = _generator(config)
     counts = SampleCounts()
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     groups = sample_groups(
@@ -119,15 +132,17 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         num_samples=config.num_samples,
         params=params,
         seed=config.seed,
-        source=config.model,
+        source=_name(config),
         counts=counts,
     )
     answered = [group for group in groups if group.candidates]
     if not answered:
         raise ValueError(
-            f"{config.model} gave only empty completions to {config.prompts}: check its chat template and EOS token"
+            f"{_name(config)} gave only empty completions to {config.prompts}: check its chat template and EOS token"
         )
     write_groups(answered, config.output)
+    if answers is not None:
+        answers.delete()
     return {
         "output": str(config.output),
         "groups": len(answered),

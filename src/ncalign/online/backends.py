@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator
 
-from ncalign.generation import Generator, TransformersGenerator
+from ncalign.generation import Generator, ServerGenerator, TransformersGenerator
+from ncalign.generation.vllm import VLLMGenerator
 from ncalign.online_config import OnlineConfig
 from ncalign.policy import Policy
+from ncalign.server import Server, ServerError
+from ncalign.store import Store
 from ncalign.training.engine import Engine
+from ncalign.training.export import save_model
+from ncalign.training.run_folder import ROUNDS
 
 
 class GeneratorOf(Protocol):
@@ -55,6 +63,85 @@ class InProcess:
         return self._generator
 
 
-def make_generator(config: OnlineConfig, policy: Policy, engine: Engine) -> GeneratorOf:
+class Pushed:
+    """A generator elsewhere, which is given the policy's weights as files that it can read.
+
+    Args:
+        config: of the run.
+        policy: model and tokenizer.
+        engine: holds the model that is trained.
+        accelerator: of this process.
+        generator: who samples.
+    """
+
+    def __init__(
+        self,
+        config: OnlineConfig,
+        policy: Policy,
+        engine: Engine,
+        accelerator: Accelerator,
+        generator: ServerGenerator | VLLMGenerator,
+    ) -> None:
+        """See the class."""
+        self._config, self._policy, self._engine, self._accelerator = config, policy, engine, accelerator
+        self._generator = generator
+        self._last: Path | None = None
+
+    def update(self, folder: Path) -> None:
+        """Write the weights and have the generator load them."""
+        version = f"{self._config.output_dir.name}-{folder.name}"
+        generator, adapter = self._generator, self._config.push == "lora"
+        if isinstance(generator, ServerGenerator):
+            generator.server.version = version
+        if self._config.push == "none":
+            return
+        target = (folder / "weights").resolve()
+        # An adapter goes as one, whatever the run's model is to become at its end.
+        config = self._config.model_copy(update={"merge": False}) if adapter else self._config
+        save_model(self._policy, self._engine.model, self._accelerator, config=config, results=None, target=target)
+        if isinstance(generator, VLLMGenerator):
+            (generator.load_adapter if adapter else generator.load_weights)(target)
+        elif adapter:
+            load_adapter_on(generator.server, version, target)
+        else:
+            generator.server.post("//collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(target)}})
+            generator.server.post("//reset_prefix_cache", {})
+        if self._last is not None and self._last != target:
+            shutil.rmtree(self._last, ignore_errors=True)
+        self._last = target
+
+    def get(self) -> Generator:
+        """The generator."""
+        return self._generator
+
+
+def load_adapter_on(server: Server, name: str, folder: Path) -> None:
+    """Have vLLM's server load an adapter under a new name, and ask for that from now on.
+
+    It must have been started with ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``, and see the folder.
+    """
+    for stale in {server.model, name} - {server.config.model}:
+        with contextlib.suppress(ServerError):
+            server.post("/unload_lora_adapter", {"lora_name": stale})
+    server.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+    server.model = name
+
+
+def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, accelerator: Accelerator) -> GeneratorOf:
     """The generator that the configuration names."""
-    return InProcess(config, policy, engine)
+    if config.generator == "transformers":
+        return InProcess(config, policy, engine)
+    if config.server is not None:
+        answers = Store(config.output_dir / ROUNDS / "answers.sqlite")
+        remote: ServerGenerator | VLLMGenerator = ServerGenerator(
+            config.server, store=answers, string_prompts=config.string_prompts, progress=False
+        )
+    else:
+        remote = VLLMGenerator(
+            config.model,
+            policy.tokenizer,
+            adapter_rank=config.lora.r if config.lora is not None and config.push == "lora" else None,
+            string_prompts=config.string_prompts,
+            options={"gpu_memory_utilization": config.vllm_memory, "seed": config.seed},
+        )
+    return Pushed(config, policy, engine, accelerator, remote)

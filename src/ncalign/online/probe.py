@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ncalign.generation import SamplingParams, completion_as_candidate
+from ncalign.encoding import EncodedGroup
+from ncalign.generation import Completion, SamplingParams, completion_as_candidate
 from ncalign.groups import Group
 from ncalign.online.pool import as_sampled
 from ncalign.progress import say
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     from ncalign.online.run import Run
 
 _PROMPTS, _TOKENS = 4, 16
+
+
+def _encoded(run: Run, group: Group, completion: Completion) -> EncodedGroup | None:
+    """The sample as it was sampled; None where its text is encoded in other tokens."""
+    # Some servers count the end token among an answer's log-probs, others don't.
+    for finished in sorted({completion.finished, False}, reverse=True):
+        candidate = replace(completion_as_candidate(group, completion, "probe"), finished=finished)
+        encoded = run.encoder.encode(replace(group, candidates=[candidate]))
+        encoded, exact = as_sampled(encoded, [completion], run.config.max_length, num_written=1)
+        if exact or len(encoded.completions[0]) == completion.num_tokens:
+            return encoded
+    return None
 
 
 def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
@@ -28,7 +41,7 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
     asked = prompts[:_PROMPTS]
     # At temperature 1 what a server reports is the model's own log-prob.
     found = run.generator.get().generate(
-        [group.prompt for group in asked], num_samples=1, params=SamplingParams(_TOKENS), seed=run.config.seed
+        [group.prompt for group in asked], num_samples=1, params=SamplingParams(_TOKENS), seed=run.config.seed + number
     )
     groups, claimed, lengths = [], [], []
     for group, [completion] in zip(asked, found, strict=True):
@@ -39,10 +52,9 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
             )
         if not completion.text.strip():
             continue
-        encoded = run.encoder.encode(replace(group, candidates=[completion_as_candidate(group, completion, "probe")]))
-        encoded, exact = as_sampled(encoded, [completion], run.config.max_length, num_written=1)
-        if not exact and len(encoded.completions[0]) != completion.num_tokens:
-            continue  # the text was sampled in other tokens than it is encoded in
+        encoded = _encoded(run, group, completion)
+        if encoded is None:
+            continue
         groups.append(encoded)
         claimed.append(completion.logprob)
         lengths.append(len(encoded.completions[0]))

@@ -175,7 +175,7 @@ def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> R
         max_steps=config.max_steps,
     )
     reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
-    generator = make_generator(config, policy, engine)
+    generator = make_generator(config, policy, engine, accelerator)
     return Run(
         config, accelerator, policy, encoder, method, engine, optimizer, reference, generator, source, prompts, held_out, total
     )

@@ -1,0 +1,86 @@
+"""Generation on an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ncalign.config import ServerConfig
+from ncalign.encoding import as_messages
+from ncalign.generation.base import Completion, SamplingParams
+from ncalign.groups import Message
+from ncalign.progress import Bar
+from ncalign.server import Choice, Request, Server, ServerError
+from ncalign.store import Store
+
+
+class ServerGenerator:
+    """Samples from a model on a server, many prompts at once; answers that were had once are not asked for again.
+
+    A prompt that is a string goes to the completions API as it is, a conversation to the chat API, whose server applies the
+    chat template.
+
+    Args:
+        config: where the server is, and how it may be asked.
+        store: keeps answers by what was asked.
+        string_prompts: whether prompts that are plain strings are sent as they are or as a user's turn.
+        progress: whether to show a progress bar on stderr.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        store: Store | None = None,
+        string_prompts: Literal["raw", "user_turn"] = "raw",
+        progress: bool = True,
+    ) -> None:
+        """See the class."""
+        self.server = Server(config, store)
+        self._string_prompts = string_prompts
+        self._progress = progress
+        self.num_short = 0
+
+    def generate(
+        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        """Sample completions; see :class:`ncalign.generation.Generator`.
+
+        A prompt for which the server gives fewer completions than asked, after all retries, keeps those it has.
+
+        Raises:
+            ServerError: the server fails on a prompt; what it answered is kept, and the same call goes on from there.
+        """
+        requests = [self._request(prompt, num_samples, params, seed + index) for index, prompt in enumerate(prompts)]
+        with Bar("Sampling on the server", len(requests), shown=self._progress) as bar:
+            found = self.server.ask(requests, done=lambda index: bar.advance())
+        failed = [answer for answer in found if isinstance(answer, ServerError)]
+        if failed:
+            raise ServerError(
+                f"{failed[0]} ({len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go "
+                "on)"
+            )
+        answers = [answer for answer in found if not isinstance(answer, ServerError)]
+        self.num_short += sum(len(answer) < num_samples for answer in answers)
+        return [[_completion(choice) for choice in answer] for answer in answers]
+
+    def _request(self, prompt: str | list[Message], num_samples: int, params: SamplingParams, seed: int) -> Request:
+        body: dict[str, Any] = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "max_tokens": params.max_new_tokens,
+            "seed": seed % 2**31,
+        }
+        if params.top_k:
+            body["top_k"] = params.top_k  # not OpenAI's own, but what vLLM, SGLang and llama.cpp call it
+        if isinstance(prompt, str) and self._string_prompts == "raw":
+            logprobs = {"logprobs": 1} if self.server.config.logprobs else {}
+            return Request("completions", {**body, "prompt": prompt, **logprobs}, num_samples)
+        logprobs = {"logprobs": True} if self.server.config.logprobs else {}
+        return Request("chat", {**body, "messages": as_messages(prompt), **logprobs}, num_samples)
+
+
+def _completion(choice: Choice) -> Completion:
+    # Servers that do not count tokens are counted by words, for the reports alone.
+    number = choice.num_tokens if choice.num_tokens is not None else len(choice.text.split())
+    return Completion(choice.text, number, choice.finished, logprob=choice.logprob)

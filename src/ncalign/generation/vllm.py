@@ -1,0 +1,98 @@
+"""Generation with vLLM in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from ncalign.generation.base import Completion, PromptError, SamplingParams
+from ncalign.generation.local import prompt_ids
+from ncalign.groups import Message
+
+
+class VLLMGenerator:
+    """Samples with ``vllm.LLM``; the policy's weights arrive as a saved adapter or a saved model folder.
+
+    Args:
+        model: folder or hub id that vLLM starts with.
+        tokenizer: the policy's, so that prompts become the same tokens as in training.
+        adapter_rank: rank of the adapters that will come; None where whole models will.
+        string_prompts: whether prompts that are plain strings are encoded as they are or as a user's turn.
+        options: further arguments of ``vllm.LLM``.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        adapter_rank: int | None = None,
+        string_prompts: Literal["raw", "user_turn"] = "raw",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See the class."""
+        try:
+            import vllm
+        except ImportError:
+            raise ValueError("generator: vllm needs the package vllm: pip install 'ncalign[vllm]'") from None
+        adapters = {"enable_lora": True, "max_lora_rank": adapter_rank} if adapter_rank is not None else {}
+        self._vllm = vllm
+        # Log-probs of the model itself, before temperature and truncation.
+        self._engine = vllm.LLM(model=model, **{"logprobs_mode": "raw_logprobs", **adapters, **(options or {})})
+        self._tokenizer, self._string_prompts = tokenizer, string_prompts
+        self._adapter: Any = None
+        self._updates = 0
+
+    def load_adapter(self, folder: Path) -> None:
+        """Sample with this adapter from now on."""
+        from vllm.lora.request import LoRARequest
+
+        # vLLM knows an adapter by its number: a new one for new weights.
+        self._updates += 1
+        self._adapter = LoRARequest(f"round-{self._updates}", self._updates, str(folder))
+
+    def load_weights(self, folder: Path) -> None:
+        """Sample with these weights, of the same architecture, from now on."""
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self._engine.reset_prefix_cache()
+
+    def generate(
+        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        """Sample completions; see :class:`ncalign.generation.Generator`.
+
+        Raises:
+            PromptError: a prompt has no tokens, or needs a chat template that is missing.
+        """
+        inputs = []
+        for index, prompt in enumerate(prompts):
+            try:
+                inputs.append({"prompt_token_ids": prompt_ids(self._tokenizer, prompt, self._string_prompts)})
+            except ValueError as error:
+                raise PromptError(index, str(error)) from error
+        settings = [
+            self._vllm.SamplingParams(
+                n=num_samples,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                max_tokens=params.max_new_tokens,
+                seed=(seed + index) % 2**31,
+                logprobs=0,
+            )
+            for index in range(len(inputs))
+        ]
+        outputs = self._engine.generate(inputs, settings, lora_request=self._adapter)
+        return [[_completion(found) for found in output.outputs] for output in outputs]
+
+
+def _completion(output: Any) -> Completion:
+    ids = tuple(int(token) for token in output.token_ids)
+    finished = output.finish_reason != "length"
+    return Completion(output.text, len(ids), finished, token_ids=ids, logprob=float(output.cumulative_logprob))

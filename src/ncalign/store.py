@@ -1,0 +1,76 @@
+"""Answers that cost time or money, kept under what was asked: a SQLite file that survives a kill at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+
+class Store:
+    """JSON values by content-addressed keys; threads and processes may share the file.
+
+    Args:
+        path: of the file; made when missing, with the folders above it.
+
+    Raises:
+        OSError: it can't be made or written.
+
+    >>> store = Store(Path(":memory:"))
+    >>> key = store.key("reward", {"prompt": "2 + 2", "completion": "4"})
+    >>> store.get(key), store.put(key, [1.0]), store.get(key)
+    (None, None, [1.0])
+    """
+
+    def __init__(self, path: Path) -> None:
+        """See the class."""
+        self._path, self._lock = path, threading.Lock()
+        try:
+            if str(path) != ":memory:":
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
+            with self._connection:
+                # Full: an answer that was paid for is on disk before the next is asked for.
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute("PRAGMA synchronous=FULL")
+                self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        except sqlite3.Error as error:
+            raise OSError(f"{path} can't be used to keep answers: {error}; delete it if it is damaged") from error
+
+    @staticmethod
+    def key(*parts: object) -> str:
+        """A digest that stands for JSON values."""
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=True, allow_nan=False)
+        return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+    def get(self, key: str) -> Any:
+        """The value, or None where there is none."""
+        with self._lock:
+            row = self._connection.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, key: str, value: object) -> None:
+        """Keep a value, in place of an earlier one.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        try:
+            with self._lock, self._connection:
+                self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
+        except sqlite3.Error as error:
+            raise OSError(f"{self._path} can't be written: {error}; free some space, or name another cache_dir") from error
+
+    def delete(self) -> None:
+        """Delete the file: what it held is elsewhere now."""
+        self.close()
+        for suffix in ("", "-wal", "-shm"):
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._connection.close()

@@ -1,0 +1,129 @@
+"""An OpenAI-compatible server that answers from a function, and does wrong what it is told to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = Callable[[dict[str, Any], int], str]
+
+
+def echo(body: dict[str, Any], number: int) -> str:
+    """A text that depends on the prompt and the answer's number."""
+    prompt = body.get("prompt") or body["messages"][-1]["content"]
+    return f"answer {number} of {body.get('seed', 0)} to {prompt}"
+
+
+class ServerDouble:
+    """Records requests; ``faults`` says what to do wrong with the request of a given number, counted from 0.
+
+    A fault is ``drop``, ``half`` (half the JSON), ``few`` (one choice, whatever n is), ``many``, ``slow``, ``null`` (content is
+    null), or a status to answer with.
+    """
+
+    def __init__(self, answer: Answer = echo, faults: Callable[[int], str | int | None] = lambda number: None) -> None:
+        self.answer, self.faults = answer, faults
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.keys: list[str | None] = []
+        self.answered: Counter[str] = Counter()
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
+        self.delay = 0.0
+
+    def choices(self, path: str, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
+        found = []
+        for number in range(n):
+            text = self.answer(body, number)
+            words = text.split()
+            logprobs = {"content": [{"token": word, "logprob": -0.5, "top_logprobs": []} for word in words]}
+            choice: dict[str, Any] = {"index": number, "finish_reason": "stop"}
+            if "chat" in path:
+                choice |= {"message": {"role": "assistant", "content": text}}
+                choice |= {"logprobs": logprobs} if body.get("logprobs") else {}
+            else:
+                choice |= {"text": text, "logprobs": {"token_logprobs": [-0.5] * len(words)}}
+            found.append(choice)
+        return found
+
+
+def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with double.lock:
+                number = len(double.requests)
+                double.requests.append((self.path, body))
+                double.keys.append(self.headers.get("Authorization"))
+                double.under_way += 1
+                double.most_under_way = max(double.most_under_way, double.under_way)
+            try:
+                self.reply(body, double.faults(number))
+            finally:
+                with double.lock:
+                    double.under_way -= 1
+
+        def reply(self, body: dict[str, Any], fault: str | int | None) -> None:
+            time.sleep(double.delay)
+            if fault == "drop":
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return
+            if isinstance(fault, int):
+                self.send({"error": {"message": f"no, {self.headers.get('Authorization')}"}}, fault)
+                return
+            if fault == "slow":
+                time.sleep(1.5)
+            if "prompt" not in body and "messages" not in body:  # an order, such as to load weights
+                self.send({}, 200)
+                return
+            n = body.get("n", 1)
+            n = {"few": 1, "many": n + 2}.get(str(fault), n)
+            choices = double.choices(self.path, body, n)
+            if fault == "null":
+                choices[0]["message"]["content"] = None
+            answer = {"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 3 * n}}
+            if fault not in ("half", "null", "slow"):
+                with double.lock:
+                    double.answered[json.dumps(body.get("messages") or body.get("prompt"))] += n
+            self.send(answer, 200, half=fault == "half")
+
+        def send(self, answer: dict[str, Any], status: int, *, half: bool = False) -> None:
+            data = json.dumps(answer).encode()
+            data = data[: len(data) // 2] if half else data
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                if status == 429:
+                    self.send_header("Retry-After", "0.01")
+                self.end_headers()
+                self.wfile.write(data)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+
+    return Handler
+
+
+@contextmanager
+def serving(double: ServerDouble) -> Iterator[str]:
+    """Serve on a free port; gives the base URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(double))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,262 @@
+"""The client of OpenAI-compatible servers, against a double that fails in every way, and the generator on it."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ncalign.cli import main
+from ncalign.config import ServerConfig
+from ncalign.generation import SamplingParams, ServerGenerator
+from ncalign.groups import read_groups
+from ncalign.server import Choice, Request, Server, ServerError
+from ncalign.store import Store
+from server_double import ServerDouble, serving
+
+KEY = "sk-test-0123456789abcdef"
+FAULTS = ("drop", "half", "few", "many", "null", 429, 500, 503)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openai._base_client
+
+    monkeypatch.setattr("ncalign.server._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("ncalign.server._LONGEST_PAUSE", 0.002)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.002)
+
+
+def chat(text: str, *, n: int = 1) -> Request:
+    return Request("chat", {"messages": [{"role": "user", "content": text}], "seed": 5}, n)
+
+
+def config(url: str, **changes: Any) -> ServerConfig:
+    return ServerConfig.model_validate({"base_url": url, "model": "m", **changes})
+
+
+def test_answers_come_in_order_and_are_counted() -> None:
+    double = ServerDouble()
+    with serving(double) as url:
+        server = Server(config(url))
+        found = server.ask([chat(f"q{i}", n=2) for i in range(20)])
+    assert [[choice.text for choice in one] for one in found] == [
+        [f"answer {k} of 5 to q{i}" for k in (0, 1)] for i in range(20)
+    ]
+    assert (server.usage.requests, server.usage.prompt_tokens, server.usage.completion_tokens) == (20, 140, 120)
+    assert {path for path, _ in double.requests} == {"/v1/chat/completions"}
+    assert {body["model"] for _, body in double.requests} == {"m"}
+
+
+def test_every_fault_is_survived_and_nothing_kept_is_asked_again(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    plan = [chance.choice([*FAULTS, None, None]) for _ in range(2000)]
+    double = ServerDouble(faults=lambda number: plan[number])
+    requests = [chat(f"q{i}", n=3) for i in range(40)]
+    with serving(double) as url:
+        store = Store(tmp_path / "answers")
+        server = Server(config(url, max_retries=50), store)
+        found = server.ask(requests)
+        assert all(isinstance(one, list) and len(one) == 3 for one in found)
+        assert all(choice.text.endswith(f"to q{i}") for i, one in enumerate(found) for choice in one)
+        assert server.usage.malformed > 0
+        asked = len(double.requests)
+        again = Server(config(url), Store(tmp_path / "answers"))
+        assert again.ask(requests) == found
+        assert len(double.requests) == asked
+        assert again.usage.remembered == 40
+        # One more of each: only that is asked for.
+        more = again.ask([chat(f"q{i}", n=4) for i in range(40)])
+        assert [one[:3] for one in more] == found
+        assert all(body.get("n", 1) == 1 for _, body in double.requests[asked:])
+
+
+def test_answers_of_a_top_up_are_others() -> None:
+    double = ServerDouble(faults=lambda number: "few" if number < 2 else None)
+    with serving(double) as url:
+        [found] = Server(config(url)).ask([chat("q", n=4)])
+    assert len({choice.text for choice in found}) == 4
+    assert [body.get("n", 1) for _, body in double.requests] == [4, 3, 2]
+
+
+def test_a_slow_server_is_asked_again() -> None:
+    double = ServerDouble(faults=lambda number: "slow" if number == 0 else None)
+    with serving(double) as url:
+        [found] = Server(config(url, timeout_seconds=0.3)).ask([chat("q")])
+    assert isinstance(found, list)
+    assert len(double.requests) == 2
+
+
+def test_what_fails_for_good_is_said_for_each_and_the_rest_is_kept(tmp_path: Path) -> None:
+    double = ServerDouble()
+    plain = double.choices
+    double.choices = lambda path, body, n: [] if "q3" in str(body) else plain(path, body, n)  # type: ignore[method-assign]
+    with serving(double) as url:
+        found = Server(config(url, max_retries=2), Store(tmp_path / "answers")).ask([chat(f"q{i}") for i in range(6)])
+    assert [isinstance(one, ServerError) for one in found] == [i == 3 for i in range(6)]
+    assert "no usable answer 3 times" in str(found[3])
+
+
+def test_no_more_are_under_way_than_asked_for() -> None:
+    double = ServerDouble()
+    double.delay = 0.02
+    with serving(double) as url:
+        Server(config(url, max_concurrency=3)).ask([chat(f"q{i}") for i in range(12)])
+    assert 1 < double.most_under_way <= 3
+
+
+def test_requests_a_minute() -> None:
+    double = ServerDouble()
+    with serving(double) as url:
+        started = time.monotonic()
+        Server(config(url, requests_per_minute=1200)).ask([chat(f"q{i}") for i in range(9)])
+    # Eight pauses of 50 ms: slower machines only take longer.
+    assert time.monotonic() - started >= 0.4
+
+
+@pytest.mark.parametrize("fault", [401, 400, 404, "half"])
+def test_the_key_is_sent_and_never_shown(
+    fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEST_KEY", KEY)
+    double = ServerDouble(answer=lambda body, number: f"{KEY} " * 3, faults=lambda number: fault)
+    with serving(double) as url:
+        [found] = Server(config(url, api_key_env="TEST_KEY", max_retries=1), Store(tmp_path / "answers")).ask([chat("q")])
+    assert isinstance(found, ServerError)
+    assert double.keys[0] == f"Bearer {KEY}"
+    shown = str(found) + repr(found) + "".join(capfd.readouterr())
+    assert KEY not in shown
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_key_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(ValueError, match="NO_SUCH_KEY is not set"):
+        Server(config("http://127.0.0.1:1/v1", api_key_env="NO_SUCH_KEY"))
+
+
+def test_nobody_listens() -> None:
+    [found] = Server(config("http://127.0.0.1:9/v1", max_retries=1)).ask([chat("q")])
+    assert isinstance(found, ServerError)
+    assert "Connection error" in str(found)
+
+
+# --- Generation -------------------------------------------------------------------------------------------------------
+
+
+def test_strings_are_completed_and_conversations_answered() -> None:
+    double = ServerDouble()
+    with serving(double) as url:
+        generator = ServerGenerator(config(url), progress=False)
+        params = SamplingParams(9, temperature=0.7, top_p=0.9, top_k=5)
+        found = generator.generate(["say", [{"role": "user", "content": "reply"}]], num_samples=2, params=params, seed=3)
+    assert [[completion.text for completion in one] for one in found] == [
+        ["answer 0 of 3 to say", "answer 1 of 3 to say"],
+        ["answer 0 of 4 to reply", "answer 1 of 4 to reply"],
+    ]
+    assert all(one.num_tokens == 6 and one.logprob == -3.0 and one.finished for row in found for one in row)
+    bodies = {path: body for path, body in double.requests}
+    assert bodies["/v1/completions"]["prompt"] == "say"
+    for body in bodies.values():
+        assert (body["max_tokens"], body["temperature"], body["top_p"], body["top_k"], body["n"]) == (9, 0.7, 0.9, 5, 2)
+
+
+def test_generate_verb_on_a_server_resumes(tmp_path: Path, write_jsonl: Callable[..., Path], capsys: Any) -> None:
+    prompts = write_jsonl([{"id": str(i), "prompt": f"q{i}"} for i in range(6)], "prompts.jsonl")
+    broken = {"on": True}
+    double = ServerDouble()
+    plain = double.choices
+    double.choices = lambda path, body, n: [] if broken["on"] and body["prompt"] == "q4" else plain(path, body, n)  # type: ignore[method-assign]
+    output = tmp_path / "out.jsonl"
+    with serving(double) as url:
+        words = ["generate", "--prompts", str(prompts), "--output", str(output), "--num_samples", "2"]
+        words += ["--server.base_url", url, "--server.model", "m", "--server.max_retries", "1"]
+        assert main(words) == 1
+        assert "1 of 6 prompts have no completion" in capsys.readouterr().err
+        assert not output.exists()
+        broken["on"] = False
+        asked = len(double.requests)
+        assert main(words) == 0
+        assert [body["prompt"] for _, body in double.requests[asked:]] == ["q4"]
+    groups = list(read_groups(output))
+    assert [len(group.candidates) for group in groups] == [2] * 6
+    assert groups[0].candidates[0].source == "m"
+    assert not list(tmp_path.glob(".*answers*"))
+
+
+def test_store_survives_a_second_opening(tmp_path: Path) -> None:
+    first = Store(tmp_path / "deep" / "answers")
+    first.put(Store.key("a", 1), {"x": [1.5, None]})
+    assert Store(tmp_path / "deep" / "answers").get(Store.key("a", 1)) == {"x": [1.5, None]}
+    assert Store.key("a", 1) != Store.key("a", 2)
+    (tmp_path / "no").write_text("no database" * 200)
+    with pytest.raises(OSError, match="can't be used"):
+        Store(tmp_path / "no")
+
+
+# --- vLLM -------------------------------------------------------------------------------------------------------------
+
+
+def test_vllm_is_driven_by_its_documented_interface(
+    monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            calls.append(("init", options))
+
+        def generate(self, prompts: Any, params: Any, lora_request: Any = None) -> Any:
+            calls.append(("generate", (prompts, params, lora_request)))
+            output = SimpleNamespace(text="12", token_ids=[5, 6], finish_reason="length", cumulative_logprob=-1.5)
+            return [SimpleNamespace(outputs=[output] * params[0].n) for _ in prompts]
+
+        def collective_rpc(self, method: str, kwargs: Any) -> None:
+            calls.append((method, kwargs))
+
+        def reset_prefix_cache(self) -> None:
+            calls.append(("reset", None))
+
+    vllm, lora = ModuleType("vllm"), ModuleType("vllm.lora.request")
+    vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
+    lora.LoRARequest = lambda name, number, path: (name, number, path)  # type: ignore[attr-defined]
+    for name, module in {"vllm": vllm, "vllm.lora": ModuleType("vllm.lora"), "vllm.lora.request": lora}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    from ncalign.generation.vllm import VLLMGenerator
+
+    generator = VLLMGenerator("m", tiny_tokenizer, adapter_rank=8, options={"dtype": "bfloat16"})
+    assert calls[-1][1] == {
+        "model": "m",
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "dtype": "bfloat16",
+        "logprobs_mode": "raw_logprobs",
+    }
+    found = generator.generate(["What is"], num_samples=2, params=SamplingParams(4, top_k=3), seed=1)
+    assert found[0][0].token_ids == (5, 6)
+    assert (found[0][0].logprob, found[0][0].finished, len(found[0])) == (-1.5, False, 2)
+    assert calls[-1][1][0] == [{"prompt_token_ids": tiny_tokenizer("What is")["input_ids"]}]
+    assert calls[-1][1][2] is None
+    generator.load_adapter(Path("a"))
+    generator.generate(["What is"], num_samples=1, params=SamplingParams(4), seed=1)
+    assert calls[-1][1][2] == ("round-1", 1, "a")
+    generator.load_weights(Path("w"))
+    assert calls[-2:] == [("reload_weights", {"weights_path": "w"}), ("reset", None)]
+
+
+def test_choice_is_kept_as_json() -> None:
+    choice = Choice("a", True, 2, -1.0, ({"x": -0.1},))
+    store = Store(Path(":memory:"))
+    from dataclasses import asdict
+
+    store.put("k", [asdict(choice)])
+    assert json.loads(json.dumps(store.get("k")))[0]["top"] == [{"x": -0.1}]
