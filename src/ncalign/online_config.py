@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ncalign.config import ServerConfig
+from ncalign.config import Combine, Judge, MaxFailedShare, Rewards, RewardTimeout, ServerConfig
 from ncalign.training_config import TrainConfig
 
 
@@ -47,9 +47,12 @@ class OnlineConfig(TrainConfig):
         "policy where the theory asks for the model; they differ unless beta is 1.",
     )
     max_importance: float = Field(10.0, ge=1, description="Importance weights are cut here, times their mean.")
-    reward: str = Field(
-        description="'package.module:function' or 'file.py:function', called with (prompt, completions); or 'reasoning_gym'."
-    )
+    reward: Rewards
+    combine: Combine = "mean"
+    judge: Judge = None
+    reward_batch_size: int = Field(16, ge=1, description="Completions that a reward model scores at a time.")
+    reward_timeout: RewardTimeout = 300.0
+    max_failed_share: MaxFailedShare = 0.1
     generator: Literal["transformers", "server", "vllm"] = Field(
         "transformers",
         description="Who samples: the policy in this process, a server (section server), or vLLM in this process.",

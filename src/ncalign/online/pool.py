@@ -27,7 +27,7 @@ from ncalign.online.clock import Clock
 from ncalign.online.drift import pool_health
 from ncalign.online_config import OnlineConfig
 from ncalign.progress import Bar
-from ncalign.rewards import RewardSource
+from ncalign.rewards import RewardSource, score_many
 from ncalign.training.data import scored_candidates
 
 FRESH = "policy"
@@ -183,19 +183,25 @@ def _scored(
         rewards: list[list[float | None]] = read_artefact(path)
         return rewards
     with clock.phase("score"):
-        found = [_rewards(group, completions, source) for group, completions in zip(chunk, sampled, strict=True)]
+        found = _rewards(chunk, sampled, source)
     write_json_atomic(found, path)
     return found
 
 
-def _rewards(group: Group, completions: Sequence[Completion], source: RewardSource) -> list[float | None]:
-    """One reward for each completion; those without text have none."""
-    there = [k for k, completion in enumerate(completions) if completion.text.strip()]
-    rewards: list[float | None] = [None] * len(completions)
-    if there:
-        candidates = [completion_as_candidate(group, completions[k], FRESH) for k in there]
-        for k, reward in zip(there, source.score(replace(group, candidates=candidates)), strict=True):
-            rewards[k] = reward
+def _rewards(
+    groups: Sequence[Group], sampled: Sequence[Sequence[Completion]], source: RewardSource
+) -> list[list[float | None]]:
+    """One reward for each completion of each group; those without text have none."""
+    rewards: list[list[float | None]] = [[None] * len(completions) for completions in sampled]
+    there = [[k for k, completion in enumerate(completions) if completion.text.strip()] for completions in sampled]
+    asked = [g for g, columns in enumerate(there) if columns]
+    filled = [
+        replace(groups[g], candidates=[completion_as_candidate(groups[g], sampled[g][k], FRESH) for k in there[g]])
+        for g in asked
+    ]
+    for g, found in zip(asked, score_many(source, filled), strict=True):
+        for k, reward in zip(there[g], found, strict=True):
+            rewards[g][k] = reward
     return rewards
 
 

@@ -154,7 +154,7 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
 def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
     """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
     torch.manual_seed(config.seed)
-    source = reward_source(config.reward)
+    source = reward_source(config)
     prompts, held_out = load_prompts(config)
     say(f"Loading {config.model}")
     policy = load_policy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from ncalign.encoding import completion_text
@@ -21,6 +22,15 @@ class RewardSource(Protocol):
             ValueError: the group can't be scored; the message names it.
         """
         ...
+
+
+def score_many(source: RewardSource, groups: Sequence[Group]) -> list[list[float | None]]:
+    """Score several groups, all at once where the source has a ``score_many`` of its own (a model's batches, a server)."""
+    together = getattr(source, "score_many", None)
+    if together is not None:
+        found: list[list[float | None]] = together(groups)
+        return found
+    return [source.score(group) for group in groups]
 
 
 def completion_texts(group: Group) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from ncalign.config import ScoreConfig
 from ncalign.groups import Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.progress import Bar, say
-from ncalign.rewards.base import RewardSource
-from ncalign.rewards.function import FunctionReward, load_function
+from ncalign.rewards.base import RewardSource, score_many
+from ncalign.rewards.judge import JudgeReward
+from ncalign.rewards.sources import check_failures, parts, reward_source
 from ncalign.rewards.verifiable import ReasoningGymReward
 
 
@@ -48,8 +50,7 @@ def score_groups(groups: Iterable[Group], source: RewardSource, counts: ScoreCou
         counts: filled in on the way.
     """
     counts = counts if counts is not None else ScoreCounts()
-    for group in groups:
-        rewards = source.score(group)
+    for group, rewards in _rewarded(groups, source):
         candidates = [replace(candidate, reward=reward) for candidate, reward in zip(group.candidates, rewards, strict=True)]
         known = [reward for reward in rewards if reward is not None]
         counts.groups += 1
@@ -60,19 +61,26 @@ def score_groups(groups: Iterable[Group], source: RewardSource, counts: ScoreCou
         yield replace(group, candidates=candidates)
 
 
+def _rewarded(groups: Iterable[Group], source: RewardSource) -> Iterator[tuple[Group, list[float | None]]]:
+    remaining = iter(groups)
+    while chunk := list(islice(remaining, _TOGETHER)):
+        yield from zip(chunk, score_many(source, chunk), strict=True)
+
+
 def _counted(groups: Iterable[Group], bar: Bar) -> Iterator[Group]:
     for group in groups:
         yield group
         bar.advance()
 
 
-def reward_source(name: str) -> RewardSource:
-    """The reward source that a configuration names.
+_TOGETHER = 32
+"""Groups handed to a source at a time: a judge's or a model's batches reach across them."""
 
-    Raises:
-        ValueError: the name is of no known form, or what it names can't be loaded.
-    """
-    return ReasoningGymReward() if name == "reasoning_gym" else FunctionReward(load_function(name), repr(name))
+
+def _checked(groups: Iterable[Group], source: RewardSource) -> Iterator[Group]:
+    """The groups; at their end, before the file takes its place, too many failures raise."""
+    yield from groups
+    check_failures(source)
 
 
 def run_score(config: ScoreConfig) -> dict[str, object]:
@@ -85,7 +93,7 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         ValueError: the data can't be read, or the reward source fails on a group; nothing is written.
     """
     check_output(config.output)
-    source = reward_source(config.reward)
+    source = reward_source(config)
     report, counts = ReadReport(), ScoreCounts()
     groups = list(read_groups(config.data, on_bad_row=config.on_bad_row, report=report))
     if not groups:
@@ -93,7 +101,7 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     if report.skipped:
         say(report.notice(config.data))
     with Bar("Scoring groups", len(groups)) as bar:
-        write_groups(_counted(score_groups(groups, source, counts), bar), config.output)
+        write_groups(_checked(_counted(score_groups(groups, source, counts), bar), source), config.output)
     result: dict[str, object] = {
         "output": str(config.output),
         "groups": counts.groups,
@@ -103,6 +111,12 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         "mean_reward": counts.mean_reward,
         "rows_skipped": report.skipped,
     }
-    if isinstance(source, ReasoningGymReward):
-        result["refused_by_verifier"] = source.num_refused
+    for part in parts(source):
+        if isinstance(part, ReasoningGymReward):
+            result["refused_by_verifier"] = part.num_refused
+        if isinstance(part, JudgeReward):
+            usage = part.server.usage
+            result |= {"verdicts": part.num_asked, "verdicts_missing": part.num_missing, "order_decided": part.num_changed}
+            result |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+    result["failed_rewards"] = check_failures(source)
     return result

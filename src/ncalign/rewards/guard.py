@@ -1,0 +1,127 @@
+"""A source that may raise, hang or return nonsense, held to cost one candidate at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ncalign.groups import Group
+from ncalign.rewards.base import RewardSource, score_many, where
+
+_FEW = 20
+"""Candidates below which a share says nothing yet, unless none may fail."""
+
+
+class Guarded:
+    """Scores with another source; a candidate on which that fails has no reward, and is counted.
+
+    A group on which it fails or hangs is scored again candidate by candidate, so that one bad completion costs its own reward
+    alone.
+
+    Args:
+        source: what scores.
+        timeout: seconds for a group, or for a candidate alone; None waits for ever. What hangs is left behind in its thread.
+        max_failed_share: share of the candidates that may fail; 0 raises at the first.
+
+    Attributes:
+        num_scored: candidates that were handed to the source.
+        num_failed: those it failed on.
+        first_failure: what it said on the first.
+    """
+
+    def __init__(self, source: RewardSource, *, timeout: float | None, max_failed_share: float) -> None:
+        """See the class."""
+        self.source = source
+        self._timeout, self._share = timeout, max_failed_share
+        self.num_scored = self.num_failed = 0
+        self.first_failure: str | None = None
+
+    def score(self, group: Group) -> list[float | None]:
+        """Score a group; see :class:`ncalign.rewards.RewardSource`.
+
+        Raises:
+            ValueError: more than ``max_failed_share`` of the candidates have failed.
+        """
+        self.num_scored += len(group.candidates)
+        try:
+            return self._timed(group)
+        except ValueError:
+            if self._share == 0:
+                raise
+        rewards: list[float | None] = []
+        for candidate in group.candidates:
+            try:
+                rewards += self._timed(replace(group, candidates=[candidate]))
+            except ValueError as error:
+                self.num_failed += 1
+                self.first_failure = self.first_failure or str(error)
+                rewards.append(None)
+        if self.num_scored >= _FEW:
+            self.check()
+        return rewards
+
+    def check(self) -> None:
+        """Raise when too many candidates have failed.
+
+        Raises:
+            ValueError: so they have; the message holds what the source said on the first.
+        """
+        if self.num_failed > self._share * self.num_scored:
+            raise ValueError(
+                f"rewards failed on {self.num_failed} of {self.num_scored} candidates, more than max_failed_share="
+                f"{self._share}; the first: {self.first_failure}"
+            )
+
+    def _timed(self, group: Group) -> list[float | None]:
+        if self._timeout is None:
+            return self.source.score(group)
+        found: list[list[float | None]] = []
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                found.append(self.source.score(group))
+            except BaseException as error:
+                failed.append(error)
+
+        # A daemon: what hangs must not keep the process alive at its end.
+        thread = threading.Thread(target=work, daemon=True, name="reward")
+        thread.start()
+        thread.join(self._timeout)
+        if thread.is_alive():
+            raise ValueError(f"the reward of {where(group)} took more than {self._timeout:g} s")
+        if failed:
+            raise failed[0]
+        return found[0]
+
+
+class Ensemble:
+    """Several sources as one: a candidate's reward is the mean or the smallest of theirs, and missing where one is.
+
+    Args:
+        sources: what scores.
+        combine: ``mean`` or ``min``.
+    """
+
+    def __init__(self, sources: Sequence[RewardSource], *, combine: str) -> None:
+        """See the class."""
+        self.sources, self._combine = tuple(sources), combine
+
+    def score(self, group: Group) -> list[float | None]:
+        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        return self.score_many([group])[0]
+
+    def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """Score several groups, each source all of them at once where it can."""
+        found = [score_many(source, groups) for source in self.sources]
+        return [
+            [self._combined([rows[g][k] for rows in found]) for k in range(len(group.candidates))]
+            for g, group in enumerate(groups)
+        ]
+
+    def _combined(self, values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        return min(known) if self._combine == "min" else sum(known) / len(known)

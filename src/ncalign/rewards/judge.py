@@ -1,0 +1,187 @@
+"""Rewards from a language model on an OpenAI-compatible server: ratings, or comparisons in both orders.
+
+A verdict that can't be read is asked for again, and then missing: it is neither zero nor a tie.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+from ncalign.config import JudgeConfig
+from ncalign.encoding import as_messages
+from ncalign.groups import Group
+from ncalign.rewards.base import completion_texts
+from ncalign.server import Request, Server, ServerError
+from ncalign.store import Store
+
+Verdict = TypeVar("Verdict")
+
+_RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
+_CHOICE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_WORTH = {"A": 1.0, "B": 0.0, "C": 0.5}
+
+
+class JudgeReward:
+    """Scores completions by a judge's verdicts.
+
+    Pointwise, a reward is the rating. Pairwise, it is the share of comparisons won within the group, a tie counting half; each
+    pair is judged in both orders and counts the mean of the two, so that a judge who prefers the first answer says nothing.
+
+    Args:
+        config: where the judge is, and what it is asked.
+        store: keeps verdicts by what was asked.
+
+    Attributes:
+        num_asked: verdicts asked for.
+        num_missing: those that could not be had or read.
+        num_changed: pairs whose two orders contradict each other.
+
+    Raises:
+        ValueError: the template can't be used, or the server's client can't be made.
+    """
+
+    def __init__(self, config: JudgeConfig, store: Store | None = None) -> None:
+        """See the class."""
+        self._config = config
+        self._template = _template(config)
+        self.server = Server(config, store)
+        self.num_asked = self.num_missing = self.num_changed = 0
+
+    def score(self, group: Group) -> list[float | None]:
+        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        return self.score_many([group])[0]
+
+    def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """Score several groups with all their verdicts asked for at once."""
+        return self._ratings(groups) if self._config.mode == "pointwise" else self._win_shares(groups)
+
+    def _ratings(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        asked = [
+            self._filled(prompt=prompt_text(group), completion=text) for group in groups for text in completion_texts(group)
+        ]
+        ratings = iter(self._verdicts(asked, self._read_rating))
+        return [[next(ratings) for _ in group.candidates] for group in groups]
+
+    def _read_rating(self, text: str) -> float | None:
+        found = _RATING.findall(text)
+        # Several different ratings are no rating: a judge that repeats the scale has not said which it means.
+        if len(set(found)) != 1:
+            return None
+        rating = float(found[0])
+        return rating if self._config.lowest <= rating <= self._config.highest else None
+
+    def _win_shares(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        pairs = [(g, a, b) for g, group in enumerate(groups) for a, b in self._pairs(group)]
+        texts = [completion_texts(group) for group in groups]
+        asked = []
+        for g, a, b in pairs:
+            for first, second in ((a, b), (b, a)):
+                prompt = prompt_text(groups[g])
+                asked.append(self._filled(prompt=prompt, completion_a=texts[g][first], completion_b=texts[g][second]))
+        verdicts = self._verdicts(asked, _read_choice)
+        won: list[list[list[float]]] = [[[] for _ in group.candidates] for group in groups]
+        for (g, a, b), forward, backward in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
+            if forward is None or backward is None:
+                continue
+            self.num_changed += {forward, backward} in ({0.0}, {1.0})
+            share = (forward + 1 - backward) / 2
+            won[g][a].append(share)
+            won[g][b].append(1 - share)
+        return [[sum(shares) / len(shares) if shares else None for shares in group] for group in won]
+
+    def _pairs(self, group: Group) -> list[tuple[int, int]]:
+        """Pairs to compare: all, or so many that each completion has about ``opponents`` others."""
+        every = list(itertools.combinations(range(len(group.candidates)), 2))
+        wanted = self._config.opponents
+        if wanted is None or wanted >= len(group.candidates) - 1:
+            return every
+        random.Random(group.id).shuffle(every)
+        met = [0] * len(group.candidates)
+        chosen = []
+        for a, b in every:
+            if met[a] < wanted and met[b] < wanted:
+                chosen.append((a, b))
+                met[a], met[b] = met[a] + 1, met[b] + 1
+        return sorted(chosen)
+
+    def _filled(self, **texts: str) -> str:
+        scale = {"lowest": f"{self._config.lowest:g}", "highest": f"{self._config.highest:g}"}
+        # One pass over the template: braces in what is filled in are left alone.
+        return _PLACE.sub(lambda found: {**scale, **texts}.get(found[1], found[0]), self._template)
+
+    def _verdicts(self, prompts: Sequence[str], read: Callable[[str], Verdict | None]) -> list[Verdict | None]:
+        found: list[Verdict | None] = [None] * len(prompts)
+        failures: list[ServerError] = []
+        for attempt in range(self._config.attempts):
+            open_ = [index for index, verdict in enumerate(found) if verdict is None]
+            if not open_:
+                break
+            failures = []
+            answers = self.server.ask([self._request(prompts[index], attempt) for index in open_])
+            for index, answer in zip(open_, answers, strict=True):
+                if isinstance(answer, ServerError):
+                    failures.append(answer)
+                else:
+                    found[index] = read(answer[0].text)
+        self.num_asked += len(prompts)
+        self.num_missing += sum(verdict is None for verdict in found)
+        if prompts and len(failures) == len(prompts):
+            # Nothing was judged: a server that is down, not a judge without an opinion.
+            raise failures[0]
+        return found
+
+    def _request(self, prompt: str, attempt: int) -> Request:
+        body = {
+            "messages": [{"role": "user", "content": prompt}],
+            # The same question at temperature 0 has the same answer: one that could not be read is asked for otherwise.
+            "temperature": 0.0 if attempt == 0 else 0.7,
+            "seed": attempt,
+            "max_tokens": self._config.max_tokens,
+        }
+        return Request("chat", body)
+
+
+_PLACE = re.compile(r"\{(prompt|completion|completion_a|completion_b|lowest|highest)\}")
+
+
+def prompt_text(group: Group) -> str:
+    """A prompt as a judge reads it: a single question as it is, a conversation with its roles."""
+    messages = as_messages(group.prompt)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def _read_choice(text: str) -> float | None:
+    found = set(_CHOICE.findall(text))
+    return _WORTH[found.pop()] if len(found) == 1 else None
+
+
+def _template(config: JudgeConfig) -> str:
+    needed = ("prompt", "completion") if config.mode == "pointwise" else ("prompt", "completion_a", "completion_b")
+    if config.template is None:
+        return (resources.files("ncalign.rewards") / "prompts" / f"{config.mode}.txt").read_text(encoding="utf-8")
+    text = read_template(config.template)
+    lacking = [name for name in needed if f"{{{name}}}" not in text]
+    if lacking:
+        names = ", ".join(f"{{{name}}}" for name in lacking)
+        raise ValueError(f"judge.template {config.template} lacks {names}: a {config.mode} judge sees nothing without")
+    return text
+
+
+def read_template(path: Path) -> str:
+    """A template file's text.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"judge.template {path} can't be read: {getattr(error, 'strerror', None) or error}") from error

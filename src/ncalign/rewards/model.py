@@ -1,0 +1,109 @@
+"""Rewards from a Hugging Face sequence-classification reward model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from ncalign.encoding import as_messages
+from ncalign.groups import Group
+from ncalign.policy import load_tokenizer, quiet_transformers, weights_fingerprint
+from ncalign.rewards.base import completion_texts, where
+from ncalign.store import Store
+
+
+class ModelReward:
+    """Scores with the single logit of a reward model, in batches of like length.
+
+    The conversation goes through the reward model's own chat template; a model without one sees prompt and completion as a
+    pair of texts.
+
+    Args:
+        model: folder or hub id of a sequence-classification model with one label.
+        batch_size: completions at a time.
+        dtype: precision of the weights.
+        store: keeps scores by model and text.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: the model can't be loaded, or has another number of labels than one.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        batch_size: int = 16,
+        dtype: torch.dtype | None = None,
+        store: Store | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """See the class."""
+        self._name, self._batch_size, self._store = model, batch_size, store
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            with quiet_transformers(model):
+                loaded = AutoModelForSequenceClassification.from_pretrained(
+                    model,
+                    dtype=dtype or (torch.bfloat16 if device == "cuda" else torch.float32),
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise ValueError(f"reward model {model!r} can't be loaded for sequence classification: {reason}") from error
+        if loaded.config.num_labels != 1:
+            raise ValueError(f"reward model {model!r} has {loaded.config.num_labels} labels: a reward is one number, one label")
+        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        loaded.config.pad_token_id = self._tokenizer.pad_token_id
+        self._model = torch.nn.Module.to(loaded, device).eval()
+        self._device = device
+        self._identity = weights_fingerprint(loaded, computation=str(loaded.dtype)) if store is not None else ""
+        self._limit = getattr(loaded.config, "max_position_embeddings", None)
+
+    def score(self, group: Group) -> list[float | None]:
+        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        return self.score_many([group])[0]
+
+    def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """Score several groups, in batches across them."""
+        encoded = [self._encode(group, text) for group in groups for text in completion_texts(group)]
+        keys = [Store.key("reward model", self._identity, ids) for ids in encoded]
+        found: list[float | None] = [None if self._store is None else self._store.get(key) for key in keys]
+        open_ = sorted((index for index, value in enumerate(found) if value is None), key=lambda index: -len(encoded[index]))
+        for start in range(0, len(open_), self._batch_size):
+            batch = open_[start : start + self._batch_size]
+            for index, value in zip(batch, self._logits([encoded[index] for index in batch]), strict=True):
+                found[index] = value if math.isfinite(value) else None
+                if self._store is not None and math.isfinite(value):
+                    self._store.put(keys[index], value)
+        rewards = iter(found)
+        return [[next(rewards) for _ in group.candidates] for group in groups]
+
+    def _encode(self, group: Group, text: str) -> list[int]:
+        tokenizer = self._tokenizer
+        if tokenizer.chat_template is not None:
+            messages = [*as_messages(group.prompt), {"role": "assistant", "content": text}]
+            try:
+                rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+            except Exception as error:  # templates raise what they like
+                raise ValueError(f"{where(group)}: the reward model's chat template refuses it: {error}") from error
+            ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            prompt = "\n\n".join(message["content"] for message in as_messages(group.prompt))
+            ids = tokenizer(prompt, text, verbose=False)["input_ids"]
+        # The answer stands at the end, and is what is scored.
+        return list(ids if self._limit is None else ids[-self._limit :])
+
+    @torch.inference_mode()
+    def _logits(self, batch: Sequence[list[int]]) -> list[float]:
+        width, filler = max(len(ids) for ids in batch), int(self._tokenizer.pad_token_id)
+        # Padding at the right: causal reward models read the last token that is not padding.
+        ids = torch.tensor([row + [filler] * (width - len(row)) for row in batch], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=self._device)
+        logits: torch.Tensor = self._model(input_ids=ids, attention_mask=mask).logits
+        values: list[float] = logits[:, 0].float().tolist()
+        return values
