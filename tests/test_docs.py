@@ -35,7 +35,9 @@ VERBS: dict[str, type[BaseModel]] = {
     "generate": GenerateConfig,
     "lab": LabConfig,
     "online": OnlineConfig,
+    "rewards": ScoreConfig,
     "score": ScoreConfig,
+    "servers": GenerateConfig,
     "train": TrainConfig,
 }
 
@@ -114,7 +116,7 @@ def test_shell_block(block: Block, folder: Path) -> None:
 @pytest.mark.parametrize("block", blocks_in("yaml", "yml"))
 def test_yaml_block(block: Block, tmp_path: Path) -> None:
     """A page of a verb shows that verb's configuration, every other page that of `train`; fragments are completed."""
-    model = VERBS.get(block.page.stem if block.page.parent.name == "verbs" else "train", TrainConfig)
+    model = VERBS.get(block.page.stem, TrainConfig)
     file = tmp_path / "config.yaml"
     file.write_text(block.text, encoding="utf-8")
     written = yaml.safe_load(block.text)

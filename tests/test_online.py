@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ from online_runs import settings, write_inputs
 from server_double import ServerDouble, serving
 
 Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a small run's time."""
+    for name in ("plot", "plot_rounds"):
+        monkeypatch.setattr(f"ncalign.report.rounds.{name}", lambda *arguments: b"")
 
 
 @pytest.fixture
@@ -102,6 +110,23 @@ def test_a_run_leaves_its_rounds(run: Run, tmp_path: Path) -> None:
     assert results["evaluation"]["mean_reward"][0] != results["evaluation"]["mean_reward"][-1]
     assert results["data"]["tokens_generated"] == sum(row["counts"]["tokens"] for row in rounds)
     AutoModelForCausalLM.from_pretrained(results["model"])
+
+
+def test_the_report_shows_rounds_and_escapes_what_was_sampled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the pictures are drawn
+    plain = TransformersGenerator._decode
+
+    def hostile(self: TransformersGenerator, tokens: list[int], logprob: float) -> Completion:
+        return replace(plain(self, tokens, logprob), text=f"<script>{sum(tokens)}aei</script>")
+
+    monkeypatch.setattr(TransformersGenerator, "_decode", hostile)
+    results = run(max_steps=2, regenerate_every=1, learning_rate=0.1, warmup_ratio=0.0)
+    page = Path(results["report"]).read_text()
+    assert "2 rounds, 2 steps" in page
+    assert page.count("data:image/png;base64,iVBOR") == 2
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "regenerate sooner" in page
 
 
 def test_the_first_loss_of_a_run_is_known(run: Run, tmp_path: Path) -> None:

@@ -41,15 +41,15 @@ def evaluate_policy(run: Run, path: Path) -> None:
 
 
 def compare(run: Run) -> dict[str, Any]:
-    """Mean reward of each evaluation, and the first against the last, on prompts that both have a reward for."""
+    """Mean reward of each evaluation so far, and the first against the last, on prompts that both have a reward for."""
     if not run.held_out:
         return {}
     folders = [run.folder(row["round"] - 1) for row in run.rounds] + [run.config.output_dir / run_folder.ROUNDS]
-    evaluations = [read_artefact(folder / NAME) for folder in folders]
+    evaluations = [read_artefact(folder / NAME) for folder in folders if (folder / NAME).is_file()]
     rewards = [[row["reward"] for row in rows] for rows in evaluations]
     means = [float(np.mean([r for r in row if r is not None])) if any(r is not None for r in row) else None for row in rewards]
     pairs = [(a, b) for a, b in zip(rewards[0], rewards[-1], strict=True) if a is not None and b is not None]
-    steps = [row["start"] for row in run.rounds] + [run.rounds[-1]["end"]]
+    steps = ([row["start"] for row in run.rounds] + [run.rounds[-1]["end"]])[: len(means)]
     found: dict[str, Any] = {
         "steps": steps,
         "mean_reward": means,

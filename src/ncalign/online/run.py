@@ -36,6 +36,7 @@ from ncalign.online_config import OnlineConfig
 from ncalign.policy import Policy, load_policy
 from ncalign.progress import say
 from ncalign.reference import data_digest
+from ncalign.report import write_rounds_report
 from ncalign.rewards import RewardSource, reward_source
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
@@ -145,6 +146,7 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
         if not position.ended:
             train_round(run, position, pool)
         run.rounds.append(finish_round(run, position, pool))
+        report(run)
         if position.step >= run.total:
             break
         position = Position(position.round + 1, position.step, position.step, loop=position.loop)
@@ -476,6 +478,11 @@ def _round_line(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def report(run: Run) -> Path:
+    """Draw what has been done so far."""
+    return write_rounds_report(run.config.output_dir, run.rounds, compare(run), method=run.method.name)
+
+
 def finish(run: Run, position: Position) -> dict[str, Any]:
     """The last evaluation, the model and results.json."""
     config = run.config
@@ -489,8 +496,10 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
         "candidates_used": sum(count["completions"] for count in counts),
         "tokens_generated": sum(count["tokens"] for count in counts),
     }
+    page = report(run)
     results = {
         "method": run.method.name,
+        "report": str(page),
         "steps": position.step,
         "data": data,
         "before": evaluation.get("before"),

@@ -1,5 +1,6 @@
-"""Reports: one self-contained page from a run folder."""
+"""Pages made from a run folder."""
 
 from ncalign.report.page import write_report
+from ncalign.report.rounds import write_rounds_report
 
-__all__ = ["write_report"]
+__all__ = ["write_report", "write_rounds_report"]

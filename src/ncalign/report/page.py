@@ -71,16 +71,26 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def render(name: str, rows: Sequence[Mapping[str, float]], results: Mapping[str, Any]) -> str:
     """The page as HTML."""
-    image = base64.b64encode(plot(rows)).decode()
+    image = embedded(plot(rows))
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>ncalign: {escape(name)}</title><style>{_STYLE}</style>",
+        head(name),
         f"<h1>{escape(str(results.get('method', name)))}</h1>",
-        _comparison(results.get("comparison", {})),
-        f'<h2>Training</h2><img alt="metrics by step" src="data:image/png;base64,{image}">',
+        comparison_table(results.get("comparison", {})),
+        f'<h2>Training</h2><img alt="metrics by step" src="{image}">',
         _answers(results.get("answers", ())),
         f"<h2>results.json</h2><pre>{escape(json.dumps({k: v for k, v in results.items() if k != 'answers'}, indent=2))}</pre>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
+
+
+def head(name: str) -> str:
+    """The beginning of a page."""
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>ncalign: {escape(name)}</title><style>{_STYLE}</style>"
+
+
+def embedded(image: bytes) -> str:
+    """A PNG as an address that needs no file."""
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 def plot(rows: Sequence[Mapping[str, float]]) -> bytes:
@@ -106,7 +116,8 @@ def plot(rows: Sequence[Mapping[str, float]]) -> bytes:
     return buffer.getvalue()
 
 
-def _comparison(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+def comparison_table(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+    """Before and after with intervals; empty where there is no comparison."""
     if not comparison:
         return ""
     head = "<h2>Held-out prompts, before and after</h2><table><tr><th><th>before<th>after<th>difference<th>p-value</tr>"
