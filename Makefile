@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check lint format types contracts doctest docs bench clean
+.PHONY: help demo demo-online test test-slow check lint format types contracts doctest docs bench clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 help:  ## list the targets
 	@echo "Targets (each creates $(VENV) and installs what it needs, once):"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 chooses the interpreter of a new $(VENV) (3.10 or later)."
 
 $(VENV)/.made:
@@ -49,6 +49,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 demo: $(VENV)/.demo  ## align a real small model and measure the gain; results in runs/demo/
 	@echo "== aligning a small model; results go to runs/demo/ (results.json, metrics.jsonl, model/)"
 	@$(BIN)/ncalign demo $(ARGS)
+
+demo-online: $(VENV)/.demo  ## candidates sampled once against sampled anew while training; results in runs/demo-online/
+	@echo "== training a small model twice; results go to runs/demo-online/ (online-results.json, online/report.html)"
+	@$(BIN)/ncalign demo --online --output_dir runs/demo-online $(ARGS)
 
 test: $(VENV)/.dev  ## the test suite without the slow tests (ARGS="-k name" narrows it)
 	@echo "== tests, slow ones left out, on $(CORES) processes"

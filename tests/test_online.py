@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -153,6 +155,28 @@ def test_rewards_rise(run: Run) -> None:
 @pytest.mark.parametrize("name", ["dpo", "nca", "simpo", "hps", "ipo"])
 def test_any_method(run: Run, name: str) -> None:
     assert run(objective={"name": name})["steps"] == 6
+
+
+def test_one_chunk_is_scored_while_the_next_is_sampled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, overlapped = [threading.Event() for _ in range(3)], []
+    plain_generate, plain_score = TransformersGenerator.generate, FunctionReward.score
+    calls = iter(range(100))
+
+    def generate(self: TransformersGenerator, prompts: Any, *, num_samples: int, **options: Any) -> Any:
+        if num_samples > 1 and (number := next(calls)) < len(started):
+            started[number].set()
+        return plain_generate(self, prompts, num_samples=num_samples, **options)
+
+    def score(self: FunctionReward, group: Group) -> list[float | None]:
+        if threading.current_thread() is not threading.main_thread() and not overlapped:
+            # The first chunk's rewards wait for the second's sampling: one after the other they would wait in vain.
+            overlapped.append(started[1].wait(20))
+        return plain_score(self, group)
+
+    monkeypatch.setattr(TransformersGenerator, "generate", generate)
+    monkeypatch.setattr(FunctionReward, "score", score)
+    run(max_steps=2, chunk_size=2, reward_timeout=None)
+    assert overlapped == [True]
 
 
 # --- Candidates -------------------------------------------------------------------------------------------------------
@@ -468,6 +492,29 @@ def test_a_generator_with_other_weights_stops_the_round(run: Run, monkeypatch: p
     monkeypatch.setattr(TransformersGenerator, "_decode", other)
     with pytest.raises(ValueError, match=r"round 1: generator and policy hold different weights.* 0\.2 nats a token"):
         run()
+
+
+def test_the_same_command_goes_on_with_what_is_there(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_inputs(tmp_path)
+    fields = settings(tmp_path, tiny_model_dir, "run", report_to="none")
+    words = ["online", *(word for name, value in fields.items() for word in (f"--{name}", str(value)))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncalign.online.run.finish", lambda run, position: sys.exit(3))
+        with pytest.raises(SystemExit):
+            main(words)
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert "Resuming from" in shown.err
+    assert "mc_po, online: 6 steps in 3 rounds" in shown.out
+    assert "Report: " in shown.out
+    assert main(words) == 0
+    assert "is finished: nothing to resume" in capsys.readouterr().err
+    assert main([*words, "--no_resume"]) == 1
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert "Round 1" in capsys.readouterr().err
 
 
 def test_a_changed_configuration_is_refused_with_the_change(

@@ -90,15 +90,16 @@ def _online_config() -> type[OnlineConfig]:
 
 
 def _online(config: OnlineConfig) -> Result:
-    from ncalign.online import run_online
+    from ncalign.online import run_online, summary
 
-    return run_online(config)
+    results = run_online(config)
+    return {**results, "text": summary(results)}
 
 
 def _after_online_stopped(config: OnlineConfig) -> str:
     if not (config.output_dir / "config.yaml").exists():
         return "nothing had been written; rerun to start again"
-    return f"what {config.output_dir} holds is kept; rerun with --resume to go on from there"
+    return f"what {config.output_dir} holds is kept; rerun to go on from there"
 
 
 def _after_training_stopped(config: TrainConfig) -> str:
@@ -133,9 +134,9 @@ def _score(config: ScoreConfig) -> Result:
 
 
 def _demo(config: DemoConfig) -> Result:
-    from ncalign.demo import run_demo
+    from ncalign.demo import run_demo, run_online_demo
 
-    return run_demo(config)
+    return run_online_demo(config) if config.online else run_demo(config)
 
 
 def _lab(config: LabConfig) -> Result:

@@ -64,6 +64,9 @@ class OnlineConfig(TrainConfig):
         "reloads, or not at all.",
     )
     vllm_memory: float = Field(0.4, gt=0, le=1, description="Share of the GPU's memory for vLLM in this process.")
+    resume: bool = Field(
+        True, description="Go on with the run that output_dir holds; --no_resume refuses to, --overwrite replaces it."
+    )
     num_samples: int = Field(8, ge=1, description="K, new completions per prompt.")
     max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 samples from the policy itself.")

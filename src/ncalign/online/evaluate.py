@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +12,9 @@ from ncalign.atomic import write_json_atomic
 from ncalign.evaluation import paired_comparison
 from ncalign.generation import SamplingParams, completion_as_candidate
 from ncalign.online.pool import read_artefact
+from ncalign.online.state import Run
 from ncalign.progress import say
 from ncalign.training import run_folder
-
-if TYPE_CHECKING:
-    from ncalign.online.run import Run
 
 NAME = "evaluation.json"
 

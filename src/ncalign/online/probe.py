@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ncalign.encoding import EncodedGroup
 from ncalign.generation import Completion, SamplingParams, completion_as_candidate
 from ncalign.groups import Group
 from ncalign.online.pool import as_sampled
+from ncalign.online.state import Run
 from ncalign.progress import say
-
-if TYPE_CHECKING:
-    from ncalign.online.run import Run
 
 _PROMPTS, _TOKENS = 4, 16
 

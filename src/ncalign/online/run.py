@@ -7,103 +7,39 @@ run killed anywhere goes on where it was and ends as if nothing had happened.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from ncalign.atomic import write_json_atomic
-from ncalign.encoding import EncodedGroup, Encoder
-from ncalign.groups import Group, read_groups, write_groups
-from ncalign.logprobs import check_head
+from ncalign.encoding import EncodedGroup
+from ncalign.groups import write_groups
 from ncalign.objectives import Method, build_method
-from ncalign.online.backends import GeneratorOf, make_generator
 from ncalign.online.clock import Clock, shares
 from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
 from ncalign.online.evaluate import compare, evaluate_policy
 from ncalign.online.pool import Pool, Ranked, answer_prompts, assemble, fill_logprobs, pool_groups, rank, read_artefact
 from ncalign.online.probe import check_same_weights
-from ncalign.online.rounds import num_steps, round_end, round_prompts
-from ncalign.online.weights import ReferenceWeights
+from ncalign.online.rounds import round_end, round_prompts
+from ncalign.online.state import Position, Run, prepare, restored, save, seed_of
 from ncalign.online_config import OnlineConfig
-from ncalign.policy import Policy, load_policy
 from ncalign.progress import say
 from ncalign.reference import data_digest
 from ncalign.report import write_rounds_report
-from ncalign.rewards import RewardSource, reward_source
 from ncalign.training import run_folder
-from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
 from ncalign.training.data import mismatched_groups
-from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
-from ncalign.training.run import fit_method, log_to_trackers, make_accelerator, make_engine, start_trackers, versions
+from ncalign.training.run import fit_method, make_accelerator, start_trackers, versions
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import learning_rate_at, make_plan
-
-
-@dataclass
-class Position:
-    """Where the run is.
-
-    Attributes:
-        round: the round that is under way.
-        start: its first step.
-        step: steps taken in all.
-        ended: whether the round's training is over.
-        loop: the training loop's own state; none before the first step.
-        pool: digest of the round's pool, once it was trained on.
-    """
-
-    round: int = 0
-    start: int = 0
-    step: int = 0
-    ended: bool = False
-    loop: dict[str, Any] | None = None
-    pool: str | None = None
-
-
-@dataclass
-class Run:
-    """Everything that lives as long as the run."""
-
-    config: OnlineConfig
-    accelerator: Accelerator
-    policy: Policy
-    encoder: Encoder
-    method: Method
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    reference: ReferenceWeights
-    generator: GeneratorOf
-    source: RewardSource
-    prompts: list[Group]
-    held_out: list[Group]
-    total: int
-    clock: Clock = field(default_factory=Clock)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def groups_per_step(self) -> int:
-        """Groups of an optimizer step."""
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
-
-    def track(self, metrics: MetricsFile, row: dict[str, float]) -> None:
-        """Write a row of metrics to the file and the trackers."""
-        metrics.write(row)
-        log_to_trackers(self.config, self.accelerator, row)
-
-    def folder(self, number: int) -> Path:
-        """A round's artefacts."""
-        return self.config.output_dir / run_folder.ROUNDS / f"{number:03d}"
 
 
 def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[str, Any]:
@@ -118,8 +54,10 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
 
     Raises:
         ValueError: prompts, model, rewards or configuration that can't be used, or a round that can't go on; what was done is
-            kept, and ``resume: true`` goes on from it.
+            kept, and the same call goes on from it.
     """
+    if config.overwrite:
+        config = config.model_copy(update={"resume": False})
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise ValueError(
@@ -136,9 +74,10 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
         say(f"{config.output_dir} is finished: nothing to resume")
         return finished
     run = prepare(config, accelerator, method)
-    position = _restored(run) if config.resume else Position()
+    begun = (config.output_dir / run_folder.CONFIG).is_file()
+    position = restored(run) if config.resume else Position()
     open_run_folder(config)
-    if config.resume and position.step == 0:
+    if begun and position.step == 0 and config.resume:
         say(f"note: {config.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
     start_trackers(config, accelerator, position.step)
     while True:
@@ -151,89 +90,6 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
             break
         position = Position(position.round + 1, position.step, position.step, loop=position.loop)
     return finish(run, position)
-
-
-def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
-    """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
-    torch.manual_seed(config.seed)
-    source = reward_source(config)
-    prompts, held_out = load_prompts(config)
-    say(f"Loading {config.model}")
-    policy = load_policy(
-        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
-    )
-    check_head(policy.model)
-    encoder = Encoder(
-        policy.tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        string_prompts=config.string_prompts,
-    )
-    engine, optimizer = make_engine(config, policy, method, accelerator)
-    total = num_steps(
-        len(prompts),
-        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-    )
-    reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
-    generator = make_generator(config, policy, engine, accelerator)
-    return Run(
-        config, accelerator, policy, encoder, method, engine, optimizer, reference, generator, source, prompts, held_out, total
-    )
-
-
-def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
-    """Prompts to train on and held-out ones; equal prompts fall on the same side."""
-
-    def read(path: Path) -> list[Group]:
-        return list(read_groups(path, on_bad_row=config.on_bad_row, allow_empty=True))
-
-    prompts = read(config.data)
-    if not prompts:
-        raise ValueError(f"{config.data} has no prompt to answer")
-    if config.candidates == "fresh_and_offline" and not any(c.reward is not None for g in prompts for c in g.candidates):
-        raise ValueError(f"candidates: fresh_and_offline: {config.data} has no candidate with a reward; score it, or use fresh")
-    if config.eval_data is not None:
-        return prompts, read(config.eval_data)
-    held_out = [_held_out(group, config) for group in prompts]
-    train = [group for group, out in zip(prompts, held_out, strict=True) if not out]
-    if not train:
-        raise ValueError(f"{config.data}: eval_fraction={config.eval_fraction} leaves no prompt to train on: lower it")
-    return train, [group for group, out in zip(prompts, held_out, strict=True) if out]
-
-
-def _held_out(group: Group, config: OnlineConfig) -> bool:
-    return _seed(config.seed, "held out", repr(group.prompt)) < config.eval_fraction * 2**63
-
-
-def _seed(*parts: object) -> int:
-    """63 bits that stand for these values."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _restored(run: Run) -> Position:
-    """Take up the last checkpoint."""
-    checkpoints = find_checkpoints(run.config.output_dir)
-    if not checkpoints:
-        return Position()
-    last = checkpoints[-1]
-    state = load_checkpoint(last, model=run.engine.model, optimizer=run.optimizer, accelerator=run.accelerator)
-    for name, found in _identity(run).items():
-        if state[name] != found:
-            what = "the model's weights or precision" if name == "weights" else "the prompts"
-            raise ValueError(f"{last} is of a run with other inputs: {what} changed since; restore them, or begin anew")
-    run.reference.restore(further_tensors(last))
-    run.rounds = [dict(row) for row in state["rounds"]]
-    say(f"Resuming from {last}")
-    return Position(state["round"], state["start"], state["step"], state["ended"], state["loop"], state["pool"])
-
-
-def _identity(run: Run) -> dict[str, str]:
-    digest = hashlib.blake2b(digest_size=16)
-    for group in run.prompts:
-        digest.update(repr((group.id, group.prompt, group.candidates)).encode())
-    return {"weights": run.policy.fingerprint, "data": digest.hexdigest()}
 
 
 # --- A round's pool ---------------------------------------------------------------------------------------------------
@@ -271,7 +127,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         generator=run.generator.get(),
         source=run.source,
         config=config,
-        seed=lambda chunk: _seed(config.seed, "samples", number, chunk),
+        seed=lambda chunk: seed_of(config.seed, "samples", number, chunk),
         clock=run.clock,
     )
     ranked = [found for one in answered if (found := rank(one, run.encoder, run.method, config)) is not None]
@@ -324,14 +180,14 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
     method, notice = fit_method(run.method, pool.groups)
     if notice:
         say(f"note: {notice}")
-    engine = replace(run.engine, method=method, seed=_seed(config.seed, "draws", number))
+    engine = replace(run.engine, method=method, seed=seed_of(config.seed, "draws", number))
     end = planned_end(run, position)
     plan = make_plan(
         len(pool.groups),
         groups_per_step=run.groups_per_step,
         num_train_epochs=1,
         max_steps=end - position.start,
-        seed=_seed(config.seed, "order", number),
+        seed=seed_of(config.seed, "order", number),
     )
     plan = replace(plan, first_step=position.start, num_steps=end)
     metrics = MetricsFile(config.output_dir / run_folder.METRICS, keep_until=position.step, num_steps=run.total)
@@ -360,17 +216,17 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         ended_by_drift = step < end and _drifted(run, pool, step - position.start)
         return ended_by_drift
 
-    def save(step: int, state: dict[str, Any]) -> None:
+    def checkpoint(step: int, state: dict[str, Any]) -> None:
         # The round's last checkpoint says that it has ended, and is written below.
         if step < end and not ended_by_drift:
-            _save(run, replace(position, step=step, loop=state))
+            save(run, replace(position, step=step, loop=state))
 
-    loop.ends, loop.save = ends, save
+    loop.ends, loop.save = ends, checkpoint
     with run.clock.phase("train"):
         loop.run(position.step)
     # A run that goes on logs what it logged last: which step that was, the metrics say.
     position.step, position.loop, position.ended = int(loop.last["step"]), loop.state(), True
-    _save(run, position)
+    save(run, position)
 
 
 def _learning_rate(run: Run, position: Position, end: int, step: int) -> float:
@@ -417,27 +273,6 @@ def measure_drift(run: Run, pool: Pool) -> Drift | None:
         return estimate_drift(pool.generating, run.engine.logprobs(pool.measured), seed=run.config.seed)
 
 
-def _save(run: Run, position: Position) -> None:
-    save_checkpoint(
-        run.config.output_dir,
-        position.step,
-        model=run.engine.model,
-        optimizer=run.optimizer,
-        accelerator=run.accelerator,
-        state={
-            "round": position.round,
-            "start": position.start,
-            "ended": position.ended,
-            "loop": position.loop,
-            "pool": position.pool,
-            "rounds": run.rounds,
-            **_identity(run),
-        },
-        keep=run.config.save_total_limit,
-        tensors=run.reference.state(),
-    )
-
-
 # --- Ends -------------------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +311,23 @@ def _round_line(row: dict[str, Any]) -> str:
         low, high = drift["kl_interval"]
         parts.append(f"drift {drift['kl']:.3f} nats [{low:.3f}, {high:.3f}]")
     return ", ".join(parts)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What the terminal shows at the end."""
+    lines = [f"{results['method']}, online: {results['steps']} steps in {len(results['rounds'])} rounds"]
+    for row in results["rounds"]:
+        lines.append(f"  round {row['round']} (steps {row['start'] + 1}-{row['end']}): {_round_line(row)}")
+    comparison = results["evaluation"].get("comparison")
+    if comparison is not None:
+        low, high = comparison["ci_difference"]
+        lines.append(
+            f"  {results['evaluation']['num_compared']} held-out prompts: mean reward {comparison['mean_before']:.3f} -> "
+            f"{comparison['mean_after']:.3f}, difference {comparison['difference']:.3f} [{low:.3f}, {high:.3f}] (95 % "
+            f"bootstrap), p = {comparison['p_value']:.4f}"
+        )
+    lines += [f"  round {row['round']}: {alarm}" for row in results["rounds"] for alarm in row["alarms"]]
+    return "\n".join([*lines, f"Report: {results['report']}", f"Model:  {results['model']}"])
 
 
 def report(run: Run) -> Path:

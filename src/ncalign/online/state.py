@@ -1,0 +1,190 @@
+"""What an online run is between its steps: everything that lives as long as it, and what of it is on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ncalign.encoding import Encoder
+from ncalign.groups import Group, read_groups
+from ncalign.logprobs import check_head
+from ncalign.objectives import Method
+from ncalign.online.backends import GeneratorOf, make_generator
+from ncalign.online.clock import Clock
+from ncalign.online.rounds import num_steps
+from ncalign.online.weights import ReferenceWeights
+from ncalign.online_config import OnlineConfig
+from ncalign.policy import Policy, load_policy
+from ncalign.progress import say
+from ncalign.rewards import RewardSource, reward_source
+from ncalign.training import run_folder
+from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
+from ncalign.training.engine import Engine
+from ncalign.training.run import log_to_trackers, make_engine
+from ncalign.training.run_folder import MetricsFile
+
+
+@dataclass
+class Position:
+    """Where the run is.
+
+    Attributes:
+        round: the round that is under way.
+        start: its first step.
+        step: steps taken in all.
+        ended: whether the round's training is over.
+        loop: the training loop's own state; none before the first step.
+        pool: digest of the round's pool, once it was trained on.
+    """
+
+    round: int = 0
+    start: int = 0
+    step: int = 0
+    ended: bool = False
+    loop: dict[str, Any] | None = None
+    pool: str | None = None
+
+
+@dataclass
+class Run:
+    """Everything that lives as long as the run."""
+
+    config: OnlineConfig
+    accelerator: Accelerator
+    policy: Policy
+    encoder: Encoder
+    method: Method
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    reference: ReferenceWeights
+    generator: GeneratorOf
+    source: RewardSource
+    prompts: list[Group]
+    held_out: list[Group]
+    total: int
+    clock: Clock = field(default_factory=Clock)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def groups_per_step(self) -> int:
+        """Groups of an optimizer step."""
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def track(self, metrics: MetricsFile, row: dict[str, float]) -> None:
+        """Write a row of metrics to the file and the trackers."""
+        metrics.write(row)
+        log_to_trackers(self.config, self.accelerator, row)
+
+    def folder(self, number: int) -> Path:
+        """A round's artefacts."""
+        return self.config.output_dir / run_folder.ROUNDS / f"{number:03d}"
+
+
+def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
+    """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
+    torch.manual_seed(config.seed)
+    source = reward_source(config)
+    prompts, held_out = load_prompts(config)
+    say(f"Loading {config.model}")
+    policy = load_policy(
+        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
+    )
+    check_head(policy.model)
+    encoder = Encoder(
+        policy.tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        string_prompts=config.string_prompts,
+    )
+    engine, optimizer = make_engine(config, policy, method, accelerator)
+    total = num_steps(
+        len(prompts),
+        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+    )
+    reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
+    generator = make_generator(config, policy, engine, accelerator)
+    return Run(
+        config, accelerator, policy, encoder, method, engine, optimizer, reference, generator, source, prompts, held_out, total
+    )
+
+
+def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
+    """Prompts to train on and held-out ones; equal prompts fall on the same side."""
+
+    def read(path: Path) -> list[Group]:
+        return list(read_groups(path, on_bad_row=config.on_bad_row, allow_empty=True))
+
+    prompts = read(config.data)
+    if not prompts:
+        raise ValueError(f"{config.data} has no prompt to answer")
+    if config.candidates == "fresh_and_offline" and not any(c.reward is not None for g in prompts for c in g.candidates):
+        raise ValueError(f"candidates: fresh_and_offline: {config.data} has no candidate with a reward; score it, or use fresh")
+    if config.eval_data is not None:
+        return prompts, read(config.eval_data)
+    held_out = [_held_out(group, config) for group in prompts]
+    train = [group for group, out in zip(prompts, held_out, strict=True) if not out]
+    if not train:
+        raise ValueError(f"{config.data}: eval_fraction={config.eval_fraction} leaves no prompt to train on: lower it")
+    return train, [group for group, out in zip(prompts, held_out, strict=True) if out]
+
+
+def _held_out(group: Group, config: OnlineConfig) -> bool:
+    return seed_of(config.seed, "held out", repr(group.prompt)) < config.eval_fraction * 2**63
+
+
+def seed_of(*parts: object) -> int:
+    """63 bits that stand for these values."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def restored(run: Run) -> Position:
+    """Take up the last checkpoint."""
+    checkpoints = find_checkpoints(run.config.output_dir)
+    if not checkpoints:
+        return Position()
+    last = checkpoints[-1]
+    state = load_checkpoint(last, model=run.engine.model, optimizer=run.optimizer, accelerator=run.accelerator)
+    for name, found in _identity(run).items():
+        if state[name] != found:
+            what = "the model's weights or precision" if name == "weights" else "the prompts"
+            raise ValueError(f"{last} is of a run with other inputs: {what} changed since; restore them, or begin anew")
+    run.reference.restore(further_tensors(last))
+    run.rounds = [dict(row) for row in state["rounds"]]
+    say(f"Resuming from {last}")
+    return Position(state["round"], state["start"], state["step"], state["ended"], state["loop"], state["pool"])
+
+
+def _identity(run: Run) -> dict[str, str]:
+    digest = hashlib.blake2b(digest_size=16)
+    for group in run.prompts:
+        digest.update(repr((group.id, group.prompt, group.candidates)).encode())
+    return {"weights": run.policy.fingerprint, "data": digest.hexdigest()}
+
+
+def save(run: Run, position: Position) -> None:
+    """Write a checkpoint."""
+    save_checkpoint(
+        run.config.output_dir,
+        position.step,
+        model=run.engine.model,
+        optimizer=run.optimizer,
+        accelerator=run.accelerator,
+        state={
+            "round": position.round,
+            "start": position.start,
+            "ended": position.ended,
+            "loop": position.loop,
+            "pool": position.pool,
+            "rounds": run.rounds,
+            **_identity(run),
+        },
+        keep=run.config.save_total_limit,
+        tensors=run.reference.state(),
+    )
