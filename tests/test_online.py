@@ -175,7 +175,7 @@ def test_one_chunk_is_scored_while_the_next_is_sampled(run: Run, monkeypatch: py
 
     monkeypatch.setattr(TransformersGenerator, "generate", generate)
     monkeypatch.setattr(FunctionReward, "score", score)
-    run(max_steps=2, chunk_size=2, reward_timeout=None)
+    run(max_steps=2, regenerate_every=2, chunk_size=2, reward_timeout=None)
     assert overlapped == [True]
 
 
