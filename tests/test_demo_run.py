@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ncalign.config import DemoConfig
-from ncalign.demo import run_demo
+from ncalign.demo import rounds, run_demo, run_online_demo
 from ncalign.demo.run import OBJECTIVES, train_config
+from ncalign.online import OnlineConfig
 
 
 def test_leaves_a_whole_run_folder(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +46,38 @@ def test_a_run_that_is_no_demo_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a run that is not a demo"):
         run_demo(DemoConfig(model="nowhere", output_dir=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_online_and_offline_are_compared_at_the_same_steps(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "NUM_PROMPTS", 24)
+    monkeypatch.setattr(rounds, "STEPS_PER_ROUND", 2)
+    (tmp_path / "rewards.py").write_text(
+        "def vowels(p, completions):\n    return [sum(map(c.count, 'aeiou')) for c in completions]\n"
+    )
+    plain = rounds.arm_config
+
+    def small(*arguments: Any) -> OnlineConfig:
+        # A model that knows nothing solves no task: nothing of the verifiers' would differ.
+        changes = {"reward": (f"{tmp_path / 'rewards.py'}:vowels",), "max_new_tokens": 6, "num_samples": 3, "dtype": "float32"}
+        return plain(*arguments).model_copy(update=changes)
+
+    monkeypatch.setattr(rounds, "arm_config", small)
+    config = DemoConfig(model=str(tiny_model_dir), output_dir=tmp_path / "demo", num_eval_prompts=128, online=True)
+    found = run_online_demo(config)
+    assert json.loads((tmp_path / "demo" / rounds.RESULTS).read_text())["comparison"] == found["comparison"]
+    arms = found["arms"]
+    assert [arms[arm]["steps"] for arm in ("offline", "online")] == [6, 6]
+    assert [len(arms[arm]["drift"]) for arm in ("offline", "online")] == [1, 3]
+    # Before training both arms are the same model.
+    assert found["comparison"]["offline"]["before"] == found["comparison"]["online"]["before"]
+    difference = found["comparison"]["online against offline"]["difference"]
+    assert difference == pytest.approx(found["comparison"]["online"]["after"] - found["comparison"]["offline"]["after"])
+    assert "online - offline" in found["text"]
+    # Finished arms are not run again.
+    monkeypatch.setattr("ncalign.online.run.make_pool", lambda *arguments: 1 / 0)
+    assert run_online_demo(config)["comparison"] == found["comparison"]
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ VERBS: dict[str, type[BaseModel]] = {
     "demo": DemoConfig,
     "generate": GenerateConfig,
     "lab": LabConfig,
+    "on-mc-po": OnlineConfig,
     "online": OnlineConfig,
     "rewards": ScoreConfig,
     "score": ScoreConfig,
