@@ -52,7 +52,7 @@ def url() -> Iterator[str]:
                     break
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_generation(url: str, tmp_path: Path) -> None:
