@@ -258,14 +258,18 @@ def test_prompts_file_takes_rows_with_candidates_first(write_jsonl: WriteJsonl) 
     assert [len(group.candidates) for group in read_groups(path, allow_empty=True)] == [2, 0]
 
 
-def test_a_json_array_gets_a_hint(tmp_path: Path) -> None:
+def test_a_json_array_is_read_and_in_json_lines_gets_a_hint(tmp_path: Path) -> None:
     path = tmp_path / "g.json"
-    path.write_text(json.dumps([GOOD], indent=2))
+    for indent in (None, 2):
+        path.write_text(json.dumps([GOOD], indent=indent))
+        assert len(list(read_groups(path))) == 1
+    lines = tmp_path / "g.jsonl"
+    lines.write_text(json.dumps([GOOD], indent=2))
     with pytest.raises(DataError, match=r"malformed JSON.*one object a line"):
-        list(read_groups(path))
-    path.write_text(json.dumps([GOOD]))
+        list(read_groups(lines))
+    lines.write_text(json.dumps([GOOD]))
     with pytest.raises(DataError, match=r"JSON object is needed.*one object a line"):
-        list(read_groups(path))
+        list(read_groups(lines))
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "no.parquet", "no.csv", "folder.jsonl"])

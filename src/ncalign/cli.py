@@ -57,11 +57,14 @@ class Verb(Generic[Config]):
     as_json: Callable[[Result], object] = lambda result: result  # what --json prints
     positional: tuple[str, ...] = ()
     groups: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @property
     def layout(self) -> Layout:
         """What its command line has besides the fields."""
-        return Layout(self.name, self.purpose, self.example, self.positional, self.groups, dry_run=self.plan is not None)
+        return Layout(
+            self.name, self.purpose, self.example, self.positional, self.groups, self.aliases, dry_run=self.plan is not None
+        )
 
 
 def _train_config() -> type[TrainConfig]:
@@ -116,7 +119,15 @@ def _after_training_stopped(config: TrainConfig) -> str:
 def _convert(config: ConvertConfig) -> Result:
     from ncalign.groups import convert
 
-    report = convert(config.input, config.output, schema=config.schema_name, on_bad_row=config.on_bad_row)
+    report = convert(
+        config.input,
+        config.output,
+        schema=config.schema_name,
+        adapter=config.adapter,
+        target=config.target,
+        seed=config.seed,
+        on_bad_row=config.on_bad_row,
+    )
     text = "\n".join([f"{config.output}: {report.summary()}", *(f"  {example}" for example in report.examples)])
     return {"output": str(config.output), **asdict(report), "text": text}
 
@@ -195,6 +206,7 @@ CONVERT = Verb(
     _convert,
     _after_writing_stopped,
     positional=("input", "output"),
+    aliases=(("from", "schema_name"), ("to", "target")),
 )
 GENERATE = Verb(
     "generate",

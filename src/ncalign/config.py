@@ -135,13 +135,37 @@ MaxFailedShare = Annotated[
 
 
 class ConvertConfig(Frozen):
-    """`ncalign convert`: any schema we read → groups in JSONL or Parquet."""
+    """`ncalign convert`: any schema we read → groups in JSONL or Parquet, or pairs."""
 
-    input: Path = Field(description="File to read: .jsonl, .jsonl.gz or .parquet.")
-    output: Path = Field(description="File to write: .jsonl, .jsonl.gz or .parquet.")
-    schema_name: Literal["auto", "ncalign", "trl_preference", "trl_unpaired", "nca"] = Field(
-        "auto", description="Schema of the input; auto: recognised by its columns."
+    input: str = Field(
+        description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
     )
+    output: Path = Field(description="File to write: .jsonl, .jsonl.gz or .parquet.")
+    schema_name: Literal[
+        "auto",
+        "ncalign",
+        "nca",
+        "ultrafeedback",
+        "nectar",
+        "simpo",
+        "nemo_rl",
+        "lmflow",
+        "solutions",
+        "sharegpt",
+        "alpaca",
+        "nemo_aligner",
+        "alpaca_eval",
+        "hh",
+        "trl_preference",
+        "trl_unpaired",
+    ] = Field("auto", description="Schema of the input (also --from); auto: recognised by its columns.")
+    adapter: str | None = Field(
+        None, description="'file.py:function' that makes of a row one of our schema, or none to leave it out; its code is run."
+    )
+    target: Literal["ncalign", "best_vs_random", "best_vs_worst", "all_pairs"] = Field(
+        "ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them."
+    )
+    seed: Seed = Field(0, description="Of the candidates drawn for best_vs_random.")
     on_bad_row: OnBadRow = "error"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
@@ -25,6 +25,7 @@ class Layout:
     example: str
     positional: tuple[str, ...] = ()  # fields that may be given as plain words, in this order
     groups: tuple[tuple[str, str], ...] = ()  # title in the help, and the field with which it begins
+    aliases: tuple[tuple[str, str], ...] = ()  # other spellings of fields
     dry_run: bool = False
 
 
@@ -171,12 +172,13 @@ def _add_options(parser: _Parser, *, dry_run: bool) -> None:
     group.add_argument("-h", "--help", action="store_true", help="show this text, and stop")
 
 
-def _spelt(argument: str) -> str:
+def _spelt(argument: str, aliases: Mapping[str, str]) -> str:
     """Bring `--learning-rate=1` to the spelling of the field, `--learning_rate=1`."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    name = "--" + name[2:].replace("-", "_")
+    name = name[2:].replace("-", "_")
+    name = "--" + aliases.get(name, name)
     options = {option.replace("--", "").replace("-", "_"): option for option in _OPTIONS}
     return options.get(name[2:], name) + equals + value
 
@@ -196,7 +198,7 @@ def parse(model: type[BaseModel], layout: Layout, arguments: Sequence[str]) -> A
         ConfigError: A flag lacks its value.
     """
     parser = _parser(model, layout)
-    namespace, rest = parser.parse_known_args([_spelt(argument) for argument in arguments])
+    namespace, rest = parser.parse_known_args([_spelt(argument, dict(layout.aliases)) for argument in arguments])
     given = vars(namespace)
     names = settings.field_names(model)
     options = [option.removeprefix("--") for option in _OPTIONS if option != "--dry-run" or layout.dry_run]

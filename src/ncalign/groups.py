@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +10,11 @@ from typing import Literal, TypeAlias
 
 from ncalign.atomic import atomic_path, check_writable
 from ncalign.errors import DataError
-from ncalign.formats import Schema, SchemaName, jsonl, native, parquet, recognise, schemas, trl
+from ncalign.formats import LeftOut, Schema, SchemaName, adapted, jsonl, native, parquet, recognise, schemas, trl
 from ncalign.formats.group import JSON, Candidate, Group, Message, Text
+from ncalign.formats.pairs import Target, write_pairs
 from ncalign.formats.parsing import Row
+from ncalign.formats.sources import Source, find_sources, kind_of
 
 __all__ = [
     "JSON",
@@ -29,7 +31,6 @@ __all__ = [
 ]
 
 OnBadRow: TypeAlias = Literal["error", "skip"]
-Kind: TypeAlias = Literal["jsonl", "jsonl.gz", "parquet"]
 
 NUM_EXAMPLES = 5
 
@@ -77,6 +78,7 @@ def read_groups(
     path: str | Path,
     *,
     schema: SchemaName = "auto",
+    adapter: str | None = None,
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
     allow_empty: bool = False,
@@ -84,8 +86,10 @@ def read_groups(
     """Read groups one by one, validating each; the whole file is never in memory.
 
     Args:
-        path: A .jsonl, .jsonl.gz or .parquet file in any schema of docs/data.md.
+        path: A .jsonl, .jsonl.gz, .json or .parquet file in any schema of docs/data.md; a folder of such files, read in the
+            order of their names; a folder that `datasets` saved; or a hub id, ``owner/name`` or ``owner/name:split``.
         schema: The schema, or "auto" to tell it by the first row's columns.
+        adapter: ``file.py:function``, called with each row; it returns a row of our schema, or None to leave it out.
         on_bad_row: Stop at a row that can't be used, or leave it out and count it.
         report: Filled in while reading.
         allow_empty: Whether prompts without candidates are groups too.
@@ -97,18 +101,19 @@ def read_groups(
         ValueError: The file is not there or of no known kind; or, while iterating, a row that can't be used under
             ``on_bad_row="error"``, or a file that can't be read to its end.
     """
-    path = Path(path)
-    kind = _kind(path)
     if on_bad_row not in ("error", "skip"):
         raise DataError(f"on_bad_row is {on_bad_row!r}: `error` or `skip` is needed")
-    tried = schemas(schema, allow_empty)
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: the path of a .jsonl, .jsonl.gz or .parquet file is needed")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path (relative paths start at {Path.cwd()})")
-    rows = parquet.read_rows(path) if kind == "parquet" else jsonl.read_rows(path, compressed=kind == "jsonl.gz")
-    reader = _Reader(path, tried, on_bad_row, report if report is not None else ReadReport(), allow_empty)
-    return reader.groups(rows)
+    tried = schemas(schema, allow_empty) if adapter is None else (adapted(adapter),)
+    sources = find_sources(path)
+    seen: dict[str, str] = {}
+    reader = _Reader(tried, on_bad_row, report if report is not None else ReadReport(), allow_empty, seen)
+    return _read_all(sources, reader)
+
+
+def _read_all(sources: Sequence[Source], reader: _Reader) -> Generator[Group, None, None]:
+    for source in sources:
+        with closing(reader.groups(source, prefix=f"{source.name}:" if len(sources) > 1 else "")) as groups:
+            yield from groups
 
 
 def write_groups(groups: Iterable[Group], path: str | Path) -> int:
@@ -133,7 +138,7 @@ def write_groups(groups: Iterable[Group], path: str | Path) -> int:
     True
     """
     path = Path(path)
-    kind = _kind(path)
+    kind = kind_of(path)
     distinct = _with_distinct_ids(groups)
     with atomic_path(path) as temporary:
         if kind == "parquet":
@@ -149,14 +154,21 @@ def check_output(path: str | Path) -> None:
         ValueError: The name does not tell the kind of file.
         OSError: No file can be written there.
     """
-    _kind(Path(path))
+    kind_of(Path(path))
     check_writable(path)
 
 
 def convert(
-    input: str | Path, output: str | Path, *, schema: SchemaName = "auto", on_bad_row: OnBadRow = "error"
+    input: str | Path,
+    output: str | Path,
+    *,
+    schema: SchemaName = "auto",
+    adapter: str | None = None,
+    target: Target = "ncalign",
+    seed: int = 0,
+    on_bad_row: OnBadRow = "error",
 ) -> ReadReport:
-    """Read any schema and write our own.
+    """Read any schema and write our own, or TRL's preference pairs.
 
     Returns:
         The counts of rows read, groups written and rows skipped.
@@ -166,8 +178,12 @@ def convert(
         OSError: The output can't be written.
     """
     report = ReadReport()
-    with closing(read_groups(input, schema=schema, on_bad_row=on_bad_row, report=report)) as groups:
-        write_groups(_at_least_one(groups, input, report), output)
+    with closing(read_groups(input, schema=schema, adapter=adapter, on_bad_row=on_bad_row, report=report)) as groups:
+        checked = _at_least_one(groups, input, report)
+        if target == "ncalign":
+            write_groups(checked, output)
+        else:
+            write_pairs(checked, Path(output), target=target, seed=seed)
     return report
 
 
@@ -188,35 +204,28 @@ def _with_distinct_ids(groups: Iterable[Group]) -> Iterator[Group]:
         yield group
 
 
-def _kind(path: Path) -> Kind:
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".json")):
-        return "jsonl"
-    if name.endswith((".jsonl.gz", ".json.gz")):
-        return "jsonl.gz"
-    if name.endswith(".parquet"):
-        return "parquet"
-    raise DataError(f"{path}: can't tell the kind of file by its name: .jsonl, .jsonl.gz or .parquet is needed")
-
-
 class _Reader:
     """Rows → groups: the schema, the policy for bad rows, ids seen so far."""
 
     def __init__(
-        self, path: Path, tried: tuple[Schema, ...], on_bad_row: OnBadRow, report: ReadReport, allow_empty: bool
+        self, tried: tuple[Schema, ...], on_bad_row: OnBadRow, report: ReadReport, allow_empty: bool, seen: dict[str, str]
     ) -> None:
-        self._path = path
-        self._unit = "row " if _kind(path) == "parquet" else ""
         self._tried = tried
         self._on_bad_row = on_bad_row
         self._report = report
         self._allow_empty = allow_empty
-        self._lines_by_id: dict[str, int] = {}
+        self._seen = seen
         self._schema: Schema | None = None
 
-    def groups(self, rows: Generator[tuple[int, Row | DataError], None, None]) -> Generator[Group, None, None]:
-        """Yield the groups; the file is closed with this generator, not when the garbage collector comes by."""
-        with closing(rows):
+    def groups(self, source: Source, *, prefix: str) -> Generator[Group, None, None]:
+        """Yield a source's groups; it is closed with this generator, not when the garbage collector comes by.
+
+        Args:
+            source: where rows come from.
+            prefix: of the ids that rows without one get: line numbers alone would meet those of other files.
+        """
+        self._source, self._prefix, self._schema = source, prefix, None
+        with closing(source.rows()) as rows:
             yield from self._groups(rows)
 
     def _groups(self, rows: Iterable[tuple[int, Row | DataError]]) -> Iterator[Group]:
@@ -243,7 +252,9 @@ class _Reader:
                 raise row
             if self._schema is None:
                 self._schema = recognise(row, self._tried)
-            return self._schema.read(row, str(number), f"{self._path.name}:{number}")
+            return self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
+        except LeftOut:
+            return None
         except DataError as error:
             self._refuse(number, row.get("id") if isinstance(row, dict) else None, error)
             return None
@@ -254,18 +265,17 @@ class _Reader:
         group = trl.merge([group for _, group in numbered])
         if not group.candidates and not self._allow_empty:
             error = DataError("candidates is empty: at least one completion is needed", reason="no candidates")
-        elif group.id in self._lines_by_id:
-            earlier = f"{'row' if self._unit else 'line'} {self._lines_by_id[group.id]}"
-            error = DataError(f"the id was used before, at {earlier}: ids must differ within a file", reason="duplicate id")
+        elif group.id in self._seen:
+            error = DataError(f"the id was used before, at {self._seen[group.id]}: ids must differ", reason="duplicate id")
         else:
-            self._lines_by_id[group.id] = number
+            self._seen[group.id] = self._place(number)
             self._report.groups += 1
             yield group
             return
         self._refuse(number, group.id, error, rows=len(numbered))
 
     def _refuse(self, number: int, group_id: object, error: DataError, rows: int = 1) -> None:
-        where = f"{self._path}:{self._unit}{number}"
+        where = f"{self._source.label}:{self._source.unit}{number}"
         if isinstance(group_id, str) or (type(group_id) is int and group_id.bit_length() <= 64):
             where += f": group {group_id!r:.80}"
         located = error.within(where)
@@ -273,3 +283,7 @@ class _Reader:
             self._report.skip(located, rows)
             return
         raise DataError(f"{located}. Mend it, or leave such rows out with `on_bad_row: skip`", reason=error.reason) from error
+
+    def _place(self, number: int) -> str:
+        place = f"{self._source.unit or 'line '}{number}"
+        return f"{self._source.name}, {place}" if self._prefix else place

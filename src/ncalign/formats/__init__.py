@@ -6,13 +6,36 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ncalign.errors import DataError, names, nearest
-from ncalign.formats import native, nca, trl
+from ncalign.errors import DataError, names, nearest, shown
+from ncalign.formats import native, nca, others, ranked, transcripts, trl
 from ncalign.formats.group import Group
 from ncalign.formats.parsing import Row, require_columns
+from ncalign.user_code import load_named
 
-SchemaName: TypeAlias = Literal["auto", "ncalign", "trl_preference", "trl_unpaired", "nca"]
+SchemaName: TypeAlias = Literal[
+    "auto",
+    "ncalign",
+    "nca",
+    "ultrafeedback",
+    "nectar",
+    "simpo",
+    "nemo_rl",
+    "lmflow",
+    "solutions",
+    "sharegpt",
+    "alpaca",
+    "nemo_aligner",
+    "alpaca_eval",
+    "hh",
+    "trl_preference",
+    "trl_unpaired",
+    "adapter",
+]
 Columns: TypeAlias = Callable[[Iterable[str]], tuple[str, ...]]
+
+
+def _any_row(row: Row) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,7 @@ class Schema:
         known: The columns that are read, given the ones there are; others go to the metadata.
         parse: Row, default id and origin → group.
         one_completion_a_row: Whether neighbouring rows with the same prompt are one group.
+        recognises: What a row's values must be besides; others share these columns.
     """
 
     name: SchemaName
@@ -32,10 +56,12 @@ class Schema:
     known: Columns
     parse: Callable[[Row, str, str], Group]
     one_completion_a_row: bool = False
+    recognises: Callable[[Row], bool] = _any_row
 
     def read(self, row: Row, default_id: str, origin: str) -> Group:
         """Return the row's group, or raise a ValueError that says what is wrong with it."""
-        require_columns(row, self.required(row), self.known(row), self.name)
+        if self.name != "adapter":
+            require_columns(row, self.required(row), self.known(row), self.name)
         return self.parse(row, default_id, origin)
 
 
@@ -58,22 +84,91 @@ UNPAIRED = Schema(
 NCA = Schema("nca", nca.required_columns, nca.known_columns, nca.parse)
 
 
+def _fixed(
+    name: SchemaName,
+    required: tuple[str, ...],
+    known: tuple[str, ...],
+    parse: Callable[[Row, str, str], Group],
+    recognises: Callable[[Row], bool] = _any_row,
+) -> Schema:
+    """A schema whose columns have fixed names."""
+    return Schema(name, lambda _: required, lambda _: known, parse, recognises=recognises)
+
+
+# Those with more columns, or told by their values, come before those whose columns they hold too.
+PUBLIC = (
+    NCA,
+    _fixed(
+        "ultrafeedback",
+        ranked.ULTRAFEEDBACK,
+        ranked.ULTRAFEEDBACK_KNOWN,
+        ranked.parse_ultrafeedback,
+        ranked.is_ultrafeedback,
+    ),
+    _fixed("nectar", ranked.NECTAR, ranked.NECTAR_KNOWN, ranked.parse_nectar, ranked.is_nectar),
+    Schema("simpo", ranked.list_columns, ranked.known_list_columns, ranked.parse_lists),
+    _fixed("nemo_rl", ranked.NEMO_RL, ("id", *ranked.NEMO_RL, "metadata"), ranked.parse_nemo_rl),
+    _fixed("lmflow", ranked.LMFLOW, ("id", *ranked.LMFLOW, "metadata"), ranked.parse_lmflow, ranked.is_lmflow),
+    _fixed(
+        "solutions",
+        ranked.SOLUTIONS,
+        ("id", *ranked.SOLUTIONS, "metadata"),
+        ranked.parse_solutions,
+        lambda row: bool(ranked.solution_columns(row)),
+    ),
+    _fixed("sharegpt", others.SHAREGPT, others.SHAREGPT_KNOWN, others.parse_sharegpt, others.is_sharegpt),
+    _fixed("alpaca", others.ALPACA, others.ALPACA_KNOWN, others.parse_alpaca, lambda row: "prompt" not in row),
+    _fixed("nemo_aligner", others.NEMO_ALIGNER, others.NEMO_ALIGNER_KNOWN, others.parse_nemo_aligner),
+    _fixed("alpaca_eval", others.ANNOTATION, others.ANNOTATION_KNOWN, others.parse_annotation),
+    _fixed("hh", ("chosen", "rejected"), transcripts.COLUMNS, transcripts.parse, transcripts.is_pair),
+    PREFERENCE,
+    UNPAIRED,
+)
+
+
 def schemas(schema: SchemaName, allow_empty: bool) -> tuple[Schema, ...]:
     """Return the schemas that rows may have, in the order in which they are tried."""
     choices: dict[str, tuple[Schema, ...]] = {
         # Rows with candidates come first: a prompt alone is a part of every other schema.
-        "auto": (NATIVE, NCA, PREFERENCE, UNPAIRED, *((PROMPTS,) if allow_empty else ())),
+        "auto": (NATIVE, *PUBLIC, *((PROMPTS,) if allow_empty else ())),
         "ncalign": (PROMPTS if allow_empty else NATIVE,),
-        "trl_preference": (PREFERENCE,),
-        "trl_unpaired": (UNPAIRED,),
-        "nca": (NCA,),
+        **{one.name: (one,) for one in PUBLIC},
     }
     if schema not in choices:
         raise DataError(f"unknown schema {schema!r}: known are {names(choices)}", reason="unknown schema")
     return choices[schema]
 
 
-def recognise(columns: Collection[str], tried: tuple[Schema, ...]) -> Schema:
+class LeftOut(Exception):
+    """A row that the user's adapter leaves out."""
+
+
+def adapted(name: str) -> Schema:
+    """The schema that a function of the user's reads: ``file.py:function``, from a row to a row of our schema, or None.
+
+    Raises:
+        ValueError: the function can't be had; while reading, what it raises, with the row.
+    """
+    function = load_named(name, what="adapter")
+
+    def parse(row: Row, default_id: str, origin: str) -> Group:
+        try:
+            found = function(row)
+        except Exception as error:  # the user's code may raise anything; it is reported with the row that it failed on
+            raise DataError(f"the adapter raised {type(error).__name__}: {error}", reason="adapter failed") from error
+        if found is None:
+            raise LeftOut
+        if not isinstance(found, dict) or not {"prompt", "candidates"} <= found.keys():
+            raise DataError(
+                f"the adapter returned {shown(found)}: an object with `prompt` and `candidates`, or None, is needed",
+                reason="adapter failed",
+            )
+        return native.parse(found, default_id, origin)
+
+    return Schema("adapter", lambda _: (), lambda _: native.COLUMNS, parse)
+
+
+def recognise(columns: Row, tried: tuple[Schema, ...]) -> Schema:
     """Return the first schema whose columns are all there; an only choice is not questioned.
 
     Raises:
@@ -82,10 +177,11 @@ def recognise(columns: Collection[str], tried: tuple[Schema, ...]) -> Schema:
     if len(tried) == 1:
         return tried[0]
     for schema in tried:
-        if all(name in columns for name in schema.required(columns)):
+        if all(name in columns for name in schema.required(columns)) and schema.recognises(columns):
             # A prompts file takes rows of either kind from then on.
             return PROMPTS if schema is NATIVE and PROMPTS in tried else schema
-    closest = min(tried, key=lambda schema: _distance(schema, columns))
+    # Of equally near ones, those that are told by their columns alone.
+    closest = min(tried, key=lambda schema: (_distance(schema, columns), schema.recognises is not _any_row))
     lacking = [name for name in closest.required(columns) if name not in columns]
     renames = [(nearest(name, _unknown(closest, columns)), name) for name in lacking]
     hints = "".join(f"; did you mean `{name}` by `{found}`?" for found, name in renames if found)

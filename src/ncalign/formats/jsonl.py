@@ -14,6 +14,8 @@ from ncalign.errors import DataError, shown
 from ncalign.formats.parsing import Row
 
 _BOM = b"\xef\xbb\xbf"
+MAX_LINE = 256 << 20
+"""A longer line is a damaged file, or one made to fill the memory."""
 
 
 def read_rows(path: Path, *, compressed: bool) -> Generator[tuple[int, Row | DataError], None, None]:
@@ -25,7 +27,9 @@ def read_rows(path: Path, *, compressed: bool) -> Generator[tuple[int, Row | Dat
     try:
         with gzip.open(path, "rb") if compressed else path.open("rb") as file:
             # Lines end at "\n" alone: JSON strings may hold the other characters that Python counts as line ends.
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    raise DataError(f"{path}:{number}: a line of more than {MAX_LINE >> 20} MiB: no row is that long")
                 if number == 1:
                     line = line.removeprefix(_BOM)
                 if line.strip():

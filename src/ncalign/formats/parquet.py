@@ -31,14 +31,19 @@ def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
     """
     try:
         with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for row in _batch_rows(batch):
-                    number += 1
-                    yield number, row
+            yield from numbered_rows(file.iter_batches(batch_size=BATCH_ROWS))
     except (pa.ArrowException, OSError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: can't read the Parquet file: {cause}; copy or make it anew") from error
+
+
+def numbered_rows(batches: Iterable[pa.RecordBatch]) -> Generator[tuple[int, Row | DataError], None, None]:
+    """Yield the rows of record batches with their numbers, from 1."""
+    number = 0
+    for batch in batches:
+        for row in _batch_rows(batch):
+            number += 1
+            yield number, row
 
 
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row | DataError]:

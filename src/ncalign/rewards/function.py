@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 from ncalign.groups import Group
 from ncalign.rewards.base import completion_texts, where
+from ncalign.user_code import load_named
 
 
 class FunctionReward:
@@ -72,40 +68,7 @@ def load_function(name: str) -> Callable[..., object]:
     Raises:
         ValueError: the name has another form, or the module or the function in it can't be had.
     """
-    module_name, colon, function_name = name.rpartition(":")
-    if not colon or not module_name or not function_name.isidentifier():
-        raise ValueError(f"reward is {name!r}; 'package.module:function', 'file.py:function' or 'reasoning_gym' is needed")
-    module = _load_file(Path(module_name), name) if module_name.endswith(".py") else _load_module(module_name, name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        found = ", ".join(sorted(key for key, value in vars(module).items() if inspect.isfunction(value))) or "none"
-        raise ValueError(f"reward {name!r}: {module_name} has no function {function_name!r}; its functions are: {found}")
-    return function  # type: ignore[no-any-return]
-
-
-def _load_module(module_name: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
-        raise ValueError(f"reward {name!r}: {module_name} can't be imported: {type(error).__name__}: {error}") from error
-
-
-def _load_file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"reward {name!r}: there is no file {path}; relative paths start at {Path.cwd()}")
-    module_name = f"ncalign_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    # Python has a loader for every name that ends in .py.
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickled workers look their module up by its name.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's file may raise anything while it runs
-        raise ValueError(f"reward {name!r}: {path} can't be run: {type(error).__name__}: {error}") from error
-    return module
+    return load_named(name, what="reward", others="'reasoning_gym'")
 
 
 def _is_sequence(value: object) -> bool:
