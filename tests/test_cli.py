@@ -20,6 +20,7 @@ from ncalign.config import ConvertConfig
 from ncalign.flags import parse
 from ncalign.training_config import TrainConfig
 
+NAMES = "demo, train, online, convert, audit, generate, score, lab"
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
 
 
@@ -110,9 +111,12 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: no verb given; needed is one of demo, train, online, convert, generate, score, lab (see ncalign --help)"),
+        (
+            [],
+            f"error: no verb given; needed is one of {NAMES} (see ncalign --help)",
+        ),
         (["trian"], "error: unknown verb 'trian'; did you mean 'train'?"),
-        (["xyzzy"], "error: unknown verb 'xyzzy'; must be one of demo, train, online, convert, generate, score, lab"),
+        (["xyzzy"], f"error: unknown verb 'xyzzy'; must be one of {NAMES}"),
         (["--config", "x"], "error: unknown flag '--config' before the verb; write ncalign VERB [--FIELD VALUE ...]"),
         ([*TRAIN, "--learning-rat", "1"], "error: unknown flag '--learning_rat'; did you mean '--learning_rate'?"),
         ([*TRAIN, "--beta=1"], "error: unknown flag '--beta'; did you mean '--objective.beta'?"),

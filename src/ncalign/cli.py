@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from ncalign import __version__, settings
-from ncalign.config import ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
+from ncalign.config import AuditConfig, ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
 from ncalign.flags import Arguments, Layout, parse
 from ncalign.settings import ConfigError
 
@@ -132,6 +132,16 @@ def _convert(config: ConvertConfig) -> Result:
     return {"output": str(config.output), **asdict(report), "text": text}
 
 
+def _audit(config: AuditConfig) -> Result:
+    from ncalign.audit import run_audit
+
+    return run_audit(config)
+
+
+def _after_audit_stopped(config: AuditConfig) -> str:
+    return "nothing was written; rerun to start again"
+
+
 def _generate(config: GenerateConfig) -> Result:
     from ncalign.generation import run_generate
 
@@ -208,6 +218,16 @@ CONVERT = Verb(
     positional=("input", "output"),
     aliases=(("from", "schema_name"), ("to", "target")),
 )
+AUDIT = Verb(
+    "audit",
+    "what a set of scored candidates is like, and which method suits it",
+    lambda: AuditConfig,
+    "ncalign audit groups.jsonl --output_dir runs/audit",
+    _audit,
+    _after_audit_stopped,
+    positional=("data",),
+    aliases=(("from", "schema_name"),),
+)
 GENERATE = Verb(
     "generate",
     "sample K candidate completions for each prompt",
@@ -242,7 +262,7 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
-VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, ONLINE, CONVERT, GENERATE, SCORE, LAB)
+VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, ONLINE, CONVERT, AUDIT, GENERATE, SCORE, LAB)
 
 _HELP = """usage: ncalign VERB [--config FILE] [--FIELD VALUE ...]
 

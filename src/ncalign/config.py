@@ -134,14 +134,8 @@ MaxFailedShare = Annotated[
 ]
 
 
-class ConvertConfig(Frozen):
-    """`ncalign convert`: any schema we read → groups in JSONL or Parquet, or pairs."""
-
-    input: str = Field(
-        description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
-    )
-    output: Path = Field(description="File to write: .jsonl, .jsonl.gz or .parquet.")
-    schema_name: Literal[
+SchemaChoice = Annotated[
+    Literal[
         "auto",
         "ncalign",
         "nca",
@@ -158,7 +152,19 @@ class ConvertConfig(Frozen):
         "hh",
         "trl_preference",
         "trl_unpaired",
-    ] = Field("auto", description="Schema of the input (also --from); auto: recognised by its columns.")
+    ],
+    Field(description="Schema of the input (also --from); auto: recognised by its columns."),
+]
+
+
+class ConvertConfig(Frozen):
+    """`ncalign convert`: any schema we read → groups in JSONL or Parquet, or pairs."""
+
+    input: str = Field(
+        description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
+    )
+    output: Path = Field(description="File to write: .jsonl, .jsonl.gz or .parquet.")
+    schema_name: SchemaChoice = "auto"
     adapter: str | None = Field(
         None, description="'file.py:function' that makes of a row one of our schema, or none to leave it out; its code is run."
     )
@@ -166,6 +172,24 @@ class ConvertConfig(Frozen):
         "ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them."
     )
     seed: Seed = Field(0, description="Of the candidates drawn for best_vs_random.")
+    on_bad_row: OnBadRow = "error"
+
+
+class AuditConfig(Frozen):
+    """`ncalign audit`: what a set of scored candidates is like, before anything is trained on it."""
+
+    data: Path = Field(description="Scored groups, in any schema that `convert` reads.")
+    output_dir: Path = Field(description="Folder for audit.json and audit.html.")
+    schema_name: SchemaChoice = "auto"
+    sample: int = Field(1000, ge=2, description="Groups whose texts are compared, drawn evenly from all.")
+    embedder: str | None = Field(None, description="sentence-transformers model for likeness in meaning; none: words alone.")
+    model: str | None = Field(None, description="Model whose kernel weights are looked at; none: no kernel.")
+    reference_model: str | None = Field(None, description="Reference of its log-ratios; none: its log-probs are the scores.")
+    beta: Beta = 0.1
+    max_length: int = Field(1024, ge=2, description="Most tokens of a prompt and its completion, for the model.")
+    string_prompts: StringPrompts = "raw"
+    dtype: DType = "float32"
+    seed: Seed = Field(0, description="Of the sample.")
     on_bad_row: OnBadRow = "error"
 
 

@@ -1,0 +1,190 @@
+"""`ncalign audit`: one pass over the groups, numbers in audit.json and a page with pictures in audit.html."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ncalign.atomic import check_writable, write_json_atomic
+from ncalign.audit.findings import Finding, findings
+from ncalign.audit.kernel import kernel_numbers
+from ncalign.audit.measures import GroupMeasures, best_of, mean, measure_group, prompt_key, random_baseline
+from ncalign.audit.page import write_page
+from ncalign.audit.semantic import semantic_numbers
+from ncalign.config import AuditConfig
+from ncalign.groups import Group, ReadReport, read_groups
+from ncalign.progress import Bar, say
+
+
+@dataclass
+class Totals:
+    """Sums over all groups, whatever their number: memory does not grow with it, but for a hash of each prompt.
+
+    Attributes:
+        groups: groups read.
+        candidates: their candidates.
+        missing: those without a reward.
+        with_spread: groups in which two rewards differ.
+        tied_best: groups in which several share the best.
+        sizes: groups by their number of candidates.
+        sources: candidates by who wrote them.
+        prompts: hashes of the prompts, and how often each came.
+        sample: some groups, drawn evenly from all.
+    """
+
+    groups: int = 0
+    candidates: int = 0
+    missing: int = 0
+    with_spread: int = 0
+    tied_best: int = 0
+    sizes: Counter[int] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    prompts: Counter[int] = field(default_factory=Counter)
+    sample: list[Group] = field(default_factory=list)
+
+    def add(self, group: Group, *, size: int, chance: random.Random) -> None:
+        """Count a group, and perhaps keep it in the sample (reservoir sampling)."""
+        self.groups += 1
+        rewards = [candidate.reward for candidate in group.candidates if candidate.reward is not None]
+        self.candidates += len(group.candidates)
+        self.missing += len(group.candidates) - len(rewards)
+        self.with_spread += len(set(rewards)) > 1
+        self.tied_best += bool(rewards) and rewards.count(max(rewards)) > 1 and len(set(rewards)) > 1
+        self.sizes[len(group.candidates)] += 1
+        self.sources.update(candidate.source for candidate in group.candidates if candidate.source)
+        self.prompts[hash(prompt_key(group))] += 1
+        if len(self.sample) < size:
+            self.sample.append(group)
+        elif (place := chance.randrange(self.groups)) < size:
+            self.sample[place] = group
+
+
+def run_audit(config: AuditConfig) -> dict[str, Any]:
+    """Audit a file of groups and leave ``audit.json`` and ``audit.html``.
+
+    Returns:
+        What audit.json holds, and the findings as printable text under ``text``.
+
+    Raises:
+        ValueError: the data can't be read, or there is nothing in them to audit.
+    """
+    json_file, page = config.output_dir / "audit.json", config.output_dir / "audit.html"
+    check_writable(json_file)
+    totals, report, chance = Totals(), ReadReport(), random.Random(config.seed)
+    with Bar("Reading groups", None) as bar:
+        for group in read_groups(config.data, schema=config.schema_name, on_bad_row=config.on_bad_row, report=report):
+            totals.add(group, size=config.sample, chance=chance)
+            bar.advance()
+    if not totals.groups:
+        raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
+    if report.skipped:
+        say(report.notice(config.data))
+    measured = []
+    with Bar("Comparing candidates", len(totals.sample)) as bar:
+        for group in totals.sample:
+            measured.append(measure_group(group, compare=True))
+            bar.advance()
+    numbers = numbers_of(totals, measured, seed=config.seed)
+    if config.embedder is not None:
+        numbers |= semantic_numbers(totals.sample, config.embedder, seed=config.seed)
+    if config.model is not None:
+        numbers |= kernel_numbers(totals.sample, config)
+    found = findings(numbers)
+    result: dict[str, Any] = {
+        "data": str(config.data),
+        "numbers": {name: value if _finite(value) else None for name, value in numbers.items()},
+        "findings": [asdict(finding) for finding in found],
+        "sizes": dict(sorted(totals.sizes.items())),
+        "sources": dict(totals.sources.most_common(50)),
+        "rows_skipped": report.skipped,
+        "sampled": len(totals.sample),
+    }
+    write_json_atomic(result, json_file)
+    write_page(page, result, measured, totals.sample)
+    return {**result, "text": _text(config.data, numbers, found, page)}
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], *, seed: int) -> dict[str, float]:
+    """All numbers that need no model."""
+    compared = sum(group.num_candidates for group in measured)
+    likeness = [one for group in measured for one in group.likeness]
+    baseline = random_baseline(totals.sample, seed=seed)
+    correlations = [group.length_correlation for group in measured if group.length_correlation is not None]
+    explained, slope = length_regression(measured)
+    spread = [group for group in measured if group.num_distinct > 1]
+    repeated = sum(count for count in totals.prompts.values() if count > 1)
+    return {
+        "groups": totals.groups,
+        "groups/with_spread": totals.with_spread / totals.groups,
+        "candidates": totals.candidates,
+        "candidates/mean": totals.candidates / totals.groups,
+        "candidates/worth_keeping": worth_keeping(measured),
+        "prompts/duplicates": repeated / totals.groups,
+        "rewards/missing": totals.missing / max(1, totals.candidates),
+        "rewards/tied_best": totals.tied_best / totals.groups,
+        "rewards/distinct": mean([group.num_distinct for group in spread]),
+        "rewards/within_sd": mean([float(np.std(group.rewards)) for group in spread]),
+        "rewards/spread": mean([group.spread for group in spread]),
+        "likeness/best_to_others": mean([one.edit for one in likeness]),
+        "likeness/trigrams": mean([one.trigrams for one in likeness]),
+        "likeness/random": mean([one.edit for one in baseline]),
+        "likeness/swapped": mean([float(one.swapped) for one in likeness]) if likeness else 0.0,
+        "likeness/duplicates": sum(group.copies for group in measured) / max(1, compared),
+        "length/words": mean([length for group in measured for length in group.lengths]),
+        "length/correlation": mean(correlations) if correlations else 0.0,
+        "length/explained": explained,
+        "length/slope": slope,
+    }
+
+
+def length_regression(measured: Sequence[GroupMeasures]) -> tuple[float, float]:
+    """Share of the rewards' variance within groups that length explains, and the reward a word."""
+    x, y = [], []
+    for group in measured:
+        if group.num_distinct > 1:
+            x += list(np.asarray(group.lengths, dtype=np.float64) - np.mean(group.lengths))
+            y += list(np.asarray(group.rewards) - np.mean(group.rewards))
+    if len(x) < 3 or not np.any(x) or not np.any(y):
+        return 0.0, 0.0
+    lengths, rewards = np.asarray(x), np.asarray(y)
+    slope = float((lengths * rewards).sum() / (lengths**2).sum())
+    left = float(((rewards - slope * lengths) ** 2).sum() / (rewards**2).sum())
+    return 1 - left, slope
+
+
+def worth_keeping(measured: Sequence[GroupMeasures]) -> float:
+    """Fewest candidates that give 95 % of the gain of the best of all over one at random; NaN without spread."""
+    usable = [group.rewards for group in measured if group.num_distinct > 1]
+    if not usable:
+        return math.nan
+    size = round(float(np.median([len(rewards) for rewards in usable])))
+    usable = [rewards for rewards in usable if len(rewards) >= size]
+    means = [mean([best_of(rewards, k) for rewards in usable]) for k in range(1, size + 1)]
+    wanted = means[0] + 0.95 * (means[-1] - means[0])
+    return float(next(k for k, value in enumerate(means, start=1) if value >= wanted - 1e-12))
+
+
+def _text(data: Path, numbers: dict[str, float], found: Sequence[Finding], page: Path) -> str:
+    lines = [
+        f"{data}: {numbers['groups']:.0f} groups, {numbers['candidates/mean']:.1f} candidates each; rewards differ in "
+        f"{numbers['groups/with_spread']:.0%} of them",
+        f"  the best candidate against the others: {numbers['likeness/best_to_others']:.2f} of the words in common order; "
+        f"unrelated texts: {numbers['likeness/random']:.2f}",
+        f"  reward and length within a group: rank correlation {numbers['length/correlation']:.2f}",
+        "",
+        *(f"{finding.level}: {finding.text}" for finding in found),
+        "",
+        f"Report: {page}",
+    ]
+    return "\n".join(lines)
