@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from ncalign import __version__, settings
-from ncalign.config import AuditConfig, ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
+from ncalign.config import AuditConfig, CheckConfig, ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
 from ncalign.flags import Arguments, Layout, parse
 from ncalign.settings import ConfigError
 
@@ -58,6 +58,7 @@ class Verb(Generic[Config]):
     positional: tuple[str, ...] = ()
     groups: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    exit_code: Callable[[Result], int] = lambda result: DONE
 
     @property
     def layout(self) -> Layout:
@@ -136,6 +137,16 @@ def _audit(config: AuditConfig) -> Result:
     from ncalign.audit import run_audit
 
     return run_audit(config)
+
+
+def _check(config: CheckConfig) -> Result:
+    from ncalign.preflight import run_check
+
+    return run_check(config)
+
+
+def _after_check_stopped(config: CheckConfig) -> str:
+    return "check writes nothing; rerun to start again"
 
 
 def _after_audit_stopped(config: AuditConfig) -> str:
@@ -218,6 +229,17 @@ CONVERT = Verb(
     positional=("input", "output"),
     aliases=(("from", "schema_name"), ("to", "target")),
 )
+CHECK = Verb(
+    "check",
+    "look at data as training will see them, and say what to mend",
+    lambda: CheckConfig,
+    "ncalign check groups.jsonl --model my-model --against eval.jsonl",
+    _check,
+    _after_check_stopped,
+    positional=("data",),
+    aliases=(("from", "schema_name"),),
+    exit_code=lambda result: DONE if result["ready"] else FAILED,
+)
 AUDIT = Verb(
     "audit",
     "what a set of scored candidates is like, and which method suits it",
@@ -262,7 +284,7 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
-VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, ONLINE, CONVERT, AUDIT, GENERATE, SCORE, LAB)
+VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, LAB)
 
 _HELP = """usage: ncalign VERB [--config FILE] [--FIELD VALUE ...]
 
@@ -380,7 +402,7 @@ def _run(verb: Verb[Config], rest: Sequence[str]) -> int:
     except Exception:
         return _failed_by_a_bug()
     _show(_as_json(verb.as_json(result)) if arguments.json else _summary(result))
-    return DONE
+    return verb.exit_code(result)
 
 
 def _failed_by_a_bug() -> int:

@@ -193,6 +193,16 @@ class AuditConfig(Frozen):
     on_bad_row: OnBadRow = "error"
 
 
+class CheckConfig(EncodingConfig):
+    """`ncalign check`: every group encoded as training will, and a list of what to mend."""
+
+    data: Path = Field(description="Groups to check, in any schema that `convert` reads.")
+    model: str = Field(description="Model folder or hub id; only its tokenizer and configuration are read.")
+    schema_name: SchemaChoice = "auto"
+    against: Path | None = Field(None, description="Evaluation set whose prompts must not be among these.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the tokenizer.")
+
+
 class GenerateConfig(Frozen):
     """`ncalign generate`: sample K candidate completions for each prompt."""
 

@@ -1,0 +1,102 @@
+"""The check finds what is planted, and says `ready` where nothing is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import build_model, build_tokenizer, group_row
+from ncalign.cli import main
+from ncalign.config import CheckConfig
+from ncalign.preflight import run_check
+
+Write = Callable[..., Path]
+
+
+def check(data: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    return run_check(CheckConfig.model_validate({"data": data, "model": str(model), "max_length": 256, **changes}))
+
+
+def test_good_data_are_ready(groups_file: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = check(groups_file, tiny_model_dir)
+    assert (found["ready"], found["mend"]) == (True, [])
+    assert (found["groups"], found["candidates"]) == (12, 36)
+    assert found["end_tokens"] == {"1": 36}
+    assert found["bos_tokens"] == {"0": 36}
+    assert found["tokens"]["both"]["1"] <= 256
+    assert main(["check", str(groups_file), "--model", str(tiny_model_dir), "--max_length", "256"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("ready")
+    assert "scored tokens in [brackets]" in shown
+
+
+def test_what_is_planted_is_found(write_jsonl: Write, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[Any] = [group_row(k, [1.0, 0.0]) for k in range(6)]
+    rows[1]["candidates"][1] = dict(rows[1]["candidates"][0], reward=0.0)  # a copy
+    near = rows[2]["candidates"][0]["completion"][0]["content"].upper().replace(".", "!")
+    rows[2]["candidates"][1]["completion"] = [{"role": "assistant", "content": near}]
+    rows[3]["candidates"][0]["completion"] = [{"role": "assistant", "content": " "}]
+    rows[4]["prompt"] = [{"role": "user", "content": "<|bos|><|bos|> " + rows[4]["prompt"][0]["content"]}]
+    rows[5]["candidates"][0]["completion"] = [{"role": "assistant", "content": "long " * 300}]
+    rows.append("{broken")
+    rows.append({**group_row(0, [1.0, 0.0]), "id": "again"})
+    held_out = write_jsonl([{"prompt": "what IS 0, plus 5"}], "eval.jsonl")
+    data = write_jsonl(rows)
+    found = check(data, tiny_model_dir, against=held_out)
+    assert not found["ready"]
+    assert (found["rows_skipped"], found["copies"], found["near_copies"]) == (1, 1, 1)
+    assert (found["repeated_prompts"], found["contaminated_prompts"]) == (2, 2)
+    assert (found["groups_dropped"], found["completions_truncated"]) == ({"empty completion": 1}, 1)
+    text = "\n".join(found["mend"])
+    for expected in (
+        "1 of 8 rows can't be read",
+        "1 groups can't be encoded: empty completion",
+        "2 candidates have more than one BOS",
+        "1 completions lose their end at max_length 256 (first: groups.jsonl:6",
+        "2 prompts are prompts of",
+        "1 candidates are copies of another of their group (first: groups.jsonl:2)",
+    ):
+        assert expected in text
+    words = ["check", str(data), "--model", str(tiny_model_dir), "--max_length", "256", "--against", str(held_out)]
+    assert main(words) == 1
+    assert "To mend:\n  1. 1 of 8 rows" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ready"] is False
+
+
+def test_no_spread_and_a_context_that_is_too_short(write_jsonl: Write, tiny_model_dir: Path) -> None:
+    found = check(write_jsonl([group_row(0, [1.0, 1.0])]), tiny_model_dir, max_length=4096)
+    assert found["mend"] == [
+        "max_length is 4096 and the model has 512 positions: lower it",
+        "in no group do two rewards differ: there is nothing to learn",
+    ]
+
+
+def test_a_missing_chat_template_is_said_once(groups_file: Path, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    build_model(tokenizer).save_pretrained(tmp_path / "plain")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    found = check(groups_file, tmp_path / "plain")
+    assert len(found["mend"]) == 1
+    assert found["mend"][0].startswith("12 groups can't be encoded: ")
+    assert "has no chat template" in found["mend"][0]
+
+
+def test_a_completion_that_was_cut_needs_no_end(write_jsonl: Write, tiny_model_dir: Path) -> None:
+    row = group_row(0, [1.0, 0.0])
+    row["candidates"][0]["finished"] = False
+    assert check(write_jsonl([row]), tiny_model_dir)["ready"]
+
+
+@pytest.mark.slow
+def test_twenty_thousand_groups(write_jsonl: Write, tiny_model_dir: Path) -> None:
+    data = write_jsonl([group_row(k, [1.0, 0.5, 0.2, 0.0]) for k in range(20_000)])
+    started = time.monotonic()
+    assert check(data, tiny_model_dir)["ready"]
+    print(f"{time.monotonic() - started:.0f} s")
