@@ -250,7 +250,7 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     report = ReadReport()
     groups = list(read_groups(folder, report=report))
     assert [group.prompt for group in groups] == ["Q5", "Q0", "Q1", "Q7"]
-    assert [group.id for group in groups] == ["0.jsonl.gz:1", "1.jsonl:1", "1.jsonl:2", "2.parquet:1"]
+    assert [group.id for group in groups] == ["0.jsonl.gz:1", "1.jsonl:1", "1.jsonl:2", "deep/2.parquet:1"]
     assert (report.rows, report.groups) == (4, 4)
     (folder / "3.jsonl").write_text(json.dumps(row(1, id="0.jsonl.gz:1")) + "\n")
     with pytest.raises(DataError, match=r"3\.jsonl:1: .*used before, at 0\.jsonl\.gz, line 1"):
@@ -289,14 +289,25 @@ def test_a_document_of_lmflow(tmp_path: Path) -> None:
 
 def test_what_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ncalign.formats.jsonl.MAX_LINE", 1 << 20)
-    monkeypatch.setattr("ncalign.formats.document.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("ncalign.formats.document.MAX_LINE", 1 << 20)
     bomb = gzip.compress(b'{"prompt": "' + b"a" * (1 << 22))
     (tmp_path / "bomb.jsonl.gz").write_bytes(bomb)
     with pytest.raises(DataError, match=r"bomb\.jsonl\.gz:1: a line of more than 1 MiB"):
         list(read_groups(tmp_path / "bomb.jsonl.gz", on_bad_row="skip"))
-    (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b"[" + b" " * (1 << 22)))
-    with pytest.raises(DataError, match="above 1 GiB"):
-        list(read_groups(tmp_path / "bomb.json.gz"))
+    for inner in (b'[{"prompt": "' + b"a" * (1 << 22), b"[" + b"[" * (1 << 22), b'[{"a": ' + b"[]," * (1 << 22)):
+        (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(inner))
+        with pytest.raises(
+            DataError, match=r"bomb\.json\.gz:1: malformed JSON: (a value of more than|nested too deep|Expecting)"
+        ):
+            list(read_groups(tmp_path / "bomb.json.gz"))
+
+
+def test_a_row_of_millions_of_values_is_refused(tmp_path: Path) -> None:
+    line = b'{"prompt": "p", "candidates": [' + b"[]," * 5_000_000 + b"1]}\n"
+    (tmp_path / "bomb.jsonl").write_bytes(line + json.dumps(row(1)).encode() + b"\n")
+    report = ReadReport()
+    assert len(list(read_groups(tmp_path / "bomb.jsonl", on_bad_row="skip", report=report))) == 1
+    assert (report.rows, report.skipped, report.reasons) == (2, 1, {"too large": 1})
 
 
 def test_json_lines_by_another_name_are_still_read_by_the_line(tmp_path: Path) -> None:

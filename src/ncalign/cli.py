@@ -118,17 +118,21 @@ def _after_training_stopped(config: TrainConfig) -> str:
 
 
 def _convert(config: ConvertConfig) -> Result:
+    from ncalign.formats.sources import is_folder_name
     from ncalign.groups import convert
+    from ncalign.shards import convert_folder
 
-    report = convert(
-        config.input,
-        config.output,
-        schema=config.schema_name,
-        adapter=config.adapter,
-        target=config.target,
-        seed=config.seed,
-        on_bad_row=config.on_bad_row,
-    )
+    options: dict[str, Any] = {
+        "schema": config.schema_name,
+        "adapter": config.adapter,
+        "target": config.target,
+        "seed": config.seed,
+        "on_bad_row": config.on_bad_row,
+    }
+    if is_folder_name(config.output):
+        report = convert_folder(config.input, config.output, kind=config.shards, **options)
+    else:
+        report = convert(config.input, config.output, **options)
     text = "\n".join([f"{config.output}: {report.summary()}", *(f"  {example}" for example in report.examples)])
     return {"output": str(config.output), **asdict(report), "text": text}
 
@@ -182,6 +186,12 @@ def _after_lab_stopped(config: LabConfig) -> str:
     return "nothing was written; rerun to start again"
 
 
+def _after_convert_stopped(config: ConvertConfig) -> str:
+    if (config.output / ".ncalign").is_dir():
+        return f"the finished files of {config.output} are kept; rerun to go on"
+    return _after_writing_stopped(config)
+
+
 def _after_writing_stopped(config: ConvertConfig | GenerateConfig | ScoreConfig) -> str:
     return f"{config.output} was not written, and what was there before is unchanged; rerun to start again"
 
@@ -225,7 +235,7 @@ CONVERT = Verb(
     lambda: ConvertConfig,
     "ncalign convert pairs.parquet groups.jsonl --on_bad_row skip",
     _convert,
-    _after_writing_stopped,
+    _after_convert_stopped,
     positional=("input", "output"),
     aliases=(("from", "schema_name"), ("to", "target")),
 )

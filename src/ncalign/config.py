@@ -163,7 +163,10 @@ class ConvertConfig(Frozen):
     input: str = Field(
         description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
     )
-    output: Path = Field(description="File to write: .jsonl, .jsonl.gz or .parquet.")
+    output: Path = Field(
+        description="File to write: .jsonl, .jsonl.gz or .parquet; another name is a folder, with a file for each that is read."
+    )
+    shards: Literal["jsonl", "jsonl.gz", "parquet"] = Field("jsonl", description="Kind of the files in an output folder.")
     schema_name: SchemaChoice = "auto"
     adapter: str | None = Field(
         None, description="'file.py:function' that makes of a row one of our schema, or none to leave it out; its code is run."

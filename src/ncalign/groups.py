@@ -14,6 +14,7 @@ from ncalign.formats import LeftOut, Schema, SchemaName, adapted, jsonl, native,
 from ncalign.formats.group import JSON, Candidate, Group, Message, Text
 from ncalign.formats.pairs import Target, write_pairs
 from ncalign.formats.parsing import Row
+from ncalign.formats.seen import Seen
 from ncalign.formats.sources import Source, find_sources, kind_of
 
 __all__ = [
@@ -43,6 +44,8 @@ class ReadReport:
         rows: Rows read, blank lines not counted.
         groups: Groups handed on.
         skipped: Rows left out.
+        joined: Rows that went into the group of the row before, as unpaired ones of one prompt do; ``rows`` is always
+            ``groups + skipped + joined`` of what was read.
         reasons: Rows left out, by kind of problem.
         examples: The whole messages of the first few.
     """
@@ -50,15 +53,28 @@ class ReadReport:
     rows: int = 0
     groups: int = 0
     skipped: int = 0
+    joined: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
 
     def skip(self, error: DataError, rows: int = 1) -> None:
-        """Count rows left out for an error."""
-        self.skipped += rows
-        self.reasons[error.reason] = self.reasons.get(error.reason, 0) + rows
+        """Count rows left out for an error, and keep the first few messages."""
+        self.leave_out(error.reason, rows)
         if len(self.examples) < NUM_EXAMPLES:
             self.examples.append(str(error))
+
+    def add(self, other: ReadReport) -> None:
+        """Count what another file came to as well."""
+        self.rows, self.groups = self.rows + other.rows, self.groups + other.groups
+        self.joined += other.joined
+        for reason, rows in other.reasons.items():
+            self.leave_out(reason, rows)
+        self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
+
+    def leave_out(self, reason: str, rows: int = 1) -> None:
+        """Count rows left out."""
+        self.skipped += rows
+        self.reasons[reason] = self.reasons.get(reason, 0) + rows
 
     def notice(self, path: str | Path) -> str:
         """Return what a user should know of the rows left out, with the first few; empty when there are none."""
@@ -68,7 +84,8 @@ class ReadReport:
 
     def summary(self) -> str:
         """Return one line of counts, and the reasons when rows were left out."""
-        text = f"{self.rows} rows read, {self.groups} groups, {self.skipped} rows skipped"
+        joined = f" of {self.groups + self.joined} rows" if self.joined else ""
+        text = f"{self.rows} rows read, {self.groups} groups{joined}, {self.skipped} rows skipped"
         ordered = sorted(self.reasons.items(), key=lambda item: -item[1])
         reasons = ", ".join(f"{reason}: {count}" for reason, count in ordered)
         return f"{text} ({reasons})" if reasons else text
@@ -105,15 +122,34 @@ def read_groups(
         raise DataError(f"on_bad_row is {on_bad_row!r}: `error` or `skip` is needed")
     tried = schemas(schema, allow_empty) if adapter is None else (adapted(adapter),)
     sources = find_sources(path)
-    seen: dict[str, str] = {}
-    reader = _Reader(tried, on_bad_row, report if report is not None else ReadReport(), allow_empty, seen)
-    return _read_all(sources, reader)
+    found = report if report is not None else ReadReport()
+    return read_sources(sources, tried, on_bad_row=on_bad_row, report=found, allow_empty=allow_empty, many=len(sources) > 1)
 
 
-def _read_all(sources: Sequence[Source], reader: _Reader) -> Generator[Group, None, None]:
-    for source in sources:
-        with closing(reader.groups(source, prefix=f"{source.name}:" if len(sources) > 1 else "")) as groups:
-            yield from groups
+def read_sources(
+    sources: Sequence[Source],
+    tried: tuple[Schema, ...],
+    *,
+    on_bad_row: OnBadRow,
+    report: ReadReport,
+    allow_empty: bool = False,
+    many: bool,
+) -> Generator[Group, None, None]:
+    """Read sources one after the other, as :func:`read_groups` does.
+
+    Args:
+        sources: where rows come from.
+        tried: the schemas that they may have.
+        on_bad_row: as there.
+        report: filled in.
+        allow_empty: as there.
+        many: whether these are some of several files: ids that rows lack then begin with the file's name.
+    """
+    with closing(Seen()) as seen:
+        reader = _Reader(tried, on_bad_row, report, allow_empty, seen)
+        for source in sources:
+            with closing(reader.groups(source, prefix=f"{source.name}:" if many else "")) as groups:
+                yield from groups
 
 
 def write_groups(groups: Iterable[Group], path: str | Path) -> int:
@@ -195,20 +231,21 @@ def _at_least_one(groups: Iterator[Group], path: str | Path, report: ReadReport)
 
 
 def _with_distinct_ids(groups: Iterable[Group]) -> Iterator[Group]:
-    seen: set[str] = set()
-    for group in groups:
-        if group.id in seen:
-            origin = f"{group.origin}: " if group.origin else ""
-            raise DataError(f"{origin}group id {group.id!r} is used twice: ids must differ; rename one", reason="duplicate id")
-        seen.add(group.id)
-        yield group
+    with closing(Seen()) as seen:
+        for group in groups:
+            if seen.add(group.id) is not None:
+                origin = f"{group.origin}: " if group.origin else ""
+                raise DataError(
+                    f"{origin}group id {group.id!r} is used twice: ids must differ; rename one", reason="duplicate id"
+                )
+            yield group
 
 
 class _Reader:
     """Rows → groups: the schema, the policy for bad rows, ids seen so far."""
 
     def __init__(
-        self, tried: tuple[Schema, ...], on_bad_row: OnBadRow, report: ReadReport, allow_empty: bool, seen: dict[str, str]
+        self, tried: tuple[Schema, ...], on_bad_row: OnBadRow, report: ReadReport, allow_empty: bool, seen: Seen
     ) -> None:
         self._tried = tried
         self._on_bad_row = on_bad_row
@@ -254,6 +291,7 @@ class _Reader:
                 self._schema = recognise(row, self._tried)
             return self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
         except LeftOut:
+            self._report.leave_out("left out by the adapter")
             return None
         except DataError as error:
             self._refuse(number, row.get("id") if isinstance(row, dict) else None, error)
@@ -265,13 +303,14 @@ class _Reader:
         group = trl.merge([group for _, group in numbered])
         if not group.candidates and not self._allow_empty:
             error = DataError("candidates is empty: at least one completion is needed", reason="no candidates")
-        elif group.id in self._seen:
-            error = DataError(f"the id was used before, at {self._seen[group.id]}: ids must differ", reason="duplicate id")
         else:
-            self._seen[group.id] = self._place(number)
-            self._report.groups += 1
-            yield group
-            return
+            before = self._seen.add(group.id, self._place(number))
+            if before is None:
+                self._report.groups += 1
+                self._report.joined += len(numbered) - 1
+                yield group
+                return
+            error = DataError(f"the id was used before, at {before}: ids must differ", reason="duplicate id")
         self._refuse(number, group.id, error, rows=len(numbered))
 
     def _refuse(self, number: int, group_id: object, error: DataError, rows: int = 1) -> None:

@@ -32,7 +32,14 @@ def num_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def map_chunks(function: Callable[[list[Item]], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+def map_chunks(
+    function: Callable[[list[Item]], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    size: int = CHUNK,
+    alone: int = ALONE,
+) -> Iterator[Result]:
     """Apply a function to chunks of the items, in worker processes where there are many; results come in the items' order.
 
     Workers are forked: only items and results are sent, not the function and what it refers to. A few chunks are read ahead.
@@ -41,13 +48,15 @@ def map_chunks(function: Callable[[list[Item]], Result], items: Iterable[Item], 
         function: of a list of items.
         items: read as results are asked for.
         workers: processes; 1 for none beside this one.
+        size: items of a chunk.
+        alone: chunks that this process works on before it forks.
 
     Raises:
         RuntimeError: a worker was killed, as systems do when memory runs out. What the function raises is raised here.
     """
     source = iter(items)
-    chunks = iter(lambda: list(islice(source, CHUNK)), [])
-    yield from map(function, chunks if workers == 1 else islice(chunks, ALONE))
+    chunks = iter(lambda: list(islice(source, size)), [])
+    yield from map(function, chunks if workers == 1 else islice(chunks, alone))
     first = next(chunks, None)
     if first is None:
         return

@@ -16,6 +16,8 @@ from ncalign.formats.parsing import Row
 _BOM = b"\xef\xbb\xbf"
 MAX_LINE = 256 << 20
 """A longer line is a damaged file, or one made to fill the memory."""
+MAX_VALUES = 4_000_000
+"""A row with more values is made to fill the memory: each empty list takes thirty times the room of its two brackets."""
 
 
 def read_rows(path: Path, *, compressed: bool) -> Generator[tuple[int, Row | DataError], None, None]:
@@ -39,7 +41,14 @@ def read_rows(path: Path, *, compressed: bool) -> Generator[tuple[int, Row | Dat
         raise DataError(f"{path}: can't read the {kind} to its end: {error}; copy or make it anew") from error
 
 
+def too_many_values(text: bytes) -> bool:
+    """Whether JSON has brackets and commas for more values than a row can have; short texts are not looked through."""
+    return len(text) > MAX_VALUES and sum(map(text.count, (b"[", b"{", b","))) > MAX_VALUES
+
+
 def _parsed(line: bytes, number: int) -> Row | DataError:
+    if too_many_values(line):
+        return DataError(f"a row of more than {MAX_VALUES} values: no row is that large", reason="too large")
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

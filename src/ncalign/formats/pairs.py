@@ -41,11 +41,11 @@ def pairs_of(group: Group, target: Target, seed: int) -> list[tuple[Candidate, C
     return [(best, chance.choice(worse))]
 
 
-def write_pairs(groups: Iterable[Group], path: Path, *, target: Target, seed: int) -> int:
+def write_pairs(groups: Iterable[Group], path: Path, *, target: Target, seed: int, allow_none: bool = False) -> int:
     """Write the pairs of groups, a row each, and return how many.
 
     Raises:
-        ValueError: there is no pair to write.
+        ValueError: there is no pair to write, unless that is allowed.
     """
     kind = kind_of(path)
     with atomic_path(path) as temporary:
@@ -54,7 +54,7 @@ def write_pairs(groups: Iterable[Group], path: Path, *, target: Target, seed: in
             count = _write_parquet(rows, temporary)
         else:
             count = jsonl.write_rows(rows, temporary, compressed=kind == "jsonl.gz")
-        if not count:
+        if not count and not allow_none:
             raise DataError("no pair to write: in no group do two rewards differ", reason="no pairs")
     return count
 

@@ -17,6 +17,9 @@ from ncalign.formats.group import Candidate, Group, Text
 from ncalign.formats.parsing import Row
 
 BATCH_ROWS = 512
+MAX_BATCH_BYTES = 2 << 30
+UNREADABLE = (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError)
+"""What Arrow raises on damaged files; the last where a column's name is no text."""
 # Arrow's strings hold 2 GiB a column and batch; row groups stay far below, whatever the text's length.
 BATCH_CHARACTERS = 32_000_000
 
@@ -31,10 +34,26 @@ def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
     """
     try:
         with pq.ParquetFile(path) as file:
-            yield from numbered_rows(file.iter_batches(batch_size=BATCH_ROWS))
-    except (pa.ArrowException, OSError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: can't read the Parquet file: {cause}; copy or make it anew") from error
+            yield from numbered_rows(_batches_of(file))
+    except UNREADABLE as error:
+        raise DataError(f"{path}: can't read the Parquet file: {cause_of(error)}; copy or make it anew") from error
+
+
+def cause_of(error: Exception) -> str:
+    """The first line of what a library says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _batches_of(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """The record batches, row group by row group: the smaller, the larger a value may be.
+
+    A value that a million rows share is stored once and may be as large as the group: a batch must not hold 512 copies of it.
+    """
+    for index in range(file.num_row_groups):
+        # The sum of its columns: asking for one column's size ends the process where the file's footer is damaged.
+        size = max(1, file.metadata.row_group(index).total_byte_size)
+        rows = max(1, min(BATCH_ROWS, MAX_BATCH_BYTES // size))
+        yield from file.iter_batches(batch_size=rows, row_groups=[index])
 
 
 def numbered_rows(batches: Iterable[pa.RecordBatch]) -> Generator[tuple[int, Row | DataError], None, None]:

@@ -173,7 +173,7 @@ def _shared_words(first: str, second: str) -> int:
     shared = next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))
     if all(text[shared : shared + 1].isspace() for text in (first, second)):
         return len(first[:shared].rstrip())
-    head = first[: min(shared, len(first) - 1, len(second) - 1)]
-    while head and not head[-1].isspace():
-        head = head[:-1]
-    return len(head.rstrip())
+    end = min(shared, len(first) - 1, len(second) - 1)
+    while end > 0 and not first[end - 1].isspace():
+        end -= 1
+    return len(first[:end].rstrip())

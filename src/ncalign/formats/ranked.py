@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -35,10 +36,13 @@ def rewards_from_ranks(ranks: Sequence[Any], where: str) -> list[float | None]:
     others = len(known) - 1
     if others <= 0:
         return [None if number is None else 1.0 for number in numbers]
-    return [
-        None if own is None else (sum(own < other for other in known) + (sum(own == other for other in known) - 1) / 2) / others
-        for own in numbers
-    ]
+    ordered = sorted(known)
+    # Those worse than it, and half of those tied with it.
+    beaten = {
+        own: len(ordered) - bisect_right(ordered, own) + (bisect_right(ordered, own) - bisect_left(ordered, own) - 1) / 2
+        for own in set(known)
+    }
+    return [None if own is None else beaten[own] / others for own in numbers]
 
 
 def entries(row: Row, column: str, keys: Collection[str]) -> list[dict[str, Any]]:
