@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,8 @@ def test_what_is_planted_is_found(write_jsonl: Write, tiny_model_dir: Path, caps
     assert not found["ready"]
     assert (found["rows_skipped"], found["copies"], found["near_copies"]) == (1, 1, 1)
     assert (found["repeated_prompts"], found["contaminated_prompts"]) == (2, 2)
+    # What only one group writes is no copy across groups; that of `again` is.
+    assert (found["copies_across_groups"], found["near_copies_across_groups"]) == (4, 4)
     assert (found["groups_dropped"], found["completions_truncated"]) == ({"empty completion": 1}, 1)
     text = "\n".join(found["mend"])
     for expected in (
@@ -67,6 +68,39 @@ def test_what_is_planted_is_found(write_jsonl: Write, tiny_model_dir: Path, caps
     assert "To mend:\n  1. 1 of 8 rows" in capsys.readouterr().out
     assert main([*words, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["ready"] is False
+
+
+def test_runs_of_words_of_an_evaluation_prompt(write_jsonl: Write, tiny_model_dir: Path) -> None:
+    asked = "how many apples are left when ten people each take three out of one hundred"
+    held_out = write_jsonl([{"prompt": f"{asked}?"}], "eval.jsonl")
+    words = asked.split()
+    prompts = [f"Please tell me, {asked.upper()}!", " ".join(words[:12]), " ".join(words[1:14]), " ".join(reversed(words))]
+    rows = [{**group_row(k, [1.0, 0.0]), "prompt": [{"role": "user", "content": text}]} for k, text in enumerate(prompts)]
+    found = check(write_jsonl(rows), tiny_model_dir, against=held_out)
+    assert found["contaminated_prompts"] == 2
+    assert "share 13 words in a row with one (first: groups.jsonl:1" in found["mend"][0]
+
+
+def test_a_bos_that_opens_turns_is_no_second_one(groups_file: Path, write_jsonl: Write, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    build_model(tokenizer).save_pretrained(tmp_path / "turns")
+    tokenizer.save_pretrained(tmp_path / "turns")
+    found = check(groups_file, tmp_path / "turns")
+    assert found["ready"]
+    assert found["bos_tokens"] == {"1": 36}
+    row = group_row(0, [1.0, 0.0])
+    row["prompt"] = [{"role": "user", "content": "<|im_start|><|im_start|> 2 + 2"}]
+    found = check(write_jsonl([row], "doubled.jsonl"), tmp_path / "turns")
+    assert "2 candidates have more than one BOS" in found["mend"][0]
+
+
+def test_long_texts_are_shown_from_both_ends(write_jsonl: Write, tiny_model_dir: Path) -> None:
+    row = group_row(0, [1.0, 0.0])
+    row["candidates"][0]["completion"] = [{"role": "assistant", "content": "first " + "x " * 80 + "\x1b[31m last"}]
+    text = check(write_jsonl([row]), tiny_model_dir)["text"]
+    assert " ... " in text
+    assert "\x1b" not in text
 
 
 def test_no_spread_and_a_context_that_is_too_short(write_jsonl: Write, tiny_model_dir: Path) -> None:
@@ -96,7 +130,6 @@ def test_a_completion_that_was_cut_needs_no_end(write_jsonl: Write, tiny_model_d
 
 @pytest.mark.slow
 def test_twenty_thousand_groups(write_jsonl: Write, tiny_model_dir: Path) -> None:
-    data = write_jsonl([group_row(k, [1.0, 0.5, 0.2, 0.0]) for k in range(20_000)])
-    started = time.monotonic()
-    assert check(data, tiny_model_dir)["ready"]
-    print(f"{time.monotonic() - started:.0f} s")
+    rows = [group_row(k, [1.0, 0.5, 0.2, 0.0]) for k in range(20_000)]
+    found = check(write_jsonl(rows), tiny_model_dir)
+    assert (found["ready"], found["groups"], found["candidates"]) == (True, 20_000, 80_000)

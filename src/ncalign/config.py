@@ -157,10 +157,14 @@ SchemaChoice = Annotated[
 ]
 
 
+DataSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A file, a folder, a saved dataset or a hub id."""
+
+
 class ConvertConfig(Frozen):
     """`ncalign convert`: any schema we read → groups in JSONL or Parquet, or pairs."""
 
-    input: str = Field(
+    input: DataSource = Field(
         description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
     )
     output: Path = Field(
@@ -199,10 +203,10 @@ class AuditConfig(Frozen):
 class CheckConfig(EncodingConfig):
     """`ncalign check`: every group encoded as training will, and a list of what to mend."""
 
-    data: Path = Field(description="Groups to check, in any schema that `convert` reads.")
+    data: DataSource = Field(description="Groups to check: whatever `convert` reads.")
     model: str = Field(description="Model folder or hub id; only its tokenizer and configuration are read.")
     schema_name: SchemaChoice = "auto"
-    against: Path | None = Field(None, description="Evaluation set whose prompts must not be among these.")
+    against: DataSource | None = Field(None, description="Evaluation set whose prompts must not be among these.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the tokenizer.")
 
 

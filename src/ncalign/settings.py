@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -116,7 +116,8 @@ def to_yaml(config: BaseModel) -> str:
 def kinds(info: FieldInfo) -> tuple[Any, ...]:
     """Return the types that a field takes: the members of its union, or its one type."""
     annotation: Any = info.annotation
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    found = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in found)
 
 
 def section_models(info: FieldInfo) -> tuple[type[BaseModel], ...]:

@@ -46,20 +46,40 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     return {**facts, **estimates, "layout": layout, "text": "\n".join(lines)}
 
 
-def token_layout(group: EncodedGroup, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One line a candidate: the tokens as text, those that are scored in brackets, with the reward."""
-    prompt = "|".join(_token(tokenizer, token) for token in group.prompt.tolist())
+def token_layout(group: EncodedGroup, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> str:
+    """One line a candidate: the tokens as text, those that are scored in brackets, with the reward.
+
+    Args:
+        group: whose tokens are shown.
+        tokenizer: that made them.
+        most: tokens shown of a text, from its two ends; None for all.
+    """
+    prompt = "|".join(_shown(group.prompt.tolist(), tokenizer, most))
     lines = [f"  prompt ({len(group.prompt)} tokens): {prompt}"]
     for completion, reward in zip(group.completions, group.rewards, strict=True):
-        scored = "".join(f"[{_token(tokenizer, token)}]" for token in completion.tolist())
-        lines.append(f"  reward {reward:g} ({len(completion)} tokens): {scored}")
+        scored = "".join(
+            token if token == _LEFT_OUT else f"[{token}]" for token in _shown(completion.tolist(), tokenizer, most)
+        )
+        known = "none" if reward is None else f"{reward:g}"
+        lines.append(f"  reward {known} ({len(completion)} tokens): {scored}")
     return "\n".join(lines)
+
+
+_LEFT_OUT = " ... "
+
+
+def _shown(tokens: list[int], tokenizer: PreTrainedTokenizerBase, most: int | None) -> list[str]:
+    if most is None or len(tokens) <= most:
+        return [_token(tokenizer, token) for token in tokens]
+    first, last = tokens[: most - most // 3], tokens[-(most // 3) :]
+    return [*(_token(tokenizer, token) for token in first), _LEFT_OUT, *(_token(tokenizer, token) for token in last)]
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     text = tokenizer.decode([token])
     assert isinstance(text, str)
-    return text.replace("\n", "\\n")
+    # Control characters of the data must not reach the terminal.
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _estimate(config: TrainConfig, prepared: Prepared) -> dict[str, float]:
