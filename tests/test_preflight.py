@@ -56,7 +56,7 @@ def test_what_is_planted_is_found(write_jsonl: Write, tiny_model_dir: Path, caps
     text = "\n".join(found["mend"])
     for expected in (
         "1 of 8 rows can't be read",
-        "1 groups can't be encoded: empty completion",
+        "1 groups can't be encoded: empty completion (first: groups.jsonl:4); mend them, or",
         "2 candidates have more than one BOS",
         "1 completions lose their end at max_length 256 (first: groups.jsonl:6",
         "2 prompts are prompts of",

@@ -85,6 +85,7 @@ class Account:
         first_copy: a group with such a candidate.
         bos: candidates by how many BOS tokens stand in their prompt and completion.
         eos: finished, uncut candidates by how many end tokens close them.
+        first_dropped: a group that can't be encoded, for each reason.
         contaminated: groups whose prompt is, or shares a run of words with, one of the evaluation set.
         first_contaminated: such a group.
         lengths: candidates by their tokens: of the prompt, of the completion and of both together.
@@ -100,6 +101,7 @@ class Account:
     first_copy: str | None = None
     bos: Counter[int] = field(default_factory=Counter)
     eos: Counter[int] = field(default_factory=Counter)
+    first_dropped: dict[str, str] = field(default_factory=dict)
     contaminated: int = 0
     first_contaminated: str | None = None
     lengths: tuple[Counter[int], Counter[int], Counter[int]] = field(default_factory=lambda: (Counter(), Counter(), Counter()))
@@ -110,6 +112,7 @@ class Account:
         for name in ("groups", "candidates", "without_reward", "without_spread", "copies", "near_copies", "contaminated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first_copy = self.first_copy or other.first_copy
+        self.first_dropped = other.first_dropped | self.first_dropped
         self.first_contaminated = self.first_contaminated or other.first_contaminated
         self.bos += other.bos
         self.eos += other.eos
@@ -236,11 +239,14 @@ def _look(
         try:
             _count_copies(group, account, digests)
             encoded = encoder.encode(group)
-        except DroppedGroupError:
+        except DroppedGroupError as dropped:
+            account.first_dropped.setdefault(dropped.reason, group.origin or group.id)
             continue
         except ValueError as error:
             # What training would stop at: a missing chat template, a conversation that does not fit it.
-            encoder.report.dropped[str(error).partition(": group ")[2].partition(": ")[2] or str(error)] += 1
+            reason = str(error).partition(": group ")[2].partition(": ")[2] or str(error)
+            encoder.report.dropped[reason] += 1
+            account.first_dropped.setdefault(reason, group.origin or group.id)
             continue
         _count_tokens(encoder, marks, group, encoded, account)
         if len(account.examples) < _EXAMPLES:
@@ -304,7 +310,9 @@ def _mend(
             "on_bad_row: skip"
         )
     for reason, count in encoding.dropped.most_common():
-        yield f"{count} groups can't be encoded: {reason}"
+        first = account.first_dropped.get(reason)
+        where = f" (first: {first})" if first is not None else ""
+        yield f"{count} groups can't be encoded: {reason}{where}; mend them, or on_bad_row: skip leaves them out of training"
     doubled = sum(count for number, count in account.bos.items() if number > 1)
     if doubled:
         yield (

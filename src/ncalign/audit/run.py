@@ -19,13 +19,14 @@ from ncalign.audit.measures import GroupMeasures, best_of, mean, measure_group, 
 from ncalign.audit.page import write_page
 from ncalign.audit.semantic import semantic_numbers
 from ncalign.config import AuditConfig
+from ncalign.formats.seen import Seen
 from ncalign.groups import Group, ReadReport, read_groups
 from ncalign.progress import Bar, say
 
 
 @dataclass
 class Totals:
-    """Sums over all groups, whatever their number: memory does not grow with it, but for a hash of each prompt.
+    """Sums over all groups, whatever their number: memory does not grow with it.
 
     Attributes:
         groups: groups read.
@@ -35,7 +36,7 @@ class Totals:
         tied_best: groups in which several share the best.
         sizes: groups by their number of candidates.
         sources: candidates by who wrote them.
-        prompts: hashes of the prompts, and how often each came.
+        prompts: the prompts, and how often each came.
         sample: some groups, drawn evenly from all.
     """
 
@@ -46,7 +47,7 @@ class Totals:
     tied_best: int = 0
     sizes: Counter[int] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
-    prompts: Counter[int] = field(default_factory=Counter)
+    prompts: Seen = field(default_factory=Seen)
     sample: list[Group] = field(default_factory=list)
 
     def add(self, group: Group, *, size: int, chance: random.Random) -> None:
@@ -59,7 +60,7 @@ class Totals:
         self.tied_best += bool(rewards) and rewards.count(max(rewards)) > 1 and len(set(rewards)) > 1
         self.sizes[len(group.candidates)] += 1
         self.sources.update(candidate.source for candidate in group.candidates if candidate.source)
-        self.prompts[hash(prompt_key(group))] += 1
+        self.prompts.add(prompt_key(group))
         if len(self.sample) < size:
             self.sample.append(group)
         elif (place := chance.randrange(self.groups)) < size:
@@ -123,14 +124,13 @@ def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], *, seed: int) 
     correlations = [group.length_correlation for group in measured if group.length_correlation is not None]
     explained, slope = length_regression(measured)
     spread = [group for group in measured if group.num_distinct > 1]
-    repeated = sum(count for count in totals.prompts.values() if count > 1)
     return {
         "groups": totals.groups,
         "groups/with_spread": totals.with_spread / totals.groups,
         "candidates": totals.candidates,
         "candidates/mean": totals.candidates / totals.groups,
         "candidates/worth_keeping": worth_keeping(measured),
-        "prompts/duplicates": repeated / totals.groups,
+        "prompts/duplicates": totals.prompts.repeated() / totals.groups,
         "rewards/missing": totals.missing / max(1, totals.candidates),
         "rewards/tied_best": totals.tied_best / totals.groups,
         "rewards/distinct": mean([group.num_distinct for group in spread]),

@@ -1,0 +1,51 @@
+"""Memory that does not grow with the number of groups, measured on processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+# A group takes about half a KiB in a file and some more in memory: 40 times as many would show.
+FEW, MANY, ALLOWED_MIB = 5_000, 200_000, 24
+WATCHED = """
+import resource, sys
+from ncalign.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def write(path: Path, number: int) -> Path:
+    with path.open("w") as file:
+        for k in range(number):
+            answers = [{"completion": f"answer {j} to {k}", "reward": (k * 7 + j * j) % 5} for j in range(4)]
+            file.write(json.dumps({"id": f"group-{k}", "prompt": f"What is {k}?", "candidates": answers}) + "\n")
+    return path
+
+
+def peak_mib(words: list[str]) -> float:
+    done = subprocess.run([sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stderr.split()[-1]) / 1024
+
+
+@pytest.mark.parametrize("verb", ["convert", "convert to parquet", "check", "audit"])
+def test_many_groups_take_no_more_than_few(verb: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+    def words(data: Path) -> list[str]:
+        return {
+            "convert": ["convert", str(data), str(tmp_path / "out.jsonl")],
+            "convert to parquet": ["convert", str(data), str(tmp_path / "out.parquet")],
+            "check": ["check", str(data), "--model", str(tiny_model_dir), "--max_length", "128"],
+            "audit": ["audit", str(data), "--output_dir", str(tmp_path / "audit"), "--sample", "200"],
+        }[verb]
+
+    few = peak_mib(words(write(tmp_path / "few.jsonl", FEW)))
+    many = peak_mib(words(write(tmp_path / "many.jsonl", MANY)))
+    assert many - few < ALLOWED_MIB, (few, many)
