@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncalign.audit import measure_group, run_audit
-from ncalign.audit.measures import best_of, likeness, rank_correlation, words
+from ncalign.audit.copies import clusters_across
+from ncalign.audit.measures import agreement, best_of, clusters_of, likeness, words
+from ncalign.audit.ranges import alpha_range, beta_range, effective_number, sample_size
 from ncalign.audit.run import length_regression
 from ncalign.cli import main
 from ncalign.config import AuditConfig
@@ -31,30 +34,69 @@ def text(chance: random.Random, low: int = 20, high: int = 60) -> list[str]:
     return [chance.choice(VOCABULARY) for _ in range(chance.randint(low, high))]
 
 
-def planted(kind: str, num_groups: int = 60, num_candidates: int = 6, seed: int = 0) -> Rows:
+def swapped(words: list[str], how: str, chance: random.Random) -> list[str]:
+    found = list(words)
+    if how == "shuffled":
+        chance.shuffle(found)
+    for _ in range({"neighbours": 3, "far": 4, "exchanged": max(2, len(found) // 6)}.get(how, 0)):
+        i, j = chance.randrange(len(found) - 1), chance.randrange(len(found))
+        if how == "neighbours":
+            found[i], found[i + 1] = found[i + 1], found[i]
+        elif how == "far":
+            found[i], found[j] = found[j], found[i]
+        else:
+            found[i] = chance.choice(VOCABULARY)
+    return found
+
+
+def copied(words: list[str], how: str, chance: random.Random) -> str:
+    text = " ".join(words)
+    if how == "case":
+        return text.upper().replace(" ", ", ") + "."
+    if how == "a word":
+        k = chance.randrange(len(words))
+        return " ".join([*words[:k], "other", *words[k + 1 :]])
+    return f"{text} I hope so." if how == "a tail" else text
+
+
+def lengths(texts: list[str], how: str, chance: random.Random) -> list[float]:
+    sizes = [float(len(text.split())) for text in texts]
+    if how == "noisy":
+        return [size + chance.gauss(0, 3) for size in sizes]
+    return {
+        "words": sizes,
+        "characters": [float(len(text)) for text in texts],
+        "logarithm": [math.log(size) for size in sizes],
+        "brevity": [-size for size in sizes],
+    }[how]
+
+
+def planted(kind: str, how: str = "", num_groups: int = 60, num_candidates: int = 6, seed: int = 0) -> Rows:
     """Groups with one failure planted, or none."""
-    chance, rows = random.Random(f"{kind} {seed}"), []
+    chance, rows = random.Random(f"{kind} {how} {seed}"), []
     for number in range(num_groups):
         candidates = [text(chance) for _ in range(num_candidates)]
         rewards = [chance.random() for _ in candidates]
         best = rewards.index(max(rewards))
         if kind == "token_swap":
-            for k in range(num_candidates):
-                if k != best:
-                    candidates[k] = list(candidates[best])
-                    for _ in range(4):
-                        i, j = chance.randrange(len(candidates[k])), chance.randrange(len(candidates[k]))
-                        candidates[k][i], candidates[k][j] = candidates[k][j], candidates[k][i]
+            candidates = [c if k == best else swapped(candidates[best], how, chance) for k, c in enumerate(candidates)]
         joined = [" ".join(words) for words in candidates]
         if kind == "near_duplicates":
-            for k in range(1, num_candidates, 2):
-                joined[k] = joined[k - 1].upper().replace(" ", ", ") + "."
+            joined = [joined[k] if k % 2 == 0 else copied(candidates[k - 1], how, chance) for k in range(num_candidates)]
         if kind == "length_bias":
-            rewards = [len(words) + chance.random() for words in candidates]
+            rewards = lengths(joined, how, chance)
         prompt = " ".join(text(chance))
         pairs = [{"completion": c, "reward": r} for c, r in zip(joined, rewards, strict=True)]
         rows.append({"id": str(number), "prompt": prompt, "candidates": pairs})
     return rows
+
+
+PLANTS = [
+    ("healthy", ""),
+    *(("token_swap", how) for how in ("far", "neighbours", "shuffled", "exchanged")),
+    *(("near_duplicates", how) for how in ("case", "a word", "a tail", "exactly")),
+    *(("length_bias", how) for how in ("words", "characters", "logarithm", "noisy", "brevity")),
+]
 
 
 def audit(rows: Rows, tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -62,13 +104,28 @@ def audit(rows: Rows, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return run_audit(AuditConfig.model_validate({"data": tmp_path / "data.jsonl", "output_dir": tmp_path / "audit", **changes}))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["healthy", "token_swap", "near_duplicates", "length_bias"])
-def test_planted_failures_are_told_apart(kind: str, seed: int, tmp_path: Path) -> None:
-    found = audit(planted(kind, seed=seed), tmp_path)
-    problems = {finding["name"] for finding in found["findings"] if finding["level"] == "problem"}
-    assert problems == (set() if kind == "healthy" else {kind})
+def problems(found: dict[str, Any]) -> set[str]:
+    return {finding["name"] for finding in found["findings"] if finding["level"] == "problem"}
+
+
+@pytest.mark.parametrize("num_candidates", [2, 4, 8])
+@pytest.mark.parametrize(("kind", "how"), PLANTS)
+def test_planted_failures_are_told_apart(kind: str, how: str, num_candidates: int, tmp_path: Path) -> None:
+    found = audit(planted(kind, how, num_candidates=num_candidates), tmp_path)
+    assert problems(found) == (set() if kind == "healthy" else {kind})
     assert ("healthy" in {finding["name"] for finding in found["findings"]}) == (kind == "healthy")
+
+
+def test_answers_that_differ_in_a_number_are_real_alternatives(tmp_path: Path) -> None:
+    chance, rows = random.Random(0), []
+    for k in range(60):
+        candidates = [
+            {"completion": f"First I add the two numbers, and so the final answer is {n}.", "reward": float(n == k)}
+            for n in chance.sample(range(k - 3, k + 4), 4)
+        ]
+        rows.append({"prompt": f"What is 0 + {k}?", "candidates": candidates})
+    rows = [row for row in rows if any(c["reward"] for c in row["candidates"])]
+    assert problems(audit(rows, tmp_path)) == set()
 
 
 def test_no_spread_is_a_problem(tmp_path: Path) -> None:
@@ -81,10 +138,13 @@ def test_no_spread_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_the_page_escapes_the_data_and_all_is_written(tmp_path: Path) -> None:
-    rows = planted("token_swap", num_groups=8)
+    rows = planted("token_swap", "far", num_groups=8)
     rows[0]["prompt"] = "<script>alert(1)</script>"
+    rows[0]["id"] = "<script>id</script>"
     for row in rows:
         row["candidates"][0]["completion"] += " <img src=x onerror=alert(1)>"
+        for k, candidate in enumerate(row["candidates"]):
+            candidate["source"] = f"<script>{k}"
     audit(rows, tmp_path)
     page = (tmp_path / "audit" / "audit.html").read_text()
     assert "<script>" not in page
@@ -120,6 +180,8 @@ def test_likeness(letters: list[str], chance: random.Random) -> None:
     chance.shuffle(other)
     same, moved = likeness(letters, letters), likeness(letters, other)
     assert (same.edit, same.bag, same.trigrams) == (1.0, 1.0, 1.0)
+    assert same.duplicate
+    assert not same.swapped
     assert moved.bag == 1.0
     assert 0 <= moved.edit <= 1
     assert likeness(letters, ["x"]).edit == likeness(letters, ["x"]).bag == 0.0
@@ -127,8 +189,6 @@ def test_likeness(letters: list[str], chance: random.Random) -> None:
 
 @given(st.lists(st.integers(0, 9).map(float), min_size=1, max_size=6), st.data())
 def test_best_of_is_the_mean_over_all_draws(rewards: list[float], data: st.DataObject) -> None:
-    from itertools import combinations
-
     k = data.draw(st.integers(1, len(rewards)))
     assert best_of(rewards, k) == pytest.approx(np.mean([max(chosen) for chosen in combinations(rewards, k)]))
 
@@ -141,9 +201,83 @@ def test_length_is_taken_within_groups() -> None:
     measured = [measure_group(group((1, 10.0), (3, 11.0), (5, 12.0)), compare=False)]
     measured += [measure_group(group((2, -1.0), (4, 0.0)), compare=False)]
     assert length_regression(measured) == (pytest.approx(1.0), pytest.approx(0.5))
-    assert measured[0].length_correlation == pytest.approx(1.0)
-    assert measured[1].length_correlation is None
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert measured[0].length_pairs == (3, 0, 3)
+    assert measured[1].length_pairs == (1, 0, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 400)), max_size=7))
+def test_agreement_is_a_count_over_pairs(both: list[tuple[int, int]]) -> None:
+    def sign(first: tuple[int, int], second: tuple[int, int]) -> int:
+        (r1, n1), (r2, n2) = first, second
+        apart = abs(n1 - n2) > 0.03 * max(n1, n2)
+        return (1 if (r1 > r2) == (n1 > n2) else -1) if apart else 0
+
+    signs = [sign(first, second) for first, second in combinations(both, 2) if first[0] != second[0]]
+    found = agreement([float(r) for r, _ in both], [n for _, n in both])
+    assert found == (signs.count(1), signs.count(-1), len(signs))
+
+
+def test_clusters_of_copies() -> None:
+    a, b = "one two three four five six seven eight".split(), "a b c d e f g h i j".split()
+    texts = [a, [*a[:3], "x", *a[4:]], b, a, [*b, "k"], ["1", *a[1:]], [a[1], a[0], *a[2:]]]
+    members, pairs = clusters_of(texts)
+    # A word exchanged or added is a copy; a number, or two words that changed places, is not.
+    assert sorted(members) == [[0, 1, 3], [2, 4]]
+    assert set(pairs) == {(0, 1), (0, 3), (1, 3), (2, 4)}
+
+
+def test_copies_across_groups() -> None:
+    chance = random.Random(1)
+    texts = [text(chance, 30, 40) for _ in range(40)]
+    stock = text(chance, 30, 40)
+    for k in (3, 11, 29):
+        texts[k] = list(stock)
+    texts[30] = [*texts[31][:-1], "other"]
+    assert clusters_across(texts, list(range(40))) == [3, 2]
+    # The same group's copies are not copies across groups.
+    assert clusters_across(texts, [0] * 40) == []
+
+
+@given(st.lists(st.lists(st.floats(-3, 3), min_size=3, max_size=6), min_size=3, max_size=6))
+def test_ranges_of_alpha_and_beta(groups: list[list[float]]) -> None:
+    usable = [row for row in groups if np.std(row) > 1e-3]
+    if not usable:
+        return
+    alphas, betas = alpha_range(usable), beta_range(usable)
+    assert alphas is not None
+    assert betas is not None
+    size = np.mean([len(row) for row in usable])
+    numbers = [np.mean([effective_number(row, alpha) for row in usable]) for alpha in alphas]
+    assert 1 <= numbers[0] < numbers[1] < size
+    evenest, sharpest = (np.mean([sample_size(row, beta) for row in usable]) for beta in betas)
+    assert evenest == pytest.approx(0.95 * size, rel=1e-6)
+    assert sharpest < evenest
+    assert betas[0] < betas[1]
+
+
+def test_ranges_without_spread() -> None:
+    assert alpha_range([[1.0, 1.0]]) is None
+    assert beta_range([[1.0], [2.0, 2.0]]) is None
+
+
+def test_noise_is_what_copies_differ_by(tmp_path: Path) -> None:
+    rows = planted("near_duplicates", "case", num_groups=40, num_candidates=6)
+    numbers = audit(rows, tmp_path)["numbers"]
+    pairs = [(row["candidates"][k]["reward"], row["candidates"][k + 1]["reward"]) for row in rows for k in (0, 2, 4)]
+    assert numbers["rewards/noise_pairs"] == len(pairs)
+    assert numbers["rewards/noise_sd"] == pytest.approx(math.sqrt(np.mean([(a - b) ** 2 for a, b in pairs]) / 2))
+    assert "noise" in {finding["name"] for finding in audit(rows, tmp_path)["findings"]}
+
+
+def test_a_source_that_always_wins(tmp_path: Path) -> None:
+    rows = planted("healthy", num_candidates=3)
+    for row in rows:
+        for k, candidate in enumerate(row["candidates"]):
+            candidate |= {"source": f"m{k}", "reward": (k == 1) + candidate["reward"] / 10}
+    found = audit(rows, tmp_path)
+    assert "one_source" in {finding["name"] for finding in found["findings"]}
+    assert [row["best"] for row in found["tables"]["sources"]] == [60, 0, 0]
+    assert found["tables"]["sources"][0]["source"] == "m1"
 
 
 def test_words() -> None:
@@ -157,9 +291,16 @@ def test_the_kernel_of_a_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     # A policy that is its own reference has no preference: every lower-scored candidate is as likely as another.
     assert flat["kernel/entropy"] == pytest.approx(1.0)
     assert flat["kernel/effective_share"] == pytest.approx(1.0)
-    assert flat["kernel/likeness_drawn"] == pytest.approx(flat["kernel/likeness_random"])
+    assert flat["kernel/likeness_drawn/words"] == pytest.approx(flat["kernel/likeness_random/words"])
+    assert flat["kernel/false_negatives"] == pytest.approx(flat["kernel/false_negatives_random"])
     assert flat["kernel/length_drawn"] == pytest.approx(1.0)
-    sharp = audit(rows, tmp_path, **small)["numbers"]
+    found = audit(rows, tmp_path, **small)
+    sharp, tables = found["numbers"], found["tables"]
+    assert sum(row["drawn"] for row in tables["kernel_by_rank"]) == pytest.approx(1.0)
+    assert [row["random"] for row in tables["kernel_by_rank"]] == pytest.approx([1 / 3] * 3)
+    shares = [row["effective_share"] for row in tables["kernel_by_beta"]]
+    assert shares == sorted(shares, reverse=True)
+    assert "hard_negatives" in {finding["name"] for finding in found["findings"]}
     # By its log-prob alone a model prefers what is short.
     assert sharp["kernel/entropy"] < 0.5
     assert sharp["kernel/length_drawn"] < 1.0

@@ -185,11 +185,14 @@ class ConvertConfig(Frozen):
 class AuditConfig(Frozen):
     """`ncalign audit`: what a set of scored candidates is like, before anything is trained on it."""
 
-    data: Path = Field(description="Scored groups, in any schema that `convert` reads.")
-    output_dir: Path = Field(description="Folder for audit.json and audit.html.")
+    data: DataSource = Field(description="Scored groups: whatever `convert` reads.")
+    output_dir: Path = Field(Path("runs/audit"), description="Folder for audit.json and audit.html.")
     schema_name: SchemaChoice = "auto"
     sample: int = Field(1000, ge=2, description="Groups whose texts are compared, drawn evenly from all.")
     embedder: str | None = Field(None, description="sentence-transformers model for likeness in meaning; none: words alone.")
+    bertscore: str | None = Field(
+        None, description="Model, or model:layer, for BERTScore of the best candidate and the others; none: not computed."
+    )
     model: str | None = Field(None, description="Model whose kernel weights are looked at; none: no kernel.")
     reference_model: str | None = Field(None, description="Reference of its log-ratios; none: its log-probs are the scores.")
     beta: Beta = 0.1

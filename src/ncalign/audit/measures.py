@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
@@ -16,11 +16,11 @@ from scipy import stats
 from ncalign.encoding import as_messages, completion_text
 from ncalign.groups import Group
 
-DUPLICATE = 0.97
-"""Share of words in common order above which two texts are near-duplicates."""
-SWAPPED_EDIT, SWAPPED_BAG = 0.8, 0.95
+COPY_WORDS, COPY_SHARE = 1.0, 0.1
+"""Words, or the share of the words, in which a near-copy may differ; words that only stand elsewhere make it none."""
+SWAP_BAG, EXCHANGED_EDIT = 0.9, 0.75
 _MAX_WORDS = 300
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,66 @@ class Likeness:
 
     Attributes:
         edit: words in common order, as a share of both (Ratcliff-Obershelp): 1 for the same words.
-        bag: words in common, in any order, as a share of both (Dice).
+        bag: words in common, in any order, as a share of both (Dice); ``bag - edit`` is the share of words that moved.
         trigrams: runs of three words in common, as a share of all (Jaccard).
+        size: words of the two texts, on average.
+        same_numbers: whether the same numbers occur in both: answers that differ in a number are different answers.
+        plain_edit: ``edit`` of what is left without the numbers.
+        same_length: whether the longer has at most a tenth more words.
     """
 
     edit: float
     bag: float
     trigrams: float
+    size: float = 0.0
+    same_numbers: bool = True
+    plain_edit: float = 1.0
+    same_length: bool = True
+
+    @property
+    def changed(self) -> float:
+        """Words of a text that the other has not in that order."""
+        return (1 - self.edit) * self.size
+
+    @property
+    def moved(self) -> float:
+        """Words of a text that the other has elsewhere."""
+        return (self.bag - self.edit) * self.size
 
     @property
     def duplicate(self) -> bool:
-        """Whether the two differ in next to nothing."""
-        return self.edit >= DUPLICATE
+        """Whether the two differ in next to nothing: a word or a tenth of them, none moved, no number."""
+        if not self.same_numbers or self.moved >= _MOVED:
+            return False
+        return self.changed <= min(max(COPY_WORDS, COPY_SHARE * self.size), self.size / 5) + 1e-9
 
     @property
     def swapped(self) -> bool:
-        """Whether one looks like the other with words moved or exchanged."""
-        return not self.duplicate and (self.edit >= SWAPPED_EDIT or self.bag >= SWAPPED_BAG)
+        """Whether one looks like the other with words moved or exchanged, numbers aside."""
+        if self.duplicate or self.plain_edit == 1:
+            return False
+        moved = self.bag >= SWAP_BAG and self.moved >= _MOVED
+        return moved or (self.same_length and min(self.edit, self.plain_edit) >= EXCHANGED_EDIT)
+
+
+_MOVED = 0.99
+"""Words: one, less the rounding of shares."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The places of a group's best candidate and of those scored lower, the highest-scored first; ties in their own order."""
+
+    best: int
+    lower: tuple[int, ...]
+
+
+def ranked(group: Group) -> Ranked | None:
+    """A group by its rewards; None where no two differ."""
+    known = [(candidate.reward, k) for k, candidate in enumerate(group.candidates) if candidate.reward is not None]
+    ordered = sorted(known, key=lambda pair: (-pair[0], pair[1]))
+    lower = tuple(k for reward, k in ordered if reward < ordered[0][0])
+    return Ranked(ordered[0][1], lower) if lower else None
 
 
 @dataclass
@@ -59,10 +102,14 @@ class GroupMeasures:
         num_distinct: different rewards.
         tied_best: candidates that share the best reward, that one aside.
         lengths: words of each candidate with a reward, in the order of ``rewards``.
-        length_correlation: Spearman's rank correlation of reward and length; None where one of them does not vary.
-        likeness: the best candidate against each lower-scored one.
+        length_pairs: as :func:`agreement` counts them, by words.
+        character_pairs: the same by characters.
+        likeness: the best candidate against each lower-scored one, the highest-scored first.
         copies: candidates that are near-duplicates of an earlier one.
+        clusters: sizes of the sets of near-duplicates, those of one left out.
+        noise: differences of the rewards of near-duplicates.
         sources: who wrote the candidates.
+        best_source: who wrote the best one; None where several share the reward or it has no source.
     """
 
     num_candidates: int
@@ -71,14 +118,18 @@ class GroupMeasures:
     num_distinct: int
     tied_best: int
     lengths: list[int]
-    length_correlation: float | None
+    length_pairs: tuple[int, int, int] = (0, 0, 0)
+    character_pairs: tuple[int, int, int] = (0, 0, 0)
     likeness: list[Likeness] = field(default_factory=list)
     copies: int = 0
+    clusters: list[int] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    best_source: str | None = None
 
 
 def words(text: str) -> list[str]:
-    """Words in small letters; punctuation and white space don't count."""
+    """Words in small letters; punctuation and white space don't count, and each Chinese or Japanese sign is one."""
     return _WORD.findall(text.lower())
 
 
@@ -88,24 +139,55 @@ def likeness(first: Sequence[str], second: Sequence[str]) -> Likeness:
     >>> likeness("a b c d".split(), "a c b d".split()).bag
     1.0
     """
+    longer, shorter = max(len(first), len(second)), min(len(first), len(second))
     a, b = list(first[:_MAX_WORDS]), list(second[:_MAX_WORDS])
+    size = (len(a) + len(b)) / 2
+    # What stands behind the part that is looked at is missing from one of the two, at least.
+    size, same_length = max(size, (longer + shorter) / 2 if a == b else size), longer <= 1.1 * shorter
     if a == b:
-        return Likeness(1.0, 1.0, 1.0)
+        edit = 2 * shorter / (longer + shorter) if longer else 1.0
+        return Likeness(edit, edit, edit, size, same_length=same_length)
     if not a or not b:
-        return Likeness(0.0, 0.0, 0.0)
+        return Likeness(0.0, 0.0, 0.0, size, same_numbers=False, plain_edit=0.0, same_length=False)
     common = sum((Counter(a) & Counter(b)).values())
     bag = 2 * common / (len(a) + len(b))
     # No order of the words can give more than their number in common: most pairs need no alignment.
     edit = SequenceMatcher(None, a, b, autojunk=False).ratio() if bag > 0.3 else bag / 2
-    return Likeness(edit, bag, _jaccard(_runs(a), _runs(b)))
+    same_numbers, plain_edit = True, edit
+    if edit > 0.3 and _numbers(a) != _numbers(b):
+        same_numbers = False
+        plain_a, plain_b = ([word for word in text if not word.isdigit()] for text in (a, b))
+        plain_edit = SequenceMatcher(None, plain_a, plain_b, autojunk=False).ratio()
+    return Likeness(edit, bag, _jaccard(_runs(a), _runs(b)), size, same_numbers, plain_edit, same_length)
 
 
-def _copy(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Whether two texts are near-duplicates; counted words rule most pairs out before any alignment."""
-    if abs(len(first) - len(second)) > (1 - DUPLICATE) * (len(first) + len(second)):
+def _numbers(text: Sequence[str]) -> Counter[str]:
+    return Counter(word for word in text if word.isdigit())
+
+
+def _maybe_copy(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether two texts may be near-duplicates; counted words rule most pairs out before any alignment."""
+    size = (len(first) + len(second)) / 2
+    allowed = 1.5 * max(COPY_WORDS, COPY_SHARE * size)
+    if abs(len(first) - len(second)) / 2 > allowed:
         return False
-    common = sum((Counter(first) & Counter(second)).values())
-    return 2 * common >= DUPLICATE * (len(first) + len(second)) and likeness(first, second).duplicate
+    return size - sum((Counter(first) & Counter(second)).values()) <= allowed
+
+
+def clusters_of(texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Sets of texts that are near-duplicates of each other, directly or by way of others, and the pairs that are directly."""
+    owner = list(range(len(texts)))
+    pairs = []
+    for j in range(len(texts)):
+        for i in range(j):
+            if _maybe_copy(texts[i], texts[j]) and likeness(texts[i], texts[j]).duplicate:
+                pairs.append((i, j))
+                old, new = owner[j], owner[i]
+                owner = [new if own == old else own for own in owner]
+    found: dict[int, list[int]] = {}
+    for index, own in enumerate(owner):
+        found.setdefault(own, []).append(index)
+    return [members for members in found.values() if len(members) > 1], pairs
 
 
 def _runs(text: Sequence[str], order: int = 3) -> set[tuple[str, ...]]:
@@ -118,9 +200,10 @@ def _jaccard(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
 
 def measure_group(group: Group, *, compare: bool) -> GroupMeasures:
     """A group's numbers; comparing its texts, which takes most of the time, only where asked for."""
-    texts = [words(completion_text(candidate, group)) for candidate in group.candidates]
-    known = [(c.reward, text) for c, text in zip(group.candidates, texts, strict=True) if c.reward is not None]
-    rewards, lengths = [reward for reward, _ in known], [len(text) for _, text in known]
+    completions = [completion_text(candidate, group) for candidate in group.candidates]
+    texts = [words(text) for text in completions]
+    known = [k for k, candidate in enumerate(group.candidates) if candidate.reward is not None]
+    rewards = [group.candidates[k].reward or 0.0 for k in known]
     best = max(rewards, default=0.0)
     found = GroupMeasures(
         num_candidates=len(texts),
@@ -128,23 +211,44 @@ def measure_group(group: Group, *, compare: bool) -> GroupMeasures:
         spread=best - min(rewards) if rewards else 0.0,
         num_distinct=len(set(rewards)),
         tied_best=rewards.count(best) - 1 if rewards else 0,
-        lengths=lengths,
-        length_correlation=rank_correlation(rewards, lengths),
+        lengths=[len(texts[k]) for k in known],
+        length_pairs=agreement(rewards, [len(texts[k]) for k in known]),
+        character_pairs=agreement(rewards, [len(completions[k]) for k in known]),
         sources=[candidate.source or "" for candidate in group.candidates],
     )
+    if found.num_distinct > 1 and not found.tied_best:
+        found.best_source = group.candidates[known[rewards.index(best)]].source
     if compare:
-        if found.num_distinct > 1:
-            positive = rewards.index(best)
-            found.likeness = [likeness(known[positive][1], text) for reward, text in known if reward < best]
-        found.copies = sum(any(_copy(texts[i], texts[j]) for j in range(i)) for i in range(len(texts)))
+        order = ranked(group)
+        if order is not None:
+            found.likeness = [likeness(texts[order.best], texts[k]) for k in order.lower]
+        members, pairs = clusters_of(texts)
+        found.clusters = [len(one) for one in members]
+        found.copies = sum(found.clusters) - len(members)
+        both = [(group.candidates[i].reward, group.candidates[j].reward) for i, j in pairs]
+        found.noise = [first - second for first, second in both if first is not None and second is not None]
     return found
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's; None where there are fewer than three values or one side does not vary."""
-    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(stats.spearmanr(first, second).statistic)
+def agreement(rewards: Sequence[float], lengths: Sequence[int]) -> tuple[int, int, int]:
+    """Pairs of which the longer has the higher reward, pairs of which it has the lower, and all whose rewards differ.
+
+    Lengths within three per cent of each other count as equal.
+
+    >>> agreement([1, 2, 3, 3], [10, 20, 5, 5])
+    (1, 4, 5)
+    """
+    r, n = np.asarray(rewards, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    apart = np.abs(np.subtract.outer(n, n)) > 0.03 * np.maximum.outer(n, n)
+    differ = np.sign(np.subtract.outer(r, r))
+    signs = differ * np.sign(np.subtract.outer(n, n)) * apart
+    return int((signs > 0).sum()) // 2, int((signs < 0).sum()) // 2, int(np.count_nonzero(differ)) // 2
+
+
+def share_of_agreement(pairs: Iterable[tuple[int, int, int]]) -> float:
+    """Somers' D of length given reward, over all groups' pairs: 1 where the longer always has the higher reward."""
+    alike, otherwise, every = (sum(column) for column in zip(*pairs, strict=True))
+    return (alike - otherwise) / every if every else 0.0
 
 
 def best_of(rewards: Sequence[float], k: int) -> float:
@@ -180,3 +284,13 @@ def prompt_key(group: Group) -> str:
 def mean(values: Sequence[float]) -> float:
     """Their mean; NaN where there are none."""
     return float(np.mean(values)) if len(values) else math.nan
+
+
+def interval(values: Sequence[float], *, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval, 95 %, of a mean; (NaN, NaN) with fewer than two values."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    found = stats.bootstrap(
+        (np.asarray(values),), np.mean, n_resamples=2000, batch=200, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return float(found.low), float(found.high)

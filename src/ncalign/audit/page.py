@@ -8,57 +8,128 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ncalign.atomic import write_text_atomic
-from ncalign.audit.measures import GroupMeasures
+from ncalign.audit.measures import GroupMeasures, ranked
 from ncalign.encoding import as_messages, completion_text
 from ncalign.groups import Group
 from ncalign.report.page import embedded, head
 
 _EXAMPLES, _SHOWN = 4, 600
+_TITLES = {
+    "likeness_by_rank": "Likeness of the best candidate to the second, third and so on",
+    "sources": "Sources: rewards, and how often each wrote the best candidate alone",
+    "copies_within_groups": "Sets of near-copies within groups",
+    "kernel_by_rank": "Whom the kernel draws: weight by rank of reward",
+    "kernel_by_source": "Whom the kernel draws: weight by source",
+    "kernel_by_beta": "Effective sample size of the kernel, as a share of the candidates, by beta",
+}
 
 
 def write_page(path: Path, result: Mapping[str, Any], measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> None:
     """Write the page."""
-    rows = ((name, "" if value is None else f"{value:.4g}") for name, value in result["numbers"].items())
-    numbers = "".join(f"<tr><td>{escape(name)}<td>{value}</tr>" for name, value in rows)
+    rows = [{"number": name, "value": value} for name, value in result["numbers"].items()]
     found = "".join(f"<li><b>{escape(f['level'])}</b>: {escape(f['text'])}" for f in result["findings"])
     parts = [
         head(f"audit of {result['data']}"),
-        f"<h1>Audit of {escape(result['data'])}</h1><ul>{found}</ul>",
-        f'<img alt="rewards, likeness and length" src="{embedded(picture(measured, result["sizes"]))}">',
-        f"<h2>Numbers</h2><p>Those of likeness and length from {result['sampled']} groups.<table>{numbers}</table>",
+        f"<h1>Audit of {escape(str(result['data']))}</h1><ul>{found}</ul>",
+        f'<img alt="rewards, likeness and length" src="{embedded(picture(measured, result))}">',
+        *(f"<h2>{escape(_TITLES[name])}</h2>{_table(table)}" for name, table in result["tables"].items()),
+        f"<h2>Numbers</h2><p>Those of likeness, length and the kernel from {result['sampled']} groups.{_table(rows)}",
         _examples(measured, sample),
     ]
     write_text_atomic("\n".join(parts) + "\n", path)
 
 
-def picture(measured: Sequence[GroupMeasures], sizes: Mapping[int, int]) -> bytes:
-    """A PNG with six panels."""
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    axes = list(figure.subplots(3, 2).flat)
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(rows[0])
+    header = "".join(f"<th>{escape(column.replace('_', ' '))}" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(_cell(row[column]))}" for column in columns) + "</tr>" for row in rows)
+    return f"<table><tr>{header}</tr>{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def picture(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> bytes:
+    """A PNG with a panel for each thing that there is to see."""
     likeness = [one for group in measured for one in group.likeness]
+    tables = result["tables"]
     panels: list[tuple[str, str, list[float]]] = [
         ("Rewards", "reward", [reward for group in measured for reward in group.rewards]),
         ("Spread of the rewards in a group", "best less worst", [group.spread for group in measured]),
         ("The best candidate and the others", "words in common order", [one.edit for one in likeness]),
-        (
-            "Reward and length in a group",
-            "rank correlation",
-            [group.length_correlation for group in measured if group.length_correlation is not None],
-        ),
+        ("Words that only moved", "share of the words", [one.bag - one.edit for one in likeness]),
         ("Length", "words", [float(length) for group in measured for length in group.lengths]),
     ]
-    for axis, (title, label, values) in zip(axes, panels, strict=False):
-        axis.hist(values, bins=30)
+    extra = [name for name in ("kernel_by_rank", "kernel_by_beta") if name in tables]
+    rows = (len(panels) + 2 + len(extra) + 1) // 2
+    figure = Figure(figsize=(11, 3 * rows), layout="constrained")
+    axes = iter(figure.subplots(rows, 2).flat)
+    for title, label, values in panels:
+        axis = next(axes)
+        _histogram(axis, values)
         axis.set_title(title)
         axis.set_xlabel(label)
-    axes[5].bar([str(size) for size in sizes], list(sizes.values()))
-    axes[5].set_title("Candidates of a group")
+    _length_and_reward(next(axes), measured)
+    axis = next(axes)
+    axis.bar([str(size) for size in result["sizes"]], list(result["sizes"].values()))
+    axis.set_title("Candidates of a group")
+    if "kernel_by_rank" in tables:
+        _drawn(next(axes), tables["kernel_by_rank"])
+    if "kernel_by_beta" in tables:
+        axis = next(axes)
+        axis.plot(*zip(*((row["beta"], row["effective_share"]) for row in tables["kernel_by_beta"]), strict=True), marker="o")
+        axis.set_xscale("log")
+        axis.set_ylim(0, 1.05)
+        axis.set_title("Effective sample size of the kernel")
+        axis.set_xlabel("beta")
+        axis.set_ylabel("share of the candidates")
+    for axis in axes:
+        axis.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _histogram(axis: Axes, values: Sequence[float]) -> None:
+    if not values:
+        return
+    low, high = min(values), max(values)
+    # Values that are all but equal have no room for bins between them.
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
+        axis.bar([f"{low:.4g}"], [len(values)])
+    else:
+        axis.hist(np.asarray(values, dtype=np.float64) if high - low < 1e300 else np.asarray(values) / 2, bins=30)
+
+
+def _length_and_reward(axis: Axes, measured: Sequence[GroupMeasures]) -> None:
+    """Each candidate's length and reward, less its group's means."""
+    x: list[float] = []
+    y: list[float] = []
+    for group in measured:
+        if group.num_distinct > 1:
+            x += list(np.asarray(group.lengths) - np.mean(group.lengths))
+            y += list(np.asarray(group.rewards) - np.mean(group.rewards))
+    axis.scatter(x, y, s=4, alpha=0.4)
+    axis.set_title("Reward and length within groups")
+    axis.set_xlabel("words, less the group's mean")
+    axis.set_ylabel("reward, less the mean")
+
+
+def _drawn(axis: Axes, table: Sequence[Mapping[str, Any]]) -> None:
+    places = np.arange(len(table))
+    axis.bar(places - 0.2, [row["drawn"] for row in table], width=0.4, label="kernel")
+    axis.bar(places + 0.2, [row["random"] for row in table], width=0.4, label="random")
+    axis.set_xticks(places, [str(row["rank"]) for row in table])
+    axis.set_title("Who gets drawn")
+    axis.set_xlabel("rank of reward (1 is the best)")
+    axis.set_ylabel("weight")
+    axis.legend()
 
 
 def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> str:
@@ -69,10 +140,13 @@ def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> str
     )
     rows = []
     for number in order[:_EXAMPLES]:
-        group = sample[number]
-        scored = sorted((c for c in group.candidates if c.reward is not None), key=lambda c: -(c.reward or 0.0))
-        shown = ((completion_text(c, group)[:_SHOWN], c.reward) for c in scored[:3])
-        cells = "".join(f"<td><pre>{escape(text)}</pre><small>reward {reward:.3g}</small>" for text, reward in shown)
+        group, places = sample[number], ranked(sample[number])
+        assert places is not None
+        shown = [group.candidates[k] for k in (places.best, *places.lower[:2])]
+        cells = "".join(
+            f"<td><pre>{escape(completion_text(c, group)[:_SHOWN])}</pre><small>reward {c.reward or 0.0:.3g}</small>"
+            for c in shown
+        )
         prompt = as_messages(group.prompt)[-1]["content"][:_SHOWN]
         rows.append(f"<tr><td><small>{escape(group.id)}</small><pre>{escape(prompt)}</pre>{cells}</tr>")
     header = "<h2>Where the best is most like another</h2><table><tr><th>prompt<th>best<th>next<th>next</tr>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,27 @@ from typing import Any
 import numpy as np
 
 from ncalign.atomic import check_writable, write_json_atomic
+from ncalign.audit.copies import clusters_across
 from ncalign.audit.findings import Finding, findings
-from ncalign.audit.kernel import kernel_numbers
-from ncalign.audit.measures import GroupMeasures, best_of, mean, measure_group, prompt_key, random_baseline
+from ncalign.audit.kernel import KernelAudit, audit_kernel
+from ncalign.audit.measures import (
+    GroupMeasures,
+    best_of,
+    mean,
+    measure_group,
+    prompt_key,
+    random_baseline,
+    share_of_agreement,
+    words,
+)
 from ncalign.audit.page import write_page
-from ncalign.audit.semantic import semantic_numbers
+from ncalign.audit.ranges import alpha_range, beta_range
+from ncalign.audit.semantic import Meaning, by_bertscore, by_embeddings
 from ncalign.config import AuditConfig
+from ncalign.encoding import completion_text
 from ncalign.formats.seen import Seen
 from ncalign.groups import Group, ReadReport, read_groups
+from ncalign.parallel import map_chunks, num_workers
 from ncalign.progress import Bar, say
 
 
@@ -87,21 +100,23 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
     if report.skipped:
         say(report.notice(config.data))
-    measured = []
-    with Bar("Comparing candidates", len(totals.sample)) as bar:
-        for group in totals.sample:
-            measured.append(measure_group(group, compare=True))
-            bar.advance()
+    measured = _measured(totals.sample)
     numbers = numbers_of(totals, measured, seed=config.seed)
-    if config.embedder is not None:
-        numbers |= semantic_numbers(totals.sample, config.embedder, seed=config.seed)
+    meanings = _meanings(totals.sample, config)
+    for name, meaning in meanings.items():
+        numbers[f"{name}/best_to_others"] = mean([value for row in meaning.to_best.values() for value in row])
+        numbers[f"{name}/random"] = mean(meaning.random)
+    kernel = KernelAudit()
     if config.model is not None:
-        numbers |= kernel_numbers(totals.sample, config)
+        kernel = audit_kernel(totals.sample, measured, meanings, config)
+        numbers |= kernel.numbers
+        numbers["beta/low"], numbers["beta/high"] = beta_range(kernel.scores) or (math.nan, math.nan)
     found = findings(numbers)
     result: dict[str, Any] = {
-        "data": str(config.data),
+        "data": config.data,
         "numbers": {name: value if _finite(value) else None for name, value in numbers.items()},
         "findings": [asdict(finding) for finding in found],
+        "tables": {name: table for name, table in tables(measured, meanings, kernel).items() if table},
         "sizes": dict(sorted(totals.sizes.items())),
         "sources": dict(totals.sources.most_common(50)),
         "rows_skipped": report.skipped,
@@ -110,6 +125,28 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     write_json_atomic(result, json_file)
     write_page(page, result, measured, totals.sample)
     return {**result, "text": _text(config.data, numbers, found, page)}
+
+
+def _measured(sample: Sequence[Group]) -> list[GroupMeasures]:
+    measured = []
+    with Bar("Comparing candidates", len(sample)) as bar:
+        for rows in map_chunks(_measure_some, sample, workers=num_workers()):
+            measured += rows
+            bar.advance(len(rows))
+    return measured
+
+
+def _measure_some(groups: Sequence[Group]) -> list[GroupMeasures]:
+    return [measure_group(group, compare=True) for group in groups]
+
+
+def _meanings(sample: Sequence[Group], config: AuditConfig) -> dict[str, Meaning]:
+    found = {}
+    if config.embedder is not None:
+        found["meaning"] = by_embeddings(sample, config.embedder, seed=config.seed)
+    if config.bertscore is not None:
+        found["bertscore"] = by_bertscore(sample, config.bertscore, seed=config.seed)
+    return found
 
 
 def _finite(value: Any) -> bool:
@@ -121,9 +158,12 @@ def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], *, seed: int) 
     compared = sum(group.num_candidates for group in measured)
     likeness = [one for group in measured for one in group.likeness]
     baseline = random_baseline(totals.sample, seed=seed)
-    correlations = [group.length_correlation for group in measured if group.length_correlation is not None]
-    explained, slope = length_regression(measured)
     spread = [group for group in measured if group.num_distinct > 1]
+    noise = [difference for group in measured for difference in group.noise]
+    alphas = alpha_range([group.rewards for group in spread]) or (math.nan, math.nan)
+    winners = Counter(group.best_source for group in measured if group.best_source)
+    texts = [words(completion_text(candidate, group)) for group in totals.sample for candidate in group.candidates]
+    owners = [number for number, group in enumerate(totals.sample) for _ in group.candidates]
     return {
         "groups": totals.groups,
         "groups/with_spread": totals.with_spread / totals.groups,
@@ -136,15 +176,71 @@ def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], *, seed: int) 
         "rewards/distinct": mean([group.num_distinct for group in spread]),
         "rewards/within_sd": mean([float(np.std(group.rewards)) for group in spread]),
         "rewards/spread": mean([group.spread for group in spread]),
+        # The difference of two rewards has twice the variance of one.
+        "rewards/noise_sd": math.sqrt(mean([difference**2 for difference in noise]) / 2),
+        "rewards/noise_pairs": len(noise),
+        "alpha/low": alphas[0],
+        "alpha/high": alphas[1],
         "likeness/best_to_others": mean([one.edit for one in likeness]),
         "likeness/trigrams": mean([one.trigrams for one in likeness]),
         "likeness/random": mean([one.edit for one in baseline]),
         "likeness/swapped": mean([float(one.swapped) for one in likeness]) if likeness else 0.0,
         "likeness/duplicates": sum(group.copies for group in measured) / max(1, compared),
+        "copies/across": sum(clusters_across(texts, owners)) / max(1, compared),
+        "sources/number": len(totals.sources),
+        "sources/most_best": max(winners.values(), default=0) / max(1, sum(winners.values())),
+        **length_numbers(measured),
+    }
+
+
+def length_numbers(measured: Sequence[GroupMeasures]) -> dict[str, float]:
+    """How rewards follow length within groups; by words or by characters, whichever they follow more."""
+    by_words = share_of_agreement([group.length_pairs for group in measured])
+    by_characters = share_of_agreement([group.character_pairs for group in measured])
+    explained, slope = length_regression(measured)
+    return {
         "length/words": mean([length for group in measured for length in group.lengths]),
-        "length/correlation": mean(correlations) if correlations else 0.0,
+        "length/agreement": max(by_words, by_characters, key=abs),
         "length/explained": explained,
         "length/slope": slope,
+    }
+
+
+def tables(
+    measured: Sequence[GroupMeasures], meanings: Mapping[str, Meaning], kernel: KernelAudit
+) -> dict[str, list[dict[str, Any]]]:
+    """What is no single number: by rank, by source, by beta, and the sizes of clusters."""
+    by_rank: dict[str, list[list[float]]] = {"words": [[one.edit for one in group.likeness] for group in measured]}
+    by_rank |= {name: list(meaning.to_best.values()) for name, meaning in meanings.items()}
+    most = max((len(row) for row in by_rank["words"]), default=0)
+    rewards: dict[str, list[float]] = {}
+    for group in measured:
+        if len(group.sources) == len(group.rewards):
+            for source, reward in zip(group.sources, group.rewards, strict=True):
+                rewards.setdefault(source, []).append(reward)
+    winners = Counter(group.best_source for group in measured if group.best_source)
+    clusters = Counter(size for group in measured for size in group.clusters)
+    return {
+        "likeness_by_rank": [
+            {
+                "rank": place + 2,
+                **{name: mean([row[place] for row in rows if len(row) > place]) for name, rows in by_rank.items()},
+            }
+            for place in range(most)
+        ],
+        "sources": [
+            {"source": source, "candidates": len(values), "mean_reward": mean(values), "best": winners[source]}
+            for source, values in sorted(rewards.items(), key=lambda item: -mean(item[1]))
+            if source
+        ][:50],
+        "copies_within_groups": [{"size": size, "sets": clusters[size]} for size in sorted(clusters)],
+        "kernel_by_rank": [
+            {"rank": place + 2, "drawn": drawn, "random": uniform} for place, (drawn, uniform) in enumerate(kernel.by_rank)
+        ],
+        "kernel_by_source": [
+            {"source": name, "drawn": drawn, "random": uniform} for name, (drawn, uniform) in kernel.by_source.items()
+        ],
+        "kernel_by_beta": [{"beta": beta, "effective_share": share} for beta, share in kernel.by_beta.items()],
     }
 
 
@@ -175,13 +271,18 @@ def worth_keeping(measured: Sequence[GroupMeasures]) -> float:
     return float(next(k for k, value in enumerate(means, start=1) if value >= wanted - 1e-12))
 
 
-def _text(data: Path, numbers: dict[str, float], found: Sequence[Finding], page: Path) -> str:
+def _text(data: str, numbers: dict[str, float], found: Sequence[Finding], page: Path) -> str:
     lines = [
         f"{data}: {numbers['groups']:.0f} groups, {numbers['candidates/mean']:.1f} candidates each; rewards differ in "
         f"{numbers['groups/with_spread']:.0%} of them",
         f"  the best candidate against the others: {numbers['likeness/best_to_others']:.2f} of the words in common order; "
         f"unrelated texts: {numbers['likeness/random']:.2f}",
-        f"  reward and length within a group: rank correlation {numbers['length/correlation']:.2f}",
+        *(
+            f"  by {name}: {numbers[f'{key}/best_to_others']:.2f}; unrelated texts: {numbers[f'{key}/random']:.2f}"
+            for key, name in (("meaning", "embeddings"), ("bertscore", "BERTScore"))
+            if f"{key}/random" in numbers
+        ),
+        f"  of two candidates the longer has the higher reward in {(1 + numbers['length/agreement']) / 2:.0%} of the cases",
         "",
         *(f"{finding.level}: {finding.text}" for finding in found),
         "",
