@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from ncalign.rewards.transforms import Rewards, length_deviations
 
 QUANTILE_SAMPLE = 2**20
 """Rewards that a quantile is exact up to; of more, as many are drawn."""
-_NUM_BINS = 4096
-_MAX_PHI = 50.0
+_NUM_BINS, _MAX_SOURCES = 1024, 64
+_MAX_PHI = 10.0
+"""Odds of e^10 for a standard deviation of length: no data tell more from infinity."""
+_RIDGE = 1e-10
+"""On the coefficients, so that a source which always wins has a finite quality; too small to be seen in length's."""
 
 
 class LengthSlope:
@@ -24,7 +30,7 @@ class LengthSlope:
         self._cross = self._square = 0.0
         self.num_candidates = 0
 
-    def add(self, rewards: Rewards, lengths: list[float]) -> None:
+    def add(self, rewards: Rewards, lengths: Sequence[float]) -> None:
         """See a group."""
         away = length_deviations(rewards, lengths)
         known = np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
@@ -45,12 +51,13 @@ class LengthSlope:
 
 
 class PairwiseLength:
-    r"""Logistic regression, without an intercept, of which candidate of a pair is preferred on their lengths.
+    r"""Logistic regression, without an intercept, of which candidate of a pair is preferred on their lengths and sources.
 
     Rewards in [0, 1] are read as chances to be good. Of a pair, exactly one is good with the weight
     ``w = r_i (1 - r_j) + r_j (1 - r_i)``, and then it is i with ``p = r_i (1 - r_j) / w``, whose log-odds are
-    ``logit r_i - logit r_j``. The model is ``logit p = phi (t_i - t_j)`` with ``t = tanh((length - mean) / scale)``. Pairs need
-    no term for how hard a prompt is: it is the same on both sides (Chamberlain's conditional likelihood).
+    ``logit r_i - logit r_j``. The model is ``logit p = quality_s(i) - quality_s(j) + phi (t_i - t_j)`` with
+    ``t = tanh((length - mean) / scale)`` and a quality for each source, so that better models which write longer don't pass for
+    length. Pairs need no term for how hard a prompt is: it is the same on both sides (Chamberlain's conditional likelihood).
 
     Args:
         scale: standard deviation of length within groups.
@@ -59,46 +66,75 @@ class PairwiseLength:
     def __init__(self, scale: float) -> None:
         """See the class."""
         self._scale = scale
-        # A pair's log-likelihood depends on |t_i - t_j| in [0, 2] alone: bins keep it, with the mean of each bin.
-        self._weight, self._won, self._moment = (np.zeros(_NUM_BINS) for _ in range(3))
+        # A pair's log-likelihood depends on its sources and on t_i - t_j in [-2, 2] alone: bins keep weight, the weight won by
+        # the first source, and the sum of weighted differences, which gives each bin's mean.
+        self._bins: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._sources: dict[str | None, int] = {}
         self.num_movable = 0
 
-    def add(self, rewards: Rewards, lengths: list[float]) -> None:
+    @property
+    def num_sources(self) -> int:
+        """Sources with a quality of their own; those beyond a limit share one."""
+        return len(set(self._sources.values()))
+
+    def add(self, rewards: Rewards, lengths: Sequence[float], sources: Sequence[str | None]) -> None:
         """See a group."""
         t = np.tanh(length_deviations(rewards, lengths) / self._scale)
         known = np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
+        places = [self._place(source) for reward, source in zip(rewards, sources, strict=True) if reward is not None]
         self.num_movable += int(np.count_nonzero((known > 0) & (known < 1)))
-        first, second = np.triu_indices(len(known), k=1)
-        longer = np.where(t[first] >= t[second], first, second)
-        shorter = first + second - longer
-        won = known[longer] * (1 - known[shorter])
-        weight = won + known[shorter] * (1 - known[longer])
-        apart = t[longer] - t[shorter]
-        bins = np.minimum((apart * (_NUM_BINS / 2)).astype(np.int64), _NUM_BINS - 1)
-        for total, values in ((self._weight, weight), (self._won, won), (self._moment, weight * apart)):
-            np.add.at(total, bins, values)
+        for i in range(len(known)):
+            for j in range(i + 1, len(known)):
+                first, second = (i, j) if places[i] <= places[j] else (j, i)
+                won = known[first] * (1 - known[second])
+                weight = won + known[second] * (1 - known[first])
+                apart = t[first] - t[second]
+                bins = self._bins.setdefault((places[first], places[second]), np.zeros((3, _NUM_BINS)))
+                bins[:, min(int((apart + 2) * (_NUM_BINS / 4)), _NUM_BINS - 1)] += weight, won, weight * apart
+
+    def _place(self, source: str | None) -> int:
+        return self._sources.setdefault(source, min(len(self._sources), _MAX_SOURCES - 1))
 
     def phi(self) -> float | None:
-        """The coefficient of greatest likelihood; None where it is not finite or no pair says anything of it.
-
-        The likelihood is concave in phi, so that the sign of its slope brackets the root.
-        """
-        used = (self._weight > 0) & (self._moment > 0)
-        if not used.any():
+        """Length's coefficient at the greatest likelihood; None where it is not finite or no pair says anything of it."""
+        signs, apart, weight, won = self._rows()
+        if not np.any(apart):
             return None
-        weight, won = self._weight[used], self._won[used]
-        apart = self._moment[used] / weight
+        features = np.column_stack([signs[:, 1:], apart])  # one quality is free: the first is 0
 
-        def slope(phi: float) -> float:
-            return float(((won - weight / (1 + np.exp(-phi * apart))) * apart).sum())
+        def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            logits = features @ theta
+            value = float((weight * np.logaddexp(0, logits) - won * logits).sum() / total)
+            return value + _RIDGE / 2 * float(theta @ theta), features.T @ (
+                weight * expit(logits) - won
+            ) / total + _RIDGE * theta
 
-        low, high = -_MAX_PHI, _MAX_PHI
-        if slope(low) <= 0 or slope(high) >= 0:
-            return None
-        while high - low > 1e-12:
-            middle = (low + high) / 2
-            low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-        return (low + high) / 2
+        def curvature(theta: NDArray[np.float64]) -> NDArray[np.float64]:
+            share = expit(features @ theta)
+            matrix: NDArray[np.float64] = (features.T * (weight * share * (1 - share) / total)) @ features
+            return matrix + _RIDGE * np.eye(len(theta))
+
+        total = float(weight.sum())
+        start = np.zeros(features.shape[1])
+        found = minimize(loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-10, "maxiter": 500})
+        phi = float(found.x[-1])
+        return phi if abs(phi) < _MAX_PHI else None
+
+    def _rows(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """One row a bin that holds a pair: +1 and -1 at its sources, mean difference of t, weight, and weight won."""
+        signs, apart, weight, won = [], [], [], []
+        for (first, second), bins in self._bins.items():
+            used = bins[:, bins[0] > 0]
+            sign = np.zeros((used.shape[1], max(self.num_sources, 1)))
+            sign[:, first] += 1
+            sign[:, second] -= 1
+            signs.append(sign)
+            weight.append(used[0])
+            won.append(used[1])
+            apart.append(used[2] / used[0])
+        if not signs:
+            return np.zeros((0, 1)), np.zeros(0), np.zeros(0), np.zeros(0)
+        return np.vstack(signs), np.concatenate(apart), np.concatenate(weight), np.concatenate(won)
 
 
 class RewardSample:

@@ -224,7 +224,7 @@ def _length_glm(spelling: str, unit: Unit) -> Step:
             return Fitted("length_glm: nothing to remove, since no lengths differ within a group", rewards_of)
         pairs = PairwiseLength(scale)
         for group in read():
-            pairs.add(rewards_of(group), lengths_of(group, unit))
+            pairs.add(rewards_of(group), lengths_of(group, unit), [candidate.source for candidate in group.candidates])
         if not pairs.num_movable:
             raise DataError(
                 "steps: length_glm: every reward is 0 or 1, which no change of log-odds moves: put `quantile` before it, or "
@@ -234,10 +234,11 @@ def _length_glm(spelling: str, unit: Unit) -> Step:
         if phi is None:
             raise DataError(
                 "steps: length_glm: length alone decides every preference, or no two rewards can be compared: its coefficient "
-                "is not finite; use `length`"
+                "can't be told from infinity; use `length`"
             )
+        beside = f", beside the qualities of {pairs.num_sources} sources" if pairs.num_sources > 1 else ""
         return Fitted(
-            f"length_glm: phi {phi:.4g} of tanh(length / {scale:.4g} {unit}), removed",
+            f"length_glm: phi {phi:.4g} of tanh(length / {scale:.4g} {unit}){beside}, removed",
             lambda group: transforms.without_length_odds(rewards_of(group), lengths_of(group, unit), phi, scale),
         )
 
