@@ -143,7 +143,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         )
     pool = assemble(answered, ranked, generating, reference, method=run.method, config=config)
     if not made:
-        write_groups(pool_groups(answered), folder / "pool.jsonl")
+        write_groups(pool_groups(answered, source_record(config)), folder / "pool.jsonl")
     if not pool.groups:
         raise ValueError(
             f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
