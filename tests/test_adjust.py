@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ncalign.rewards.fits import LengthSlope, PairwiseLength, RewardSample
 from ncalign.rewards.steps import parse_steps
 from ncalign.settings import ConfigError
 from ncalign.training import run_training
+from ncalign.training.data import count_steps, listed_steps, steps_of
 from ncalign.training_config import TrainConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca-eval-candidates" / "candidates.jsonl.gz"
@@ -569,6 +571,20 @@ class TestRecord:
             run_score(ScoreConfig(data=tmp_path / "out.jsonl", output=scored, reward=names, combine="min"))
             (group,) = read_groups(scored)
             assert group.metadata["reward_steps"] == [record]
+
+    def test_ways_that_are_listed_are_bounded_and_lose_no_group(self) -> None:
+        counts: Counter[tuple[str, ...]] = Counter()
+        for number in range(100):
+            count_steps(counts, (f"way {number}",))
+            count_steps(counts, ("way 0",))
+        listed = listed_steps(counts)
+        assert len(listed) < 30
+        assert listed[0] == {"steps": ["way 0"], "groups": 101}
+        assert sum(row["groups"] for row in listed) == 200
+
+    def test_an_entry_of_another_meaning_does_not_stop_training(self) -> None:
+        group = Group(id="g", prompt="p", candidates=[], metadata={"reward_steps": [1]})
+        assert steps_of(group) == ("metadata.reward_steps is not a list of strings",)
 
     def test_training_says_how_rewards_came_to_be(self, tmp_path: Path, groups_file: Path, tiny_model_dir: Path) -> None:
         scored = tmp_path / "adjusted.jsonl"
