@@ -22,7 +22,16 @@ from pydantic import BaseModel
 
 from conftest import group_row
 from ncalign import settings
-from ncalign.config import AuditConfig, CheckConfig, ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
+from ncalign.config import (
+    AdjustConfig,
+    AuditConfig,
+    CheckConfig,
+    ConvertConfig,
+    DemoConfig,
+    GenerateConfig,
+    LabConfig,
+    ScoreConfig,
+)
 from ncalign.online_config import OnlineConfig
 from ncalign.training_config import TrainConfig
 
@@ -30,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)$")
 REWARDS = ([1.0, 0.0], [0.1, 0.9, 0.4], [0.2, 0.0, 0.6, 1.0])
 VERBS: dict[str, type[BaseModel]] = {
+    "adjust": AdjustConfig,
     "audit": AuditConfig,
     "check": CheckConfig,
     "convert": ConvertConfig,

@@ -186,7 +186,7 @@ class Scripted:
 
 def test_completions_are_of_the_prompt_s_kind_and_never_empty() -> None:
     prompts = [
-        Group(id="s", prompt="Q", candidates=[], metadata={"k": 1}),
+        Group(id="s", prompt="Q", candidates=[], metadata={"k": 1, "reward_steps": ["of other candidates"]}),
         Group(id="c", prompt=[{"role": "user", "content": "Q"}], candidates=[]),
     ]
     groups = sample_groups(

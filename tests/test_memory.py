@@ -36,13 +36,18 @@ def peak_mib(words: list[str]) -> float:
     return int(done.stderr.split()[-1]) / 1024
 
 
-@pytest.mark.parametrize("verb", ["convert", "convert to parquet", "check", "audit"])
+@pytest.mark.parametrize("verb", ["convert", "convert to parquet", "check", "audit", "adjust", "score"])
 def test_many_groups_take_no_more_than_few(verb: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+    scorer = f"{tmp_path / 'rewards.py'}:length"
+    (tmp_path / "rewards.py").write_text("def length(prompt, completions):\n    return [len(text) for text in completions]\n")
+
     def words(data: Path) -> list[str]:
         return {
             "convert": ["convert", str(data), str(tmp_path / "out.jsonl")],
             "convert to parquet": ["convert", str(data), str(tmp_path / "out.parquet")],
             "check": ["check", str(data), "--model", str(tiny_model_dir), "--max_length", "128"],
+            "adjust": ["adjust", str(data), str(tmp_path / "out.jsonl"), "--steps", "quantile", "length", "zscore"],
+            "score": ["score", "--data", str(data), "--output", str(tmp_path / "out.jsonl"), "--reward", scorer],
             "audit": ["audit", str(data), "--output_dir", str(tmp_path / "audit"), "--sample", "200"],
         }[verb]
 

@@ -106,6 +106,10 @@ def test_a_run_leaves_its_rounds(run: Run, tmp_path: Path) -> None:
         assert all(len(group.candidates) == 3 for group in groups)
         rewards = [candidate.reward for group in groups for candidate in group.candidates]
         assert row["health"]["reward/mean"] == pytest.approx(np.mean(rewards))
+        assert {tuple(group.metadata["reward_steps"]) for group in groups} == {tuple(results["reward_steps"][0]["steps"])}
+    (fresh,) = results["reward_steps"]
+    assert fresh["candidates"] == "fresh"
+    assert fresh["steps"][0].startswith("score: ")
     # The policy that answers in a later round is another one.
     assert rounds[0]["drift"]["kl"] > 0
     assert results["evaluation"]["steps"] == [0, 2, 4, 6]
@@ -214,7 +218,7 @@ def test_offline_candidates_join_the_fresh_ones(
         return plain(self, part, **options)
 
     monkeypatch.setattr(Engine, "visit", watched)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": str(i),
             "prompt": f"What is {i} times {i + 3}?",
@@ -222,8 +226,11 @@ def test_offline_candidates_join_the_fresh_ones(
         }
         for i in range(12)
     ]
+    rows[0]["metadata"] = {"reward_steps": ["score: judge"]}
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(data=tmp_path / "mixed.jsonl", candidates="fresh_and_offline", preferred=preferred, eval_fraction=0.0)
+    results = run(data=tmp_path / "mixed.jsonl", candidates="fresh_and_offline", preferred=preferred, eval_fraction=0.0)
+    offline = [(row["steps"], row["groups"]) for row in results["reward_steps"] if row["candidates"] == "offline"]
+    assert offline == [(["given in mixed.jsonl"], 11), (["score: judge"], 1)]
     assert seen
     for group in seen:
         assert -1.0 in group.rewards

@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from ncalign import __version__, settings
-from ncalign.config import AuditConfig, CheckConfig, ConvertConfig, DemoConfig, GenerateConfig, LabConfig, ScoreConfig
+from ncalign.config import (
+    AdjustConfig,
+    AuditConfig,
+    CheckConfig,
+    ConvertConfig,
+    DemoConfig,
+    GenerateConfig,
+    LabConfig,
+    ScoreConfig,
+)
 from ncalign.flags import Arguments, Layout, parse
 from ncalign.settings import ConfigError
 
@@ -169,6 +178,12 @@ def _score(config: ScoreConfig) -> Result:
     return run_score(config)
 
 
+def _adjust(config: AdjustConfig) -> Result:
+    from ncalign.rewards import run_adjust
+
+    return run_adjust(config)
+
+
 def _demo(config: DemoConfig) -> Result:
     from ncalign.demo import run_demo, run_online_demo
 
@@ -192,7 +207,7 @@ def _after_convert_stopped(config: ConvertConfig) -> str:
     return _after_writing_stopped(config)
 
 
-def _after_writing_stopped(config: ConvertConfig | GenerateConfig | ScoreConfig) -> str:
+def _after_writing_stopped(config: ConvertConfig | GenerateConfig | ScoreConfig | AdjustConfig) -> str:
     return f"{config.output} was not written, and what was there before is unchanged; rerun to start again"
 
 
@@ -276,6 +291,16 @@ SCORE = Verb(
     _score,
     _after_writing_stopped,
 )
+ADJUST = Verb(
+    "adjust",
+    "z-scores, ranks, clipping, length-bias removal, weighted aspects, several sources: rewards made anew",
+    lambda: AdjustConfig,
+    "ncalign adjust scored.jsonl adjusted.jsonl --steps clip:-3:3 length zscore",
+    _adjust,
+    _after_writing_stopped,
+    positional=("input", "output"),
+    aliases=(("from", "schema_name"),),
+)
 DEMO = Verb(
     "demo",
     "align a real small model and measure what it gained",
@@ -294,7 +319,7 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
-VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, LAB)
+VERBS: tuple[Verb[Any], ...] = (DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, LAB)
 
 _HELP = """usage: ncalign VERB [--config FILE] [--FIELD VALUE ...]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ncalign.atomic import atomic_path, check_writable
-from ncalign.errors import DataError
-from ncalign.formats import LeftOut, Schema, SchemaName, adapted, jsonl, native, parquet, recognise, schemas, trl
+from ncalign.errors import DataError, shown
+from ncalign.formats import REWARDS_OF, LeftOut, Schema, SchemaName, adapted, jsonl, native, parquet, recognise, schemas, trl
 from ncalign.formats.group import JSON, Candidate, Group, Message, Text
 from ncalign.formats.pairs import Target, write_pairs
 from ncalign.formats.parsing import Row
@@ -28,12 +28,16 @@ __all__ = [
     "convert",
     "check_output",
     "read_groups",
+    "recorded_steps",
+    "rewards_origin",
     "write_groups",
 ]
 
 OnBadRow: TypeAlias = Literal["error", "skip"]
 
 NUM_EXAMPLES = 5
+REWARD_STEPS = "reward_steps"
+"""Entry of a group's metadata: how its rewards came to be."""
 
 
 @dataclass
@@ -48,6 +52,7 @@ class ReadReport:
             ``groups + skipped + joined`` of what was read.
         reasons: Rows left out, by kind of problem.
         examples: The whole messages of the first few.
+        schema: The schema of the row read last.
     """
 
     rows: int = 0
@@ -56,6 +61,7 @@ class ReadReport:
     joined: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
+    schema: SchemaName | None = None
 
     def skip(self, error: DataError, rows: int = 1) -> None:
         """Count rows left out for an error, and keep the first few messages."""
@@ -183,6 +189,32 @@ def write_groups(groups: Iterable[Group], path: str | Path) -> int:
         return jsonl.write_rows(rows, temporary, compressed=kind == "jsonl.gz")
 
 
+def rewards_origin(path: str | Path, schema: SchemaName | None) -> str:
+    """What is said of rewards of which nothing is recorded: the schema's column, or the file that gives them.
+
+    >>> rewards_origin("data/uf.jsonl", "ultrafeedback"), rewards_origin("data/own.jsonl", "ncalign")
+    ('ultrafeedback: overall_score', 'given in own.jsonl')
+    """
+    named = None if schema is None else REWARDS_OF.get(schema)
+    return f"given in {Path(path).name}" if named is None else f"{schema}: {named}"
+
+
+def recorded_steps(group: Group) -> tuple[str, ...]:
+    """How the group's rewards came to be, as ``metadata["reward_steps"]`` says; empty where nothing is recorded.
+
+    Raises:
+        ValueError: It is not a list of strings.
+    """
+    found = group.metadata.get(REWARD_STEPS, [])
+    if not isinstance(found, list) or not all(isinstance(step, str) for step in found):
+        raise DataError(
+            f"metadata.{REWARD_STEPS} is {shown(found)}: a list of strings is needed, which says how the rewards came to be; "
+            "rename the entry if it means something else",
+            reason="wrong type",
+        )
+    return tuple(found)
+
+
 def check_output(path: str | Path) -> None:
     """Raise what ``write_groups`` would raise about the path, before the work whose result it is to hold.
 
@@ -289,6 +321,7 @@ class _Reader:
                 raise row
             if self._schema is None:
                 self._schema = recognise(row, self._tried)
+                self._report.schema = self._schema.name
             return self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
         except LeftOut:
             self._report.leave_out("left out by the adapter")

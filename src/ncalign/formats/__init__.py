@@ -31,6 +31,23 @@ SchemaName: TypeAlias = Literal[
     "trl_unpaired",
     "adapter",
 ]
+REWARDS_OF: dict[SchemaName, str] = {
+    "nca": "scores",
+    "ultrafeedback": "overall_score",
+    "nectar": "rank",
+    "simpo": "scores of the reward model",
+    "nemo_rl": "rank",
+    "lmflow": "score",
+    "solutions": "is_correct",
+    "sharegpt": "chosen 1, rejected 0",
+    "alpaca": "chosen 1, rejected 0",
+    "nemo_aligner": "chosen_reward and rejected_reward, or chosen 1, rejected 0",
+    "alpaca_eval": "preference",
+    "hh": "chosen 1, rejected 0",
+    "trl_preference": "scores of the pair, or chosen 1, rejected 0",
+    "trl_unpaired": "label",
+}
+"""What the rewards of a public schema are."""
 Columns: TypeAlias = Callable[[Iterable[str]], tuple[str, ...]]
 
 

@@ -12,7 +12,7 @@ from ncalign.config import GenerateConfig
 from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
 from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.remote import ServerGenerator
-from ncalign.groups import Candidate, Group, ReadReport, check_output, read_groups, write_groups
+from ncalign.groups import REWARD_STEPS, Candidate, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.policy import DTYPES, load_model, load_tokenizer
 from ncalign.progress import say
 from ncalign.store import Store
@@ -55,7 +55,7 @@ def sample_groups(
     were drawn: how often one occurs is part of what a sample says about the model.
 
     Args:
-        prompts: groups whose ids, prompts and metadata are kept.
+        prompts: groups whose ids, prompts and metadata are kept, but for the record of earlier rewards.
         generator: what samples.
         num_samples: K, completions per prompt.
         params: how they are sampled.
@@ -79,7 +79,10 @@ def sample_groups(
         counts.empty += len(completions) - len(kept)
         counts.unfinished += sum(not completion.finished for completion in completions)
         counts.tokens += sum(completion.num_tokens for completion in completions)
-        groups.append(replace(group, candidates=[completion_as_candidate(group, completion, source) for completion in kept]))
+        candidates = [completion_as_candidate(group, completion, source) for completion in kept]
+        # New candidates have no rewards yet, so nothing is known of how these came to be.
+        metadata = {name: value for name, value in group.metadata.items() if name != REWARD_STEPS}
+        groups.append(replace(group, candidates=candidates, metadata=metadata))
     return groups
 
 

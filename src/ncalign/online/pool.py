@@ -21,7 +21,7 @@ from ncalign.atomic import write_json_atomic
 from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.generation import Completion, Generator, SamplingParams, completion_as_candidate
 from ncalign.generation.base import PromptError
-from ncalign.groups import Candidate, Group
+from ncalign.groups import REWARD_STEPS, Candidate, Group
 from ncalign.objectives import Method
 from ncalign.online.clock import Clock
 from ncalign.online.drift import pool_health
@@ -450,8 +450,13 @@ def _fresh_alone(group: Ranked) -> EncodedGroup:
     )
 
 
-def pool_groups(answered: Sequence[Answered]) -> Iterator[Group]:
-    """The round's prompts with their fresh, scored completions, as an ordinary groups file holds them."""
+def pool_groups(answered: Sequence[Answered], record: str) -> Iterator[Group]:
+    """The round's prompts with their fresh, scored completions, as an ordinary groups file holds them.
+
+    Args:
+        answered: prompts with completions and rewards.
+        record: where the rewards came from.
+    """
     for one in answered:
         candidates: list[Candidate] = [
             replace(completion_as_candidate(one.prompt, completion, FRESH), reward=reward)
@@ -459,4 +464,5 @@ def pool_groups(answered: Sequence[Answered]) -> Iterator[Group]:
             if completion.text.strip()
         ]
         if candidates:
-            yield replace(one.prompt, candidates=candidates)
+            metadata = {**one.prompt.metadata, REWARD_STEPS: [record]}
+            yield replace(one.prompt, candidates=candidates, metadata=metadata)

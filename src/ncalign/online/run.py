@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from ncalign.atomic import write_json_atomic
 from ncalign.encoding import EncodedGroup
-from ncalign.groups import write_groups
+from ncalign.groups import rewards_origin, write_groups
 from ncalign.objectives import Method, build_method
 from ncalign.online.clock import Clock, shares
 from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
@@ -32,8 +32,9 @@ from ncalign.online_config import OnlineConfig
 from ncalign.progress import say
 from ncalign.reference import data_digest
 from ncalign.report import write_rounds_report
+from ncalign.rewards import source_record
 from ncalign.training import run_folder
-from ncalign.training.data import mismatched_groups
+from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
 from ncalign.training.export import save_model
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
@@ -142,7 +143,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         )
     pool = assemble(answered, ranked, generating, reference, method=run.method, config=config)
     if not made:
-        write_groups(pool_groups(answered), folder / "pool.jsonl")
+        write_groups(pool_groups(answered, source_record(config)), folder / "pool.jsonl")
     if not pool.groups:
         raise ValueError(
             f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
@@ -335,6 +336,18 @@ def report(run: Run) -> Path:
     return write_rounds_report(run.config.output_dir, run.rounds, compare(run), method=run.method.name)
 
 
+def reward_steps(run: Run) -> list[dict[str, Any]]:
+    """How rewards came to be: of the new candidates, and of the data's where these are mixed in."""
+    rows = [{"candidates": "fresh", "steps": [source_record(run.config)], "groups": len(run.prompts)}]
+    if run.config.candidates == "fresh":
+        return rows
+    counts: Counter[tuple[str, ...]] = Counter()
+    for group in run.prompts:
+        if any(candidate.reward is not None for candidate in group.candidates):
+            count_steps(counts, steps_of(group) or (rewards_origin(run.config.data, None),))
+    return [*rows, *({"candidates": "offline", **row} for row in listed_steps(counts))]
+
+
 def finish(run: Run, position: Position) -> dict[str, Any]:
     """The last evaluation, the model and results.json."""
     config = run.config
@@ -354,6 +367,7 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
         "report": str(page),
         "steps": position.step,
         "data": data,
+        "reward_steps": reward_steps(run),
         "before": evaluation.get("before"),
         "after": evaluation.get("after", position.loop["last"] if position.loop else {}),
         "evaluation": evaluation,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from ncalign.config import ScoreConfig
-from ncalign.groups import Group, ReadReport, check_output, read_groups, write_groups
+from ncalign.groups import REWARD_STEPS, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.progress import Bar, say
 from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.judge import JudgeReward
-from ncalign.rewards.sources import check_failures, parts, reward_source
+from ncalign.rewards.sources import check_failures, parts, reward_source, source_record
 from ncalign.rewards.verifiable import ReasoningGymReward
 
 
@@ -34,6 +35,15 @@ class ScoreCounts:
     groups_with_spread: int = 0
     total: float = 0.0
 
+    def add(self, rewards: Sequence[float | None]) -> None:
+        """Count a group with these rewards."""
+        known = [reward for reward in rewards if reward is not None]
+        self.groups += 1
+        self.candidates += len(rewards)
+        self.unknown += len(rewards) - len(known)
+        self.groups_with_spread += len(set(known)) > 1
+        self.total += sum(known)
+
     @property
     def mean_reward(self) -> float:
         """Mean of the known rewards; NaN when there is none."""
@@ -52,12 +62,7 @@ def score_groups(groups: Iterable[Group], source: RewardSource, counts: ScoreCou
     counts = counts if counts is not None else ScoreCounts()
     for group, rewards in _rewarded(groups, source):
         candidates = [replace(candidate, reward=reward) for candidate, reward in zip(group.candidates, rewards, strict=True)]
-        known = [reward for reward in rewards if reward is not None]
-        counts.groups += 1
-        counts.candidates += len(rewards)
-        counts.unknown += len(rewards) - len(known)
-        counts.groups_with_spread += len(set(known)) > 1
-        counts.total += sum(known)
+        counts.add(rewards)
         yield replace(group, candidates=candidates)
 
 
@@ -75,6 +80,12 @@ def _counted(groups: Iterable[Group], bar: Bar) -> Iterator[Group]:
 
 _TOGETHER = 32
 """Groups handed to a source at a time: a judge's or a model's batches reach across them."""
+
+
+def _recorded(groups: Iterable[Group], record: str) -> Iterator[Group]:
+    """The groups, which say where their rewards came from; what was said of earlier rewards is dropped."""
+    for group in groups:
+        yield replace(group, metadata={**group.metadata, REWARD_STEPS: [record]})
 
 
 def _checked(groups: Iterable[Group], source: RewardSource) -> Iterator[Group]:
@@ -95,13 +106,15 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     check_output(config.output)
     source = reward_source(config)
     report, counts = ReadReport(), ScoreCounts()
-    groups = list(read_groups(config.data, on_bad_row=config.on_bad_row, report=report))
-    if not groups:
+    # Read once before: a row that can't be used is told before anything is paid for.
+    total = sum(1 for _ in read_groups(config.data, on_bad_row=config.on_bad_row, report=report))
+    if not total:
         raise ValueError(f"{config.data} has no group to score: {report.summary()}")
     if report.skipped:
         say(report.notice(config.data))
-    with Bar("Scoring groups", len(groups)) as bar:
-        write_groups(_checked(_counted(score_groups(groups, source, counts), bar), source), config.output)
+    with Bar("Scoring groups", total) as bar, closing(read_groups(config.data, on_bad_row=config.on_bad_row)) as groups:
+        scored = _recorded(score_groups(groups, source, counts), source_record(config))
+        write_groups(_checked(_counted(scored, bar), source), config.output)
     result: dict[str, object] = {
         "output": str(config.output),
         "groups": counts.groups,

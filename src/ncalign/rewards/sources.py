@@ -34,6 +34,13 @@ def reward_source(config: ScoreConfig | OnlineConfig) -> RewardSource:
     return sources[0] if len(sources) == 1 else Ensemble(sources, combine=config.combine)
 
 
+def source_record(config: ScoreConfig | OnlineConfig) -> str:
+    """What is recorded of the source: for instance ``score: min of judge (pairwise) my-judge, model:my-reward-model``."""
+    judge = config.judge
+    named = [f"judge ({judge.mode}) {judge.model}" if name == "judge" and judge is not None else name for name in config.reward]
+    return f"score: {named[0]}" if len(named) == 1 else f"score: {config.combine} of {', '.join(named)}"
+
+
 def _source(name: str, config: ScoreConfig | OnlineConfig) -> RewardSource:
     if name == "judge":
         assert config.judge is not None

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport
-from ncalign.groups import Group, ReadReport, read_groups
+from ncalign.groups import Group, ReadReport, read_groups, recorded_steps, rewards_origin
 from ncalign.objectives import Method
 from ncalign.parallel import map_chunks, num_workers
 from ncalign.progress import Bar
+
+_MAX_WAYS = 20
 
 
 @dataclass
@@ -30,6 +32,7 @@ class LoadedGroups:
         unusable: groups left out, by reason.
         examples: the first group of each reason.
         unscored: candidates left out for want of a reward.
+        reward_steps: groups used, by how their rewards came to be.
         notice: what a user should know of the groups left out, if any were.
     """
 
@@ -38,6 +41,7 @@ class LoadedGroups:
     unusable: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     unscored: int = 0
+    reward_steps: Counter[tuple[str, ...]] = field(default_factory=Counter)
     notice: str = ""
 
     def counts(self) -> dict[str, Any]:
@@ -74,6 +78,7 @@ def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str
                 loaded.unscored += outcome.unscored
                 if outcome.encoded is not None:
                     loaded.groups.append(outcome.encoded)
+                    count_steps(loaded.reward_steps, outcome.steps or (rewards_origin(path, report.schema),))
                 else:
                     loaded.unusable[outcome.reason] += 1
                     loaded.examples.setdefault(outcome.reason, f"{outcome.origin or path}, group {outcome.id!r}")
@@ -99,6 +104,25 @@ class _Outcome(NamedTuple):
     encoded: EncodedGroup | None
     reason: str = ""
     unscored: int = 0
+    steps: tuple[str, ...] = ()
+
+
+def count_steps(counts: Counter[tuple[str, ...]], steps: tuple[str, ...]) -> None:
+    """Count a group by how its rewards came to be; after so many ways, further ones are counted together."""
+    counts[steps if steps in counts or len(counts) < _MAX_WAYS else ("in other ways",)] += 1
+
+
+def listed_steps(counts: Counter[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """For results.json: each way in which rewards came to be, with its number of groups, the most frequent first."""
+    return [{"steps": list(steps), "groups": count} for steps, count in counts.most_common()]
+
+
+def steps_of(group: Group) -> tuple[str, ...]:
+    """How a group's rewards came to be; an entry that has another meaning is said to be none."""
+    try:
+        return recorded_steps(group)
+    except ValueError:
+        return ("metadata.reward_steps is not a list of strings",)
 
 
 def _encode(encoder: Encoder, method: Method, groups: Sequence[Group]) -> tuple[list[_Outcome], EncodingReport]:
@@ -115,7 +139,7 @@ def _encode(encoder: Encoder, method: Method, groups: Sequence[Group]) -> tuple[
                 encoded = encoder.encode(scored)
             except DroppedGroupError as dropped:
                 reason = dropped.reason
-        outcomes.append(_Outcome(group.id, group.origin, encoded, reason or "", unscored))
+        outcomes.append(_Outcome(group.id, group.origin, encoded, reason or "", unscored, steps_of(group)))
     return outcomes, encoder.report
 
 

@@ -37,7 +37,7 @@ from ncalign.settings import ConfigError
 from ncalign.sharing import shares_prompts
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
-from ncalign.training.data import LoadedGroups, load_groups, mismatched_groups, split_held_out
+from ncalign.training.data import LoadedGroups, listed_steps, load_groups, mismatched_groups, split_held_out
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
 from ncalign.training.loop import Intervals, Loop
@@ -126,6 +126,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         "method": engine.method.name,
         "steps": prepared.plan.num_steps,
         "data": prepared.loaded.counts() | {"groups_trained_on": len(prepared.train), "groups_held_out": len(held_out)},
+        "reward_steps": listed_steps(prepared.loaded.reward_steps),
         "before": state["before"],
         "after": after,
         "seed": config.seed,
