@@ -94,7 +94,7 @@ def _reward_notes(n: Mapping[str, Any]) -> Iterator[Finding]:
             "noise",
             "note",
             f"near-copies get rewards that differ by {noise:.2g} (one standard deviation, from {n['rewards/noise_pairs']:.0f} "
-            f"pairs), against a spread of {spread:.2g} within a group: much of the ranking is chance. Score several times and "
+            f"pairs), against a spread of {spread:.2g} within a group: part of the ranking is chance. Score several times and "
             f"take the mean, or use a larger alpha",
         )
     agreement = n["length/agreement"]

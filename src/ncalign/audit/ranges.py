@@ -29,8 +29,8 @@ def effective_number(scores: Sequence[float], temperature: float) -> float:
 def alpha_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     """The alphas between which the targets ``softmax(reward / alpha)`` are neither one-hot nor flat.
 
-    Their effective number, a mean over groups in which rewards differ, lies between 1.3 (or what the ties for the best give)
-    and 0.8 of the candidates there.
+    Their effective number, that of the median group in which rewards differ, lies between 1.3 (or what the ties for the best
+    give) and 0.8 of the candidates there.
 
     Returns:
         The lowest and the highest such alpha; None where no rewards differ or no alpha does.
@@ -38,11 +38,11 @@ def alpha_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None
     usable = [rewards for rewards in groups if len(set(rewards)) > 1]
     if not usable:
         return None
-    size = float(np.mean([len(rewards) for rewards in usable]))
+    size = float(np.median([len(rewards) for rewards in usable]))
     scale = float(np.mean([np.std(rewards) for rewards in usable]))
 
     def number(alpha: float) -> float:
-        return float(np.mean([effective_number(rewards, alpha) for rewards in usable]))
+        return float(np.median([effective_number(rewards, alpha) for rewards in usable]))
 
     flattest = number(1e-6 * scale)
     low, high = max(FEW, flattest + 0.05 * (size - flattest)), MOST * size
@@ -55,7 +55,7 @@ def alpha_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None
 def beta_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     """The betas between which the kernel's weights ``softmax(beta * score)`` are neither one-hot nor uniform.
 
-    Their effective sample size, a mean over groups with two lower-scored candidates or more, lies between 1.5 and 0.95 of
+    Their effective sample size, that of the median group with two lower-scored candidates or more, lies between 1.5 and 0.95 of
     those.
 
     Returns:
@@ -64,11 +64,11 @@ def beta_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     usable = [scores for scores in groups if len(scores) > 1 and max(scores) > min(scores)]
     if not usable:
         return None
-    size = float(np.mean([len(scores) for scores in usable]))
+    size = float(np.median([len(scores) for scores in usable]))
     scale = float(np.mean([np.std(scores) for scores in usable]))
 
     def number(temperature: float) -> float:
-        return float(np.mean([sample_size(scores, 1 / temperature) for scores in usable]))
+        return float(np.median([sample_size(scores, 1 / temperature) for scores in usable]))
 
     few = min(KERNEL_FEW, 0.75 * size)
     return 1 / _where(number, KERNEL_MOST * size, scale), 1 / _where(number, few, scale)

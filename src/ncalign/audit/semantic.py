@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +75,13 @@ def by_bertscore(groups: Sequence[Group], name: str, *, seed: int) -> Meaning:
     pairs, places, across = _pairs(groups, seed)
     say(f"BERTScore of {len(pairs) + len(across)} pairs")
     every = [*pairs, *across]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of empty candidates, which score 0
-        scores = scorer.score([a for a, _ in every], [b for _, b in every])[2].tolist() if every else []
+    # The package can't encode a text without any; it is like nothing.
+    filled = [k for k, pair in enumerate(every) if all(text.strip() for text in pair)]
+    scores = [0.0] * len(every)
+    if filled:
+        found = scorer.score([every[k][0] for k in filled], [every[k][1] for k in filled])[2].tolist()
+        for k, score in zip(filled, found, strict=True):
+            scores[k] = score
     return _meaning(scores[: len(pairs)], places, scores[len(pairs) :])
 
 
