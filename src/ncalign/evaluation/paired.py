@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-CONFIDENCE = 0.95
+from ncalign.evaluation.intervals import mean_interval
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def paired_comparison(
     return PairedComparison(
         mean_before=float(first.mean()),
         mean_after=float(second.mean()),
-        ci_before=_interval(first, num_resamples, rng),
-        ci_after=_interval(second, num_resamples, rng),
+        ci_before=mean_interval(first, num_resamples, rng),
+        ci_after=mean_interval(second, num_resamples, rng),
         difference=float(differences.mean()),
-        ci_difference=_interval(differences, num_resamples, rng),
+        ci_difference=mean_interval(differences, num_resamples, rng),
         p_value=_sign_flip_p_value(first, second, num_resamples, rng),
     )
 
@@ -87,16 +87,6 @@ def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:
     if len(bad):
         raise ValueError(f"{name}[{bad[0]}] is {array[bad[0]]}: finite values are needed; leave out items without a value")
     return array
-
-
-def _interval(values: NDArray[np.float64], num_resamples: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean: defined, unlike BCa, where all values are equal."""
-    # In batches, so that memory does not grow with the number of resamples.
-    batch = max(1, 1_000_000 // len(values))
-    result = stats.bootstrap(
-        (values,), np.mean, n_resamples=num_resamples, batch=batch, confidence_level=CONFIDENCE, method="percentile", rng=rng
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _sign_flip_p_value(

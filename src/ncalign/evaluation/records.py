@@ -52,8 +52,8 @@ class Game:
         model: whose answer is measured.
         baseline: whose it is measured against.
         model_first: whether the model's answer was shown first.
-        preference: 1 where the model's answer is better, 0 where the baseline's is, between them in part; None where there is no
-            verdict, which is neither a loss nor a tie.
+        preference: 1 where the model's answer is better, 0 where the baseline's is, between them in part; None where there is
+            no verdict, which is neither a loss nor a tie.
         weight: how many times it counts: 3 for Arena-Hard's strong verdicts, else 1.
         verdict: the judge's own label, such as ``A>>B``; empty where log-probs were read.
     """
