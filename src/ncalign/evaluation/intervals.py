@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 
 Interval = tuple[float, float]
+Resample = Literal["questions", "games"]
 
 
 def mean_interval(values: Float[NDArray[np.float64], " n"], num_resamples: int, rng: np.random.Generator) -> Interval:

@@ -81,7 +81,7 @@ def length_controlled_win_rate(
     questions: Sequence[int] | None = None,
     regularized: bool = True,
     seed: int = 0,
-    num_resamples: int = 200,
+    num_resamples: int = 1000,
 ) -> LengthControlled:
     """Mean of ``sigmoid(model + difficulty_q * gamma)``, the fitted preference at equal lengths, in percent.
 

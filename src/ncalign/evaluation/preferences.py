@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from ncalign.evaluation.records import Game
@@ -146,3 +146,9 @@ def checked_preferences(values: Float[NDArray[np.float64], " Q"]) -> Float[NDArr
     if np.isnan(array).all():
         raise ValueError(f"none of {len(array)} questions has a verdict: there is nothing to average")
     return array
+
+
+def question_places(games: Sequence[Game]) -> Int[NDArray[np.int64], " N"]:
+    """For each game the number of its question, in the order in which questions are met."""
+    places: dict[str, int] = {}
+    return np.array([places.setdefault(game.question, len(places)) for game in games], dtype=np.int64)
