@@ -31,6 +31,38 @@ def mean_interval(values: Float[NDArray[np.float64], " n"], num_resamples: int, 
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def ratio_interval(
+    totals: Float[NDArray[np.float64], " n"],
+    sizes: Float[NDArray[np.float64], " n"],
+    num_resamples: int,
+    rng: np.random.Generator,
+) -> Interval:
+    """95 % percentile bootstrap interval of ``sum(totals) / sum(sizes)``: a mean of values that come in clusters.
+
+    Args:
+        totals: each cluster's sum.
+        sizes: how many values each cluster has, above 0.
+        num_resamples: how often clusters are drawn anew.
+        rng: for the draws.
+    """
+
+    def ratio(top: NDArray[np.float64], bottom: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return np.asarray(top.sum(axis=axis) / bottom.sum(axis=axis))
+
+    result = stats.bootstrap(
+        (totals, sizes),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=num_resamples,
+        batch=max(1, 1_000_000 // len(totals)),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=rng,
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
 def quantile_interval(values: Float[NDArray[np.float64], " R"], quantiles: tuple[float, float]) -> Interval:
     """Two quantiles of bootstrap rounds."""
     low, high = np.quantile(values, quantiles)
