@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 from ncalign.evaluation.agreement import judge_agreement, length_bias, position_bias
-from ncalign.evaluation.power import minimum_detectable_difference, paired_deviation, questions_needed
+from ncalign.evaluation.power import detectable_difference, minimum_detectable_difference, paired_deviation, questions_needed
 from ncalign.evaluation.preferences import question_preferences
 from ncalign.evaluation.records import Game
 from ncalign.evaluation.win_rate import win_rate
@@ -150,6 +150,12 @@ def test_questions_needed_inverts_the_difference(difference: float) -> None:
     assert minimum_detectable_difference(45.0, n) <= difference < minimum_detectable_difference(45.0, n - 1)
 
 
+def test_difference_from_a_win_rates_error_is_that_from_its_spread() -> None:
+    preferences = np.random.default_rng(0).uniform(size=50)
+    expected = minimum_detectable_difference(100 * preferences.std(ddof=1), 50)
+    assert detectable_difference(win_rate(preferences).standard_error) == pytest.approx(expected, abs=1e-12)
+
+
 def test_paired_deviation_leaves_missing_values_out() -> None:
     before = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
     after = np.array([2.0, 5.0, 1.0, np.nan, 5.0])
@@ -158,8 +164,8 @@ def test_paired_deviation_leaves_missing_values_out() -> None:
 
 def test_power_refuses_numbers_out_of_range() -> None:
     for call, message in (
-        (lambda: minimum_detectable_difference(-1.0, 10), "standard deviation is -1"),
-        (lambda: minimum_detectable_difference(math.nan, 10), "standard deviation is nan"),
+        (lambda: minimum_detectable_difference(-1.0, 10), "standard deviation or error is -1"),
+        (lambda: minimum_detectable_difference(math.nan, 10), "standard deviation or error is nan"),
         (lambda: minimum_detectable_difference(1.0, 0), "there are 0 questions"),
         (lambda: minimum_detectable_difference(1.0, 5, power=1.0), "power 1"),
         (lambda: minimum_detectable_difference(1.0, 5, significance=0.0), "significance is 0"),

@@ -9,7 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ncalign.evaluation.mt_bench import mt_bench, rating_tally
+from ncalign.evaluation.mt_bench import mt_bench, question_scores, rating_tally
+from ncalign.evaluation.paired import paired_values
 from ncalign.evaluation.records import Rating
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -113,3 +114,14 @@ def test_tally_counts_close_scores_as_ties_and_leaves_missing_ones_out() -> None
 def test_tally_of_nothing_has_no_rate() -> None:
     ratings = [Rating("q", "a", 1, "math", None), Rating("q", "b", 1, "math", 2.0)]
     assert math.isnan(rating_tally(ratings, "a", "b").win_rate)
+
+
+def test_two_models_are_paired_by_question() -> None:
+    ratings = recorded("old") + recorded("new", -0.5) + [Rating("999", "new", 1, "math", 5.0)]
+    old, new = question_scores(ratings, "old"), question_scores(ratings, "new")
+    assert old["82"] == 10  # its second turn has no rating
+    assert math.isnan(old["111"])
+    before, after, left_out = paired_values(old, new)
+    assert before.tolist() == [8.5, 10, 2.5, 4.25]
+    assert after == pytest.approx(before - 0.5, abs=1e-12)
+    assert left_out == 2

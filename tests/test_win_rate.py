@@ -120,6 +120,7 @@ def test_orders_are_averaged_before_they_meet_and_missing_ones_are_named() -> No
     assert strict.one_order == ("half",)
     assert strict.missing == ("none",)
     np.testing.assert_array_equal(strict.preferences, [0.75, np.nan, np.nan])
+    assert strict.by_question["twice"] == 0.75
     loose = question_preferences(games, both_orders=False)
     assert loose.one_order == ()
     np.testing.assert_array_equal(loose.preferences, [0.75, 1.0, np.nan])

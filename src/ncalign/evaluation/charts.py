@@ -96,9 +96,11 @@ def category_chart(scores: Sequence[MTBench], *, title: str = "MT-Bench by categ
 
 
 def matrix_chart(matrix: WinMatrix, *, title: str = "Win rate of the row's model (%)") -> Figure:
-    """A heat map from 0 (red) over 50 (white) to 100 (blue); cells of models that never met stay empty."""
+    """A heat map from 0 (red) over 50 (white) to 100 (blue); cells of models that never met are grey."""
     size = len(matrix.models)
     figure, axes = _axes(width=3.2 + 0.55 * size, height=2.4 + 0.5 * size)
+    # Where models never met: grey, as white is an even rate.
+    axes.set_facecolor("0.85")
     image = axes.imshow(matrix.rates, cmap="RdBu", vmin=0, vmax=100)
     labels = [_label(name) for name in matrix.models]
     axes.set_xticks(range(size), labels=labels, parse_math=False, rotation=40, ha="right")
@@ -133,7 +135,7 @@ def _axes(*, width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes) -> None:
-    legend = axes.legend(fontsize=9)
+    legend = axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -93,6 +93,21 @@ def mt_bench(ratings: Iterable[Rating], *, seed: int = 0, num_resamples: int = 1
     return tuple(sorted(scores, key=lambda score: -score.overall.mean if score.overall.num_counted else 1.0))
 
 
+def question_scores(ratings: Iterable[Rating], model: str) -> dict[str, float]:
+    """One model's mean rating of each question over its rated turns; NaN where none has a score.
+
+    Raises:
+        ValueError: as :func:`mt_bench`.
+    """
+    by_question: dict[str, list[float]] = {}
+    for rating in _checked(ratings):
+        if rating.model == model:
+            scores = by_question.setdefault(rating.question, [])
+            if rating.score is not None:
+                scores.append(rating.score)
+    return {question: float(np.mean(scores)) if scores else float("nan") for question, scores in by_question.items()}
+
+
 @dataclass(frozen=True)
 class Tally:
     """Answers of one model against those of another to the same questions and turns.

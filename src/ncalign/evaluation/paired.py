@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,24 @@ def paired_comparison(
         ci_difference=mean_interval(differences, num_resamples, rng),
         p_value=_sign_flip_p_value(first, second, num_resamples, rng),
     )
+
+
+def paired_values(
+    before: Mapping[str, float], after: Mapping[str, float]
+) -> tuple[Float[NDArray[np.float64], " n"], Float[NDArray[np.float64], " n"], int]:
+    """The values of items that both have, in ``before``'s order, and how many items lack a value on either side.
+
+    Args:
+        before: a value for each item; NaN is none.
+        after: likewise.
+
+    >>> first, second, left_out = paired_values({"a": 0.5, "b": 1.0}, {"b": 0.0, "a": float("nan"), "c": 1.0})
+    >>> first.tolist(), second.tolist(), left_out
+    ([1.0], [0.0], 2)
+    """
+    common = [key for key, value in before.items() if not (np.isnan(value) or np.isnan(after.get(key, np.nan)))]
+    left_out = len(before.keys() | after.keys()) - len(common)
+    return np.array([before[key] for key in common]), np.array([after[key] for key in common]), left_out
 
 
 def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:

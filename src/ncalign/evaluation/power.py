@@ -34,10 +34,19 @@ def minimum_detectable_difference(
     >>> round(minimum_detectable_difference(50.0, 805), 2)  # a win rate of wins and losses on AlpacaEval's set
     4.94
     """
-    factor = _checked_factor(standard_deviation, significance, power)
     if num_questions < 1:
         raise ValueError(f"there are {num_questions} questions; at least 1 is needed")
+    factor = _checked_factor(standard_deviation, significance, power)
     return factor * standard_deviation / math.sqrt(num_questions)
+
+
+def detectable_difference(standard_error: float, *, significance: float = SIGNIFICANCE, power: float = POWER) -> float:
+    """:func:`minimum_detectable_difference` of a number whose standard error ``sd / sqrt(n)`` is known, such as a win rate's.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    return _checked_factor(standard_error, significance, power) * standard_error
 
 
 def questions_needed(
@@ -74,7 +83,7 @@ def paired_deviation(before: Float[NDArray[np.float64], " n"], after: Float[NDAr
 
 def _checked_factor(standard_deviation: float, significance: float, power: float) -> float:
     if not (standard_deviation >= 0 and math.isfinite(standard_deviation)):
-        raise ValueError(f"the standard deviation is {standard_deviation}; a finite number from 0 on is needed")
+        raise ValueError(f"the standard deviation or error is {standard_deviation}; a finite number from 0 on is needed")
     if not 0 < significance < 1 or not significance / 2 < power < 1:
         raise ValueError(
             f"significance is {significance} and power {power}: significance between 0 and 1, and power above half of it and "

@@ -33,6 +33,11 @@ class QuestionPreferences:
     one_order: tuple[str, ...]
     missing: tuple[str, ...]
 
+    @property
+    def by_question(self) -> dict[str, float]:
+        """Preferences by question, as :func:`ncalign.evaluation.paired.paired_values` takes them."""
+        return dict(zip(self.questions, self.preferences.tolist(), strict=True))
+
 
 def question_preferences(games: Iterable[Game], *, both_orders: bool = True) -> QuestionPreferences:
     """Average each question's games: those of one order first, then the two orders.

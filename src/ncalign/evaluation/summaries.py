@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ncalign.evaluation.agreement import Agreement, LengthBias, PositionBias
@@ -10,6 +11,7 @@ from ncalign.evaluation.bradley_terry import BradleyTerry
 from ncalign.evaluation.length_control import LengthControlled
 from ncalign.evaluation.mt_bench import MTBench
 from ncalign.evaluation.paired import PairedComparison
+from ncalign.evaluation.power import detectable_difference
 from ncalign.evaluation.tables import Cell, Column, Table
 from ncalign.evaluation.win_rate import WinMatrix, WinRate
 
@@ -35,14 +37,20 @@ def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, Length
         Column("ties"),
         Column("losses"),
         Column("missing"),
+        Column("detectable (points)"),
     )
     rows: list[tuple[Cell, ...]] = []
     for model, rate in sorted(rates.items(), key=lambda item: -item[1].win_rate):
         lc = controlled.get(model)
         lc_cells: tuple[Cell, ...] = (lc.win_rate, *lc.ci) if lc else (None, None, None)
         counts = (rate.num_wins, rate.num_ties, rate.num_losses, rate.num_missing)
-        rows.append((model, rate.win_rate, *rate.ci, *lc_cells, *counts))
-    return Table(columns, tuple(rows), f"Win rate against {baseline}; low and high are the bounds of 95 % intervals.")
+        detectable = detectable_difference(rate.standard_error) if math.isfinite(rate.standard_error) else None
+        rows.append((model, rate.win_rate, *rate.ci, *lc_cells, *counts, detectable))
+    caption = (
+        f"Win rate against {baseline}; low and high bound 95 % intervals; a difference from 50 is found with 80 % chance if it "
+        "is at least the detectable one."
+    )
+    return Table(columns, tuple(rows), caption)
 
 
 def strength_table(found: BradleyTerry) -> Table:
