@@ -128,6 +128,15 @@ def test_missing_verdicts_are_counted_and_predicted(tmp_path: Path) -> None:
     assert set(found.coefficients) == {"length", "model"}
 
 
+@pytest.mark.parametrize("verdict", [0.0, 1.0])
+def test_a_model_that_lost_or_won_everything_keeps_its_rate(verdict: float) -> None:
+    # alpaca-eval's solver sees a single class here, gives up and reports 50.
+    rng = np.random.default_rng(0)
+    ours_, theirs = rng.integers(1, 999, size=(2, 100))
+    found = length_controlled_win_rate(np.full(100, verdict), ours_, theirs, num_resamples=5)
+    assert found.win_rate == pytest.approx(100 * verdict, abs=1)
+
+
 def test_same_seed_same_interval() -> None:
     rng = np.random.default_rng(5)
     p, a, b = rng.uniform(0.5, 1, size=50), rng.integers(1, 99, size=50), rng.integers(1, 99, size=50)
