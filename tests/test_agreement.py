@@ -100,11 +100,26 @@ def test_a_judge_of_length_always_prefers_the_longer() -> None:
     found = length_bias(games, lengths)
     assert found.longer_preferred == 100
     assert found.rank_correlation == pytest.approx(1, abs=1e-12)
+    assert found.related
     with pytest.raises(ValueError, match="'q3': the length of new's answer"):
         length_bias([Game("q3", "new", "old", True, 1.0)], lengths)
     nothing = length_bias([Game("q0", "new", "old", True, None)], lengths)
     assert (nothing.num_counted, nothing.num_missing) == (0, 1)
     assert math.isnan(nothing.longer_preferred)
+    assert "can't be told" in nothing.summary
+
+
+@pytest.mark.parametrize(("share", "related"), [(0.9, True), (0.1, True), (0.5, False)])
+def test_verdicts_that_go_with_length_are_said_to(share: float, related: bool) -> None:
+    # The model is always 10 characters longer: only the share of its wins can tell.
+    lengths = {(f"q{i}", name): 10 * (name == "new") + 5 for i in range(20) for name in ("new", "old")}
+    found = length_bias(both_orders([(1.0, 1.0) if i < 20 * share else (0.0, 0.0) for i in range(20)]), lengths)
+    assert math.isnan(found.correlation)
+    assert found.longer_preferred == pytest.approx(100 * share, abs=1e-12)
+    tail = sum(math.comb(20, k) for k in range(round(20 * min(share, 1 - share)) + 1)) / 2**20
+    assert found.longer_p_value == pytest.approx(min(1, 2 * tail), abs=1e-12)
+    assert found.related == related
+    assert ("don't go" in found.summary) == (not related)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -26,6 +26,7 @@ from ncalign.evaluation.records import Game, Rating
 from ncalign.evaluation.summaries import (
     arena_table,
     comparison_table,
+    json_ready,
     judge_table,
     mt_bench_table,
     strength_table,
@@ -168,6 +169,17 @@ def test_judge_table_tells_what_was_measured() -> None:
     assert rows["Cohen's kappa"] == 1
     assert rows["questions that lack an order"] == place.num_incomplete
     assert len(to_json(judge_table(place, None, None))["rows"]) < len(rows)
+
+
+def test_results_become_json_whole() -> None:
+    matrix, strengths = win_matrix(games()), bradley_terry(games(), anchor="base", num_rounds=5)
+    read = json.loads(json.dumps(json_ready({"matrix": matrix, "strengths": strengths}), allow_nan=False))
+    assert read["matrix"]["models"] == list(matrix.models)
+    assert read["matrix"]["rates"][0][0] is None
+    assert read["matrix"]["num_counted"] == matrix.num_counted.tolist()
+    assert read["strengths"]["strengths"][0]["rating_ci"] == list(strengths.strengths[0].rating_ci)
+    with pytest.raises(TypeError, match="set has no form"):
+        json_ready([{1, 2}])
 
 
 def test_charts_draw_every_name_and_value(tmp_path: Path) -> None:

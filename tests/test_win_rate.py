@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,17 @@ def assert_equals_alpaca_eval(values: list[float | None]) -> WinRate:
 def test_equals_alpaca_eval_on_public_annotations(model: str) -> None:
     found = assert_equals_alpaca_eval([row["preference"] for row in annotations(model)])
     assert found.num_counted == 805
+
+
+def test_equals_the_public_leaderboard() -> None:
+    # The leaderboard's file lies in the package, computed by its authors.
+    folder = Path(alpaca_metrics().__file__).parents[1] / "leaderboards" / "data_AlpacaEval_2"
+    with (folder / "weighted_alpaca_eval_gpt4_turbo_leaderboard.csv").open(encoding="utf-8", newline="") as file:
+        board = {row[""]: row for row in csv.DictReader(file)}
+    for model in ("alpaca-7b", "gemma-2b-it"):
+        found = win_rate(from_alpaca_eval([row["preference"] for row in annotations(model)]), num_resamples=10)
+        for name in ("win_rate", "standard_error", "discrete_win_rate"):
+            assert getattr(found, name) == pytest.approx(float(board[model][name]), abs=1e-6), name
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -120,6 +120,9 @@ class LengthBias:
         p_value: two-sided, of the rank correlation.
         longer_preferred: percent of decided questions with answers of different lengths won by the longer one;
             NaN where there are none.
+        longer_p_value: two-sided, of a binomial test of ``longer_preferred`` against 50; NaN likewise.
+        related: whether either p-value is below 5 %.
+        summary: the finding in words.
         num_counted: questions with a verdict.
         num_missing: questions without.
     """
@@ -128,6 +131,9 @@ class LengthBias:
     rank_correlation: float
     p_value: float
     longer_preferred: float
+    longer_p_value: float
+    related: bool
+    summary: str
     num_counted: int
     num_missing: int
 
@@ -164,15 +170,31 @@ def length_bias(games: Iterable[Game], lengths: Mapping[tuple[str, str], int]) -
         ranks = stats.spearmanr(longer, wins)
         rank, p_value = float(ranks.statistic), float(ranks.pvalue)
     decided = (longer != 0) & (wins != 0.5)
-    toward_longer = np.where(longer > 0, wins, 1 - wins)[decided]
+    num_longer, num_decided = int((np.where(longer > 0, wins, 1 - wins)[decided] > 0.5).sum()), int(decided.sum())
+    share = 100 * num_longer / num_decided if num_decided else _NAN
+    longer_p_value = float(stats.binomtest(num_longer, num_decided).pvalue) if num_decided else _NAN
+    related = p_value < SIGNIFICANCE or longer_p_value < SIGNIFICANCE
     return LengthBias(
         correlation=correlation,
         rank_correlation=rank,
         p_value=p_value,
-        longer_preferred=100 * float((toward_longer > 0.5).mean()) if len(toward_longer) else _NAN,
+        longer_preferred=share,
+        longer_p_value=longer_p_value,
+        related=related,
+        summary=_length_words(share, rank, num_decided, related),
         num_counted=len(wins),
         num_missing=len(verdicts) - len(wins),
     )
+
+
+def _length_words(share: float, rank: float, num_decided: int, related: bool) -> str:
+    if not num_decided:
+        return "no verdict on answers of different lengths: length bias can't be told"
+    correlated = f", rank correlation {rank:.2f}" if np.isfinite(rank) else ""
+    numbers = f"the longer answer wins {share:.1f} % of {num_decided} decided questions{correlated}"
+    if not related:
+        return f"verdicts don't go with length: {numbers}"
+    return f"verdicts go with length: {numbers}; read the length-controlled win rate beside the plain one"
 
 
 @dataclass(frozen=True)
