@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-CONFIDENCE = 0.95
+from ncalign.evaluation.intervals import mean_interval
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,30 @@ def paired_comparison(
     return PairedComparison(
         mean_before=float(first.mean()),
         mean_after=float(second.mean()),
-        ci_before=_interval(first, num_resamples, rng),
-        ci_after=_interval(second, num_resamples, rng),
+        ci_before=mean_interval(first, num_resamples, rng),
+        ci_after=mean_interval(second, num_resamples, rng),
         difference=float(differences.mean()),
-        ci_difference=_interval(differences, num_resamples, rng),
+        ci_difference=mean_interval(differences, num_resamples, rng),
         p_value=_sign_flip_p_value(first, second, num_resamples, rng),
     )
+
+
+def paired_values(
+    before: Mapping[str, float], after: Mapping[str, float]
+) -> tuple[Float[NDArray[np.float64], " n"], Float[NDArray[np.float64], " n"], int]:
+    """The values of items that both have, in ``before``'s order, and how many items lack a value on either side.
+
+    Args:
+        before: a value for each item; NaN is none.
+        after: likewise.
+
+    >>> first, second, left_out = paired_values({"a": 0.5, "b": 1.0}, {"b": 0.0, "a": float("nan"), "c": 1.0})
+    >>> first.tolist(), second.tolist(), left_out
+    ([1.0], [0.0], 2)
+    """
+    common = [key for key, value in before.items() if not (np.isnan(value) or np.isnan(after.get(key, np.nan)))]
+    left_out = len(before.keys() | after.keys()) - len(common)
+    return np.array([before[key] for key in common]), np.array([after[key] for key in common]), left_out
 
 
 def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:
@@ -87,16 +106,6 @@ def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:
     if len(bad):
         raise ValueError(f"{name}[{bad[0]}] is {array[bad[0]]}: finite values are needed; leave out items without a value")
     return array
-
-
-def _interval(values: NDArray[np.float64], num_resamples: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean: defined, unlike BCa, where all values are equal."""
-    # In batches, so that memory does not grow with the number of resamples.
-    batch = max(1, 1_000_000 // len(values))
-    result = stats.bootstrap(
-        (values,), np.mean, n_resamples=num_resamples, batch=batch, confidence_level=CONFIDENCE, method="percentile", rng=rng
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _sign_flip_p_value(

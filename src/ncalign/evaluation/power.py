@@ -1,0 +1,92 @@
+"""How small a difference a set of questions can show, and how many questions a difference needs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import stats
+
+SIGNIFICANCE = 0.05
+POWER = 0.8
+
+
+def minimum_detectable_difference(
+    standard_deviation: float, num_questions: int, *, significance: float = SIGNIFICANCE, power: float = POWER
+) -> float:
+    """``(z_{1 - a/2} + z_{power}) * sd / sqrt(n)``: the true mean that a two-sided test finds with the given chance.
+
+    For a win rate in points, ``sd`` is the preferences' standard deviation times 100 and the difference is that from 50. For
+    two models on the same questions it is the standard deviation of their paired differences (:func:`paired_deviation`).
+    The normal approximation holds from a few dozen questions on.
+
+    Args:
+        standard_deviation: of one question's value or difference.
+        num_questions: n, the questions with a verdict.
+        significance: a, of the two-sided test.
+        power: chance to find the difference.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    >>> round(minimum_detectable_difference(50.0, 805), 2)  # a win rate of wins and losses on AlpacaEval's set
+    4.94
+    """
+    if num_questions < 1:
+        raise ValueError(f"there are {num_questions} questions; at least 1 is needed")
+    factor = _checked_factor(standard_deviation, significance, power)
+    return factor * standard_deviation / math.sqrt(num_questions)
+
+
+def detectable_difference(standard_error: float, *, significance: float = SIGNIFICANCE, power: float = POWER) -> float:
+    """:func:`minimum_detectable_difference` of a number whose standard error ``sd / sqrt(n)`` is known, such as a win rate's.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    return _checked_factor(standard_error, significance, power) * standard_error
+
+
+def questions_needed(
+    standard_deviation: float, difference: float, *, significance: float = SIGNIFICANCE, power: float = POWER
+) -> int:
+    """``((z_{1 - a/2} + z_{power}) * sd / difference)^2``, rounded up: questions that show a difference with the given chance.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    >>> questions_needed(50.0, 5.0)
+    785
+    """
+    factor = _checked_factor(standard_deviation, significance, power)
+    if not difference > 0:
+        raise ValueError(f"the difference is {difference}; a number above 0 is needed")
+    return max(1, math.ceil((factor * standard_deviation / difference) ** 2))
+
+
+def paired_deviation(before: Float[NDArray[np.float64], " n"], after: Float[NDArray[np.float64], " n"]) -> float:
+    """Standard deviation of the differences of two models' values on the same questions; NaN on either side is left out.
+
+    Raises:
+        ValueError: the arrays don't match, or fewer than 2 questions have both values.
+    """
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape:
+        raise ValueError(f"the values have the shapes {first.shape} and {second.shape}: one pair for each question is needed")
+    differences = (second - first)[~(np.isnan(first) | np.isnan(second))]
+    if len(differences) < 2:
+        raise ValueError(f"{len(differences)} questions have both values; at least 2 are needed for a spread")
+    return float(differences.std(ddof=1))
+
+
+def _checked_factor(standard_deviation: float, significance: float, power: float) -> float:
+    if not (standard_deviation >= 0 and math.isfinite(standard_deviation)):
+        raise ValueError(f"the standard deviation or error is {standard_deviation}; a finite number from 0 on is needed")
+    if not 0 < significance < 1 or not significance / 2 < power < 1:
+        raise ValueError(
+            f"significance is {significance} and power {power}: significance between 0 and 1, and power above half of it and "
+            "below 1, are needed"
+        )
+    return float(stats.norm.ppf(1 - significance / 2) + stats.norm.ppf(power))

@@ -1,0 +1,68 @@
+"""What an answer looks like: its length and its markdown, which judges like whatever it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+FEATURES = ("length", "headers", "lists", "bold")
+
+_CODE = re.compile(r"```[^`]*```")
+_HEADER = re.compile(r"^#{1,6}\s", re.MULTILINE)
+_LIST_ITEM = re.compile(r"^\s*(?:\d+\.|[-*+])\s", re.MULTILINE)
+_BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
+
+
+@dataclass(frozen=True)
+class Style:
+    """Counts that stand for an answer's style.
+
+    Attributes:
+        num_tokens: its length.
+        num_headers: markdown headings of any level.
+        num_list_items: numbered and bulleted ones.
+        num_bold: bold spans.
+    """
+
+    num_tokens: int
+    num_headers: int
+    num_list_items: int
+    num_bold: int
+
+
+def style_of(text: str, num_tokens: int) -> Style:
+    r"""Count an answer's markdown outside fenced code.
+
+    >>> style_of("# Title\n- one\n2. **two**", num_tokens=12)
+    Style(num_tokens=12, num_headers=1, num_list_items=2, num_bold=1)
+    """
+    prose = _CODE.sub("", text)
+    return Style(num_tokens, *(len(pattern.findall(prose)) for pattern in (_HEADER, _LIST_ITEM, _BOLD)))
+
+
+def style_differences(ours: Sequence[Style], theirs: Sequence[Style]) -> Float[NDArray[np.float64], "N 4"]:
+    """Normalised differences of length, headers, lists and bold spans, each in [-1, 1]; 0 where neither answer has any.
+
+    Length: ``(a - b) / (a + b)`` in tokens. The others: ``(r_a - r_b) / (r_a + r_b + 1)`` of the counts for each token,
+    ``r = count / (tokens + 1)``.
+
+    Source: Arena-Hard-Auto, ``show_result.py``.
+    """
+    first, second = _counts(ours), _counts(theirs)
+    length = _ratio(first[:, 0] - second[:, 0], first[:, 0] + second[:, 0])
+    first_rate, second_rate = first[:, 1:] / (first[:, :1] + 1), second[:, 1:] / (second[:, :1] + 1)
+    return np.column_stack([length, (first_rate - second_rate) / (first_rate + second_rate + 1)])
+
+
+def _counts(styles: Sequence[Style]) -> NDArray[np.float64]:
+    rows = [(style.num_tokens, style.num_headers, style.num_list_items, style.num_bold) for style in styles]
+    return np.array(rows, dtype=np.float64).reshape(-1, len(FEATURES))
+
+
+def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
