@@ -194,7 +194,7 @@ def _kernel_notes(n: Mapping[str, Any]) -> Iterator[Finding]:
             "kernel_length",
             "note",
             f"drawn negatives have {n['kernel/length_drawn']:.2f} times the length of random ones: what is contrasted is "
-            f"length, too",
+            "length, too. Without reference_model the scores are log-probs, which favour what is short",
         )
 
 
