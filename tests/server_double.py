@@ -24,7 +24,8 @@ class ServerDouble:
     """Records requests; ``faults`` says what to do wrong with the request of a given number, counted from 0.
 
     A fault is ``drop``, ``half`` (half the JSON), ``few`` (one choice, whatever n is), ``many``, ``slow``, ``null`` (content is
-    null), or a status to answer with.
+    null), ``too long`` (what servers say of a prompt that does not fit), or a status to answer with; ``fault_of`` says the
+    same of a request's body.
     """
 
     def __init__(self, answer: Answer = echo, faults: Callable[[int], str | int | None] = lambda number: None) -> None:
@@ -35,6 +36,7 @@ class ServerDouble:
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
         self.delay = 0.0
+        self.fault_of: Callable[[dict[str, Any]], str | int | None] = lambda body: None
 
     def choices(self, path: str, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
         found = []
@@ -68,7 +70,7 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 double.under_way += 1
                 double.most_under_way = max(double.most_under_way, double.under_way)
             try:
-                self.reply(body, double.faults(number))
+                self.reply(body, double.faults(number) or double.fault_of(body))
             finally:
                 with double.lock:
                     double.under_way -= 1
@@ -81,6 +83,10 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 return
             if isinstance(fault, int):
                 self.send({"error": {"message": f"no, {self.headers.get('Authorization')}"}}, fault)
+                return
+            if fault == "too long":
+                said = "This model's maximum context length is 4096 tokens; your request has 5000"
+                self.send({"error": {"message": said, "code": "context_length_exceeded"}}, 400)
                 return
             if fault == "slow":
                 time.sleep(1.5)

@@ -113,6 +113,26 @@ class JudgeConfig(ServerConfig):
     attempts: int = Field(3, ge=1, description="Times that a verdict that can't be read is asked for.")
 
 
+class EvalJudgeConfig(ServerConfig):
+    """A language model on a server that judges answers to a question set."""
+
+    api_key_env: str | None = Field(None, description="Environment variable that holds the key; none: a server without keys.")
+    mode: Literal["auto", "logprobs", "labels", "rating"] = Field(
+        "auto",
+        description="Two answers compared by the log-probs of one letter or by one of five labels (auto: log-probs where the "
+        "server gives them), in both orders; or each answer rated from 1 to 10 by itself.",
+    )
+    template: Path | None = Field(
+        None,
+        description="File with the judge's prompt; it holds {question}, {answer_a} and {answer_b}, or {conversation} and "
+        "{answer}.",
+    )
+    max_tokens: int = Field(1024, ge=1, description="Of a verdict in words.")
+    attempts: int = Field(3, ge=1, description="Times that a verdict that can't be read is asked for.")
+    price_in: float | None = Field(None, ge=0, description="Price of a million prompt tokens; none: no costs are told.")
+    price_out: float | None = Field(None, ge=0, description="Price of a million tokens of verdicts.")
+
+
 Rewards = Annotated[
     tuple[str, ...],
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),

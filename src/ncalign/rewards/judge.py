@@ -17,7 +17,8 @@ from ncalign.config import JudgeConfig
 from ncalign.encoding import as_messages
 from ncalign.groups import Group
 from ncalign.rewards.base import completion_texts
-from ncalign.server import Request, Server, ServerError
+from ncalign.rewards.verdicts import ask_verdicts, fill
+from ncalign.server import Server
 from ncalign.store import Store
 
 Verdict = TypeVar("Verdict")
@@ -112,42 +113,19 @@ class JudgeReward:
 
     def _filled(self, **texts: str) -> str:
         scale = {"lowest": f"{self._config.lowest:g}", "highest": f"{self._config.highest:g}"}
-        # One pass over the template: braces in what is filled in are left alone.
-        return _PLACE.sub(lambda found: {**scale, **texts}.get(found[1], found[0]), self._template)
+        return fill(self._template, {**scale, **texts})
 
     def _verdicts(self, prompts: Sequence[str], read: Callable[[str], Verdict | None]) -> list[Verdict | None]:
-        found: list[Verdict | None] = [None] * len(prompts)
-        failures: list[ServerError] = []
-        for attempt in range(self._config.attempts):
-            open_ = [index for index, verdict in enumerate(found) if verdict is None]
-            if not open_:
-                break
-            failures = []
-            answers = self.server.ask([self._request(prompts[index], attempt) for index in open_])
-            for index, answer in zip(open_, answers, strict=True):
-                if isinstance(answer, ServerError):
-                    failures.append(answer)
-                else:
-                    found[index] = read(answer[0].text)
+        found = ask_verdicts(
+            self.server,
+            prompts,
+            lambda choice: read(choice.text),
+            attempts=self._config.attempts,
+            body={"max_tokens": self._config.max_tokens},
+        )
         self.num_asked += len(prompts)
-        self.num_missing += sum(verdict is None for verdict in found)
-        if prompts and len(failures) == len(prompts):
-            # Nothing was judged: a server that is down, not a judge without an opinion.
-            raise failures[0]
-        return found
-
-    def _request(self, prompt: str, attempt: int) -> Request:
-        body = {
-            "messages": [{"role": "user", "content": prompt}],
-            # The same question at temperature 0 has the same answer: one that could not be read is asked for otherwise.
-            "temperature": 0.0 if attempt == 0 else 0.7,
-            "seed": attempt,
-            "max_tokens": self._config.max_tokens,
-        }
-        return Request("chat", body)
-
-
-_PLACE = re.compile(r"\{(prompt|completion|completion_a|completion_b|lowest|highest)\}")
+        self.num_missing += sum(found.missing.values())
+        return found.values
 
 
 def prompt_text(group: Group) -> str:
