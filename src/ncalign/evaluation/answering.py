@@ -1,0 +1,108 @@
+"""`ncalign answer`: a model's answers to a question set, for any judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ncalign.atomic import check_writable
+from ncalign.cache import cache_folder
+from ncalign.config import AnswerConfig, DType, ServerConfig
+from ncalign.evaluation.answers import answer_questions, write_answers
+from ncalign.evaluation.records import Answer, Question
+from ncalign.evaluation.sets import read_questions
+from ncalign.generation import Generator, ServerGenerator, TransformersGenerator
+from ncalign.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
+from ncalign.store import Store
+
+
+def make_generator(
+    model: str | None,
+    server: ServerConfig | None,
+    *,
+    dtype: DType,
+    batch_size: int,
+    store: Store,
+    trust_remote_code: bool,
+) -> tuple[Generator, str]:
+    """What answers, and what tells its weights from others'.
+
+    Raises:
+        ValueError: the model can't be loaded, or the server's client can't be made.
+    """
+    if server is not None:
+        return ServerGenerator(server, store=store, string_prompts="user_turn"), f"{server.base_url} {server.model}"
+    assert model is not None
+    loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    identity = weights_fingerprint(loaded, computation=dtype)
+    # nn.Module's own `to`: transformers' wrapper of it lost its type.
+    torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return TransformersGenerator(loaded, tokenizer, string_prompts="user_turn", batch_size=batch_size), identity
+
+
+def answers_of_model(
+    model: str | None,
+    questions: Sequence[Question],
+    *,
+    name: str,
+    store: Store,
+    max_new_tokens: int,
+    temperature: float | None,
+    batch_size: int,
+    dtype: DType,
+    seed: int,
+    trust_remote_code: bool,
+    server: ServerConfig | None = None,
+) -> list[Answer]:
+    """A model's answers to the questions; see :func:`ncalign.evaluation.answers.answer_questions`."""
+    generator, identity = make_generator(
+        model, server, dtype=dtype, batch_size=batch_size, store=store, trust_remote_code=trust_remote_code
+    )
+    return answer_questions(
+        questions,
+        generator,
+        model=name,
+        identity=identity,
+        store=store,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        at_a_time=len(questions) if server is not None else batch_size,
+        seed=seed,
+    )
+
+
+def run_answer(config: AnswerConfig) -> dict[str, Any]:
+    """Answer a set and write the file.
+
+    Returns:
+        ``output``, the number of questions, of tokens, and of answers without text.
+
+    Raises:
+        ValueError: the set can't be read, the model can't be loaded, or a question doesn't fit it; what was answered is kept.
+    """
+    check_writable(config.output)
+    questions = read_questions(config.set_name, file=config.set_file)[: config.limit]
+    name = config.name or str(config.server.model if config.server is not None else config.model).rstrip("/").rpartition("/")[2]
+    answers = answers_of_model(
+        config.model,
+        questions,
+        name=name,
+        store=Store((config.cache_dir or cache_folder()) / "answers.sqlite"),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+        server=config.server,
+    )
+    write_answers(answers, questions, config.output, form=config.form)
+    return {
+        "output": str(config.output),
+        "questions": len(questions),
+        "tokens": sum(sum(answer.num_tokens) for answer in answers),
+        "empty": sum(not all(answer.turns) for answer in answers),
+    }
