@@ -371,7 +371,6 @@ def answering(monkeypatch: pytest.MonkeyPatch, text: str) -> list[str]:
 
 
 @needs_lm_eval
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 def test_tasks_are_run_kept_and_resumed(
     tmp_path: Path, adapter: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -403,7 +402,6 @@ def test_tasks_are_run_kept_and_resumed(
 
 
 @needs_lm_eval
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 def test_code_is_asked_for_in_a_chat_and_counted(
     tmp_path: Path, tiny_model_dir: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -421,7 +419,6 @@ def test_code_is_asked_for_in_a_chat_and_counted(
 
 
 @needs_lm_eval
-@pytest.mark.slow
 def test_a_real_model_generates_and_an_adapter_changes_it(
     tmp_path: Path, tiny_model_dir: Path, adapter: Path, data: dict[str, Path]
 ) -> None:
@@ -482,7 +479,6 @@ def test_one_failing_task_costs_no_other(
 
 
 @needs_lm_eval
-@pytest.mark.slow
 def test_a_backend_generates_as_any_generator_does(tiny_model_dir: Path) -> None:
     arguments = backend_arguments(str(tiny_model_dir), backend="hf", dtype="float32")
     generator = BackendGenerator(load_backend("hf", arguments, batch_size=4, device="cpu"), until=["\n"])

@@ -56,7 +56,7 @@ class Outcome:
         stderr: the same of stderr, with the traceback of what it raised.
         truncated: whether some of either was thrown away.
         seconds: wall time, from its first line.
-        isolation: what held it, strongest first.
+        isolation: what held it.
     """
 
     status: Status
@@ -128,7 +128,7 @@ def run_sandboxed(
 
 
 def isolation(*, allow_weak: bool = False) -> tuple[str, ...]:
-    """What holds programs on this system, strongest first: found out by running an empty one.
+    """What holds programs on this system, found out by running an empty one.
 
     Raises:
         ValueError: nothing refuses network or outside writes here, and ``allow_weak`` is off.
@@ -329,10 +329,10 @@ class _Run:
 
     def _status(self, word: bytes) -> Status:
         assert self._process is not None
+        if secrets.compare_digest(word, self._secret[::-1]):
+            return "completed"
         if self._stopped is not None:
             return self._stopped
-        if secrets.compare_digest(word, self._secret):
-            return "completed"
         code = self._process.returncode
         if code == -signal.SIGXCPU:
             return "timeout"

@@ -340,7 +340,8 @@ def _run(source: bytes, report: int, secret: int) -> NoReturn:
     sys.modules["program"] = module
     try:
         exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
-        word = read(secret, 64)
+        # Backwards: to copy what can be read from one descriptor to another is not enough.
+        word = read(secret, 64)[::-1]
     except SystemExit:
         word = b"exited"
     except BaseException:  # whatever the program raised, which ends here
