@@ -92,9 +92,15 @@ def _expression(text: str) -> float | None:
     return None
 
 
-def is_close(value: float | None, gold: float, relative: float) -> bool:
-    """Whether a value is within ``relative`` of the right one, which near 0 means of 1."""
-    return value is not None and abs(value - gold) <= relative * max(abs(gold), 1.0)
+def is_close(value: float | None, gold: float) -> bool:
+    """Whether a value is the right one: a whole number exactly, another within a ten-thousandth of it, since it is rounded.
+
+    >>> is_close(120_006.0, 120_000.0), is_close(0.3333, 1 / 3), is_close(0.33, 1 / 3)
+    (False, True, False)
+    """
+    if value is None:
+        return False
+    return value == gold if gold.is_integer() else abs(value - gold) <= _RELATIVE * max(abs(gold), 1.0)
 
 
 # -- what the task files name -------------------------------------------------------------------------------------------
@@ -103,14 +109,14 @@ def is_close(value: float | None, gold: float, relative: float) -> bool:
 def process_number(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
     """A task whose answers are numbers; ``None`` stands for a question that can't be answered.
 
-    A number is right within a ten-thousandth; an answer in words, as ASDiv has some, where the same words are given.
+    A whole number must be met, another within a ten-thousandth; an answer in words, as ASDiv has some, in the same words.
     """
     gold, text = doc["answer"], results[0]
     if gold == "None":
         return {"exact_match": float(_NONE.search(final_text(text)) is not None)}
     values = numbers(gold)
     if len(values) == 1:
-        return {"exact_match": float(is_close(final_number(text), values[0], _RELATIVE))}
+        return {"exact_match": float(is_close(final_number(text), values[0]))}
     return {"exact_match": float(_words(gold) == _words(final_text(text)))}
 
 
