@@ -435,6 +435,18 @@ def test_code_is_asked_for_in_a_chat_and_counted(
     assert len(asked) == 6
     assert asked[0].startswith("<|im_start|>user\n")
     assert asked[0].endswith("<|im_start|>assistant\n")
+    del asked[:]
+    run_tasks(str(tiny_model_dir), ["humaneval"], output_dir=tmp_path / "out", system_instruction="Be brief.", **options)
+    assert len(asked) == 2
+    assert asked[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    with pytest.raises(ValueError, match="ask as in a chat"):
+        run_tasks(
+            str(tiny_model_dir),
+            ["humaneval"],
+            output_dir=tmp_path / "out",
+            system_instruction="Be brief.",
+            **{**options, "apply_chat_template": False},
+        )
 
 
 @needs_lm_eval

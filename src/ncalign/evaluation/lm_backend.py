@@ -109,11 +109,13 @@ class BackendGenerator:
     Args:
         backend: lm-eval's model object.
         until: texts that end a completion.
+        system: a system turn before each conversation.
     """
 
-    def __init__(self, backend: Any, *, until: Sequence[str] = ()) -> None:
+    def __init__(self, backend: Any, *, until: Sequence[str] = (), system: str | None = None) -> None:
         """See the class."""
         self._backend, self._until = backend, list(until)
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
@@ -147,7 +149,7 @@ class BackendGenerator:
         if isinstance(prompt, str):
             return prompt
         try:
-            return self._backend.apply_chat_template(prompt, add_generation_prompt=True)
+            return self._backend.apply_chat_template([*self._system, *prompt], add_generation_prompt=True)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise ValueError(
                 f"the model can't be asked as in a chat: {str(error).splitlines()[0]}; evaluate without apply_chat_template"

@@ -416,7 +416,9 @@ def _code_result(run: _Run, task: str) -> dict[str, Any]:
         raise ValueError(f"num_samples is {code.num_samples} at temperature 0, where all answers are alike: give a temperature")
     problems = read_problems(_code_file(run, task))[: settings["limit"]]
     form: Any = "chat" if settings["apply_chat_template"] else "completion"
-    generator = BackendGenerator(run.backend, until=() if form == "chat" else STOPS)
+    if settings["system_instruction"] is not None and form == "completion":
+        raise ValueError("a system_instruction can't stand before a program that is to be completed: ask as in a chat")
+    generator = BackendGenerator(run.backend, until=() if form == "chat" else STOPS, system=settings["system_instruction"])
     store = Store(run.folder / "code.sqlite")
     try:
         answers = sample_answers(
@@ -427,7 +429,7 @@ def _code_result(run: _Run, task: str) -> dict[str, Any]:
             params=SamplingParams(code.max_new_tokens, code.temperature, code.top_p),
             seed=settings["seed"],
             store=store,
-            model=run.identity,
+            model=Store.key(run.identity, {key: value for key, value in settings.items() if key != "limit"}),
         )
         results = check_answers(
             problems,

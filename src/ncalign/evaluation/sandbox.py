@@ -216,6 +216,7 @@ class _Run:
         self._stdout, self._stderr = _Capture(limits.output_bytes), _Capture(limits.output_bytes)
         self._report = _Capture(1 << 16)
         self._process: subprocess.Popen[bytes] | None = None
+        self._report_file: IO[bytes] | None = None
         self._selector = selectors.DefaultSelector()
         self._stopped: Status | None = None
         self._began: float | None = None
@@ -244,7 +245,7 @@ class _Run:
         finally:
             for descriptor in (report_write, secret_read, secret_write):
                 os.close(descriptor)
-            self._report_file: IO[bytes] = os.fdopen(report_read, "rb", buffering=0)
+            self._report_file = os.fdopen(report_read, "rb", buffering=0)
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         for file, capture in (
@@ -297,9 +298,11 @@ class _Run:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._seconds = 0.0 if self._began is None else time.monotonic() - self._began
-            for file in (self._process.stdout, self._process.stderr, self._report_file):
+            for file in (self._process.stdout, self._process.stderr):
                 if file is not None:
                     file.close()
+        if self._report_file is not None:
+            self._report_file.close()
         self._selector.close()
 
     def outcome(self) -> Outcome:
