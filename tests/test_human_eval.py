@@ -146,6 +146,7 @@ def test_files_that_are_missing_or_damaged_are_refused(tmp_path: Path, monkeypat
         "Usage:\n```python\nprint(add(1, 2))\n```\nCode:\n```python\ndef add(a, b):\n    return a + b\n```",
         "1. So:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
         "~~~python\r\ndef add(a, b):\r\n    return a + b\r\n~~~",
+        "<think>\n```python\ndef add(a, b):\n    return 0\n```\n</think>\n```python\ndef add(a, b):\n    return a + b\n```",
         "```\ndef add(a, b):\n    return a + b\n",  # cut before its fence
         "[PYTHON]\ndef add(a, b):\n    return a + b\n[/PYTHON]",
         "def add(a, b):\n    return a + b",

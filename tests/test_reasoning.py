@@ -326,6 +326,13 @@ def test_a_model_is_another_when_its_files_change(adapter: Path) -> None:
     assert model_identity("some/hub-id") != model_identity("some/other-id")
 
 
+def test_a_model_is_named_by_its_run(tmp_path: Path) -> None:
+    (tmp_path / "nca" / "model").mkdir(parents=True)
+    assert reasoning._name(str(tmp_path / "nca" / "model")) == "nca"
+    assert reasoning._name(str(tmp_path / "nca")) == "nca"
+    assert reasoning._name("some/hub-id") == "some/hub-id"
+
+
 @pytest.mark.parametrize(
     ("measured", "key"),
     [

@@ -223,6 +223,46 @@ def test_no_other_process_is_limited_or_looked_into(folders: Path, walls: str) -
     assert run(code).passed
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        # A file that would send signals to the parent.
+        "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())",
+        "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, 10, 9)",
+        # Outliving the parent, becoming its tracer, asking a ring of the kernel to connect.
+        "import ctypes; libc = ctypes.CDLL(None); assert libc.prctl(1, 0, 0, 0, 0) == 0",
+        "import ctypes, os; libc = ctypes.CDLL(None); assert libc.ptrace(16, os.getppid(), 0, 0) == 0",
+        "import ctypes; assert ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(120)) >= 0",
+        "import ctypes; assert ctypes.CDLL(None).syscall(435, ctypes.create_string_buffer(88), 88) >= 0",
+        "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0",
+        "import ctypes; assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0",
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
+        "import os; os.setuid(12345)",
+    ],
+)
+def test_ways_around_are_closed(folders: Path, walls: str, code: str) -> None:
+    assert run(code).status == "error"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these calls are x86's")
+@pytest.mark.parametrize(
+    "machine_code",
+    [
+        "b814000000cd80c3",  # int 0x80: getpid of the 32-bit table
+        "b827000040" + "0f05c3",  # syscall 0x40000027: getpid of the x32 table
+    ],
+)
+def test_other_tables_of_system_calls_are_closed(folders: Path, machine_code: str) -> None:
+    code = f"""
+    import ctypes, mmap
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(bytes.fromhex("{machine_code}"))
+    call = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+    call()
+    """
+    assert run(code).status == "killed"
+
+
 # -- memory, output, files ----------------------------------------------------------------------------------------------
 
 

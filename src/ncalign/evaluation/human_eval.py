@@ -231,7 +231,13 @@ def extract_code(answer: str, name: str) -> str:
     >>> extract_code("Here it is.\ndef f():\n    return 1\nThis returns one.", "f")
     'def f():\n    return 1'
     """
-    text = answer.replace("\r\n", "\n").replace("[PYTHON]", "\n```python\n").replace("[/PYTHON]", "\n```\n")
+    # Drafts within a chain of thought are no answers.
+    text = (
+        answer.rpartition("</think>")[2]
+        .replace("\r\n", "\n")
+        .replace("[PYTHON]", "\n```python\n")
+        .replace("[/PYTHON]", "\n```\n")
+    )
     blocks = [found[2] for found in _FENCE.finditer(text)]
     if blocks:
         # A block within a list is indented as a whole; a function's body alone stays as it is.

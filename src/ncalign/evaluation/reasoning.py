@@ -112,7 +112,7 @@ def run_tasks(
             ``humaneval`` and ``leetcode``, which run in the sandbox.
         output_dir: results, answers and data go here; a task that is there with the same model and settings is not run again.
         task_data: a file for each task that reads one.
-        name: of the model in tables; None for its folder's.
+        name: of the model in tables; None for its folder's, or its run's where the folder is a run's ``model/``.
         backend: lm-eval's: ``hf``, ``vllm``, ``local-chat-completions`` and so on.
         backend_args: further arguments of the backend.
         batch_size: sequences at a time, or ``auto``.
@@ -173,11 +173,18 @@ def run_tasks(
     if failed and not done:
         raise ValueError("every task failed. " + " ".join(f"{task}: {reason}" for task, reason in failed.items()))
     return {
-        "model": name or Path(model).name or model,
+        "model": name or _name(model),
         "results": {task: done[task] for task in wanted if task in done},
         "failed": failed,
         "resumed": [task for task in wanted if task in done and task not in rest],
     }
+
+
+def _name(model: str) -> str:
+    folder = Path(model).resolve()
+    if not folder.is_dir():
+        return model
+    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
 
 
 # -- before anything is loaded ------------------------------------------------------------------------------------------
