@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ncalign.config import JudgeConfig, ServerConfig
+from ncalign.config import EvaluateConfig, JudgeConfig, ServerConfig
 from ncalign.demo.model import _find_gguf, demo_model_folder
+from ncalign.evaluation.run import run_evaluate
 from ncalign.generation import SamplingParams, ServerGenerator
 from ncalign.groups import Candidate, Group, read_groups
 from ncalign.online import OnlineConfig, run_online
@@ -112,3 +113,31 @@ def test_the_probe_tells_the_served_model_from_a_trained_one(url: str, tmp_path:
     with pytest.raises(ValueError, match="round 2: generator and policy hold different weights"):
         run_online(config)
     assert len(list(read_groups(tmp_path / "run" / "rounds" / "000" / "pool.jsonl"))) == 4
+
+
+def test_answers_are_judged_end_to_end(url: str, tmp_path: Path) -> None:
+    """A model of this size is no judge; what is tested is the way there and back, with log-probs that are real."""
+    questions = [{"question_id": k, "turns": [f"Name {k + 2} animals."]} for k in range(6)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    for name, text in (("long", "The animals are a cat, a dog, a cow and many more that one could name."), ("short", "Cat.")):
+        rows = [json.dumps({"question": str(k), "model": name, "turns": [f"{text} ({k})"]}) for k in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    settings = {
+        "model": str(tmp_path / "long.jsonl"),
+        "against": [str(tmp_path / "short.jsonl")],
+        "set_name": str(tmp_path / "q.jsonl"),
+        "cache_dir": tmp_path / "cache",
+        "num_resamples": 200,
+    }
+    judge = {"base_url": url, "max_concurrency": 4, "max_tokens": 48, "attempts": 1}
+    found = run_evaluate(EvaluateConfig.model_validate({**settings, "output_dir": tmp_path / "pairs", "judge": judge}))
+    account = found["verdicts"][0]
+    assert account["mode"] == "logprobs"
+    assert (account["asked"], found["missing_verdicts"]) == (12, 0)
+    games = [json.loads(line) for line in (tmp_path / "pairs" / "games.jsonl").read_text().splitlines()]
+    # A letter that is not among the likeliest twenty has no share.
+    assert all(0 <= game["preference"] <= 1 for game in games)
+    assert any(0 < game["preference"] < 1 for game in games)
+    rate = found["win_rates"]["long"]
+    assert rate["win_rate"] == pytest.approx(100 * sum(game["preference"] for game in games) / len(games))
+    assert found["judge"]["position"]["num_pairs"] == 6

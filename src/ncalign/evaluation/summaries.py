@@ -34,14 +34,14 @@ def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, Length
         Column("model"),
         Column("win rate (%)"),
         *_BOUNDS,
-        Column("length-controlled (%)"),
+        Column("LC (%)"),
         Column("LC low"),
         Column("LC high"),
         Column("wins"),
         Column("ties"),
         Column("losses"),
         Column("missing"),
-        Column("detectable (points)"),
+        Column("detectable"),
     )
     rows: list[tuple[Cell, ...]] = []
     for model, rate in sorted(rates.items(), key=lambda item: -item[1].win_rate):
@@ -51,8 +51,8 @@ def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, Length
         detectable = detectable_difference(rate.standard_error) if math.isfinite(rate.standard_error) else None
         rows.append((model, rate.win_rate, *rate.ci, *lc_cells, *counts, detectable))
     caption = (
-        f"Win rate against {baseline}; low and high bound 95 % intervals; a difference from 50 is found with 80 % chance if it "
-        "is at least the detectable one."
+        f"Win rate against {baseline} and length-controlled win rate (LC); low and high bound 95 % intervals; a difference "
+        f"from 50 is found with 80 % chance if it is at least the detectable one, in points."
     )
     return Table(columns, tuple(rows), caption)
 

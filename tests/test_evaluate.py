@@ -1,0 +1,187 @@
+"""`ncalign evaluate`, whole: models, judges, other tools' verdicts, tasks; what it writes, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alpaca_oracle import SHARED, alpaca_metrics, annotations, length_controlled, write_table
+from ncalign.cli import main
+from ncalign.config import EvaluateConfig
+from ncalign.evaluation.run import run_evaluate
+from ncalign.groups import read_groups
+from server_double import ServerDouble, serving
+
+
+def evaluate(tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    config = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "num_resamples": 200, **settings}
+    return run_evaluate(EvaluateConfig.model_validate(config))
+
+
+def question_file(path: Path, number: int = 24, **more: Any) -> Path:
+    path.write_text("".join(json.dumps({"question_id": k, "turns": [f"What is {k}?"], **more}) + "\n" for k in range(number)))
+    return path
+
+
+def answer_file(path: Path, text: str, number: int = 24) -> Path:
+    rows = [{"question": str(k), "model": path.stem, "turns": [f"{text} {k} " + "w " * (k % 5)]} for k in range(number)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_with_no_flags_two_models_follow_instructions(tmp_path: Path, tiny_model_dir: Path, capsys: Any) -> None:
+    other = answer_file(tmp_path / "other.jsonl", "no")
+    # Answers to another set count nowhere, and that is an error, not a loss.
+    words = [
+        "evaluate",
+        "--model",
+        str(tiny_model_dir),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--cache_dir",
+        str(tmp_path / "c"),
+    ]
+    words += ["--max_new_tokens", "6", "--num_resamples", "100"]
+    assert main([*words, "--against", str(other)]) == 1
+    assert "has no answer to a question of the set instructions" in capsys.readouterr().err
+    lower = tmp_path / "lower.jsonl"
+    lower.write_text(json.dumps({"question": "tea-lowercase", "model": "x", "turns": ["pour."]}) + "\n")
+    assert main([*words, "--against", str(lower), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["mean_reward"]["lower"] == 1.0
+    assert found["unanswered"] == {"lower": 37}
+    assert found["win_rates"][tiny_model_dir.name]["num_counted"] == 1
+    assert any("not whether what it says is right" in line for line in found["notes"])
+    assert (tmp_path / "out" / "answers" / f"{tiny_model_dir.name}.jsonl").is_file()
+
+
+def by_answer(body: dict[str, Any], number: int) -> str:
+    """Prefers answers that say good."""
+    first, second = re.findall(r"<answer_[ab]>\n(.*?)\n</answer", body["messages"][-1]["content"], flags=re.DOTALL)
+    return f"[[{'A>>B' if 'good' in first and 'good' not in second else 'B>A' if 'good' in second else 'A=B'}]]"
+
+
+def test_a_judge_and_three_models(tmp_path: Path) -> None:
+    questions = question_file(tmp_path / "q.jsonl")
+    models = [
+        str(answer_file(tmp_path / f"{name}.jsonl", text)) for name, text in (("a", "good"), ("b", "bad"), ("c_$x", "bad"))
+    ]
+    double = ServerDouble(by_answer)
+    with serving(double) as url:
+        judge = {"base_url": url, "mode": "labels", "price_in": 1.0, "price_out": 2.0}
+        settings = {"model": models[0], "against": models[1:], "set_name": str(questions), "judge": judge}
+        found = evaluate(tmp_path, **settings)
+        asked = len(double.requests)
+        again = evaluate(tmp_path, **settings)
+    # c against b: the same answers, which nobody is asked about.
+    assert asked == 48
+    assert len(double.requests) == asked
+    assert again["verdicts"][0]["remembered"] == 48
+    assert found["baseline"] == "b"
+    assert {name: row["win_rate"] for name, row in found["win_rates"].items()} == {"a": 100.0, "c_$x": 50.0}
+    assert found["missing_verdicts"] == 0
+    assert found["verdicts"][0]["cost"] == pytest.approx(48 * (7 * 1.0 + 3 * 2.0) / 1e6)
+    assert not found["judge"]["position"]["biased"]
+    # Shown first a good answer wins by far, shown second by a little: weights 3 and 1.
+    assert {row["model"]: row["score"] for row in found["arena_hard"]} == {"a": 100.0, "c_$x": 50.0}
+    out = tmp_path / "out"
+    for name in ("win_rates", "judge", "arena_hard"):
+        for suffix in ("txt", "csv", "tex"):
+            assert (out / "tables" / f"{name}.{suffix}").stat().st_size > 0
+    assert (out / "win_rates.png").read_bytes().startswith(b"\x89PNG")
+    games = [json.loads(line) for line in (out / "games.jsonl").read_text().splitlines()]
+    assert len(games) == 96
+    rows = json.loads((out / "annotations" / "a.json").read_text())
+    assert alpaca_metrics().get_winrate(rows)["win_rate"] == pytest.approx(100.0)
+    # The annotations are groups too: what was judged can be trained on.
+    assert next(iter(read_groups(out / "annotations" / "a.json"))).candidates[1].reward == 1.0
+
+
+def test_missing_verdicts_are_told_and_come_later(tmp_path: Path) -> None:
+    questions = question_file(tmp_path / "q.jsonl", 6)
+    models = [str(answer_file(tmp_path / f"{name}.jsonl", text, 6)) for name, text in (("a", "good"), ("b", "bad"))]
+    double = ServerDouble(by_answer)
+    double.fault_of = lambda body: 500 if "What is 3?" in body["messages"][-1]["content"] else None
+    with serving(double) as url:
+        judge = {"base_url": url, "mode": "labels", "max_retries": 0, "attempts": 1}
+        settings = {"model": models[0], "against": models[1:], "set_name": str(questions), "judge": judge}
+        found = evaluate(tmp_path, **settings)
+        assert found["missing_verdicts"] == 2
+        assert (found["win_rates"]["a"]["num_counted"], found["win_rates"]["a"]["num_missing"]) == (5, 1)
+        assert found["win_rates"]["a"]["win_rate"] == 100.0
+        assert "2 verdicts are missing; they are neither losses nor ties" in found["text"]
+        double.fault_of = lambda body: None
+        before = len(double.requests)
+        assert evaluate(tmp_path, **settings)["missing_verdicts"] == 0
+        assert len(double.requests) == before + 2
+
+
+def test_ratings_by_turn_and_category(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 1, "category": "math", "turns": ["2 + 2?", "3 + 3?"]},
+        {"question_id": 2, "category": "writing", "turns": ["Write.", "More."]},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reference = {"question_id": 1, "choices": [{"index": 0, "turns": ["four", "six"]}]}
+    (tmp_path / "ref.jsonl").write_text(json.dumps(reference) + "\n")
+    for name, text in (("a", "good"), ("b", "bad")):
+        lines = [json.dumps({"question": str(k), "model": name, "turns": [f"{text} one", f"{text} two"]}) for k in (1, 2)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def rate(body: dict[str, Any], number: int) -> str:
+        prompt = body["messages"][-1]["content"]
+        rating = 8 - 3 * ("bad" in prompt) + ("<reference>" in prompt) - (" two" in prompt)
+        return f"So [[{rating}]]"
+
+    with serving(ServerDouble(rate)) as url:
+        found = evaluate(
+            tmp_path,
+            model=str(tmp_path / "a.jsonl"),
+            against=[str(tmp_path / "b.jsonl")],
+            set_name="mt-bench",
+            set_file=tmp_path / "q.jsonl",
+            reference_answers=tmp_path / "ref.jsonl",
+            judge={"base_url": url, "mode": "rating"},
+        )
+    by_model = {row["model"]: row for row in found["ratings"]}
+    # Turn 1: 9 with a reference and 8 without; turn 2 a point less.
+    assert by_model["a"]["overall"]["mean"] == pytest.approx((9 + 8 + 8 + 7) / 4)
+    assert {turn: row["mean"] for turn, row in by_model["a"]["turns"].items()} == {"1": 8.5, "2": 7.5}
+    assert {name: row["mean"] for name, row in by_model["b"]["categories"].items()} == {"math": 5.5, "writing": 4.5}
+    assert found["comparisons"]["rating: b to a"]["difference"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("name", ["alpaca-7b", "gemma-2b-it"])
+def test_other_tools_verdicts_give_their_numbers(name: str, tmp_path: Path) -> None:
+    path = SHARED / f"annotations_{name}.json.gz"
+    if not path.exists():
+        pytest.skip("the data sets are not here")
+    rows = annotations(name)
+    model, table = rows[0]["generator_2"], write_table(tmp_path / "table.csv", seed=0)
+    for variant, settings in (("length_controlled_minimal", {}), ("length_controlled_v1", {"difficulty_table": table})):
+        found = evaluate(tmp_path, judgements=[path], **settings)
+        expected = alpaca_metrics().get_winrate(rows)["win_rate"]
+        assert found["win_rates"][model]["win_rate"] == pytest.approx(expected, abs=1e-6)
+        expected = length_controlled(rows, variant, table)["length_controlled_winrate"]
+        assert found["length_controlled"][model]["win_rate"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    questions = question_file(tmp_path / "q.jsonl")
+    a = str(answer_file(tmp_path / "a.jsonl", "good"))
+    for settings, message in (
+        ({}, "model is needed"),
+        ({"model": a}, "against is needed"),
+        ({"model": a, "against": [a]}, "two of the models are the same"),
+        ({"model": a, "against": ["b"], "set_name": str(questions)}, "needs a judge"),
+        ({"model": a, "against": ["b"], "judge": {}, "reward": ["instructions"]}, "two judges"),
+        ({"model": a, "against": ["b"], "set_name": "alpaca-eval", "judge": {}}, "tatsu-lab/alpaca_eval"),
+        ({"model": "m", "tasks": ["gsm8k"], "task_data": ["svamp"]}, "TASK=FILE is needed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path, **settings)
+    assert not (tmp_path / "out" / "results.json").exists()
