@@ -20,7 +20,7 @@ from ncalign.config import ConvertConfig
 from ncalign.flags import parse
 from ncalign.training_config import TrainConfig
 
-NAMES = "demo, train, online, convert, check, audit, generate, score, adjust, lab"
+NAMES = "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, lab"
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
 
 

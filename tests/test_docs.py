@@ -24,10 +24,12 @@ from conftest import group_row
 from ncalign import settings
 from ncalign.config import (
     AdjustConfig,
+    AnswerConfig,
     AuditConfig,
     CheckConfig,
     ConvertConfig,
     DemoConfig,
+    EvaluateConfig,
     GenerateConfig,
     LabConfig,
     ScoreConfig,
@@ -40,10 +42,12 @@ FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)$")
 REWARDS = ([1.0, 0.0], [0.1, 0.9, 0.4], [0.2, 0.0, 0.6, 1.0])
 VERBS: dict[str, type[BaseModel]] = {
     "adjust": AdjustConfig,
+    "answer": AnswerConfig,
     "audit": AuditConfig,
     "check": CheckConfig,
     "convert": ConvertConfig,
     "demo": DemoConfig,
+    "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "lab": LabConfig,
     "on-mc-po": OnlineConfig,
