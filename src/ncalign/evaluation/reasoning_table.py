@@ -44,8 +44,9 @@ def paper_table(
     >>> before = {"model": "sft", "results": {"svamp": {"score": 0.269}, "humaneval": {"score": 0.281}}}
     >>> after = {"model": "nca", "results": {"svamp": {"score": 0.653}, "humaneval": {"score": 0.267}}}
     >>> columns, rows = paper_table([before, after])
-    >>> rows[1][3], rows[1][7], rows[1][-1]
-    ('26.7 ↓', '65.3 ↑', '46.0 ↑ (2 of 8)')
+    >>> after_row = rows[1]
+    >>> after_row.count("–"), "26.7 ↓" in after_row, "65.3 ↑" in after_row, "46.0 ↑ (2 of 8)" in after_row
+    (6, True, True, True)
     """
     against = [None if row == 0 else 0 for row in range(len(results))] if baselines is None else list(baselines)
     if len(against) != len(results) or any(row is not None and not 0 <= row < len(results) for row in against):
