@@ -90,7 +90,7 @@ def test_a_judge_and_three_models(tmp_path: Path) -> None:
     assert {row["model"]: row["score"] for row in found["arena_hard"]} == {"a": 100.0, "c_$x": 50.0}
     out = tmp_path / "out"
     for name in ("win_rates", "judge", "arena_hard"):
-        for suffix in ("txt", "csv", "tex"):
+        for suffix in ("txt", "json", "csv", "tex"):
             assert (out / "tables" / f"{name}.{suffix}").stat().st_size > 0
     assert (out / "win_rates.png").read_bytes().startswith(b"\x89PNG")
     games = [json.loads(line) for line in (out / "games.jsonl").read_text().splitlines()]
@@ -99,6 +99,43 @@ def test_a_judge_and_three_models(tmp_path: Path) -> None:
     assert alpaca_metrics().get_winrate(rows)["win_rate"] == pytest.approx(100.0)
     # The annotations are groups too: what was judged can be trained on.
     assert next(iter(read_groups(out / "annotations" / "a.json"))).candidates[1].reward == 1.0
+
+
+def test_other_files_of_verdicts_and_two_judges(tmp_path: Path) -> None:
+    labels = ["A>>B", "B>A", "A=B", "A>B", "B>>A", None] * 4
+    rows = [
+        {"uid": f"q{k}", "model": name, "baseline": "old", "games": [{"score": one}, {"score": "A=B"}]}
+        for name, shift in (("new", 0), ("newer", 2))
+        for k, one in enumerate(labels[shift:] + labels[:shift])
+    ]
+    (tmp_path / "arena.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(tmp_path, judgements=[tmp_path / "arena.jsonl"])
+    # The first game of a row shows the baseline first, the second is a tie: A is the baseline.
+    worth = {"A>>B": 0.0, "A>B": 0.0, "A=B": 0.5, "B>A": 1.0, "B>>A": 1.0}
+    known = [(worth[one] + 0.5) / 2 for one in labels if one is not None]
+    for name in ("new", "newer"):
+        assert found["win_rates"][name]["win_rate"] == pytest.approx(100 * sum(known) / len(known))
+        assert found["win_rates"][name]["num_missing"] == 4
+    assert set(found["win_matrix"]["models"]) == {"old", "new", "newer"}
+    assert "win rate against old: newer to new" in found["comparisons"]
+    assert found["length_controlled"] == {}
+    games = [
+        {"question": f"q{k}", "model": "new", "baseline": "old", "model_first": True, "preference": 0.5} for k in range(24)
+    ]
+    (tmp_path / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games))
+    found = evaluate(tmp_path, judgements=[tmp_path / "arena.jsonl"], compare_games=tmp_path / "games.jsonl")
+    # Both call every second game a tie.
+    assert found["judge"]["agreement"]["agreement"] == pytest.approx(100.0)
+    assert found["judge"]["agreement"]["num_counted"] == 24
+    ratings = [
+        {"question_id": k, "model": name, "judge": ["j", "p"], "turn": 1, "score": score, "tstamp": 0.0}
+        for k in (1, 2)
+        for name, score in (("new", 7), ("old", -1 if k == 1 else 4))
+    ]
+    (tmp_path / "ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ratings))
+    found = evaluate(tmp_path, judgements=[tmp_path / "ratings.jsonl"])
+    means = {row["model"]: (row["overall"]["mean"], row["overall"]["num_missing"]) for row in found["ratings"]}
+    assert means == {"new": (7.0, 0), "old": (4.0, 1)}
 
 
 def test_missing_verdicts_are_told_and_come_later(tmp_path: Path) -> None:

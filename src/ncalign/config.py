@@ -381,8 +381,11 @@ class EvaluateConfig(Frozen):
         (), description="Rewards as the judge, as `score` takes them; default without a judge: instructions, for our own set."
     )
     judgements: tuple[Path, ...] = Field(
-        (), description="Verdicts of other tools in place of a judge: AlpacaEval's annotations, a file for each model."
+        (),
+        description="Files of verdicts in place of a judge: AlpacaEval's annotations, Arena-Hard's (against names the baseline "
+        "where they don't) or FastChat's judgements.",
     )
+    compare_games: Path | None = Field(None, description="games.jsonl of another judge, for the agreement of the two.")
     difficulty_table: Path | None = Field(None, description="AlpacaEval's df_gamed.csv, for its length-controlled win rate.")
     max_new_tokens: int | None = Field(None, ge=1, description="Of an answer; none: 160 for our own set, else 1024.")
     temperature: float | None = Field(None, ge=0, description="Of the sampling; none: MT-Bench's by category, else 0.")

@@ -4,69 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ncalign.atomic import check_writable, write_json_atomic, write_text_atomic
+from ncalign.atomic import write_text_atomic
 from ncalign.cache import cache_folder
 from ncalign.config import EvaluateConfig, ScoreConfig
-from ncalign.evaluation.agreement import PositionBias, length_bias, position_bias
 from ncalign.evaluation.answering import answers_of_model
 from ncalign.evaluation.answers import read_answers, write_answers
-from ncalign.evaluation.arena_hard import arena_hard_scores
-from ncalign.evaluation.bradley_terry import BradleyTerry, bradley_terry
-from ncalign.evaluation.charts import category_chart, interval_chart, write_chart
-from ncalign.evaluation.interop import write_alpaca_annotations
+from ncalign.evaluation.counts import Counting, Results, add_accounts, add_comparisons, count_games, count_ratings, paired
+from ncalign.evaluation.interop import write_alpaca_annotations, write_arena_judgements, write_fastchat_ratings
 from ncalign.evaluation.judges import Account, Answers, RewardJudge, ServerJudge
-from ncalign.evaluation.length_control import LengthControlled, length_controlled_win_rate, read_difficulty_table
-from ncalign.evaluation.mt_bench import MTBench, mt_bench, question_scores
-from ncalign.evaluation.paired import PairedComparison, paired_comparison, paired_values
-from ncalign.evaluation.preferences import QuestionPreferences, complete_games, question_preferences
+from ncalign.evaluation.length_control import read_difficulty_table
+from ncalign.evaluation.preferences import question_preferences
 from ncalign.evaluation.records import Game, Question, Rating
-from ncalign.evaluation.sets import BUNDLED, read_questions, read_references
-from ncalign.evaluation.style import Style, style_of
-from ncalign.evaluation.summaries import (
-    arena_table,
-    comparison_table,
-    json_ready,
-    judge_table,
-    mt_bench_table,
-    strength_table,
-    win_rate_table,
-)
-from ncalign.evaluation.tables import Table, to_text, write_table
-from ncalign.evaluation.win_rate import win_rate
+from ncalign.evaluation.sets import BUNDLED, read_questions, read_references, rows_of
 from ncalign.progress import say
 from ncalign.rewards.sources import reward_source
 from ncalign.store import Store
 
-_FEWEST_FOR_LENGTH_CONTROL = 20
 _WHAT_IT_SHOWS = (
     "These are {n} prompts of our own with instructions that a program checks: they show whether a model does what it is told "
     "in "
     "form, not whether what it says is right, helpful or well put. For that, name a set (--set alpaca-eval, arena-hard, "
     "mt-bench) and a judge (--judge.base_url)."
 )
-
-
-@dataclass
-class Results:
-    """What an evaluation came to, before it is written.
-
-    Attributes:
-        values: by name, as results.json has them.
-        tables: by file name.
-        charts: figures by file name.
-        lines: sentences for the terminal.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, Table] = field(default_factory=dict)
-    charts: dict[str, Any] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
 
 
 def evaluate_answers(config: EvaluateConfig) -> Results:
@@ -177,19 +141,38 @@ def _compare(config: EvaluateConfig, questions: Sequence[Question], given: Mappi
         games += found
         accounts.append(account)
         say(f"{name} against {other}: {account.text()}")
-    _write_games(games, config.output_dir / "games.jsonl")
+    _write_records(games, config.output_dir / "games.jsonl")
+    add_accounts(accounts, results)
+    counting = _counting(config, questions)
     if isinstance(judge, RewardJudge):
-        _mean_rewards(config, judge, questions, given, results)
-    _count(config, games, accounts, questions, given, results, ordered=isinstance(judge, ServerJudge))
-    for name, other in pairs:
+        _mean_rewards(judge, questions, given, results, counting)
+    other_judge = None if config.compare_games is None else read_games(config.compare_games)
+    ordered = isinstance(judge, ServerJudge)
+    count_games(games, results, counting, answers=given, ordered=ordered, other_judge=other_judge)
+    _for_other_tools(config, questions, given, games, accounts[0].mode)
+
+
+def _counting(config: EvaluateConfig, questions: Sequence[Question]) -> Counting:
+    table = None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table)
+    return Counting(config.seed, config.num_resamples, table, {question.id: place for place, question in enumerate(questions)})
+
+
+def _for_other_tools(
+    config: EvaluateConfig, questions: Sequence[Question], given: Mapping[str, Answers], games: Sequence[Game], mode: str
+) -> None:
+    """The verdicts as AlpacaEval's annotations and Arena-Hard's judgements, a file for each model."""
+    judge = mode if config.judge is None else config.judge.model
+    for name, other in dict.fromkeys((game.model, game.baseline) for game in games):
+        own = [game for game in games if (game.model, game.baseline) == (name, other)]
         write_alpaca_annotations(
             config.output_dir / "annotations" / f"{_file_name(name)}.json",
             questions,
             given[name],
             given[other],
-            question_preferences([game for game in games if game.model == name]).by_question,
-            annotator=accounts[0].mode,
+            question_preferences(own).by_question,
+            annotator=judge,
         )
+        write_arena_judgements(own, config.output_dir / "arena_hard" / f"{_file_name(name)}.jsonl", judge=judge)
 
 
 def _judge(config: EvaluateConfig) -> ServerJudge | RewardJudge:
@@ -206,148 +189,44 @@ def _judge(config: EvaluateConfig) -> ServerJudge | RewardJudge:
 
 
 def _mean_rewards(
-    config: EvaluateConfig,
     judge: RewardJudge,
     questions: Sequence[Question],
     given: Mapping[str, Answers],
     results: Results,
+    counting: Counting,
 ) -> None:
     """Mean reward of each model, and the difference to the baseline on the same questions."""
     rewards = {name: judge.rewards(questions, answers) for name, answers in given.items()}
     known = {name: {q: r for q, r in row.items() if r is not None} for name, row in rewards.items()}
     results.values["mean_reward"] = {name: float(np.mean(list(row.values()))) for name, row in known.items() if row}
     baseline = list(given)[1]
-    compared = {
-        f"mean reward: {baseline} to {name}": _paired(known[baseline], known[name], config)
-        for name in given
-        if name != baseline
-    }
-    _add_comparisons({name: found for name, found in compared.items() if found is not None}, results)
+    add_comparisons(
+        {
+            f"mean reward: {baseline} to {name}": paired(known[baseline], known[name], counting)
+            for name in given
+            if name != baseline
+        },
+        results,
+    )
 
 
-def _paired(before: Mapping[str, float], after: Mapping[str, float], config: EvaluateConfig) -> PairedComparison | None:
-    first, second, _ = paired_values(before, after)
-    if len(first) < 2:
-        return None
-    return paired_comparison(first, second, seed=config.seed, num_resamples=config.num_resamples)
+def _write_records(records: Sequence[Game] | Sequence[Rating], path: Path) -> None:
+    write_text_atomic("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records), path)
 
 
-def _add_comparisons(compared: Mapping[str, PairedComparison], results: Results) -> None:
-    if compared:
-        results.values["comparisons"] = json_ready(compared)
-        results.tables["comparisons"] = comparison_table(compared)
+def read_games(path: Path) -> list[Game]:
+    """The games.jsonl of an evaluation.
 
-
-def _count(
-    config: EvaluateConfig,
-    games: Sequence[Game],
-    accounts: Sequence[Account],
-    questions: Sequence[Question],
-    given: Mapping[str, Answers],
-    results: Results,
-    *,
-    ordered: bool,
-) -> None:
-    """Win rates, length-controlled ones, strengths, and what the judge is like."""
-    baseline = games[0].baseline
-    names = list(dict.fromkeys(game.model for game in games))
-    preferences = {name: question_preferences([game for game in games if game.model == name]) for name in names}
-    rates = {name: win_rate(found.preferences, seed=config.seed) for name, found in preferences.items() if _any(found)}
-    if not rates:
-        reasons = ", ".join(f"{reason}: {count}" for account in accounts for reason, count in account.missing.items())
-        raise ValueError(f"there is no verdict in both orders of any question ({reasons}): nothing can be said")
-    controlled = _controlled(config, preferences, questions, given)
-    results.tables["win_rates"] = win_rate_table(rates, controlled, baseline=baseline)
-    missing = sum(sum(account.missing.values()) for account in accounts)
-    results.values |= {
-        "baseline": baseline,
-        "win_rates": json_ready(rates),
-        "length_controlled": json_ready(controlled),
-        "verdicts": [{**asdict(account), "missing": dict(account.missing)} for account in accounts],
-        "missing_verdicts": missing,
-    }
-    if missing:
-        results.lines.append(f"{missing} verdicts are missing; they are neither losses nor ties: rerun to ask for them again")
-    chart = {"win rate": {name: (rate.win_rate, rate.ci) for name, rate in rates.items()}}
-    if controlled:
-        chart["length-controlled"] = {name: (found.win_rate, found.ci) for name, found in controlled.items()}
-    results.charts["win_rates.png"] = interval_chart(chart, title=f"Win rate against {baseline}", unit="%", reference=50)
-    if ordered:
-        _judge_report(games, given, results)
-        _strengths(config, games, given, results)
-
-
-def _any(found: QuestionPreferences) -> bool:
-    return bool(np.isfinite(found.preferences).any())
-
-
-def _controlled(
-    config: EvaluateConfig,
-    preferences: Mapping[str, QuestionPreferences],
-    questions: Sequence[Question],
-    given: Mapping[str, Answers],
-) -> dict[str, LengthControlled]:
-    """Length-controlled win rates, where there are verdicts enough and lengths that differ."""
-    table = None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table)
-    places = {question.id: place for place, question in enumerate(questions)}
-    found = {}
-    for name, one in preferences.items():
-        ours, theirs = (
-            np.array([_length(given[who], question) for question in one.questions], dtype=np.int64)
-            for who in (name, one.baseline)
-        )
-        enough = int(np.isfinite(one.preferences).sum()) >= _FEWEST_FOR_LENGTH_CONTROL
-        if enough and len(set((ours - theirs).tolist())) > 1:
-            found[name] = length_controlled_win_rate(
-                one.preferences,
-                ours,
-                theirs,
-                table=table,
-                questions=[places[question] for question in one.questions],
-                seed=config.seed,
-                num_resamples=config.num_resamples,
-            )
-    return found
-
-
-def _length(answers: Answers, question: str) -> int:
-    return sum(map(len, answers[question].turns))
-
-
-def _judge_report(games: Sequence[Game], given: Mapping[str, Answers], results: Results) -> None:
-    place: PositionBias = position_bias(games)
-    lengths = {(q, name): _length(answers, q) for name, answers in given.items() for q in answers}
-    length = length_bias(games, lengths)
-    results.tables["judge"] = judge_table(place, length, None)
-    results.values["judge"] = {"position": json_ready(place), "length": json_ready(length)}
-    results.lines += [f"Judge: {place.summary}.", f"Judge: {length.summary}."]
-
-
-def _strengths(config: EvaluateConfig, games: Sequence[Game], given: Mapping[str, Answers], results: Results) -> None:
-    """Arena-Hard's score and Bradley-Terry strengths, with and without style control."""
-    baseline = games[0].baseline
-    complete, _ = complete_games(games)
-    arena = arena_hard_scores(complete, seed=config.seed)
-    results.tables["arena_hard"] = arena_table(arena)
-    results.values["arena_hard"] = json_ready(arena)
-    styles: dict[tuple[str, str], Style] = {
-        (q, name): style_of("\n".join(answer.turns), sum(answer.num_tokens) or len(" ".join(answer.turns)) // 4)
-        for name, answers in given.items()
-        for q, answer in answers.items()
-    }
-    found: dict[str, BradleyTerry] = {}
-    for name, style in (("strengths", None), ("strengths_style_controlled", styles)):
+    Raises:
+        ValueError: the file can't be read, or a row is no game.
+    """
+    games = []
+    for place, row in rows_of(path):
         try:
-            found[name] = bradley_terry(games, anchor=baseline, styles=style, centered=False, seed=config.seed)
-        except ValueError as error:
-            results.lines.append(f"{name.replace('_', ' ')}: {error}")
-            continue
-        results.tables[name] = strength_table(found[name])
-    results.values |= {name: json_ready(one) for name, one in found.items()}
-
-
-def _write_games(games: Sequence[Game], path: Path) -> None:
-    write_text_atomic("".join(json.dumps(asdict(game), ensure_ascii=False) + "\n" for game in games), path)
+            games.append(Game(**row))
+        except TypeError as error:
+            raise ValueError(f"{place} is no game of ours: {error}") from None
+    return games
 
 
 # -- ratings ---------------------------------------------------------------------------------------------------------------
@@ -365,46 +244,7 @@ def _rate(config: EvaluateConfig, questions: Sequence[Question], given: Mapping[
         ratings += found
         accounts.append(account)
         say(f"{name}: {account.text()}")
-    write_text_atomic(
-        "".join(json.dumps(asdict(rating), ensure_ascii=False) + "\n" for rating in ratings),
-        config.output_dir / "ratings.jsonl",
-    )
-    scores: tuple[MTBench, ...] = mt_bench(ratings, seed=config.seed, num_resamples=config.num_resamples)
-    results.tables["ratings"] = mt_bench_table(scores)
-    results.values |= {
-        "ratings": json_ready(scores),
-        "verdicts": [{**asdict(account), "missing": dict(account.missing)} for account in accounts],
-        "missing_verdicts": sum(sum(account.missing.values()) for account in accounts),
-    }
-    results.charts["ratings.png"] = category_chart(scores)
-    first, *others = given
-    compared = {
-        f"rating: {other} to {first}": _paired(question_scores(ratings, other), question_scores(ratings, first), config)
-        for other in others
-    }
-    _add_comparisons({name: one for name, one in compared.items() if one is not None}, results)
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------------
-
-
-def write_results(results: Results, folder: Path) -> dict[str, Any]:
-    """Write results.json, each table as text, CSV and LaTeX, and the charts.
-
-    Returns:
-        The values, with the tables as printable text under ``text``.
-    """
-    values = {**results.values, "notes": results.lines}
-    for name, table in results.tables.items():
-        for suffix in ("txt", "csv", "tex"):
-            write_table(table, folder / "tables" / f"{name}.{suffix}")
-    for name, figure in results.charts.items():
-        write_chart(figure, folder / name)
-    write_json_atomic(values, folder / "results.json")
-    parts = [to_text(table).rstrip() for table in results.tables.values()]
-    return {**values, "text": "\n\n".join([*parts, *results.lines, f"Results: {folder / 'results.json'}"])}
-
-
-def check_folder(folder: Path) -> None:
-    """Raise what writing there would raise, before the work whose result it is to hold."""
-    check_writable(folder / "results.json")
+    _write_records(ratings, config.output_dir / "ratings.jsonl")
+    write_fastchat_ratings(ratings, config.output_dir / "fastchat" / "single.jsonl", judge=judge.server.model)
+    add_accounts(accounts, results)
+    count_ratings(ratings, results, _counting(config, questions))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ncalign.config import EvaluateConfig
-from ncalign.evaluation.charts import interval_chart
-from ncalign.evaluation.evaluate import Results, check_folder, evaluate_answers, write_results
-from ncalign.evaluation.interop import Annotation, games_of_annotations, read_alpaca_annotations
-from ncalign.evaluation.length_control import LengthControlled, length_controlled_win_rate, read_difficulty_table
-from ncalign.evaluation.preferences import question_preferences
+from ncalign.evaluation.counts import Counting, Results, check_folder, count_games, count_ratings, write_results
+from ncalign.evaluation.evaluate import evaluate_answers, read_games
+from ncalign.evaluation.interop import (
+    games_of_annotations,
+    read_alpaca_annotations,
+    read_arena_judgements,
+    read_fastchat_pairs,
+    read_fastchat_ratings,
+)
+from ncalign.evaluation.length_control import read_difficulty_table
 from ncalign.evaluation.reasoning import CodeSettings, run_tasks
 from ncalign.evaluation.reasoning_table import paper_table
-from ncalign.evaluation.summaries import json_ready, win_rate_table
+from ncalign.evaluation.records import Answer, Game, Rating
+from ncalign.evaluation.sets import read_questions, rows_of
 from ncalign.evaluation.tables import Column, Table
-from ncalign.evaluation.win_rate import WinRate, win_rate
 
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -45,44 +49,62 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _counted(config: EvaluateConfig) -> Results:
-    """Win rates of AlpacaEval's annotation files, a model each."""
-    table = None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table)
-    rates: dict[str, WinRate] = {}
-    controlled: dict[str, LengthControlled] = {}
-    baselines = set()
+    """What files of AlpacaEval's annotations, or of Arena-Hard's or FastChat's judgements, say; each told by its rows."""
+    results = Results(values={"judgements": [str(path) for path in config.judgements]})
+    games: list[Game] = []
+    ratings: list[Rating] = []
+    answers: dict[str, dict[str, Answer]] = {}
+    annotated = False
     for path in config.judgements:
-        rows = read_alpaca_annotations(path)
-        name = _only({row.generators[1] for row in rows}, path, "model")
-        baselines.add(_only({row.generators[0] for row in rows}, path, "baseline"))
-        if name in rates:
-            raise ValueError(f"{path}: there are annotations of {name} in a file before it: name each model once")
-        preferences = question_preferences(games_of_annotations(rows)).preferences
-        rates[name] = win_rate(preferences, seed=config.seed)
-        ours, theirs = _lengths(rows, 1), _lengths(rows, 0)
-        if len(set((ours - theirs).tolist())) > 1:
-            controlled[name] = length_controlled_win_rate(
-                preferences, ours, theirs, table=table, seed=config.seed, num_resamples=config.num_resamples
-            )
-    baseline = ", ".join(sorted(baselines))
-    chart = {
-        "win rate": {name: (rate.win_rate, rate.ci) for name, rate in rates.items()},
-        "length-controlled": {name: (found.win_rate, found.ci) for name, found in controlled.items()},
-    }
-    return Results(
-        values={"baseline": baseline, "win_rates": json_ready(rates), "length_controlled": json_ready(controlled)},
-        tables={"win_rates": win_rate_table(rates, controlled, baseline=baseline)},
-        charts={"win_rates.png": interval_chart(chart, title=f"Win rate against {baseline}", unit="%", reference=50)},
-    )
+        first = _first_row(path)
+        if "games" in first:
+            games += read_arena_judgements(path, baseline=config.against[0] if config.against else None)
+        elif "g1_winner" in first:
+            games += read_fastchat_pairs(path)
+        elif "score" in first and "turn" in first:
+            questions = read_questions(config.set_name, file=config.set_file) if config.set_file is not None else []
+            ratings += read_fastchat_ratings(path, categories={question.id: question.category for question in questions})
+        else:
+            annotated = True
+            games += _annotated(path, answers, {game.model for game in games})
+    places = {question: int(question) for given in answers.values() for question in given}
+    table = None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table)
+    counting = Counting(config.seed, config.num_resamples, table, places)
+    if games:
+        known = answers if annotated and {game.model for game in games} <= answers.keys() else None
+        other_judge = None if config.compare_games is None else read_games(config.compare_games)
+        # AlpacaEval keeps a question's outcome and not its orders: there is nothing to say of places.
+        count_games(games, results, counting, answers=known, ordered=not annotated, other_judge=other_judge)
+    if ratings:
+        count_ratings(ratings, results, counting)
+    return results
+
+
+def _first_row(path: Path) -> dict[str, Any]:
+    with closing(rows_of(path)) as rows:
+        for _, row in rows:
+            return row
+    raise ValueError(f"{path} has no verdict")
+
+
+def _annotated(path: Path, answers: dict[str, dict[str, Answer]], before: set[str]) -> list[Game]:
+    """The games of a file of annotations; the outputs are added to the answers."""
+    rows = read_alpaca_annotations(path)
+    model = _only({row.generators[1] for row in rows}, path, "model")
+    baseline = _only({row.generators[0] for row in rows}, path, "baseline")
+    if model in before:
+        raise ValueError(f"{path}: there are verdicts of {model} in a file before it: name each model once")
+    for name, which in ((model, 1), (baseline, 0)):
+        given = answers.setdefault(name, {})
+        for number, row in enumerate(rows):
+            given[str(number)] = Answer(str(number), name, (row.outputs[which],))
+    return games_of_annotations(rows)
 
 
 def _only(found: set[str], path: Path, what: str) -> str:
     if len(found) != 1:
         raise ValueError(f"{path} has annotations of more than one {what}: {', '.join(sorted(found)[:5])}; make a file of each")
     return next(iter(found))
-
-
-def _lengths(rows: Sequence[Annotation], which: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array([len(row.outputs[which]) for row in rows], dtype=np.int64)
 
 
 # -- reasoning -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -73,18 +74,19 @@ def read_references(path: Path, questions: Sequence[Question]) -> list[Question]
     return [replace(q, references=found.get(q.id, q.references)) for q in questions]
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
     """The objects of a JSON Lines file or JSON document, each with its place.
 
     Raises:
         ValueError: the file can't be read, or has something else in it.
     """
     for source in find_sources(path):
-        for number, row in source.rows():
-            place = f"{source.label}:{source.unit}{number}"
-            if isinstance(row, DataError):
-                raise row.within(place)
-            yield place, row
+        with closing(source.rows()) as rows:
+            for number, row in rows:
+                place = f"{source.label}:{source.unit}{number}"
+                if isinstance(row, DataError):
+                    raise row.within(place)
+                yield place, row
 
 
 def _read(path: Path) -> list[Question]:
