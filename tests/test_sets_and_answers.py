@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncalign.cli import main
+from ncalign.evaluation import answering
 from ncalign.evaluation.answers import answer_questions, read_answers, write_answers
 from ncalign.evaluation.records import Answer, Question
 from ncalign.evaluation.sets import BUNDLED, WHERE, read_questions, read_references
 from ncalign.generation import SamplingParams
 from ncalign.generation.base import Completion, PromptError
 from ncalign.groups import Candidate, Group
+from ncalign.policy import load_tokenizer
 from ncalign.rewards import InstructionReward
 from ncalign.store import Store
 from server_double import ServerDouble, serving
@@ -232,3 +234,26 @@ def test_the_verb(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFi
     assert main([*words, "--model", "m", *server, "--output", str(tmp_path / "d.jsonl")]) == 2
     assert main(["answer", "--model", "m", "--set", "mt-bench", "--output", str(tmp_path / "d.jsonl")]) == 1
     assert "fastchat/llm_judge" in capsys.readouterr().err
+
+
+def test_vllm_gets_the_base_and_the_adapter(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Fake(Echo):
+        def __init__(self, model: str, tokenizer: Any, **more: Any) -> None:
+            super().__init__()
+            made.append((model, more))
+
+        def load_adapter(self, folder: Path) -> None:
+            made.append(folder)
+
+    monkeypatch.setattr(answering, "VLLMGenerator", Fake)
+    settings: dict[str, Any] = {"name": "m", "max_new_tokens": 4, "temperature": None, "batch_size": 2, "dtype": "float32"}
+    settings |= {"seed": 0, "trust_remote_code": False, "vllm": True, "store": Store(tmp_path / "answers")}
+    assert len(answering.answers_of_model(str(tiny_model_dir), QUESTIONS, **settings)) == 3
+    adapter = tmp_path / "adapter"
+    load_tokenizer(str(tiny_model_dir), trust_remote_code=False).save_pretrained(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model_dir), "r": 4}))
+    assert len(answering.answers_of_model(str(adapter), QUESTIONS, **settings)) == 3
+    plain, adapted = {"string_prompts": "user_turn"}, {"string_prompts": "user_turn", "adapter_rank": 4}
+    assert made == [(str(tiny_model_dir), plain), (str(tiny_model_dir), adapted), adapter]

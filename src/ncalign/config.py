@@ -349,6 +349,7 @@ class AnswerConfig(Frozen):
     max_new_tokens: int = Field(1024, ge=1, description="Of a turn's answer.")
     temperature: float | None = Field(None, ge=0, description="Of the sampling; none: MT-Bench's by category, else 0.")
     batch_size: int = Field(32, ge=1, description="Answers sampled at a time.")
+    vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
     limit: int | None = Field(None, ge=1, description="Questions, at most.")
     dtype: DType = "float32"
     seed: Seed = Field(0, description="Of the sampling.")
@@ -390,6 +391,7 @@ class EvaluateConfig(Frozen):
     max_new_tokens: int | None = Field(None, ge=1, description="Of an answer; none: 160 for our own set, else 1024.")
     temperature: float | None = Field(None, ge=0, description="Of the sampling; none: MT-Bench's by category, else 0.")
     batch_size: int = Field(32, ge=1, description="Answers sampled at a time.")
+    vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
     dtype: DType = "float32"
     tasks: tuple[str, ...] = Field(
         (), description="Reasoning tasks in place of a question set: lm-eval's, svamp, humaneval, ..."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from ncalign.atomic import check_writable
 from ncalign.cache import cache_folder
 from ncalign.config import AnswerConfig, DType, ServerConfig
 from ncalign.evaluation.answers import answer_questions, write_answers
+from ncalign.evaluation.lm_backend import adapter_base, model_identity
 from ncalign.evaluation.records import Answer, Question
 from ncalign.evaluation.sets import read_questions
 from ncalign.generation import Generator, ServerGenerator, TransformersGenerator
+from ncalign.generation.vllm import VLLMGenerator
 from ncalign.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
 from ncalign.store import Store
 
@@ -22,6 +26,7 @@ def make_generator(
     model: str | None,
     server: ServerConfig | None,
     *,
+    vllm: bool,
     dtype: DType,
     batch_size: int,
     store: Store,
@@ -30,17 +35,31 @@ def make_generator(
     """What answers, and what tells its weights from others'.
 
     Raises:
-        ValueError: the model can't be loaded, or the server's client can't be made.
+        ValueError: the model can't be loaded, vLLM is not installed, or the server's client can't be made.
     """
     if server is not None:
         return ServerGenerator(server, store=store, string_prompts="user_turn"), f"{server.base_url} {server.model}"
     assert model is not None
+    if vllm:
+        return _in_vllm(model, trust_remote_code=trust_remote_code), Store.key("vllm", model_identity(model))
     loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     identity = weights_fingerprint(loaded, computation=dtype)
     # nn.Module's own `to`: transformers' wrapper of it lost its type.
     torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     return TransformersGenerator(loaded, tokenizer, string_prompts="user_turn", batch_size=batch_size), identity
+
+
+def _in_vllm(model: str, *, trust_remote_code: bool) -> VLLMGenerator:
+    """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    adapter = Path(model) / "adapter_config.json"
+    if not adapter.is_file():
+        return VLLMGenerator(model, tokenizer, string_prompts="user_turn")
+    rank = int(json.loads(adapter.read_text(encoding="utf-8")).get("r", 16))
+    generator = VLLMGenerator(adapter_base(Path(model)), tokenizer, adapter_rank=rank, string_prompts="user_turn")
+    generator.load_adapter(Path(model))
+    return generator
 
 
 def answers_of_model(
@@ -55,11 +74,12 @@ def answers_of_model(
     dtype: DType,
     seed: int,
     trust_remote_code: bool,
+    vllm: bool = False,
     server: ServerConfig | None = None,
 ) -> list[Answer]:
     """A model's answers to the questions; see :func:`ncalign.evaluation.answers.answer_questions`."""
     generator, identity = make_generator(
-        model, server, dtype=dtype, batch_size=batch_size, store=store, trust_remote_code=trust_remote_code
+        model, server, vllm=vllm, dtype=dtype, batch_size=batch_size, store=store, trust_remote_code=trust_remote_code
     )
     return answer_questions(
         questions,
@@ -69,7 +89,7 @@ def answers_of_model(
         store=store,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        at_a_time=len(questions) if server is not None else batch_size,
+        at_a_time=batch_size if server is None and not vllm else max(1, len(questions)),
         seed=seed,
     )
 
@@ -97,6 +117,7 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
         dtype=config.dtype,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+        vllm=config.vllm,
         server=config.server,
     )
     write_answers(answers, questions, config.output, form=config.form)

@@ -113,6 +113,7 @@ def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Q
         dtype=config.dtype,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+        vllm=config.vllm,
     )
     write_answers(answers, questions, config.output_dir / "answers" / f"{_file_name(name)}.jsonl", form="ncalign")
     return {answer.question: answer for answer in answers}

@@ -49,7 +49,7 @@ def backend_arguments(
     arguments: dict[str, Any] = {"pretrained": model, "dtype": dtype, "trust_remote_code": trust_remote_code}
     folder = Path(model)
     if (folder / "adapter_config.json").is_file():
-        base = _adapter_base(folder)
+        base = adapter_base(folder)
         if backend == "sglang":
             raise ValueError(f"{model} is an adapter, which backend sglang can't load: use hf or vllm, or merge it into {base}")
         arguments |= {"pretrained": base, "lora_local_path" if backend == "vllm" else "peft": model}
@@ -61,7 +61,12 @@ def backend_arguments(
     return {**arguments, **(extra or {})}
 
 
-def _adapter_base(folder: Path) -> str:
+def adapter_base(folder: Path) -> str:
+    """The base model that a folder's adapter was trained on.
+
+    Raises:
+        ValueError: the adapter's configuration can't be read.
+    """
     file = folder / "adapter_config.json"
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
@@ -98,7 +103,7 @@ def model_identity(model: str) -> str:
     files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern) if path.is_file()})
     described: list[object] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     if (folder / "adapter_config.json").is_file():
-        base = _adapter_base(folder)
+        base = adapter_base(folder)
         described.append(base if Path(base).resolve() == folder.resolve() else model_identity(base))
     return Store.key(described)
 
