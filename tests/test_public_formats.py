@@ -335,6 +335,21 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         list(read_groups("no/such"))
 
 
+def test_prompts_alone_are_converted_and_nothing_else_passes_for_them(tmp_path: Path) -> None:
+    prompts = [{"prompt": "Q1"}, {"prompt": [user("Q2")], "metadata": {"answer": "4"}}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
+    assert convert(tmp_path / "p.jsonl", tmp_path / "out.jsonl").groups == 2
+    found = list(read_groups(tmp_path / "out.jsonl", allow_empty=True))
+    assert [(group.prompt, group.candidates) for group in found] == [("Q1", []), ([user("Q2")], [])]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Q", "chossen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(DataError, match="`trl_preference`, lacks `chosen`; did you mean `chosen` by `chossen`"):
+        convert(tmp_path / "p.jsonl", tmp_path / "out.jsonl")
+    assert convert(tmp_path / "p.jsonl", tmp_path / "out.jsonl", schema="trl_prompts").groups == 1
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Q", "candidates": []}) + "\n")
+    with pytest.raises(DataError, match="candidates is empty"):
+        convert(tmp_path / "p.jsonl", tmp_path / "out.jsonl")
+
+
 def test_an_adapter_of_one_s_own(tmp_path: Path, write_jsonl: Callable[..., Path], capsys: Any) -> None:
     (tmp_path / "mine.py").write_text(
         "def read(row):\n"

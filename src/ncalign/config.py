@@ -172,6 +172,7 @@ SchemaChoice = Annotated[
         "hh",
         "trl_preference",
         "trl_unpaired",
+        "trl_prompts",
     ],
     Field(description="Schema of the input (also --from); auto: recognised by its columns."),
 ]

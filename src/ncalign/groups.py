@@ -10,7 +10,20 @@ from typing import Literal, TypeAlias
 
 from ncalign.atomic import atomic_path, check_writable
 from ncalign.errors import DataError, shown
-from ncalign.formats import REWARDS_OF, LeftOut, Schema, SchemaName, adapted, jsonl, native, parquet, recognise, schemas, trl
+from ncalign.formats import (
+    REWARDS_OF,
+    TRL_PROMPTS,
+    LeftOut,
+    Schema,
+    SchemaName,
+    adapted,
+    jsonl,
+    native,
+    parquet,
+    recognise,
+    schemas,
+    trl,
+)
 from ncalign.formats.group import JSON, Candidate, Group, Message, Text
 from ncalign.formats.pairs import Target, write_pairs
 from ncalign.formats.parsing import Row
@@ -226,6 +239,13 @@ def check_output(path: str | Path) -> None:
     check_writable(path)
 
 
+def convertible(schema: SchemaName, adapter: str | None) -> tuple[Schema, ...]:
+    """The schemas that may be converted: prompts alone too, where nothing else is in their rows."""
+    if adapter is not None:
+        return (adapted(adapter),)
+    return (*schemas(schema, False), *((TRL_PROMPTS,) if schema == "auto" else ()))
+
+
 def convert(
     input: str | Path,
     output: str | Path,
@@ -245,8 +265,9 @@ def convert(
         ValueError: As ``read_groups`` and ``write_groups``; also when no group is left to write.
         OSError: The output can't be written.
     """
-    report = ReadReport()
-    with closing(read_groups(input, schema=schema, adapter=adapter, on_bad_row=on_bad_row, report=report)) as groups:
+    report, sources = ReadReport(), find_sources(input)
+    tried = convertible(schema, adapter)
+    with closing(read_sources(sources, tried, on_bad_row=on_bad_row, report=report, many=len(sources) > 1)) as groups:
         checked = _at_least_one(groups, input, report)
         if target == "ncalign":
             write_groups(checked, output)
@@ -334,7 +355,7 @@ class _Reader:
         """Yield the group that the rows make, unless it has no candidates or its id was used before."""
         number = numbered[0][0]
         group = trl.merge([group for _, group in numbered])
-        if not group.candidates and not self._allow_empty:
+        if not group.candidates and not self._allow_empty and self._schema is not TRL_PROMPTS:
             error = DataError("candidates is empty: at least one completion is needed", reason="no candidates")
         else:
             before = self._seen.add(group.id, self._place(number))

@@ -236,6 +236,10 @@ def _look(
         if held_out is not None and held_out.knows(words(prompt_words(group))):
             account.contaminated += 1
             account.first_contaminated = account.first_contaminated or group.origin or group.id
+        if not group.candidates:
+            encoder.report.dropped["no candidates"] += 1
+            account.first_dropped.setdefault("no candidates", group.origin or group.id)
+            continue
         try:
             _count_copies(group, account, digests)
             encoded = encoder.encode(group)

@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeAlias
 
 from ncalign.atomic import atomic_path, check_writable, write_json_atomic
 from ncalign.errors import DataError
-from ncalign.formats import SchemaName, adapted, schemas
+from ncalign.formats import SchemaName
 from ncalign.formats.group import Group
 from ncalign.formats.pairs import Target, write_pairs
 from ncalign.formats.seen import Seen, digest
 from ncalign.formats.sources import Source, find_sources
-from ncalign.groups import OnBadRow, ReadReport, read_groups, read_sources, write_groups
+from ncalign.groups import OnBadRow, ReadReport, convertible, read_groups, read_sources, write_groups
 from ncalign.parallel import map_chunks, num_workers
 from ncalign.progress import Bar
 from ncalign.user_code import code_digest
@@ -151,7 +151,7 @@ def _convert_one(recipe: Recipe, shard: Shard) -> ReadReport:
     made_from, report, digests = shard.made_from(recipe), ReadReport(), bytearray()
     for left in shard.output.parent.glob(f".{glob.escape(shard.output.name)}.*.tmp"):
         left.unlink()  # by a call that was killed
-    tried = schemas(recipe.schema, False) if recipe.adapter is None else (adapted(recipe.adapter),)
+    tried = convertible(recipe.schema, recipe.adapter)
     with closing(read_sources([shard.source], tried, on_bad_row=recipe.on_bad_row, report=report, many=True)) as groups:
         noted = _noting(groups, digests)
         if recipe.target == "ncalign":

@@ -29,6 +29,7 @@ SchemaName: TypeAlias = Literal[
     "hh",
     "trl_preference",
     "trl_unpaired",
+    "trl_prompts",
     "adapter",
 ]
 REWARDS_OF: dict[SchemaName, str] = {
@@ -101,6 +102,16 @@ UNPAIRED = Schema(
 NCA = Schema("nca", nca.required_columns, nca.known_columns, nca.parse)
 
 
+TRL_PROMPTS = Schema(
+    "trl_prompts",
+    lambda _: ("prompt",),
+    lambda _: native.COLUMNS,
+    native.parse,
+    # A row with other columns is one of another schema, misspelt: by itself a prompt is a part of each.
+    recognises=lambda row: row.keys() <= {"id", "prompt", "metadata"},
+)
+
+
 def _fixed(
     name: SchemaName,
     required: tuple[str, ...],
@@ -149,6 +160,7 @@ def schemas(schema: SchemaName, allow_empty: bool) -> tuple[Schema, ...]:
         # Rows with candidates come first: a prompt alone is a part of every other schema.
         "auto": (NATIVE, *PUBLIC, *((PROMPTS,) if allow_empty else ())),
         "ncalign": (PROMPTS if allow_empty else NATIVE,),
+        "trl_prompts": (TRL_PROMPTS,),
         **{one.name: (one,) for one in PUBLIC},
     }
     if schema not in choices:
@@ -197,8 +209,9 @@ def recognise(columns: Row, tried: tuple[Schema, ...]) -> Schema:
         if all(name in columns for name in schema.required(columns)) and schema.recognises(columns):
             # A prompts file takes rows of either kind from then on.
             return PROMPTS if schema is NATIVE and PROMPTS in tried else schema
-    # Of equally near ones, those that are told by their columns alone.
-    closest = min(tried, key=lambda schema: (_distance(schema, columns), schema.recognises is not _any_row))
+    # Of equally near ones, those that are told by their columns alone; not those whose columns are there beside others.
+    lacking_some = [schema for schema in tried if any(name not in columns for name in schema.required(columns))]
+    closest = min(lacking_some or tried, key=lambda schema: (_distance(schema, columns), schema.recognises is not _any_row))
     lacking = [name for name in closest.required(columns) if name not in columns]
     renames = [(nearest(name, _unknown(closest, columns)), name) for name in lacking]
     hints = "".join(f"; did you mean `{name}` by `{found}`?" for found, name in renames if found)
