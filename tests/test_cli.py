@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from ncalign import cli, settings
+from ncalign import cli, settings, verbs
 from ncalign.config import ConvertConfig
 from ncalign.flags import parse
 from ncalign.training_config import TrainConfig
@@ -51,7 +51,7 @@ def _raise(error: BaseException) -> Callable[[TrainConfig], object]:
 
 
 def parsed(words: str) -> dict[str, str]:
-    return parse(cli.TRAIN.config(), cli.TRAIN.layout, words.split()).flags
+    return parse(verbs.TRAIN.config(), verbs.TRAIN.layout, words.split()).flags
 
 
 def test_both_spellings_of_a_flag() -> None:
@@ -78,8 +78,8 @@ def test_the_last_flag_wins_and_the_method_has_one_name() -> None:
     assert parsed("--objective.name nca") == parsed("--objective nca") == {"objective": "nca"}
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
-def test_every_field_is_a_flag_in_the_help(verb: cli.Verb, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
+def test_every_field_is_a_flag_in_the_help(verb: verbs.Verb, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb.name, "--help"]) == 0
     printed = capsys.readouterr().out
     words = set(printed.split())
@@ -95,15 +95,15 @@ def test_help_of_train_has_the_methods_with_their_fields_and_its_groups(capsys: 
     printed = capsys.readouterr().out
     assert "fields: beta, penalty\n" in printed or "fields: beta, pairing, penalty\n" in printed
     assert "[exo, info_nca" in printed or "[info_nca, exo" in printed
-    assert {first for _, first in cli.TRAIN.groups} <= set(TrainConfig.model_fields)
-    for title, _ in cli.TRAIN.groups:
+    assert {first for _, first in verbs.TRAIN.groups} <= set(TrainConfig.model_fields)
+    for title, _ in verbs.TRAIN.groups:
         assert f"\n{title}:\n" in printed
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {verb.name}" in printed for verb in cli.VERBS)
+    assert all(f"  {verb.name}" in printed for verb in verbs.VERBS)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("ncalign ")
 
@@ -156,7 +156,7 @@ def test_print_config_is_read_back_by_config(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_convert_takes_its_paths_as_words_around_flags() -> None:
-    arguments = parse(ConvertConfig, cli.CONVERT.layout, ["a.jsonl", "--on_bad_row", "skip", "b.parquet"])
+    arguments = parse(ConvertConfig, verbs.CONVERT.layout, ["a.jsonl", "--on_bad_row", "skip", "b.parquet"])
     assert arguments.flags == {"input": "a.jsonl", "output": "b.parquet", "on_bad_row": "skip"}
     assert arguments.problems == ()
 

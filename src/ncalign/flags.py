@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ class Layout:
     groups: tuple[tuple[str, str], ...] = ()  # title in the help, and the field with which it begins
     aliases: tuple[tuple[str, str], ...] = ()  # other spellings of fields
     dry_run: bool = False
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Names with hyphens stay whole, so that they can be copied.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,7 +147,7 @@ def _parser(model: type[BaseModel], layout: Layout) -> _Parser:
         description=f"{layout.purpose[:1].upper()}{layout.purpose[1:]}\n\nexample:\n  {layout.example}",
         epilog="Flags override the --config file. Dashes work in place of underscores. Exit codes: 0 done, 1 failed,\n"
         "2 bad usage or configuration, 130 interrupted.",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
+        formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=118),
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,

@@ -41,7 +41,7 @@ def evaluate_answers(config: EvaluateConfig) -> Results:
         ServerError: the judge answers nothing at all; what it answered is kept.
     """
     specs = _specs(config)
-    names = _names(specs)
+    names = names_of(specs)
     questions = _questions(config)
     given = {name: _answers(config, spec, name, questions) for name, spec in zip(names, specs, strict=True)}
     missing = {name: len(questions) - len(answers) for name, answers in given.items() if len(answers) < len(questions)}
@@ -74,7 +74,7 @@ def _specs(config: EvaluateConfig) -> list[str]:
     return [config.model, *config.against]
 
 
-def _names(specs: Sequence[str]) -> list[str]:
+def names_of(specs: Sequence[str]) -> list[str]:
     """What the models are called: their folder's or file's name, longer where two share it."""
     for parts in (1, 2, 3):
         names = ["/".join(Path(spec).parts[-parts:]) for spec in specs]

@@ -7,9 +7,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ncalign.config import EvaluateConfig
 from ncalign.evaluation.counts import Counting, Results, check_folder, count_games, count_ratings, write_results
-from ncalign.evaluation.evaluate import evaluate_answers, read_games
+from ncalign.evaluation.evaluate import evaluate_answers, names_of, read_games
 from ncalign.evaluation.interop import (
     games_of_annotations,
     read_alpaca_annotations,
@@ -114,7 +116,8 @@ def _reasoning(config: EvaluateConfig) -> Results:
     """Tasks on the model and on those it is compared with, as the papers tabulate them: the baseline stands first."""
     if config.model is None:
         raise ValueError("model is needed: a model folder, a hub id, or the name that a backend knows")
-    found = [_tasks_of(config, model) for model in (*config.against, config.model)]
+    models = [*config.against, config.model]
+    found = [_tasks_of(config, model, name) for model, name in zip(models, names_of(models), strict=True)]
     columns, rows = paper_table(found)
     results = Results(values={"models": found})
     caption = "Accuracy in percent; arrows say whether a score rose or fell against the first row."
@@ -152,8 +155,7 @@ def _reasoning(config: EvaluateConfig) -> Results:
     return results
 
 
-def _tasks_of(config: EvaluateConfig, model: str) -> dict[str, Any]:
-    name = Path(model).name or model
+def _tasks_of(config: EvaluateConfig, model: str, name: str) -> dict[str, Any]:
     return run_tasks(
         model,
         config.tasks,
@@ -164,6 +166,8 @@ def _tasks_of(config: EvaluateConfig, model: str) -> dict[str, Any]:
         batch_size=config.batch_size,
         limit=config.limit,
         num_fewshot=config.num_fewshot,
+        # lm-eval takes a GPU for granted.
+        device=None if torch.cuda.is_available() or config.backend != "hf" else "cpu",
         dtype=config.dtype,
         apply_chat_template=config.apply_chat_template,
         seed=config.seed,
