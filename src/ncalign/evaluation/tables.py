@@ -20,6 +20,7 @@ Cell = str | int | float | None
 
 MISSING = "–"
 _TERMINAL_WIDTH = 120
+_WHOLE = 40
 _LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -77,7 +78,9 @@ def rich_table(table: Table) -> RichTable:
     made = RichTable(caption=Text(_printable(table.caption)) if table.caption else None)
     for place, column in enumerate(table.columns):
         textual = any(isinstance(row[place], str) for row in table.rows)
-        made.add_column(Text(_printable(column.name)), justify="left" if textual else "right", overflow="fold")
+        # The names that rows go by stay whole where they are not very long: other columns give way.
+        whole = place == 0 and all(len(str(row[0])) <= _WHOLE for row in table.rows)
+        made.add_column(Text(_printable(column.name)), justify="left" if textual else "right", overflow="fold", no_wrap=whole)
     for row in table.rows:
         made.add_row(*(Text(text) for text in _shown(table, row)))
     return made
