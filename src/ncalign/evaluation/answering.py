@@ -43,10 +43,11 @@ def make_generator(
     if vllm:
         return _in_vllm(model, trust_remote_code=trust_remote_code), Store.key("vllm", model_identity(model))
     loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    identity = weights_fingerprint(loaded, computation=dtype)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    # What is asked depends on the chat template too.
+    identity = Store.key(weights_fingerprint(loaded, computation=dtype), tokenizer.chat_template or "")
     # nn.Module's own `to`: transformers' wrapper of it lost its type.
     torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     return TransformersGenerator(loaded, tokenizer, string_prompts="user_turn", batch_size=batch_size), identity
 
 
