@@ -127,8 +127,8 @@ def test_summaries_hold_the_results_numbers() -> None:
     controlled = {"low": length_controlled_win_rate(p / 2, ours, theirs, num_resamples=5)}
     rows = to_json(win_rate_table(rates, controlled, baseline="base"))["rows"]
     assert [row["model"] for row in rows] == ["high", "low"]
-    assert rows[1]["length-controlled (%)"] == controlled["low"].win_rate
-    assert rows[0]["length-controlled (%)"] is None
+    assert rows[1]["LC (%)"] == controlled["low"].win_rate
+    assert rows[0]["LC (%)"] is None
     assert (rows[0]["low"], rows[0]["high"]) == rates["high"].ci
 
     found = bradley_terry(games(), anchor="base", num_rounds=20)
