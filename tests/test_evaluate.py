@@ -217,6 +217,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"model": a, "against": ["b"], "set_name": str(questions)}, "needs a judge"),
         ({"model": a, "against": ["b"], "judge": {}, "reward": ["instructions"]}, "two judges"),
         ({"model": a, "against": ["b"], "set_name": "alpaca-eval", "judge": {}}, "tatsu-lab/alpaca_eval"),
+        ({"model": a, "against": [str(tmp_path / "none")]}, "there is no such folder or file"),
+        ({"model": a, "against": ["none.jsonl"]}, "there is no such folder or file"),
         ({"model": "m", "tasks": ["gsm8k"], "task_data": ["svamp"]}, "TASK=FILE is needed"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -402,6 +402,7 @@ class EvaluateConfig(Frozen):
     num_fewshot: int | None = Field(None, ge=0, description="Examples before a task's question; none: each task's own number.")
     apply_chat_template: bool = Field(False, description="Ask tasks as a user's turn.")
     backend: str = Field("hf", description="lm-eval's backend for tasks.")
+    backend_args: tuple[str, ...] = Field((), description="Further arguments of the backend, each as NAME=VALUE.")
     allow_weak: bool = Field(False, description="Run answers that are programs where the sandbox has no walls.")
     num_resamples: int = Field(1000, ge=100, description="Bootstrap resamples and permutations.")
     seed: Seed = Field(0, description="Of sampling, bootstrap and permutation tests.")

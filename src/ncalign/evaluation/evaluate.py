@@ -71,7 +71,14 @@ def _specs(config: EvaluateConfig) -> list[str]:
             f"the set {config.set_name} needs a judge: --judge.base_url URL --judge.model NAME, or --reward model:FOLDER; our "
             f"own set alone is checked by a program"
         )
-    return [config.model, *config.against]
+    specs = [config.model, *config.against]
+    # Told before the first model has answered; a hub id is told when its turn comes.
+    for spec in specs:
+        if not Path(spec).exists() and (
+            spec.endswith((".json", ".jsonl")) or spec.startswith(("/", ".", "~")) or spec.count("/") > 1
+        ):
+            raise ValueError(f"{spec}: there is no such folder or file; relative paths start at {Path.cwd()}")
+    return specs
 
 
 def names_of(specs: Sequence[str]) -> list[str]:

@@ -160,9 +160,12 @@ def _tasks_of(config: EvaluateConfig, model: str, name: str) -> dict[str, Any]:
         model,
         config.tasks,
         output_dir=config.output_dir / "tasks" / model.strip("/").replace("/", "--"),
-        task_data=_task_data(config.task_data),
+        task_data=_pairs(config.task_data, "task_data", "TASK=FILE is needed, such as svamp=data/SVAMP.json"),
         name=name,
         backend=config.backend,
+        backend_args=_pairs(
+            config.backend_args, "backend_args", "NAME=VALUE is needed, such as base_url=http://localhost:8000"
+        ),
         batch_size=config.batch_size,
         limit=config.limit,
         num_fewshot=config.num_fewshot,
@@ -176,11 +179,11 @@ def _tasks_of(config: EvaluateConfig, model: str, name: str) -> dict[str, Any]:
     )
 
 
-def _task_data(given: Sequence[str]) -> dict[str, str]:
+def _pairs(given: Sequence[str], field: str, needed: str) -> dict[str, str]:
     found = {}
     for one in given:
-        task, equals, path = one.partition("=")
-        if not equals or not task or not path:
-            raise ValueError(f"task_data is {one!r}: TASK=FILE is needed, such as svamp=data/SVAMP.json")
-        found[task.strip()] = path.strip()
+        name, equals, value = one.partition("=")
+        if not equals or not name or not value:
+            raise ValueError(f"{field} is {one!r}: {needed}")
+        found[name.strip()] = value.strip()
     return found
