@@ -175,15 +175,17 @@ def test_ratings_by_turn_and_category(tmp_path: Path) -> None:
         return f"So [[{rating}]]"
 
     with serving(ServerDouble(rate)) as url:
-        found = evaluate(
-            tmp_path,
-            model=str(tmp_path / "a.jsonl"),
-            against=[str(tmp_path / "b.jsonl")],
-            set_name="mt-bench",
-            set_file=tmp_path / "q.jsonl",
-            reference_answers=tmp_path / "ref.jsonl",
-            judge={"base_url": url, "mode": "rating"},
-        )
+        settings: dict[str, Any] = {
+            "model": str(tmp_path / "a.jsonl"),
+            "against": [str(tmp_path / "b.jsonl")],
+            "set_name": "mt-bench",
+            "set_file": tmp_path / "q.jsonl",
+            "judge": {"base_url": url, "mode": "rating"},
+        }
+        bare = evaluate(tmp_path, **settings)
+        found = evaluate(tmp_path, **settings, reference_answers=tmp_path / "ref.jsonl")
+    assert [line for line in bare["notes"] if line.startswith("1 questions of math, reasoning and coding have no reference")]
+    assert not [line for line in found["notes"] if "no reference" in line]
     by_model = {row["model"]: row for row in found["ratings"]}
     # Turn 1: 9 with a reference and 8 without; turn 2 a point less.
     assert by_model["a"]["overall"]["mean"] == pytest.approx((9 + 8 + 8 + 7) / 4)

@@ -210,6 +210,134 @@ def test_a_judge_who_is_down_is_one_error_and_some_missing_is_not(tmp_path: Path
     assert all(game.preference is not None for game in games)
 
 
+def test_the_way_of_judging_is_decided_once_and_by_more_than_the_first_question(tmp_path: Path) -> None:
+    double = Letters(lambda a, b: 0.8)
+    double.fault_of = lambda body: "too long" if "What is 0?" in body["messages"][-1]["content"] else None
+    with judging(double, tmp_path / "verdicts") as judge:
+        games, account = judge.compare(QUESTIONS, answers("new"), answers("old"))
+        assert (account.mode, account.asked, account.remembered) == ("logprobs", 24, 0)
+        assert account.missing == {"prompt too long for the judge": 2}
+        assert [game.preference for game in games if game.question != "q0"] == pytest.approx([0.8, 0.2] * 11)
+        # What was asked to find out is not asked again.
+        assert len(double.requests) == 24
+        judge.compare(QUESTIONS, answers("newer"), answers("old"))
+        assert len(double.requests) == 48
+    double.fault_of = lambda body: None
+    with judging(double, tmp_path / "verdicts", base_url="http://127.0.0.1:1/v1", max_retries=0) as judge:
+        # Another server's verdicts are not this one's.
+        with pytest.raises(ServerError):
+            judge.compare(QUESTIONS, answers("new"), answers("old"))
+
+
+def test_a_judge_who_refuses_log_probs_is_asked_for_labels_and_one_who_is_down_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    double = ServerDouble(said("[[A>B]]"))
+    double.fault_of = lambda body: 400 if body.get("logprobs") else None
+    with judging(double) as judge:
+        _, account = judge.compare(QUESTIONS, answers("new"), answers("old"))
+    assert (account.mode, account.asked, sum(account.missing.values())) == ("labels", 24, 0)
+    assert "since the judge refuses to give log-probs (server http" in capsys.readouterr().err
+    double.fault_of = lambda body: 503
+    with judging(double, max_retries=0) as judge, pytest.raises(ServerError):
+        judge.compare(QUESTIONS, answers("new"), answers("old"))
+    assert "labels" not in capsys.readouterr().err
+
+
+def test_letters_that_are_not_there_are_asked_for_once() -> None:
+    class Silent(Letters):
+        def choices(self, path: str, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
+            found = super().choices(path, body, n)
+            if "What is 3?" in body["messages"][-1]["content"]:
+                found[0]["logprobs"]["content"][0]["top_logprobs"] = [{"token": "Both", "logprob": -0.1}]
+            return found
+
+    double = Silent(lambda a, b: 0.8)
+    with judging(double, mode="logprobs", attempts=3) as judge:
+        games, account = judge.compare(QUESTIONS, answers("new"), answers("old"))
+    assert account.missing == {"unreadable": 2}
+    assert [game.question for game in games if game.preference is None] == ["q3", "q3"]
+    assert len(double.requests) == 24
+
+
+def test_a_judge_who_is_down_is_not_asked_everything() -> None:
+    questions = [Question(f"q{k}", (f"What is {k}?",)) for k in range(100)]
+    double = ServerDouble(said("[[A>B]]"), faults=lambda number: 500)
+    with (
+        judging(double, mode="labels", max_retries=0, max_concurrency=2) as judge,
+        pytest.raises(ServerError, match="no, Bearer"),
+    ):
+        judge.compare(questions, answers("new", None, questions), answers("old", None, questions))
+    # Four in a row, and what was under way meanwhile.
+    assert len(double.requests) < 20
+
+
+def test_a_judge_who_goes_down_half_way(tmp_path: Path) -> None:
+    up = 30
+    questions = [Question(f"q{k}", (f"What is {k}?",)) for k in range(40)]
+    ours, theirs = answers("new", None, questions), answers("old", None, questions)
+    double = ServerDouble(said("[[A>B]]"), faults=lambda number: 500 if number >= up else None)
+    with judging(double, tmp_path / "verdicts", mode="labels", max_retries=0, max_concurrency=2, attempts=3) as judge:
+        games, account = judge.compare(questions, ours, theirs)
+        assert account.missing == {"no answer": 80 - up}
+        assert sum(game.preference is None for game in games) == 80 - up
+        assert len(double.requests) < 80
+        double.faults = lambda number: None
+        before = len(double.requests)
+        games, account = judge.compare(questions, ours, theirs)
+    assert len(double.requests) - before == 80 - up
+    assert (account.remembered, account.requests, sum(account.missing.values())) == (up, 80 - up, 0)
+    assert all(game.preference is not None for game in games)
+
+
+def test_prompts_that_are_all_too_long_are_missing_verdicts() -> None:
+    double = ServerDouble(said("[[A>B]]"))
+    double.fault_of = lambda body: "too long"
+    with judging(double, mode="labels") as judge:
+        games, account = judge.compare(QUESTIONS, answers("new"), answers("old"))
+    assert account.missing == {"prompt too long for the judge": 24}
+    assert all(game.preference is None for game in games)
+    assert len(double.requests) == 24
+
+
+@pytest.mark.parametrize("mode", ["logprobs", "labels", "rating"])
+def test_references_are_shown_where_mt_bench_shows_them(mode: str) -> None:
+    categories = ["math", "reasoning", "coding", "stem", "extraction", "roleplay", "writing", "humanities", "", "my own"]
+    questions = [Question(str(k), (f"Ask {k}", "More"), name, ("known", "known too")) for k, name in enumerate(categories)]
+    double = Letters(lambda a, b: 0.5) if mode == "logprobs" else ServerDouble(said("[[5]] [[A=B]]"))
+    with judging(double, mode=mode) as judge:
+        if mode == "rating":
+            judge.rate(questions, answers("new", None, questions))
+        else:
+            judge.compare(questions, answers("new", None, questions), answers("old", None, questions))
+    shown: dict[str, set[bool]] = {}
+    for _, body in double.requests:
+        prompt = body["messages"][-1]["content"]
+        asked = re.search(r"Ask (\d)", prompt)
+        assert asked is not None
+        shown.setdefault(categories[int(asked[1])], set()).add("<reference>" in prompt and "known" in prompt)
+    assert {name for name, found in shown.items() if found == {True}} == {"math", "reasoning", "coding", "", "my own"}
+    assert {name for name, found in shown.items() if found == {False}} == {
+        "stem",
+        "extraction",
+        "roleplay",
+        "writing",
+        "humanities",
+    }
+
+
+def test_the_account_tells_equal_answers_apart() -> None:
+    with judging(ServerDouble(said("[[A>B]]")), mode="labels") as judge:
+        _, account = judge.compare(
+            QUESTIONS, answers("new", lambda k: "same" if k < 4 else "n"), answers("old", lambda k: "same")
+        )
+        estimate = judge.estimate(
+            QUESTIONS, [answers("new", lambda k: "same" if k < 4 else "n"), answers("old", lambda k: "same")]
+        )
+    assert "4 questions with equal answers, not asked about" in account.text()
+    assert estimate.startswith("16 verdicts, ")
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

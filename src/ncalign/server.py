@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ from ncalign.config import ServerConfig
 from ncalign.store import Store
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
+_ABOUT_THE_REQUEST = frozenset({400, 404, 413, 422})
+# Requests in a row without an answer after which no more are sent, as a multiple of those under way at a time.
+_GIVE_UP_AFTER = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,17 @@ class Usage:
 
 
 class ServerError(RuntimeError):
-    """A server that gave no answer after all retries; what it answered before is kept."""
+    """A server that gave no answer after all retries; what it answered before is kept.
+
+    Attributes:
+        refused: whether it said that it does not take this very request (a status of 400 and the like), so that others may
+            fare better; false where it is down, overloaded, or wants another key.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        """Keep the message and whose fault it is."""
+        super().__init__(message)
+        self.refused = refused
 
 
 class Server:
@@ -131,6 +144,8 @@ class Server:
     ) -> list[list[Choice] | ServerError]:
         """Ask many things at once.
 
+        Where many requests in a row end without an answer, the server is taken to be down, and the others are not sent.
+
         Args:
             requests: what to ask.
             done: told of each request that came to its end, by its place; called from this thread.
@@ -141,14 +156,24 @@ class Server:
         """
         found: list[list[Choice] | ServerError] = [[] for _ in requests]
         pool = ThreadPoolExecutor(self.config.max_concurrency, thread_name_prefix="server")
+        most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0
         try:
             futures: dict[Future[list[Choice]], int] = {pool.submit(self._answers, r): i for i, r in enumerate(requests)}
             for future in as_completed(futures):
                 index = futures[future]
                 try:
                     found[index] = future.result()
+                    in_a_row = 0
+                except CancelledError:
+                    found[index] = ServerError(
+                        f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer"
+                    )
                 except ServerError as error:
                     found[index] = error
+                    in_a_row += not error.refused
+                    if in_a_row >= most:
+                        for other in futures:
+                            other.cancel()
                 done(index)
         except BaseException:
             # Ctrl-C: what is under way ends by itself, and is kept; nothing more is asked.
@@ -172,7 +197,7 @@ class Server:
         try:
             self._client.post(path, body=dict(body), cast_to=str)
         except self._failures as error:
-            raise ServerError(self._worded(error)) from None
+            raise self._failed(error) from None
 
     def _answers(self, request: Request) -> list[Choice]:
         """The answers to one request, those on disk first; each is kept as it comes."""
@@ -191,7 +216,7 @@ class Server:
                     if choices:
                         return choices
                     raise ServerError(
-                        f"server {self.config.base_url} gave no usable answer {fruitless} times: {error}"
+                        f"server {self.config.base_url} gave no usable answer {fruitless} times: {error}", refused=True
                     ) from None
                 time.sleep(min(_FIRST_PAUSE * 2**fruitless, _LONGEST_PAUSE) * (1 - 0.25 * random.random()))
                 continue
@@ -212,7 +237,7 @@ class Server:
         try:
             text = self._client.post(path, body=body, cast_to=str)
         except self._failures as error:
-            raise ServerError(self._worded(error)) from None
+            raise self._failed(error) from None
         self.usage.add(requests=1)
         return list(self._parsed(request.kind, self._without_key(text)))
 
@@ -232,6 +257,9 @@ class Server:
         if len(found) == 1 and found[0].num_tokens is None and usage.get("completion_tokens"):
             found = [Choice(**{**asdict(found[0]), "num_tokens": int(usage["completion_tokens"])})]
         yield from found
+
+    def _failed(self, error: Exception) -> ServerError:
+        return ServerError(self._worded(error), refused=getattr(error, "status_code", None) in _ABOUT_THE_REQUEST)
 
     def _worded(self, error: Exception) -> str:
         """What the server said, without the key that it may repeat."""

@@ -251,7 +251,9 @@ def add_accounts(accounts: Sequence[Account], results: Results) -> None:
         "missing_verdicts": missing,
     }
     if missing:
-        results.lines.append(f"{missing} verdicts are missing; they are neither losses nor ties: rerun to ask for them again")
+        unanswered = sum(account.missing["no answer"] for account in accounts)
+        again = f"; rerun to ask again for the {unanswered} that had no answer" if unanswered else ""
+        results.lines.append(f"{missing} verdicts are missing; they are neither losses nor ties{again}")
 
 
 def write_results(results: Results, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ncalign.evaluation.answering import answers_of_model
 from ncalign.evaluation.answers import read_answers, write_answers
 from ncalign.evaluation.counts import Counting, Results, add_accounts, add_comparisons, count_games, count_ratings, paired
 from ncalign.evaluation.interop import write_alpaca_annotations, write_arena_judgements, write_fastchat_ratings
-from ncalign.evaluation.judges import Account, Answers, RewardJudge, ServerJudge
+from ncalign.evaluation.judges import Account, Answers, RewardJudge, ServerJudge, num_without_reference
 from ncalign.evaluation.length_control import read_difficulty_table
 from ncalign.evaluation.preferences import question_preferences
 from ncalign.evaluation.records import Game, Question, Rating
@@ -244,6 +244,12 @@ def _rate(config: EvaluateConfig, questions: Sequence[Question], given: Mapping[
     """Each answer by itself: means by turn and category, and models compared question by question."""
     judge = _judge(config)
     assert isinstance(judge, ServerJudge)
+    bare = num_without_reference(questions)
+    if bare:
+        results.lines.append(
+            f"{bare} questions of math, reasoning and coding have no reference answer, and the judge rates them without: "
+            "MT-Bench's are in FastChat's reference_answer/gpt-4.jsonl (--reference_answers)"
+        )
     say(f"Ratings: {judge.estimate(questions, list(given.values()))}")
     ratings: list[Rating] = []
     accounts = []

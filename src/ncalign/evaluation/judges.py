@@ -16,7 +16,7 @@ from ncalign.groups import Candidate, Group, Message
 from ncalign.progress import Bar, say
 from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.judge import read_template
-from ncalign.rewards.verdicts import ask_verdicts, fill
+from ncalign.rewards.verdicts import Verdicts, ask_verdicts, fill
 from ncalign.server import Choice, Server, ServerError
 from ncalign.store import Store
 
@@ -31,9 +31,14 @@ _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _FIRST = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 _STRONG_WEIGHT = 3
 _TOP_LOGPROBS = 20
+# The first questions may be too long for the judge, or be answered with neither letter.
+_NUM_PROBES = 8
 # An estimate: English text has about four characters a token.
 _CHARACTERS_A_TOKEN = 4
 _LOWEST, _HIGHEST = 1.0, 10.0
+_BY_REFERENCE = frozenset({"math", "reasoning", "coding"})
+_WITHOUT_REFERENCE = frozenset({"writing", "roleplay", "extraction", "stem", "humanities"})
+"""MT-Bench's categories."""
 _LETTER_BODY = {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP_LOGPROBS}
 
 
@@ -71,6 +76,7 @@ class Account:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.missing.most_common())
         parts = [
             f"{self.asked} verdicts by {self.mode}",
+            *([f"{self.identical} questions with equal answers, not asked about"] if self.identical else []),
             f"{missing} missing" + (f" ({reasons})" if reasons else ""),
             f"{self.remembered} remembered",
             f"{self.prompt_tokens} + {self.completion_tokens} tokens",
@@ -98,6 +104,7 @@ class ServerJudge:
         self._config = config
         self.server = Server(config, store)
         self._templates = {name: _template(name, config) for name in _needed(config.mode)}
+        self._mode: Mode | None = None if config.mode == "auto" else "logprobs" if config.mode == "logprobs" else "labels"
 
     def compare(self, questions: Sequence[Question], ours: Answers, theirs: Answers) -> tuple[list[Game], Account]:
         """Two games for each question that both models answered.
@@ -111,7 +118,7 @@ class ServerJudge:
             raise ValueError("no question was answered by both models: nothing to compare")
         same = {question.id for question in both if ours[question.id].turns == theirs[question.id].turns}
         different = [question for question in both if question.id not in same]
-        account = Account("labels" if self._config.mode == "labels" else "logprobs", identical=len(same))
+        account = Account(self._mode or "auto", identical=len(same))
         verdicts = iter(self._compared(different, ours, theirs, account) if different else [])
         games = []
         for question in both:
@@ -127,13 +134,43 @@ class ServerJudge:
         self, questions: Sequence[Question], ours: Answers, theirs: Answers, account: Account
     ) -> list[tuple[float | None, str]]:
         """For each question in either order, the preference for what is shown first, and the label."""
-        account.mode = mode = self._decided(questions[0], ours[questions[0].id], theirs[questions[0].id])
-        orders = ((ours, theirs), (theirs, ours))
-        prompts = [self._pair_prompt(mode, question, *order) for question in questions for order in orders]
-        if mode == "logprobs":
-            return [(found, "") for found in self._ask(prompts, _read_letter, _LETTER_BODY, account)]
+        letters: list[float | None] = []
+        if self._mode is None:
+            letters = self._probe(self._pair_prompts("logprobs", questions, ours, theirs)[:_NUM_PROBES], account)
+        assert self._mode is not None
+        account.mode = self._mode
+        prompts = self._pair_prompts(self._mode, questions, ours, theirs)
+        if self._mode == "logprobs":
+            # Asked again, the judge would give the same log-probs.
+            letters += self._ask(prompts[len(letters) :], _read_letter, _LETTER_BODY, account, attempts=1)
+            return [(found, "") for found in letters]
         labels = self._ask(prompts, _read_label, {"max_tokens": self._config.max_tokens}, account)
         return [(None, "") if label is None else (_FIRST[label], label) for label in labels]
+
+    def _probe(self, prompts: Sequence[str], account: Account) -> list[float | None]:
+        """Decide how verdicts are had, once, so that all models are judged in one way.
+
+        Returns:
+            The verdicts on these prompts where it is by log-probs, else none.
+
+        Raises:
+            ServerError: the judge answers nothing, and not because it refuses log-probs.
+        """
+        try:
+            found = self._asked(prompts, _read_letter, attempts=1, body=_LETTER_BODY, account=account)
+            why = "the judge gives no log-probs of the letters"
+        except ServerError as error:
+            if not error.refused:
+                raise
+            found, why = Verdicts([]), f"the judge refuses to give log-probs ({error})"
+        if all(value is None for value in found.values):
+            self._mode = "labels"
+            say(f"Verdicts by five labels, since {why}")
+            return []
+        self._mode = "logprobs"
+        say("Verdicts by log-probs of one letter")
+        self._count(found, account)
+        return found.values
 
     def rate(self, questions: Sequence[Question], answers: Answers) -> tuple[list[Rating], Account]:
         """A rating for each turn of each answer, with the question's reference where it has one."""
@@ -153,7 +190,10 @@ class ServerJudge:
         return ratings, account
 
     def estimate(self, questions: Sequence[Question], answers: Sequence[Answers]) -> str:
-        """What judging these would take, in words: tokens by their characters, and the cost where prices are known."""
+        """What judging these would take, in words: tokens by their characters, and the cost where prices are known.
+
+        It counts each verdict once, as if nothing were remembered and every verdict could be read.
+        """
         prompts = []
         if self._config.mode == "rating":
             prompts += [
@@ -163,13 +203,14 @@ class ServerJudge:
                 if question.id in given
                 for turn in range(min(len(question.turns), len(given[question.id].turns)))
             ]
-            most = self._config.max_tokens
         else:
-            mode: Mode = "logprobs" if self._config.mode == "logprobs" else "labels"
-            most = 1 if mode == "logprobs" else self._config.max_tokens
+            mode: Mode = self._mode or "labels"
             for theirs in answers[1:]:
-                both = [question for question in questions if question.id in answers[0] and question.id in theirs]
-                prompts += [self._pair_prompt(mode, question, answers[0], theirs) for question in both for _ in range(2)]
+                ours = answers[0]
+                both = [question for question in questions if question.id in ours and question.id in theirs]
+                different = [question for question in both if ours[question.id].turns != theirs[question.id].turns]
+                prompts += self._pair_prompts(mode, different, ours, theirs)
+        most = 1 if self._config.mode != "rating" and self._mode == "logprobs" else self._config.max_tokens
         tokens = sum(map(len, prompts)) // _CHARACTERS_A_TOKEN
         cost = self._cost(tokens, most * len(prompts))
         money = "" if cost is None else f", at most {cost:.4g} at your prices"
@@ -181,58 +222,74 @@ class ServerJudge:
         read: Callable[[Choice], Verdict | None],
         body: Mapping[str, Any],
         account: Account,
+        *,
+        attempts: int | None = None,
     ) -> list[Verdict | None]:
-        before = replace(self.server.usage)
+        """The verdicts, which are counted, with those that are missing."""
+        if not prompts:
+            return []
         with Bar("Judging", len(prompts)) as bar:
-            found = ask_verdicts(
-                self.server, prompts, read, attempts=self._config.attempts, body=body, done=lambda index: bar.advance()
+            found = self._asked(
+                prompts,
+                read,
+                attempts=attempts or self._config.attempts,
+                body=body,
+                account=account,
+                done=lambda index: bar.advance(),
             )
-        usage = self.server.usage
-        account.asked += len(prompts)
+        self._count(found, account)
+        return found.values
+
+    def _count(self, found: Verdicts[Any], account: Account) -> None:
+        account.asked += len(found.values)
         account.missing += found.missing
-        account.first_failure = found.first_failure
+        account.first_failure = account.first_failure or found.first_failure
+
+    def _asked(
+        self,
+        prompts: Sequence[str],
+        read: Callable[[Choice], Verdict | None],
+        *,
+        attempts: int,
+        body: Mapping[str, Any],
+        account: Account,
+        done: Callable[[int], None] = lambda index: None,
+    ) -> Verdicts[Verdict]:
+        """The verdicts; what they took is added to the account."""
+        usage = self.server.usage
+        before = replace(usage)
+        found = ask_verdicts(self.server, prompts, read, attempts=attempts, body=body, done=done)
         account.remembered += usage.remembered - before.remembered
         account.requests += usage.requests - before.requests
         account.prompt_tokens += usage.prompt_tokens - before.prompt_tokens
         account.completion_tokens += usage.completion_tokens - before.completion_tokens
         account.cost = self._cost(account.prompt_tokens, account.completion_tokens)
-        return found.values
+        return found
 
     def _cost(self, tokens_in: int, tokens_out: int) -> float | None:
         if self._config.price_in is None and self._config.price_out is None:
             return None
         return ((self._config.price_in or 0.0) * tokens_in + (self._config.price_out or 0.0) * tokens_out) / 1e6
 
-    def _decided(self, question: Question, ours: Answer, theirs: Answer) -> Mode:
-        """How verdicts are had: as configured, or by log-probs where the judge gives them for the first question."""
-        if self._config.mode != "auto":
-            return "labels" if self._config.mode == "labels" else "logprobs"
-        prompt = self._pair_prompt("logprobs", question, {question.id: ours}, {question.id: theirs})
-        try:
-            found = ask_verdicts(self.server, [prompt], _read_letter, attempts=1, body=_LETTER_BODY)
-        except ServerError:
-            # It may refuse log-probs alone: the labels' own requests tell whether it is down.
-            say("The judge gives no log-probs: verdicts by five labels")
-            return "labels"
-        mode: Mode = "labels" if found.values[0] is None else "logprobs"
-        by = "log-probs of one letter" if mode == "logprobs" else "five labels, since the judge gives no log-probs"
-        say(f"Verdicts by {by}")
-        return mode
+    def _pair_prompts(self, mode: Mode, questions: Sequence[Question], ours: Answers, theirs: Answers) -> list[str]:
+        """Each question twice: our answer first, and theirs first."""
+        orders = ((ours, theirs), (theirs, ours))
+        return [self._pair_prompt(mode, question, *order) for question in questions for order in orders]
 
     def _pair_prompt(self, mode: Mode, question: Question, first: Answers, second: Answers) -> str:
-        reference = "" if not question.references else f"\n<reference>\n{_joined(question.references)}\n</reference>\n"
-        return fill(
-            self._templates[mode],
-            {
-                "question": _joined(question.turns),
-                "reference": reference,
-                "answer_a": _joined(first[question.id].turns),
-                "answer_b": _joined(second[question.id].turns),
-            },
-        )
+        known = _references(question)
+        texts = {
+            "question": _joined(question.turns),
+            "reference": f"\n<reference>\n{_joined(known)}\n</reference>\n" if known else "",
+            "answer_a": _joined(first[question.id].turns),
+            "answer_b": _joined(second[question.id].turns),
+        }
+        return fill(self._templates[mode], texts)
 
     def _rating_prompt(self, question: Question, answer: Answer, turn: int) -> str:
-        reference = question.references[turn] if turn < len(question.references) else ""
+        known = _references(question)
+        # A later turn builds on the first, and so does its reference.
+        reference = _joined(known[: turn + 1]) if turn < len(known) else ""
         conversation = []
         for place in range(turn + 1):
             conversation.append(f"User: {question.turns[place]}")
@@ -289,6 +346,17 @@ def _as_group(question: Question, answer: Answer) -> Group:
             prompt.append({"role": "assistant", "content": answer.turns[place]})
     candidate = Candidate([{"role": "assistant", "content": answer.turns[last]}], source=answer.model)
     return Group(question.id, prompt, [candidate], dict(question.metadata))
+
+
+def _references(question: Question) -> Sequence[str]:
+    """The right answers that a judge is shown: MT-Bench shows them in some categories alone, whatever its file holds."""
+    known = question.references if any(text.strip() for text in question.references) else ()
+    return () if question.category in _WITHOUT_REFERENCE else known
+
+
+def num_without_reference(questions: Sequence[Question]) -> int:
+    """Questions of categories that are judged by a reference, which have none."""
+    return sum(question.category in _BY_REFERENCE and not _references(question) for question in questions)
 
 
 def _joined(turns: Sequence[str]) -> str:

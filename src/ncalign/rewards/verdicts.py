@@ -57,7 +57,8 @@ def ask_verdicts(
         done: told of each prompt that is answered at the first attempt, by its place.
 
     Raises:
-        ServerError: the server answers nothing at all, as when it is down.
+        ServerError: the server answers nothing at all, as when it is down; prompts that are all too long are missing
+            verdicts.
     """
     found = Verdicts[Verdict]([None] * len(prompts))
     reasons = ["unreadable"] * len(prompts)
@@ -67,22 +68,26 @@ def ask_verdicts(
             break
         requests = [_request(prompts[index], attempt, body) for index in open_]
         answers = server.ask(requests, done=done if attempt == 0 else lambda index: None)
-        again = []
+        again: list[int] = []
+        down: list[ServerError] = []
         for index, answer in zip(open_, answers, strict=True):
             if isinstance(answer, ServerError):
                 found.first_failure = found.first_failure or str(answer)
-                too_long = _TOO_LONG.search(str(answer)) is not None
+                too_long = answer.refused and _TOO_LONG.search(str(answer)) is not None
                 reasons[index] = "prompt too long for the judge" if too_long else "no answer"
                 if not too_long:
+                    down.append(answer)
                     again.append(index)
                 continue
             found.values[index] = read(answer[0])
             if found.values[index] is None:
                 reasons[index] = "unreadable"
                 again.append(index)
-        if prompts and all(reason == "no answer" for reason in reasons) and len(again) == len(prompts):
-            # Nothing was judged: a server that is down, not a judge without an opinion. It has been tried again already.
-            raise next(answer for answer in answers if isinstance(answer, ServerError))
+        if all(isinstance(answer, ServerError) for answer in answers):
+            if len(answers) == len(prompts) and down:
+                # Nothing was judged: a server that is down, not a judge without an opinion. It has been tried again already.
+                raise down[0]
+            break
         open_ = again
     found.missing.update(reason for reason, value in zip(reasons, found.values, strict=True) if value is None)
     return found
