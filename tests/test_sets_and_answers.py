@@ -273,6 +273,10 @@ def test_the_verb(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFi
     assert main([*words, "--model", "m", *server, "--output", str(tmp_path / "d.jsonl")]) == 2
     assert main(["answer", "--model", "m", "--set", "mt-bench", "--output", str(tmp_path / "d.jsonl")]) == 1
     assert "fastchat/llm_judge" in capsys.readouterr().err
+    bench = lines(tmp_path / "bench.jsonl", [{"question_id": 81, "turns": ["A?", "B?"]}])
+    words = ["answer", "--model", "m", "--set", str(bench), "--form", "alpaca_eval", "--output", str(tmp_path / "d.json")]
+    assert main(words) == 1
+    assert "question '81' has 2 turns, and form: alpaca_eval holds one" in capsys.readouterr().err
 
 
 def test_vllm_gets_the_base_and_the_adapter(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,12 +112,28 @@ def _conversation(question: Question, given: Sequence[tuple[str, int]]) -> list[
     return [*talk, {"role": "user", "content": question.turns[len(given)]}]
 
 
+def check_form(questions: Sequence[Question], form: Form) -> None:
+    """Raise where a form can't hold the answers to these questions, before they are asked.
+
+    Raises:
+        ValueError: AlpacaEval's has one turn, and a question has more.
+    """
+    longer = [question for question in questions if len(question.turns) > 1]
+    if form == "alpaca_eval" and longer:
+        raise ValueError(
+            f"question {longer[0].id!r} has {len(longer[0].turns)} turns, and form: alpaca_eval holds one: choose ncalign, "
+            "fastchat or arena_hard"
+        )
+
+
 def write_answers(answers: Sequence[Answer], questions: Sequence[Question], path: Path, *, form: Form) -> None:
     """Write answers as JSON Lines of ours, or as AlpacaEval, FastChat or Arena-Hard-Auto read them.
 
     Raises:
         OSError: the file can't be written.
+        ValueError: the form can't hold the answers.
     """
+    check_form(questions, form)
     asked = {question.id: question for question in questions}
     if form == "alpaca_eval":
         rows = [
