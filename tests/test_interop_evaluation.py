@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alpaca_oracle import SHARED, alpaca_metrics
+from ncalign.evaluation.arena_hard import arena_hard_scores
 from ncalign.evaluation.interop import (
     games_of_annotations,
     read_alpaca_annotations,
@@ -22,9 +23,10 @@ from ncalign.evaluation.interop import (
     read_fastchat_ratings,
     write_alpaca_annotations,
     write_arena_judgements,
+    write_fastchat_pairs,
     write_fastchat_ratings,
 )
-from ncalign.evaluation.preferences import question_preferences
+from ncalign.evaluation.preferences import complete_games, question_preferences
 from ncalign.evaluation.records import Answer, Game, Question, Rating
 from ncalign.evaluation.win_rate import win_rate
 
@@ -93,6 +95,52 @@ def test_arena_judgements_come_back(labels: list[tuple[str | None, str | None]])
         assert first.weight == (3 if one in ("A>>B", "B>>A") else 1)
 
 
+@given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=2, max_size=8))
+def test_arena_hard_counts_what_is_written(labels: list[tuple[str | None, str | None]]) -> None:
+    """By what its show_result reads: uid, model, category, and the scores of the two games, of which neither is null."""
+    games = []
+    for k, pair in enumerate(labels):
+        for model_first, label in zip((False, True), pair, strict=True):
+            first = None if label is None else {"A": 1.0, "=": 0.5, "B": 0.0}["=" if "=" in label else label[0]]
+            mine = first if first is None or model_first else 1 - first
+            games.append(Game(f"q{k}", "new", "old", model_first, mine, 3 if label and ">>" in label else 1, label or ""))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "new.jsonl"
+        write_arena_judgements(games, path, judge="j", categories={f"q{k}": "hard_prompt" for k in range(len(labels))})
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["uid"], row["question_id"], row["category"], row["model"]) for row in rows] == [
+        (f"q{k}", f"q{k}", "hard_prompt", "new") for k in range(len(labels))
+    ]
+    worth = {"A>>B": [1.0] * 3, "A>B": [1.0], "A=B": [0.5], "B>A": [0.0], "B>>A": [0.0] * 3}
+    scores: list[float] = []
+    for row in rows:
+        second, first = (game["score"] for game in row["games"])
+        if first is not None and second is not None:
+            scores += worth[first] + [1 - score for score in worth[second]]
+    if not scores:
+        return
+    [found] = arena_hard_scores(complete_games(games)[0], seed=0, num_rounds=2)
+    assert found.score == pytest.approx(100 * sum(scores) / len(scores))
+
+
+@pytest.mark.parametrize(
+    ("said", "means"), [("A<B", "B>A"), ("A<<B", "B>>A"), ("B=A", "A=B"), ("B<A", "A>B"), ("B<<A", "A>>B")]
+)
+def test_arena_hard_labels_the_other_way_round(said: str, means: str, tmp_path: Path) -> None:
+    row = {
+        "uid": "q",
+        "model": "new",
+        "baseline": "old",
+        "category": "hard_prompt",
+        "games": [{"score": said}, {"score": means}],
+    }
+    first, second = read_arena_judgements(lines(tmp_path / "j.jsonl", [row]))
+    assert (first.verdict, second.verdict) == (means, means)
+    assert first.preference is not None
+    assert first.preference == 1 - (second.preference or 0.0)
+    assert first.weight == second.weight == (3 if "<<" in said else 1)
+
+
 def test_log_probs_become_labels(tmp_path: Path) -> None:
     games = [Game("q", "new", "old", True, 0.9), Game("q", "new", "old", False, 0.2), Game("r", "new", "old", True, 0.5)]
     write_arena_judgements(games, tmp_path / "j.jsonl", judge="j")
@@ -122,6 +170,36 @@ def test_fastchat_ratings_and_pairs(tmp_path: Path) -> None:
         ("81 (turn 2)", True, None),
         ("81 (turn 2)", False, 0.0),
     ]
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0, None])] * 2), min_size=1, max_size=8))
+def test_fastchat_counts_the_pairs_that_are_written(values: list[tuple[float | None, float | None]]) -> None:
+    names = ["81" if k == 0 else f"{80 + k} (turn 2)" for k in range(1, len(values) + 1)]
+    games = [
+        Game(name, "new", "old", first, value, verdict={1.0: "model_1", 0.0: "model_2", 0.5: "tie", None: "error"}[value])
+        for name, pair in zip(names, values, strict=True)
+        for first, value in zip((True, False), pair, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "judge_pair.jsonl"
+        write_fastchat_pairs(games, path, judge="j")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert read_fastchat_pairs(path) == games
+    # Its show_result: an error leaves the row out; a tie in the first game, or two winners, is a tie.
+    counted = [row for row in rows if "error" not in (row["g1_winner"], row["g2_winner"])]
+    expected = [
+        0.5 if row["g1_winner"] in ("tie",) or row["g1_winner"] != row["g2_winner"] else float(row["g1_winner"] == "model_1")
+        for row in counted
+    ]
+    both = [pair for pair in values if None not in pair]
+    assert expected == [a if a == b and a is not None else 0.5 for a, b in both]
+    assert all(row["model_1"] == "new" and isinstance(row["question_id"], int) and row["judge"][0] == "j" for row in rows)
+
+
+def test_a_pair_judged_twice(tmp_path: Path) -> None:
+    game = Game("81", "new", "old", True, 1.0)
+    with pytest.raises(ValueError, match="judged twice in one order"):
+        write_fastchat_pairs([game, game], tmp_path / "p.jsonl", judge="j")
 
 
 @pytest.mark.parametrize(

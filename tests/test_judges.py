@@ -28,6 +28,7 @@ from ncalign.evaluation.records import Answer, Question
 from ncalign.evaluation.win_rate import win_rate
 from ncalign.groups import Group
 from ncalign.rewards import InstructionReward
+from ncalign.rewards.verdicts import ask_verdicts
 from ncalign.server import ServerError
 from ncalign.store import Store
 from server_double import ServerDouble, serving
@@ -137,6 +138,46 @@ def test_labels_are_read_strictly_and_strong_ones_weigh_three() -> None:
     found = question_preferences(games)
     assert (len(found.missing), np.isnan(found.preferences).sum()) == (3, 3)
     assert win_rate(found.preferences).num_missing == 3
+
+
+def test_thoughts_are_no_verdicts() -> None:
+    texts = {0: "<think>[[A>B]]? No.</think>\n[[B>A]]", 1: "<think>[[A>B]] seems", 2: "[[A=B]]"}
+    double = ServerDouble(lambda body, number: texts[int(re.findall(r"What is (\d)", body["messages"][-1]["content"])[0])])
+    with judging(double, mode="labels", attempts=1) as judge:
+        games, _ = judge.compare(QUESTIONS[:3], answers("new"), answers("old"))
+    assert [game.verdict for game in games if game.model_first] == ["B>A", "", "A=B"]
+    with judging(ServerDouble(lambda body, number: "<think>[[2]] or [[9]]</think>[[9]]"), mode="rating") as judge:
+        ratings, _ = judge.rate(QUESTIONS[:1], answers("new"))
+    assert [rating.score for rating in ratings] == [9.0]
+
+
+@pytest.mark.parametrize(
+    "said_of_it",
+    [
+        "This model's maximum context length is 4096 tokens",
+        "the request exceeds the available context size, try increasing it",
+        "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096",
+        "The input token count (5000) exceeds the maximum number of tokens allowed (4096).",
+        "prompt is too long: 5000 tokens",
+    ],
+)
+def test_servers_that_say_it_in_other_words(said_of_it: str) -> None:
+    class Asked:
+        def ask(self, requests: list[Any], done: Any) -> list[Any]:
+            return [ServerError(said_of_it, refused=True) for _ in requests]
+
+    found = ask_verdicts(Asked(), ["a"], lambda choice: choice.text, attempts=2, body={})  # type: ignore[arg-type]
+    assert found.missing == {"prompt too long for the judge": 1}
+
+
+def test_a_server_that_takes_too_long_is_no_long_prompt() -> None:
+    class Asked:
+        def ask(self, requests: list[Any], done: Any) -> list[Any]:
+            return [ServerError("the request took too long") for _ in requests]
+
+    with pytest.raises(ServerError, match="took too long"):
+        ask_verdicts(Asked(), ["a"], lambda choice: choice.text, attempts=2, body={})  # type: ignore[arg-type]
 
 
 def test_the_way_of_judging_follows_the_server(capsys: pytest.CaptureFixture[str]) -> None:

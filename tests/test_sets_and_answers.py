@@ -50,6 +50,8 @@ def test_sets_in_their_original_formats(tmp_path: Path) -> None:
     )
     found = read_questions("mt-bench", file=bench)
     assert found == [Question("81", ("A?", "B?"), "writing"), Question("111", ("C?", "D?"), "math", ("3", "5"))]
+    single = lines(tmp_path / "single.jsonl", [{"question_id": 1, "turns": ["A?"], "reference": "forty"}])
+    assert read_questions(str(single))[0].references == ("forty",)
     references = lines(tmp_path / "ref.jsonl", [{"question_id": 81, "choices": [{"index": 0, "turns": ["a", "b"]}]}])
     assert [q.references for q in read_references(references, found)] == [("a", "b"), ("3", "5")]
     prompts = lines(
@@ -160,6 +162,25 @@ def test_two_turns_and_temperatures_by_category(tmp_path: Path) -> None:
         assert len(other.asked) == 5
 
 
+def test_parts_of_a_set_have_draws_of_their_own(tmp_path: Path) -> None:
+    class Seeded(Echo):
+        def generate(
+            self, prompts: Sequence[Any], *, num_samples: int, params: SamplingParams, seed: int
+        ) -> list[list[Completion]]:
+            seeds.append(seed)
+            return super().generate(prompts, num_samples=num_samples, params=params, seed=seed)
+
+    seeds: list[int] = []
+    ask(Seeded(), Store(tmp_path / "a"), temperature=1.0)
+    assert len(seeds) == len(set(seeds)) == 5
+    first, seeds = seeds, []
+    ask(Seeded(), Store(tmp_path / "b"), temperature=1.0)
+    assert seeds == first
+    seeds = []
+    ask(Seeded(), Store(tmp_path / "c"), temperature=1.0, seed=1)
+    assert not set(seeds) & set(first)
+
+
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     store = Store(tmp_path / "answers")
     with pytest.raises(KeyboardInterrupt):
@@ -208,6 +229,24 @@ def test_alpaca_eval_answers_are_matched_by_text(tmp_path: Path) -> None:
         read_answers(tmp_path / "a.json", questions)
 
 
+def test_arena_hard_reads_the_answers(tmp_path: Path) -> None:
+    text = "# Title\n## Part\n- one\n1. **two** and __three__\n```\n# code\n```"
+    written = [Answer("3", "m", (text,), (7,)), Answer("2", "m", ("a", "b"), (1, 2))]
+    write_answers(written, QUESTIONS, tmp_path / "a.jsonl", form="arena_hard")
+    one, two = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    # Version 2.0: the judge is shown the last message's answer; style control sums the counts of each kind.
+    assert (one["uid"], one["model"]) == ("3", "m")
+    assert one["messages"] == [{"role": "user", "content": "E?"}, {"role": "assistant", "content": {"answer": text}}]
+    assert list(one["metadata"]) == ["token_len", "header_count", "list_count", "bold_count"]
+    sums = [count if isinstance(count, int) else sum(count.values()) for count in one["metadata"].values()]
+    assert sums == [7, 2, 2, 2]
+    # Version 0.1: turns with their contents.
+    assert (two["question_id"], two["model_id"]) == ("2", "m")
+    assert [turn["content"] for turn in two["choices"][0]["turns"]] == ["a", "b"]
+    assert [message["role"] for message in two["messages"]] == ["user", "assistant"] * 2
+    assert read_answers(tmp_path / "a.jsonl", QUESTIONS) == written
+
+
 def test_arena_hard_answers_of_its_first_version(tmp_path: Path) -> None:
     turns = [{"content": "x", "token_len": 4}]
     path = lines(
@@ -234,6 +273,10 @@ def test_the_verb(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFi
     assert main([*words, "--model", "m", *server, "--output", str(tmp_path / "d.jsonl")]) == 2
     assert main(["answer", "--model", "m", "--set", "mt-bench", "--output", str(tmp_path / "d.jsonl")]) == 1
     assert "fastchat/llm_judge" in capsys.readouterr().err
+    bench = lines(tmp_path / "bench.jsonl", [{"question_id": 81, "turns": ["A?", "B?"]}])
+    words = ["answer", "--model", "m", "--set", str(bench), "--form", "alpaca_eval", "--output", str(tmp_path / "d.json")]
+    assert main(words) == 1
+    assert "question '81' has 2 turns, and form: alpaca_eval holds one" in capsys.readouterr().err
 
 
 def test_vllm_gets_the_base_and_the_adapter(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from ncalign.atomic import check_writable
 from ncalign.cache import cache_folder
 from ncalign.config import AnswerConfig, DType, ServerConfig
-from ncalign.evaluation.answers import answer_questions, write_answers
+from ncalign.evaluation.answers import answer_questions, check_form, write_answers
 from ncalign.evaluation.lm_backend import adapter_base, model_identity
 from ncalign.evaluation.records import Answer, Question
 from ncalign.evaluation.sets import read_questions
@@ -106,6 +106,7 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     """
     check_writable(config.output)
     questions = read_questions(config.set_name, file=config.set_file)[: config.limit]
+    check_form(questions, config.form)
     name = config.name or str(config.server.model if config.server is not None else config.model).rstrip("/").rpartition("/")[2]
     answers = answers_of_model(
         config.model,

@@ -14,6 +14,7 @@ from ncalign.atomic import write_text_atomic
 from ncalign.errors import DataError, names
 from ncalign.evaluation.records import Answer, Question
 from ncalign.evaluation.sets import rows_of
+from ncalign.evaluation.style import markdown_counts
 from ncalign.generation import Generator, SamplingParams
 from ncalign.generation.base import PromptError
 from ncalign.groups import Message
@@ -90,8 +91,10 @@ def _answer_turn(
     asked = [question for question in questions if kept[question.id] is None]
     for start in range(0, len(asked), size):
         part = asked[start : start + size]
+        # Of the questions: a part has draws of its own, and the same ones when a run goes on.
+        part_seed = (seed + int(keys[part[0].id][:8], 16)) % 2**31
         try:
-            found = generator.generate([talks[q.id] for q in part], num_samples=1, params=params, seed=seed + turn)
+            found = generator.generate([talks[q.id] for q in part], num_samples=1, params=params, seed=part_seed)
         except PromptError as error:
             raise ValueError(f"question {part[error.index].id!r}: {error.detail}") from error
         for question, completions in zip(part, found, strict=True):
@@ -109,12 +112,28 @@ def _conversation(question: Question, given: Sequence[tuple[str, int]]) -> list[
     return [*talk, {"role": "user", "content": question.turns[len(given)]}]
 
 
+def check_form(questions: Sequence[Question], form: Form) -> None:
+    """Raise where a form can't hold the answers to these questions, before they are asked.
+
+    Raises:
+        ValueError: AlpacaEval's has one turn, and a question has more.
+    """
+    longer = [question for question in questions if len(question.turns) > 1]
+    if form == "alpaca_eval" and longer:
+        raise ValueError(
+            f"question {longer[0].id!r} has {len(longer[0].turns)} turns, and form: alpaca_eval holds one: choose ncalign, "
+            "fastchat or arena_hard"
+        )
+
+
 def write_answers(answers: Sequence[Answer], questions: Sequence[Question], path: Path, *, form: Form) -> None:
     """Write answers as JSON Lines of ours, or as AlpacaEval, FastChat or Arena-Hard-Auto read them.
 
     Raises:
         OSError: the file can't be written.
+        ValueError: the form can't hold the answers.
     """
+    check_form(questions, form)
     asked = {question.id: question for question in questions}
     if form == "alpaca_eval":
         rows = [
@@ -164,17 +183,26 @@ def _fastchat_row(answer: Answer, question: Question) -> dict[str, Any]:
 
 
 def _arena_row(answer: Answer, question: Question) -> dict[str, Any]:
-    talk: list[Message] = []
+    """A row for both versions: 2.0 reads uid, model, messages and metadata, 0.1 the others."""
+    talk: list[dict[str, Any]] = []
     for asked, text in zip(question.turns, answer.turns, strict=False):
-        talk += [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
-    length = {"token_len": sum(answer.num_tokens)} if answer.num_tokens else {}
+        talk += [{"role": "user", "content": asked}, {"role": "assistant", "content": {"answer": text}}]
+    turns: list[dict[str, Any]] = [{"content": text} for text in answer.turns]
+    for turn, number in zip(turns, answer.num_tokens, strict=False):
+        turn["token_len"] = number
+    # Style control needs the length: without it there is nothing to control by.
+    style = {"token_len": answer.num_tokens[-1], **markdown_counts(answer.turns[-1])} if answer.num_tokens else None
     return {
         "uid": answer.question,
+        "question_id": answer.question,
         "ans_id": _id(answer),
+        "answer_id": _id(answer),
         "model": answer.model,
+        "model_id": answer.model,
         "messages": talk,
+        "choices": [{"index": 0, "turns": turns}],
         "tstamp": time.time(),
-        "metadata": length,
+        **({"metadata": style} if style is not None else {}),
     }
 
 

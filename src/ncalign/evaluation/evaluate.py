@@ -15,7 +15,12 @@ from ncalign.config import EvaluateConfig, ScoreConfig
 from ncalign.evaluation.answering import answers_of_model
 from ncalign.evaluation.answers import read_answers, write_answers
 from ncalign.evaluation.counts import Counting, Results, add_accounts, add_comparisons, count_games, count_ratings, paired
-from ncalign.evaluation.interop import write_alpaca_annotations, write_arena_judgements, write_fastchat_ratings
+from ncalign.evaluation.interop import (
+    write_alpaca_annotations,
+    write_arena_judgements,
+    write_fastchat_pairs,
+    write_fastchat_ratings,
+)
 from ncalign.evaluation.judges import Account, Answers, RewardJudge, ServerJudge, num_without_reference
 from ncalign.evaluation.length_control import read_difficulty_table
 from ncalign.evaluation.preferences import question_preferences
@@ -168,7 +173,8 @@ def _counting(config: EvaluateConfig, questions: Sequence[Question]) -> Counting
 def _for_other_tools(
     config: EvaluateConfig, questions: Sequence[Question], given: Mapping[str, Answers], games: Sequence[Game], mode: str
 ) -> None:
-    """The verdicts as AlpacaEval's annotations and Arena-Hard's judgements, a file for each model."""
+    """The verdicts as AlpacaEval's annotations and Arena-Hard's and FastChat's judgements, a file for each model."""
+    categories = {question.id: question.category for question in questions}
     judge = mode if config.judge is None else config.judge.model
     for name, other in dict.fromkeys((game.model, game.baseline) for game in games):
         own = [game for game in games if (game.model, game.baseline) == (name, other)]
@@ -180,7 +186,9 @@ def _for_other_tools(
             question_preferences(own).by_question,
             annotator=judge,
         )
-        write_arena_judgements(own, config.output_dir / "arena_hard" / f"{_file_name(name)}.jsonl", judge=judge)
+        arena = config.output_dir / "arena_hard" / f"{_file_name(name)}.jsonl"
+        write_arena_judgements(own, arena, judge=judge, categories=categories)
+        write_fastchat_pairs(own, config.output_dir / "fastchat" / f"{_file_name(name)}_pair.jsonl", judge=judge)
 
 
 def _judge(config: EvaluateConfig) -> ServerJudge | RewardJudge:

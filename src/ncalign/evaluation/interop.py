@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ncalign.evaluation.sets import rows_of
 from ncalign.formats.group import number_or_none
 
 _LABELS = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
+_SAME_AS = {"A<B": "B>A", "A<<B": "B>>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
+"""Labels that Arena-Hard-Auto 2.0 takes too."""
 _WORDS = {1.0: "A>B", 0.5: "A=B", 0.0: "B>A"}
 _STRONG_WEIGHT = 3
 
@@ -142,6 +145,7 @@ def read_arena_judgements(path: Path, *, baseline: str | None = None) -> list[Ga
             raise DataError(f"{place} does not name the baseline: give it")
         for number, game in enumerate(played):
             label = game.get("score") if isinstance(game, dict) else None
+            label = _SAME_AS.get(label, label) if isinstance(label, str) else label
             if label is not None and label not in _LABELS:
                 raise DataError(f"{place}: score is {shown(label)}: one of {', '.join(_LABELS)}, or null, is needed")
             games.append(_game(str(question), model, other, label, model_first=number == 1))
@@ -155,24 +159,28 @@ def _game(question: str, model: str, baseline: str, label: str | None, *, model_
     return Game(question, model, baseline, model_first, mine, weight, label or "")
 
 
-def write_arena_judgements(games: Iterable[Game], path: Path, *, judge: str) -> None:
-    """Write games as Arena-Hard-Auto 2.0 reads them; both orders of a question make a row, a missing one is null.
+def write_arena_judgements(
+    games: Iterable[Game], path: Path, *, judge: str, categories: Mapping[str, str] | None = None
+) -> None:
+    """Write games as Arena-Hard-Auto reads them, in both its versions; both orders of a question make a row.
 
-    Verdicts by log-probs have no label: theirs is that of the preferred answer, or a tie.
+    A missing verdict is null. Verdicts by log-probs have no label: theirs is that of the preferred answer, or a tie.
+
+    Args:
+        games: of one or more models.
+        path: of the file.
+        judge: what the judge is called.
+        categories: of the questions, by which version 2.0 takes its means.
 
     Raises:
         ValueError: a question was judged twice in one order.
     """
-    rows: dict[tuple[str, str, str], list[Game | None]] = {}
-    for game in games:
-        played = rows.setdefault((game.question, game.model, game.baseline), [None, None])
-        if played[game.model_first] is not None:
-            raise ValueError(f"question {game.question!r} of {game.model} was judged twice in one order: write one of them")
-        played[game.model_first] = game
     lines = [
         json.dumps(
             {
                 "uid": question,
+                "question_id": question,
+                "category": (categories or {}).get(question, ""),
                 "judge": judge,
                 "model": model,
                 "baseline": baseline,
@@ -180,7 +188,7 @@ def write_arena_judgements(games: Iterable[Game], path: Path, *, judge: str) -> 
             },
             ensure_ascii=False,
         )
-        for (question, model, baseline), played in rows.items()
+        for (question, model, baseline), played in _by_question(games).items()
     ]
     write_text_atomic("".join(line + "\n" for line in lines), path)
 
@@ -257,6 +265,51 @@ def read_fastchat_pairs(path: Path) -> list[Game]:
             value = _WINNERS[str(winner)]
             games.append(Game(question, str(row["model_1"]), str(row["model_2"]), first, value, 1, str(winner)))
     return games
+
+
+def write_fastchat_pairs(games: Iterable[Game], path: Path, *, judge: str) -> None:
+    """Write games as FastChat's show_result reads them; both orders of a question make a row, a missing one is ``error``.
+
+    Raises:
+        ValueError: a question was judged twice in one order.
+    """
+    rows = []
+    for (question, model, baseline), (second, first) in _by_question(games).items():
+        name = _TURN.fullmatch(question)
+        number, turn = (name[1], int(name[2])) if name else (question, 1)
+        rows.append(
+            {
+                "question_id": int(number) if number.isdigit() else number,
+                "model_1": model,
+                "model_2": baseline,
+                "g1_winner": _winner(first),
+                "g2_winner": _winner(second),
+                "judge": [judge, "pair-v2"],
+                "turn": turn,
+                "tstamp": time.time(),
+            }
+        )
+    write_text_atomic("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+
+
+_TURN = re.compile(r"(.*) \(turn (\d+)\)", re.DOTALL)
+
+
+def _winner(game: Game | None) -> str:
+    if game is None or game.preference is None:
+        return "error"
+    return "tie" if game.preference == 0.5 else "model_1" if game.preference > 0.5 else "model_2"
+
+
+def _by_question(games: Iterable[Game]) -> dict[tuple[str, str, str], list[Game | None]]:
+    """The two orders of each question and pair of models, the baseline's first; None where one is not there."""
+    rows: dict[tuple[str, str, str], list[Game | None]] = {}
+    for game in games:
+        played = rows.setdefault((game.question, game.model, game.baseline), [None, None])
+        if played[game.model_first] is not None:
+            raise ValueError(f"question {game.question!r} of {game.model} was judged twice in one order: write one of them")
+        played[game.model_first] = game
+    return rows
 
 
 def _turn_name(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from ncalign.groups import Candidate, Group, Message
 from ncalign.progress import Bar, say
 from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.judge import read_template
-from ncalign.rewards.verdicts import Verdicts, ask_verdicts, fill
+from ncalign.rewards.verdicts import Verdicts, ask_verdicts, concluded, fill
 from ncalign.server import Choice, Server, ServerError
 from ncalign.store import Store
 
@@ -380,12 +380,12 @@ def _read_letter(choice: Choice) -> float | None:
 
 def _read_label(choice: Choice) -> str | None:
     """The label; several different ones are none: the judge has not said which it means."""
-    found = set(_LABEL.findall(choice.text))
+    found = set(_LABEL.findall(concluded(choice.text)))
     return str(found.pop()) if len(found) == 1 else None
 
 
 def _read_rating(choice: Choice) -> float | None:
-    found = set(_RATING.findall(choice.text))
+    found = set(_RATING.findall(concluded(choice.text)))
     if len(found) != 1:
         return None
     rating = float(found.pop())

@@ -131,7 +131,8 @@ def _is_fastchat(row: Mapping[str, Any]) -> bool:
 def _fastchat(row: Mapping[str, Any], number: int) -> Question:
     # Arena-Hard's turns are objects with a content.
     turns = tuple(turn["content"] if isinstance(turn, dict) else turn for turn in row["turns"])
-    references = tuple(str(text) for text in row.get("reference") or ())
+    reference = row.get("reference") or ()
+    references = (reference,) if isinstance(reference, str) else tuple(str(text) for text in reference)
     return Question(str(row["question_id"]), turns, str(row.get("category") or row.get("cluster") or ""), references)
 
 

@@ -13,9 +13,15 @@ from numpy.typing import NDArray
 FEATURES = ("length", "headers", "lists", "bold")
 
 _CODE = re.compile(r"```[^`]*```")
-_HEADER = re.compile(r"^#{1,6}\s", re.MULTILINE)
-_LIST_ITEM = re.compile(r"^\s*(?:\d+\.|[-*+])\s", re.MULTILINE)
-_BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
+# By the names that Arena-Hard-Auto keeps them under.
+_MARKDOWN = {
+    "header_count": {f"h{level}": re.compile(rf"^#{{{level}}}\s", re.MULTILINE) for level in range(1, 7)},
+    "list_count": {
+        "ordered": re.compile(r"^\s*\d+\.\s", re.MULTILINE),
+        "unordered": re.compile(r"^\s*[-*+]\s", re.MULTILINE),
+    },
+    "bold_count": {"**": re.compile(r"\*\*[^*\n]+\*\*"), "__": re.compile(r"__[^_\n]+__")},
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,17 @@ def style_of(text: str, num_tokens: int) -> Style:
     >>> style_of("# Title\n- one\n2. **two**", num_tokens=12)
     Style(num_tokens=12, num_headers=1, num_list_items=2, num_bold=1)
     """
+    return Style(num_tokens, *(sum(counts.values()) for counts in markdown_counts(text).values()))
+
+
+def markdown_counts(text: str) -> dict[str, dict[str, int]]:
+    r"""Markdown outside fenced code, counted as Arena-Hard-Auto keeps it with an answer.
+
+    >>> markdown_counts("# A\n**b** and __c__")["bold_count"]
+    {'**': 1, '__': 1}
+    """
     prose = _CODE.sub("", text)
-    return Style(num_tokens, *(len(pattern.findall(prose)) for pattern in (_HEADER, _LIST_ITEM, _BOLD)))
+    return {name: {kind: len(pattern.findall(prose)) for kind, pattern in kinds.items()} for name, kinds in _MARKDOWN.items()}
 
 
 def style_differences(ours: Sequence[Style], theirs: Sequence[Style]) -> Float[NDArray[np.float64], "N 4"]:

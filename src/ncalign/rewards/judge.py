@@ -17,7 +17,7 @@ from ncalign.config import JudgeConfig
 from ncalign.encoding import as_messages
 from ncalign.groups import Group
 from ncalign.rewards.base import completion_texts
-from ncalign.rewards.verdicts import ask_verdicts, fill
+from ncalign.rewards.verdicts import ask_verdicts, concluded, fill
 from ncalign.server import Server
 from ncalign.store import Store
 
@@ -119,7 +119,7 @@ class JudgeReward:
         found = ask_verdicts(
             self.server,
             prompts,
-            lambda choice: read(choice.text),
+            lambda choice: read(concluded(choice.text)),
             attempts=self._config.attempts,
             body={"max_tokens": self._config.max_tokens},
         )

@@ -15,9 +15,10 @@ from ncalign.server import Choice, Request, Server, ServerError
 
 Verdict = TypeVar("Verdict")
 
-# What servers say of a prompt that does not fit: OpenAI, vLLM, SGLang and llama.cpp word it differently.
+# What servers say of a prompt that does not fit: OpenAI, vLLM, SGLang, TGI and llama.cpp word it differently.
 _TOO_LONG = re.compile(
-    r"context[ _](?:length|size|window)|maximum context|exceeds? the (?:available )?context|too long|too many tokens",
+    r"context[ _](?:length|size|window)|maximum context|exceeds? the (?:available )?context|too long|too many tokens"
+    r"|maximum number of tokens|inputs?`? tokens",
     re.IGNORECASE,
 )
 
@@ -97,6 +98,16 @@ def _request(prompt: str, attempt: int, body: Mapping[str, Any]) -> Request:
     # The same question at temperature 0 has the same answer: one that could not be read is asked for otherwise.
     sampling = {"temperature": 0.0 if attempt == 0 else 0.7, "seed": attempt}
     return Request("chat", {"messages": [{"role": "user", "content": prompt}], **sampling, **body})
+
+
+def concluded(text: str) -> str:
+    """What a judge says after thinking aloud, where it weighs verdicts that it does not give; nothing where it was cut there.
+
+    >>> concluded("<think>[[3]] or [[4]]?</think>[[4]]"), concluded("[[4]]"), concluded("<think>[[3]]")
+    ('[[4]]', '[[4]]', '')
+    """
+    _, closed, said = text.rpartition("</think>")
+    return said if closed or "<think>" not in said else ""
 
 
 def fill(template: str, texts: Mapping[str, str]) -> str:
