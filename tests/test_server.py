@@ -106,6 +106,39 @@ def test_what_fails_for_good_is_said_for_each_and_the_rest_is_kept(tmp_path: Pat
     assert "no usable answer 3 times" in str(found[3])
 
 
+@pytest.mark.parametrize("status", [401, 429, 500, "drop"])
+def test_a_server_that_is_down_is_not_asked_everything(status: str | int, tmp_path: Path) -> None:
+    up = 20
+    double = ServerDouble(faults=lambda number: status if number >= up else None)
+    with serving(double) as url:
+        store = Store(tmp_path / "answers")
+        server = Server(config(url, max_retries=0, max_concurrency=2), store)
+        told: list[int] = []
+        found = server.ask([chat(f"q{i}") for i in range(200)], done=told.append)
+        failed = [one for one in found if isinstance(one, ServerError)]
+        assert len(failed) == 200 - up
+        assert not any(one.refused for one in failed)
+        assert "not asked, since 4 requests in a row had no answer" in str(failed[-1])
+        assert "not asked" not in str(failed[0])
+        assert sorted(told) == list(range(200))
+        # Four in a row, and what was under way meanwhile.
+        assert len(double.requests) < up + 40
+        double.faults = lambda number: None
+        before = len(double.requests)
+        assert not any(isinstance(one, ServerError) for one in server.ask([chat(f"q{i}") for i in range(200)]))
+    assert len(double.requests) - before == 200 - up
+
+
+def test_requests_that_are_refused_say_nothing_of_others() -> None:
+    double = ServerDouble()
+    double.fault_of = lambda body: 400 if int(body["messages"][0]["content"][1:]) < 60 else None
+    with serving(double) as url:
+        found = Server(config(url, max_concurrency=2)).ask([chat(f"q{i}") for i in range(70)])
+    assert [isinstance(one, ServerError) and one.refused for one in found] == [True] * 60 + [False] * 10
+    assert all(isinstance(one, list) for one in found[60:])
+    assert len(double.requests) == 70
+
+
 def test_no_more_are_under_way_than_asked_for() -> None:
     double = ServerDouble()
     double.delay = 0.02
