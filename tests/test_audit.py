@@ -116,6 +116,26 @@ def test_planted_failures_are_told_apart(kind: str, how: str, num_candidates: in
     assert ("healthy" in {finding["name"] for finding in found["findings"]}) == (kind == "healthy")
 
 
+@pytest.mark.parametrize("size", [5, 6, 8])
+@pytest.mark.parametrize("num_candidates", [4, 8])
+def test_short_texts_swapped_alike_are_swapped_and_no_copies(size: int, num_candidates: int, tmp_path: Path) -> None:
+    chance, rows = random.Random(size), []
+    for k in range(80):
+        best = chance.sample(VOCABULARY, size)
+        others = []
+        for _ in range(num_candidates - 1):
+            words = list(best)
+            for _ in range(2):
+                i = chance.randrange(size - 1)
+                words[i], words[i + 1] = words[i + 1], words[i]
+            others.append(words)
+        candidates = [
+            {"completion": " ".join(w), "reward": 2.0 if n == 0 else chance.random()} for n, w in enumerate([best, *others])
+        ]
+        rows.append({"prompt": f"p{k}", "candidates": candidates})
+    assert problems(audit(rows, tmp_path)) == {"token_swap"}
+
+
 def test_answers_that_differ_in_a_number_are_real_alternatives(tmp_path: Path) -> None:
     chance, rows = random.Random(0), []
     for k in range(60):
@@ -281,6 +301,7 @@ def test_a_source_that_always_wins(tmp_path: Path) -> None:
 
 
 def test_words() -> None:
+    assert words("7+5 = 12") == ["7", "+", "5", "=", "12"]
     assert words("The cat's, HAT — naïve 3.5!") == ["the", "cat", "s", "hat", "naïve", "3", "5"]
 
 

@@ -20,7 +20,7 @@ COPY_WORDS, COPY_SHARE = 1.0, 0.1
 """Words, or the share of the words, in which a near-copy may differ; words that only stand elsewhere make it none."""
 SWAP_BAG, EXCHANGED_EDIT = 0.9, 0.75
 _MAX_WORDS = 300
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_WORD = re.compile(r"[+=<>×÷^]|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class GroupMeasures:
         length_pairs: as :func:`agreement` counts them, by words.
         character_pairs: the same by characters.
         likeness: the best candidate against each lower-scored one, the highest-scored first.
-        copies: candidates that are near-duplicates of an earlier one.
+        copies: candidates that are near-duplicates of an earlier one; those that are the best one with words moved or exchanged
+            are left out.
         clusters: sizes of the sets of near-duplicates, those of one left out.
         noise: differences of the rewards of near-duplicates.
         sources: who wrote the candidates.
@@ -129,7 +130,7 @@ class GroupMeasures:
 
 
 def words(text: str) -> list[str]:
-    """Words in small letters; punctuation and white space don't count, and each Chinese or Japanese sign is one."""
+    """Words in small letters; punctuation and white space don't count, signs of arithmetic and Chinese or Japanese ones do."""
     return _WORD.findall(text.lower())
 
 
@@ -224,7 +225,9 @@ def measure_group(group: Group, *, compare: bool) -> GroupMeasures:
             found.likeness = [likeness(texts[order.best], texts[k]) for k in order.lower]
         members, pairs = clusters_of(texts)
         found.clusters = [len(one) for one in members]
-        found.copies = sum(found.clusters) - len(members)
+        # Of few words there are few orders: the best one's words swapped alike twice are noise, and not a sampled copy.
+        noise = set() if order is None else {k for k, one in zip(order.lower, found.likeness, strict=True) if one.swapped}
+        found.copies = sum(max(0, len(set(one) - noise) - 1) for one in members)
         both = [(group.candidates[i].reward, group.candidates[j].reward) for i, j in pairs]
         found.noise = [first - second for first, second in both if first is not None and second is not None]
     return found
