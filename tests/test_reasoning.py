@@ -22,7 +22,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ncalign.evaluation import lm_backend, reasoning
 from ncalign.evaluation.lm_backend import BackendGenerator, backend_arguments, load_backend, model_identity
 from ncalign.evaluation.reasoning import CodeSettings, run_tasks, score_key
-from ncalign.evaluation.reasoning_table import COLUMNS, paper_table, render
+from ncalign.evaluation.reasoning_table import COLUMNS, paper_table
+from ncalign.evaluation.records import model_name
+from ncalign.evaluation.tables import Column, Table, to_csv, to_latex
 from ncalign.evaluation.task_data import READERS, TASK_FOLDER, prepare
 from ncalign.generation import SamplingParams
 
@@ -264,15 +266,13 @@ def test_what_is_missing_or_not_comparable_has_no_arrow() -> None:
         paper_table([before, after], baselines=[None, 2])
 
 
-def test_the_table_is_rendered_in_each_form() -> None:
+def test_the_table_in_each_form() -> None:
     columns, rows = paper_table([result("a_b & c", [60.0] * 8), result("x", [50.0] * 8)])
-    assert list(csv.reader(io.StringIO(render(columns, rows, "csv")))) == [columns, *rows]
-    latex = render(columns, rows, "latex")
+    table = Table(tuple(map(Column, columns)), tuple(map(tuple, rows)))
+    assert list(csv.reader(io.StringIO(to_csv(table)))) == [columns, *rows]
+    latex = to_latex(table)
     assert r"a\_b \& c & 60.0" in latex
     assert r"50.0 $\downarrow$" in latex
-    assert latex.count(r"\\") == 3
-    text = render(columns, rows, "text").splitlines()
-    assert text[0].index("LeetCode") == text[1].index("60.0", text[1].index("60.0") + 1)
 
 
 # -- backends and names -------------------------------------------------------------------------------------------------
@@ -328,9 +328,9 @@ def test_a_model_is_another_when_its_files_change(adapter: Path) -> None:
 
 def test_a_model_is_named_by_its_run(tmp_path: Path) -> None:
     (tmp_path / "nca" / "model").mkdir(parents=True)
-    assert reasoning._name(str(tmp_path / "nca" / "model")) == "nca"
-    assert reasoning._name(str(tmp_path / "nca")) == "nca"
-    assert reasoning._name("some/hub-id") == "some/hub-id"
+    assert model_name(str(tmp_path / "nca" / "model")) == "nca"
+    assert model_name(str(tmp_path / "nca")) == "nca"
+    assert model_name("some/hub-id") == "hub-id"
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,8 @@ def test_vllm_gets_the_base_and_the_adapter(tmp_path: Path, tiny_model_dir: Path
     assert len(answering.answers_of_model(str(tiny_model_dir), QUESTIONS, **settings)) == 3
     adapter = tmp_path / "adapter"
     load_tokenizer(str(tiny_model_dir), trust_remote_code=False).save_pretrained(adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model_dir), "r": 4}))
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model_dir), "r": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert len(answering.answers_of_model(str(adapter), QUESTIONS, **settings)) == 3
     plain, adapted = {"string_prompts": "user_turn"}, {"string_prompts": "user_turn", "adapter_rank": 4}
     assert made == [(str(tiny_model_dir), plain), (str(tiny_model_dir), adapted), adapter]

@@ -106,7 +106,7 @@ def load_model(model: str, *, dtype: torch.dtype, trust_remote_code: bool) -> Pr
     base, loading_dtype = model, dtype
     if (folder / _ADAPTER_FILE).is_file():
         # Added to bfloat16 weights the adapter's update would be rounded with every sum.
-        base, loading_dtype = _adapter_base(model), torch.promote_types(dtype, torch.float32)
+        base, loading_dtype = adapter_base(model), torch.promote_types(dtype, torch.float32)
     elif folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"model {model!r} has no config.json: give a Hugging Face model folder, or a hub id")
     try:
@@ -149,11 +149,19 @@ def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _adapter_base(folder: str) -> str:
+def adapter_base(folder: str) -> str:
+    """The base model of a folder's adapter.
+
+    Raises:
+        ValueError: The adapter's configuration can't be read, or names no base model.
+    """
     try:
-        return str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        if not base:
+            raise ValueError("it names no base model")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}/{_ADAPTER_FILE} can't be read: {_first_line(error)}; copy the adapter anew") from error
+    return str(base)
 
 
 def _why_not_loaded(base: str, error: Exception) -> str:

@@ -23,6 +23,7 @@ _TITLES = {
     "likeness_by_rank": "Likeness of the best candidate to the second, third and so on",
     "sources": "Sources: rewards, and how often each wrote the best candidate alone",
     "copies_within_groups": "Sets of near-copies within groups",
+    "copies_across_groups": "Sets of near-copies that several groups share",
     "kernel_by_rank": "Whom the kernel draws: weight by rank of reward",
     "kernel_by_source": "Whom the kernel draws: weight by source",
     "kernel_by_beta": "Effective sample size of the kernel, as a share of the candidates, by beta",

@@ -101,7 +101,9 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     if report.skipped:
         say(report.notice(config.data))
     measured = _measured(totals.sample)
-    numbers = numbers_of(totals, measured, seed=config.seed)
+    texts = [words(completion_text(candidate, group)) for group in totals.sample for candidate in group.candidates]
+    across = clusters_across(texts, [number for number, group in enumerate(totals.sample) for _ in group.candidates])
+    numbers = numbers_of(totals, measured, across, seed=config.seed)
     meanings = _meanings(totals.sample, config)
     for name, meaning in meanings.items():
         numbers[f"{name}/best_to_others"] = mean([value for row in meaning.to_best.values() for value in row])
@@ -116,7 +118,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         "data": config.data,
         "numbers": {name: value if _finite(value) else None for name, value in numbers.items()},
         "findings": [asdict(finding) for finding in found],
-        "tables": {name: table for name, table in tables(measured, meanings, kernel).items() if table},
+        "tables": {name: table for name, table in tables(measured, meanings, kernel, across).items() if table},
         "sizes": dict(sorted(totals.sizes.items())),
         "sources": dict(totals.sources.most_common(50)),
         "rows_skipped": report.skipped,
@@ -153,7 +155,7 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], *, seed: int) -> dict[str, float]:
+def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence[int], *, seed: int) -> dict[str, float]:
     """All numbers that need no model."""
     compared = sum(group.num_candidates for group in measured)
     likeness = [one for group in measured for one in group.likeness]
@@ -162,8 +164,6 @@ def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], *, seed: int) 
     noise = [difference for group in measured for difference in group.noise]
     alphas = alpha_range([group.rewards for group in spread]) or (math.nan, math.nan)
     winners = Counter(group.best_source for group in measured if group.best_source)
-    texts = [words(completion_text(candidate, group)) for group in totals.sample for candidate in group.candidates]
-    owners = [number for number, group in enumerate(totals.sample) for _ in group.candidates]
     return {
         "groups": totals.groups,
         "groups/with_spread": totals.with_spread / totals.groups,
@@ -186,7 +186,7 @@ def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], *, seed: int) 
         "likeness/random": mean([one.edit for one in baseline]),
         "likeness/swapped": mean([float(one.swapped) for one in likeness]) if likeness else 0.0,
         "likeness/duplicates": sum(group.copies for group in measured) / max(1, compared),
-        "copies/across": sum(clusters_across(texts, owners)) / max(1, compared),
+        "copies/across": sum(across) / max(1, compared),
         "sources/number": len(totals.sources),
         "sources/most_best": max(winners.values(), default=0) / max(1, sum(winners.values())),
         **length_numbers(measured),
@@ -207,7 +207,7 @@ def length_numbers(measured: Sequence[GroupMeasures]) -> dict[str, float]:
 
 
 def tables(
-    measured: Sequence[GroupMeasures], meanings: Mapping[str, Meaning], kernel: KernelAudit
+    measured: Sequence[GroupMeasures], meanings: Mapping[str, Meaning], kernel: KernelAudit, across: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
     """What is no single number: by rank, by source, by beta, and the sizes of clusters."""
     by_rank: dict[str, list[list[float]]] = {"words": [[one.edit for one in group.likeness] for group in measured]}
@@ -234,6 +234,7 @@ def tables(
             if source
         ][:50],
         "copies_within_groups": [{"size": size, "sets": clusters[size]} for size in sorted(clusters)],
+        "copies_across_groups": [{"size": size, "sets": number} for size, number in sorted(Counter(across).items())],
         "kernel_by_rank": [
             {"rank": place + 2, "drawn": drawn, "random": uniform} for place, (drawn, uniform) in enumerate(kernel.by_rank)
         ],

@@ -13,12 +13,12 @@ from ncalign.atomic import check_writable
 from ncalign.cache import cache_folder
 from ncalign.config import AnswerConfig, DType, ServerConfig
 from ncalign.evaluation.answers import answer_questions, check_form, write_answers
-from ncalign.evaluation.lm_backend import adapter_base, model_identity
-from ncalign.evaluation.records import Answer, Question
+from ncalign.evaluation.lm_backend import model_identity
+from ncalign.evaluation.records import Answer, Question, model_name
 from ncalign.evaluation.sets import read_questions
 from ncalign.generation import Generator, ServerGenerator, TransformersGenerator
 from ncalign.generation.vllm import VLLMGenerator
-from ncalign.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
+from ncalign.policy import DTYPES, adapter_base, load_model, load_tokenizer, weights_fingerprint
 from ncalign.store import Store
 
 
@@ -58,7 +58,7 @@ def _in_vllm(model: str, *, trust_remote_code: bool) -> VLLMGenerator:
     if not adapter.is_file():
         return VLLMGenerator(model, tokenizer, string_prompts="user_turn")
     rank = int(json.loads(adapter.read_text(encoding="utf-8")).get("r", 16))
-    generator = VLLMGenerator(adapter_base(Path(model)), tokenizer, adapter_rank=rank, string_prompts="user_turn")
+    generator = VLLMGenerator(adapter_base(model), tokenizer, adapter_rank=rank, string_prompts="user_turn")
     generator.load_adapter(Path(model))
     return generator
 
@@ -107,7 +107,7 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     check_writable(config.output)
     questions = read_questions(config.set_name, file=config.set_file)[: config.limit]
     check_form(questions, config.form)
-    name = config.name or str(config.server.model if config.server is not None else config.model).rstrip("/").rpartition("/")[2]
+    name = config.name or model_name(str(config.server.model if config.server is not None else config.model))
     answers = answers_of_model(
         config.model,
         questions,

@@ -110,6 +110,12 @@ def count_games(
     baseline = ", ".join(dict.fromkeys(other for _, other in pairs))
     controlled = {} if answers is None else _controlled(preferences, answers, counting)
     results.tables["win_rates"] = win_rate_table(rates, controlled, baseline=baseline)
+    results.lines += [
+        f"{name}: the penalty of the length-controlled fit leaves no effect of the model, for want of questions or of a "
+        "difference: its 50 % is where it begins, and no finding"
+        for name, found in controlled.items()
+        if found.coefficients["model"] == 0
+    ]
     results.values |= {
         "baseline": baseline,
         "win_rates": json_ready(rates),

@@ -24,7 +24,7 @@ from ncalign.evaluation.interop import (
 from ncalign.evaluation.judges import Account, Answers, RewardJudge, ServerJudge, num_without_reference
 from ncalign.evaluation.length_control import read_difficulty_table
 from ncalign.evaluation.preferences import question_preferences
-from ncalign.evaluation.records import Game, Question, Rating
+from ncalign.evaluation.records import Game, Question, Rating, model_name
 from ncalign.evaluation.sets import BUNDLED, read_questions, read_references, rows_of
 from ncalign.progress import say
 from ncalign.rewards.sources import reward_source
@@ -87,10 +87,9 @@ def _specs(config: EvaluateConfig) -> list[str]:
 
 
 def names_of(specs: Sequence[str]) -> list[str]:
-    """What the models are called: their folder's or file's name, longer where two share it."""
-    for parts in (1, 2, 3):
-        names = ["/".join(Path(spec).parts[-parts:]) for spec in specs]
-        names = [name.removesuffix(".jsonl").removesuffix(".json") for name in names]
+    """What the models are called in tables and files, longer where two share a name."""
+    for parts in (0, 2, 3):
+        names = [model_name(spec) if not parts else "/".join(Path(spec).resolve().parts[-parts:]) for spec in specs]
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"two of the models are the same: {', '.join(specs)}")

@@ -12,15 +12,13 @@ from typing import Any
 
 from ncalign.atomic import write_text_atomic
 from ncalign.errors import DataError, names, shown
-from ncalign.evaluation.records import Answer, Game, Question, Rating
+from ncalign.evaluation.records import LABELS, Answer, Game, Question, Rating, verdict_weight
 from ncalign.evaluation.sets import rows_of
 from ncalign.formats.group import number_or_none
 
-_LABELS = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 _SAME_AS = {"A<B": "B>A", "A<<B": "B>>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
 """Labels that Arena-Hard-Auto 2.0 takes too."""
 _WORDS = {1.0: "A>B", 0.5: "A=B", 0.0: "B>A"}
-_STRONG_WEIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -146,16 +144,16 @@ def read_arena_judgements(path: Path, *, baseline: str | None = None) -> list[Ga
         for number, game in enumerate(played):
             label = game.get("score") if isinstance(game, dict) else None
             label = _SAME_AS.get(label, label) if isinstance(label, str) else label
-            if label is not None and label not in _LABELS:
-                raise DataError(f"{place}: score is {shown(label)}: one of {', '.join(_LABELS)}, or null, is needed")
+            if label is not None and label not in LABELS:
+                raise DataError(f"{place}: score is {shown(label)}: one of {', '.join(LABELS)}, or null, is needed")
             games.append(_game(str(question), model, other, label, model_first=number == 1))
     return games
 
 
 def _game(question: str, model: str, baseline: str, label: str | None, *, model_first: bool) -> Game:
-    first = None if label is None else _LABELS[label]
+    first = None if label is None else LABELS[label]
     mine = first if first is None or model_first else 1 - first
-    weight = _STRONG_WEIGHT if label is not None and ">>" in label else 1
+    weight = verdict_weight(label or "")
     return Game(question, model, baseline, model_first, mine, weight, label or "")
 
 

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from ncalign.config import EvalJudgeConfig
-from ncalign.evaluation.records import Answer, Game, Question, Rating
+from ncalign.evaluation.records import LABELS, Answer, Game, Question, Rating, verdict_weight
 from ncalign.groups import Candidate, Group, Message
 from ncalign.progress import Bar, say
 from ncalign.rewards.base import RewardSource, score_many
@@ -28,8 +28,6 @@ Mode: TypeAlias = Literal["logprobs", "labels"]
 
 _LABEL = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B>A|B>>A)\s*\]\]")
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-_FIRST = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
-_STRONG_WEIGHT = 3
 _TOP_LOGPROBS = 20
 # The first questions may be too long for the judge, or be answered with neither letter.
 _NUM_PROBES = 8
@@ -125,7 +123,7 @@ class ServerJudge:
             for first in (True, False):
                 preference, label = (0.5, "") if question.id in same else next(verdicts)
                 mine = preference if first or preference is None else 1 - preference
-                weight = _STRONG_WEIGHT if ">>" in label else 1
+                weight = verdict_weight(label)
                 model, baseline = ours[question.id].model, theirs[question.id].model
                 games.append(Game(question.id, model, baseline, first, mine, weight, label))
         return games, account
@@ -145,7 +143,7 @@ class ServerJudge:
             letters += self._ask(prompts[len(letters) :], _read_letter, _LETTER_BODY, account, attempts=1)
             return [(found, "") for found in letters]
         labels = self._ask(prompts, _read_label, {"max_tokens": self._config.max_tokens}, account)
-        return [(None, "") if label is None else (_FIRST[label], label) for label in labels]
+        return [(None, "") if label is None else (LABELS[label], label) for label in labels]
 
     def _probe(self, prompts: Sequence[str], account: Account) -> list[float | None]:
         """Decide how verdicts are had, once, so that all models are judged in one way.
@@ -309,13 +307,16 @@ class RewardJudge:
     def __init__(self, source: RewardSource) -> None:
         """See the class."""
         self._source = source
+        self._known: dict[Answer, float | None] = {}
 
     def rewards(self, questions: Sequence[Question], answers: Answers) -> dict[str, float | None]:
         """The reward of each answer's last turn, after the conversation up to it; None where the source has none."""
         answered = [question for question in questions if question.id in answers]
-        groups = [_as_group(question, answers[question.id]) for question in answered]
-        found = score_many(self._source, groups) if groups else []
-        return {question.id: rewards[0] for question, rewards in zip(answered, found, strict=True)}
+        # A baseline meets every model, and its answers are scored once.
+        new = [question for question in answered if answers[question.id] not in self._known]
+        found = score_many(self._source, [_as_group(question, answers[question.id]) for question in new]) if new else []
+        self._known |= {answers[question.id]: rewards[0] for question, rewards in zip(new, found, strict=True)}
+        return {question.id: self._known[answers[question.id]] for question in answered}
 
     def compare(self, questions: Sequence[Question], ours: Answers, theirs: Answers) -> tuple[list[Game], Account]:
         """Two games for each question that both models answered; a reward does not depend on the order.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from ncalign.generation import Completion, SamplingParams
 from ncalign.groups import Message
-from ncalign.policy import quiet_transformers
+from ncalign.policy import adapter_base, quiet_transformers
 from ncalign.store import Store
 
 _LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
@@ -49,7 +48,7 @@ def backend_arguments(
     arguments: dict[str, Any] = {"pretrained": model, "dtype": dtype, "trust_remote_code": trust_remote_code}
     folder = Path(model)
     if (folder / "adapter_config.json").is_file():
-        base = adapter_base(folder)
+        base = adapter_base(model)
         if backend == "sglang":
             raise ValueError(f"{model} is an adapter, which backend sglang can't load: use hf or vllm, or merge it into {base}")
         arguments |= {"pretrained": base, "lora_local_path" if backend == "vllm" else "peft": model}
@@ -59,19 +58,6 @@ def backend_arguments(
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model {model!r} has neither config.json nor adapter_config.json: give a model folder, or a hub id")
     return {**arguments, **(extra or {})}
-
-
-def adapter_base(folder: Path) -> str:
-    """The base model that a folder's adapter was trained on.
-
-    Raises:
-        ValueError: the adapter's configuration can't be read.
-    """
-    file = folder / "adapter_config.json"
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} can't be read: {error}; copy the adapter anew") from error
 
 
 def load_backend(backend: str, arguments: Mapping[str, Any], *, batch_size: int | str | None, device: str | None) -> Any:
@@ -103,7 +89,7 @@ def model_identity(model: str) -> str:
     files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern) if path.is_file()})
     described: list[object] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     if (folder / "adapter_config.json").is_file():
-        base = adapter_base(folder)
+        base = adapter_base(model)
         described.append(base if Path(base).resolve() == folder.resolve() else model_identity(base))
     return Store.key(described)
 

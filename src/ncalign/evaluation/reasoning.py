@@ -23,6 +23,7 @@ from ncalign.evaluation.lm_backend import (
     load_backend,
     model_identity,
 )
+from ncalign.evaluation.records import model_name
 from ncalign.evaluation.sandbox import isolation
 from ncalign.evaluation.task_data import READERS, TASK_FOLDER, prepare
 from ncalign.generation import SamplingParams
@@ -173,18 +174,11 @@ def run_tasks(
     if failed and not done:
         raise ValueError("every task failed. " + " ".join(f"{task}: {reason}" for task, reason in failed.items()))
     return {
-        "model": name or _name(model),
+        "model": name or model_name(model),
         "results": {task: done[task] for task in wanted if task in done},
         "failed": failed,
         "resumed": [task for task in wanted if task in done and task not in rest],
     }
-
-
-def _name(model: str) -> str:
-    folder = Path(model).resolve()
-    if not folder.is_dir():
-        return model
-    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
 
 
 # -- before anything is loaded ------------------------------------------------------------------------------------------

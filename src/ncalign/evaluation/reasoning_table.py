@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -92,28 +90,3 @@ def _arrow(value: float, baseline: float, arrows: str) -> str:
     if shown < before:
         return " ↓"
     return " ↑" if shown > before and arrows == "both" else ""
-
-
-def render(columns: Sequence[str], rows: Sequence[Sequence[str]], form: Literal["text", "csv", "latex"]) -> str:
-    """A table as aligned text, CSV or a LaTeX ``tabular`` with booktabs' rules."""
-    if form == "csv":
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([columns, *rows])
-        return buffer.getvalue()
-    if form == "latex":
-        body = [" & ".join(map(_latex, row)) + r" \\" for row in [columns, *rows]]
-        head = r"\begin{tabular}{l" + "r" * (len(columns) - 1) + "}"
-        return "\n".join([head, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [columns, *rows]]
-    return "\n".join(lines) + "\n"
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "↓": r"$\downarrow$", "↑": r"$\uparrow$", "–": "--",
-} | {letter: "\\" + letter for letter in "&%$#_{}"}  # fmt: skip
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+LABELS: Mapping[str, float] = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
+"""Arena-Hard's verdicts, with the preference for A that each stands for."""
+STRONG_WEIGHT = 3
+"""How many times a verdict of ``>>`` counts in Arena-Hard's score."""
+
+
+def model_name(spec: str) -> str:
+    """What tables call a model: its folder's or file's name; the run's where the folder is a run's ``model/``.
+
+    >>> model_name("HuggingFaceTB/SmolLM2-135M"), model_name("answers/new.jsonl")
+    ('SmolLM2-135M', 'new')
+    """
+    path = Path(spec).resolve()
+    if path.is_dir() and path.name == "model" and path.parent.name:
+        return path.parent.name
+    return path.name.removesuffix(".jsonl").removesuffix(".json") or spec
+
+
+def verdict_weight(label: str) -> int:
+    """How many times a verdict counts."""
+    return STRONG_WEIGHT if ">>" in label else 1
 
 
 @dataclass(frozen=True)

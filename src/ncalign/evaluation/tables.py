@@ -37,6 +37,8 @@ _LATEX = {
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
     MISSING: "--",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
 }
 
 
