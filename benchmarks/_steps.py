@@ -326,14 +326,14 @@ def make_loop(case: Case, folder: Path) -> Any:
     import torch
     from pydantic import TypeAdapter
 
-    from ncalign.encoding import EncodedGroup
+    from ncalign.model.encoding import EncodedGroup
+    from ncalign.model.policy import load_policy
     from ncalign.objectives import ObjectiveConfig, build_method
-    from ncalign.policy import load_policy
+    from ncalign.training.config import TrainConfig
     from ncalign.training.engine import Pass
     from ncalign.training.loop import Intervals, Loop
-    from ncalign.training.run import make_accelerator, make_engine
     from ncalign.training.schedule import DataPlan
-    from ncalign.training_config import TrainConfig
+    from ncalign.training.train import make_accelerator, make_engine
 
     options = json.loads(case.options)
     config = TrainConfig(

@@ -16,7 +16,7 @@ from _steps import Case, describe, interleaved, main_of, make_loop, ratio_row, r
 from torch import Tensor
 
 from ncalign.demo.model import demo_model_folder
-from ncalign.kernels import kernel_probabilities
+from ncalign.objectives.kernels import kernel_probabilities
 from ncalign.objectives.samplers import proposal_log_ratio
 
 BLIND = '{"name": "mc_po", "acceptance": true, "strategy": "uniform"}'

@@ -48,7 +48,7 @@ def load(path: Path) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from ncalign.demo.model import demo_model_folder
-    from ncalign.encoding import Encoder
+    from ncalign.model.encoding import Encoder
     from ncalign.objectives import NCA, build_method
     from ncalign.training.data import load_groups
 

@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     # The parent must not load torch: these imports belong to the child.
     import torch
 
-    from ncalign.logprobs import _CHUNK_LOGITS, _token_logprobs
+    from ncalign.model.logprobs import _CHUNK_LOGITS, _token_logprobs
 
     # The layer's weights come from the global generator: both sides compute the same numbers.
     generator = torch.manual_seed(0)

@@ -19,7 +19,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     from _steps import machine, make_loop
 
     from ncalign.demo.model import demo_model_folder
-    from ncalign.logprobs import LogprobModel
+    from ncalign.model.logprobs import LogprobModel
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2)

@@ -19,7 +19,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 from jaxtyping import install_import_hook
 
-SHAPE_CHECKED = ("ncalign.objectives", "ncalign.kernels")
+SHAPE_CHECKED = ("ncalign.objectives", "ncalign.objectives.kernels")
 
 # The hook rewrites modules as they are imported, so it does nothing for one that is imported already.
 already = [name for name in SHAPE_CHECKED if name in sys.modules]

@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ncalign.groups import DataError, ReadReport, read_groups, write_groups
+from ncalign.data.groups import DataError, ReadReport, read_groups, write_groups
 
 HANG_SECONDS = 30
 Value = Any

@@ -38,10 +38,10 @@ def watched(function, name):
         return found
     return call
 
-from ncalign import atomic
-from ncalign.report import rounds as pictures
+from ncalign.core import atomic
+from ncalign.report import online_page as pictures
 from ncalign.generation import TransformersGenerator
-from ncalign.online import run as online
+from ncalign.online import online as online
 from ncalign.rewards import FunctionReward
 from ncalign.training import checkpoint, loop
 from ncalign.training.engine import Engine
@@ -54,7 +54,7 @@ loop.Loop.step = watched(loop.Loop.step, "optimizer step")
 Engine.logprobs = watched(Engine.logprobs, "log-probs")
 TransformersGenerator._sample = watched(TransformersGenerator._sample, "sampling")
 FunctionReward.score = watched(FunctionReward.score, "scoring")
-from ncalign.cli import main
+from ncalign.cli.app import main
 sys.exit(main(["online", *sys.argv[3:]]))
 """
 

@@ -19,16 +19,19 @@ from scipy import optimize, stats
 from scipy.special import expit, logit
 
 from conftest import group_row
-from ncalign import cli
-from ncalign.config import AdjustConfig, ScoreConfig
-from ncalign.groups import Candidate, Group, read_groups, write_groups
-from ncalign.rewards import run_adjust, run_score, transforms
-from ncalign.rewards.fits import LengthSlope, PairwiseLength, RewardSample
-from ncalign.rewards.steps import parse_steps
-from ncalign.settings import ConfigError
+from ncalign.adjust import transforms
+from ncalign.adjust.adjust import run_adjust
+from ncalign.adjust.config import AdjustConfig
+from ncalign.adjust.fits import LengthSlope, PairwiseLength, RewardSample
+from ncalign.adjust.steps import parse_steps
+from ncalign.cli import app as cli
+from ncalign.core.errors import ConfigError
+from ncalign.data.groups import Candidate, Group, read_groups, write_groups
+from ncalign.rewards import run_score
+from ncalign.rewards.config import ScoreConfig
 from ncalign.training import run_training
+from ncalign.training.config import TrainConfig
 from ncalign.training.data import count_steps, listed_steps, steps_of
-from ncalign.training_config import TrainConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca-eval-candidates" / "candidates.jsonl.gz"
 Write = Callable[..., Path]

@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
-from ncalign.evaluation.agreement import judge_agreement, length_bias, position_bias
-from ncalign.evaluation.power import detectable_difference, minimum_detectable_difference, paired_deviation, questions_needed
-from ncalign.evaluation.preferences import question_preferences
-from ncalign.evaluation.records import Game
-from ncalign.evaluation.win_rate import win_rate
+from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
+from ncalign.stats.power import detectable_difference, minimum_detectable_difference, paired_deviation, questions_needed
+from ncalign.stats.preferences import question_preferences
+from ncalign.stats.records import Game
+from ncalign.stats.win_rate import win_rate
 
 
 def both_orders(verdicts: list[tuple[float | None, float | None]]) -> list[Game]:

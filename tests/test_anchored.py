@@ -11,18 +11,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ncalign.config import Pairing
-from ncalign.objectives.anchored import (
-    DPOP,
-    APODown,
-    APOZero,
-    CalDPO,
-    apo_down_loss,
-    apo_zero_loss,
-    cal_dpo_loss,
-    dpop_loss,
-)
+from ncalign.objectives.anchored import DPOP, APODown, APOZero, CalDPO, apo_down_loss, apo_zero_loss, cal_dpo_loss, dpop_loss
 from ncalign.objectives.binary import kto_loss
+from ncalign.objectives.config import Pairing
 from ncalign.objectives.method import PairConfig, entering_at
 from ncalign.objectives.pairs import DPO, dpo_loss
 from ncalign.objectives.regression import sppo_hard_loss

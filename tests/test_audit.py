@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncalign.audit import measure_group, run_audit
+from ncalign.audit.audit import length_regression
+from ncalign.audit.config import AuditConfig
 from ncalign.audit.copies import clusters_across
 from ncalign.audit.measures import agreement, best_of, clusters_of, likeness, words
 from ncalign.audit.ranges import alpha_range, beta_range, effective_number, sample_size
-from ncalign.audit.run import length_regression
-from ncalign.cli import main
-from ncalign.config import AuditConfig
-from ncalign.groups import Candidate, Group
+from ncalign.cli.app import main
+from ncalign.data.groups import Candidate, Group
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCABULARY = [f"w{k}" for k in range(400)]

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 
 from conftest import group_row
-from ncalign import cli, reference
+from ncalign.cli import app as cli
 from ncalign.generation import local
-from ncalign.training import export, loop, run
+from ncalign.model import reference
+from ncalign.training import export, loop
+from ncalign.training import train as run
 from ncalign.training.engine import Engine
 
 fcntl = pytest.importorskip("fcntl")

@@ -14,14 +14,15 @@ from pydantic import BaseModel, ValidationError
 
 from conftest import build_tokenizer
 from ncalign import encode_groups
-from ncalign.batching import collate, epoch_order, split_by_tokens, visit_generator
-from ncalign.config import DemoConfig, GenerateConfig
-from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
-from ncalign.groups import Candidate, Group
-from ncalign.kernels import eligible_negatives
-from ncalign.layout import Span
+from ncalign.data.groups import Candidate, Group
+from ncalign.demo.config import DemoConfig
+from ncalign.generation.config import GenerateConfig
+from ncalign.model.batching import collate, epoch_order, split_by_tokens, visit_generator
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
+from ncalign.model.layout import Span
 from ncalign.objectives import target_weights
-from ncalign.training_config import TrainConfig
+from ncalign.objectives.kernels import eligible_negatives
+from ncalign.training.config import TrainConfig
 
 PAD = 9
 TRAIN = {"model": "m", "data": "d.jsonl", "output_dir": "o"}

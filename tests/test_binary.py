@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import trl_losses
-from ncalign.config import Pairing
 from ncalign.objectives.binary import (
     BCO,
     KTO,
@@ -28,6 +27,7 @@ from ncalign.objectives.binary import (
     nca_weighted_loss,
     normalized_weights,
 )
+from ncalign.objectives.config import Pairing
 from ncalign.objectives.method import Method, entering_at, mean_over_negatives
 from ncalign.objectives.targets import sharpness, target_weights, z_scores
 from trl_losses import assert_trls, dpo_trainer, random_groups

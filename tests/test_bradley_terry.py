@@ -10,11 +10,11 @@ import pytest
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from ncalign.evaluation.arena_hard import arena_hard_scores
-from ncalign.evaluation.bradley_terry import bradley_terry, fit_bradley_terry
-from ncalign.evaluation.preferences import complete_games
-from ncalign.evaluation.records import Game
-from ncalign.evaluation.style import Style, style_differences, style_of
+from ncalign.stats.arena_hard import arena_hard_scores
+from ncalign.stats.bradley_terry import bradley_terry, fit_bradley_terry
+from ncalign.stats.preferences import complete_games
+from ncalign.stats.records import Game
+from ncalign.stats.style import Style, style_differences, style_of
 
 
 def round_robin(seed: int, *, num_models: int = 5, num_questions: int = 60) -> list[Game]:

@@ -15,10 +15,11 @@ from types import ModuleType
 
 import pytest
 
-from ncalign import cli, settings, verbs
-from ncalign.config import ConvertConfig
-from ncalign.flags import parse
-from ncalign.training_config import TrainConfig
+from ncalign.cli import app as cli
+from ncalign.cli import settings, verbs
+from ncalign.cli.flags import parse
+from ncalign.data.config import ConvertConfig
+from ncalign.training.config import TrainConfig
 
 NAMES = "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, lab"
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
@@ -319,7 +320,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_nothing_heavy_is_imported_before_a_verb_works(arguments: list[str]) -> None:
     script = (
-        "import sys; from ncalign.cli import main; main(sys.argv[1:]); "
+        "import sys; from ncalign.cli.app import main; main(sys.argv[1:]); "
         "print(*sorted({'torch', 'transformers', 'pyarrow', 'numpy', 'accelerate', 'peft', 'rich'} & set(sys.modules)),"
         "file=sys.stderr)"
     )
@@ -353,6 +354,6 @@ def test_the_laboratory_prints_the_bare_list_as_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = {"statement": "s", "source": "p", "predicted": 0.0, "measured": 0.0, "tolerance": 1e-12, "holds": True}
-    monkeypatch.setattr("ncalign.lab.run_lab", lambda output_dir: {"statements": [row], "text": "table", "files": []})
+    monkeypatch.setattr("ncalign.lab.theory.run_lab", lambda output_dir: {"statements": [row], "text": "table", "files": []})
     assert cli.main(["lab", "theory", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [row]

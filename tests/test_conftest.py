@@ -10,8 +10,8 @@ from jaxtyping import TypeCheckError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import build_model, build_tokenizer
-from ncalign.kernels import pick_positive
 from ncalign.objectives import dpo_loss
+from ncalign.objectives.kernels import pick_positive
 
 
 def test_shapes_are_checked_in_objectives() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ncalign.config import DemoConfig
-from ncalign.demo import rounds, run_demo, run_online_demo
-from ncalign.demo.run import OBJECTIVES, train_config
+from ncalign.demo import online_demo as rounds
+from ncalign.demo.config import DemoConfig
+from ncalign.demo.demo import OBJECTIVES, run_demo, train_config
+from ncalign.demo.online_demo import run_online_demo
 from ncalign.online import OnlineConfig
 
 
@@ -76,7 +77,7 @@ def test_online_and_offline_are_compared_at_the_same_steps(
     assert difference == pytest.approx(found["comparison"]["online"]["after"] - found["comparison"]["offline"]["after"])
     assert "online - offline" in found["text"]
     # Finished arms are not run again.
-    monkeypatch.setattr("ncalign.online.run.make_pool", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("ncalign.online.online.make_pool", lambda *arguments: 1 / 0)
     assert run_online_demo(config)["comparison"] == found["comparison"]
 
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from conftest import build_model, build_tokenizer, group_row, relative_distance, weights
 from ncalign.training import run_training
 from ncalign.training.checkpoint import find_checkpoints
-from ncalign.training_config import TrainConfig
+from ncalign.training.config import TrainConfig
 
 Config = Callable[..., TrainConfig]
 
@@ -38,9 +38,9 @@ warnings.filterwarnings("ignore")
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from ncalign import cli
-from ncalign.logprobs import base_causal_model
-from ncalign.training import loop, run
+from ncalign.cli import app as cli
+from ncalign.model.logprobs import base_causal_model
+from ncalign.training import loop, train as run
 wish = json.loads(sys.argv[1])
 rank = int(os.environ["RANK"])
 plain_accelerator, plain_step = run.make_accelerator, loop.Loop.step

@@ -21,21 +21,17 @@ import yaml
 from pydantic import BaseModel
 
 from conftest import group_row
-from ncalign import settings
-from ncalign.config import (
-    AdjustConfig,
-    AnswerConfig,
-    AuditConfig,
-    CheckConfig,
-    ConvertConfig,
-    DemoConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    LabConfig,
-    ScoreConfig,
-)
-from ncalign.online_config import OnlineConfig
-from ncalign.training_config import TrainConfig
+from ncalign.adjust.config import AdjustConfig
+from ncalign.audit.config import AuditConfig, CheckConfig
+from ncalign.cli import settings
+from ncalign.data.config import ConvertConfig
+from ncalign.demo.config import DemoConfig
+from ncalign.generation.config import GenerateConfig
+from ncalign.judging.config import AnswerConfig, EvaluateConfig
+from ncalign.lab.config import LabConfig
+from ncalign.online.config import OnlineConfig
+from ncalign.rewards.config import ScoreConfig
+from ncalign.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)$")

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, SENTENCES, build_tokenizer
-from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder, render_prompt
-from ncalign.groups import Candidate, Group, Message
+from ncalign.data.groups import Candidate, Group, Message
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, render_prompt
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is seven plus five?"}]
 ANSWERS = ("The answer is twelve.", "12", "It is\n\n  twelve  times one", "👩‍🔬 שלום \x00 é ﷽")

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
-from ncalign.encoding import EncodedGroup
-from ncalign.logprobs import LogprobModel, share_prompts
+from ncalign.model.encoding import EncodedGroup
+from ncalign.model.logprobs import LogprobModel, share_prompts
 from ncalign.objectives import MCPO, build_method
 from ncalign.training.engine import Engine, Scoring
 from ncalign.training.metrics import Visit

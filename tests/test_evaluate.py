@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from alpaca_oracle import SHARED, alpaca_metrics, annotations, length_controlled, write_table
-from ncalign.cli import main
-from ncalign.config import EvaluateConfig
-from ncalign.evaluation.run import run_evaluate
-from ncalign.groups import read_groups
+from ncalign.cli.app import main
+from ncalign.data.groups import read_groups
+from ncalign.judging.config import EvaluateConfig
+from ncalign.judging.evaluate import run_evaluate
 from server_double import ServerDouble, serving
 
 

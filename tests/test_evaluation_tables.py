@@ -15,15 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncalign.evaluation.agreement import judge_agreement, length_bias, position_bias
-from ncalign.evaluation.arena_hard import arena_hard_scores
-from ncalign.evaluation.bradley_terry import bradley_terry
-from ncalign.evaluation.charts import category_chart, interval_chart, matrix_chart, write_chart
-from ncalign.evaluation.length_control import length_controlled_win_rate
-from ncalign.evaluation.mt_bench import mt_bench
-from ncalign.evaluation.paired import paired_comparison
-from ncalign.evaluation.records import Game, Rating
-from ncalign.evaluation.summaries import (
+from ncalign.judging.summaries import (
     arena_table,
     comparison_table,
     json_ready,
@@ -33,8 +25,16 @@ from ncalign.evaluation.summaries import (
     win_matrix_table,
     win_rate_table,
 )
-from ncalign.evaluation.tables import Column, Table, escape_latex, to_csv, to_json, to_latex, to_text, write_table
-from ncalign.evaluation.win_rate import win_matrix, win_rate
+from ncalign.report.charts import category_chart, interval_chart, matrix_chart, write_chart
+from ncalign.report.tables import Column, Table, escape_latex, to_csv, to_json, to_latex, to_text, write_table
+from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
+from ncalign.stats.arena_hard import arena_hard_scores
+from ncalign.stats.bradley_terry import bradley_terry
+from ncalign.stats.length_control import length_controlled_win_rate
+from ncalign.stats.mt_bench import mt_bench
+from ncalign.stats.paired import paired_comparison
+from ncalign.stats.records import Game, Rating
+from ncalign.stats.win_rate import win_matrix, win_rate
 
 # Names as they come: mathtext, LaTeX, markup of rich's, a legend's private mark, another script, a terminal's escape.
 NASTY = ("$x_1$", r"a\b{c}~^%#&", "[bold red]x[/]", "_private", "模型", "\x1b[31mred", 'a,b\n"c"', "<img src=x>")

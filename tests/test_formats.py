@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ncalign.formats.parsing import implicit_prompt
-from ncalign.groups import DataError, Group, ReadReport, convert, read_groups
+from ncalign.data.formats.parsing import implicit_prompt
+from ncalign.data.groups import DataError, Group, ReadReport, convert, read_groups
 
 WriteJsonl = Callable[..., Path]
 

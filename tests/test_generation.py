@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ncalign.config import GenerateConfig
+from ncalign.data.groups import Group, Message, read_groups
 from ncalign.generation import Completion, SamplingParams, TransformersGenerator, run_generate, sample_groups
-from ncalign.groups import Group, Message, read_groups
+from ncalign.generation.config import GenerateConfig
 
 PROMPTS: list[str | list[Message]] = [
     "What is seven plus five?",

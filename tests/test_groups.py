@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ncalign.atomic import atomic_path, write_json_atomic
-from ncalign.groups import Candidate, DataError, Group, ReadReport, read_groups, write_groups
+from ncalign.core.atomic import atomic_path, write_json_atomic
+from ncalign.data.groups import Candidate, DataError, Group, ReadReport, read_groups, write_groups
 
 WriteJsonl = Callable[..., Path]
 GOOD = {
@@ -350,7 +350,7 @@ def test_ids_that_repeat_are_not_written(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, sys
-from ncalign.groups import Candidate, Group, write_groups
+from ncalign.data.groups import Candidate, Group, write_groups
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 groups = (Group(id=str(i), prompt=f"{i * 7919 ** 5}", candidates=[Candidate(str(hash((i, 1))))]) for i in range(20_000))
 try:

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ncalign.evaluation import human_eval
-from ncalign.evaluation.human_eval import (
+from ncalign.core.store import Store
+from ncalign.data.groups import Message
+from ncalign.generation import Completion, SamplingParams
+from ncalign.tasks import human_eval
+from ncalign.tasks.human_eval import (
     Problem,
     check_answers,
     cut_completion,
@@ -24,9 +27,6 @@ from ncalign.evaluation.human_eval import (
     summary,
     whole_program,
 )
-from ncalign.generation import Completion, SamplingParams
-from ncalign.groups import Message
-from ncalign.store import Store
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alpaca_oracle import SHARED, alpaca_metrics
-from ncalign.evaluation.arena_hard import arena_hard_scores
-from ncalign.evaluation.interop import (
+from ncalign.judging.interop import (
     games_of_annotations,
     read_alpaca_annotations,
     read_arena_judgements,
@@ -26,9 +25,11 @@ from ncalign.evaluation.interop import (
     write_fastchat_pairs,
     write_fastchat_ratings,
 )
-from ncalign.evaluation.preferences import complete_games, question_preferences
-from ncalign.evaluation.records import Answer, Game, Question, Rating
-from ncalign.evaluation.win_rate import win_rate
+from ncalign.judging.records import Answer, Question
+from ncalign.stats.arena_hard import arena_hard_scores
+from ncalign.stats.preferences import complete_games, question_preferences
+from ncalign.stats.records import Game, Rating
+from ncalign.stats.win_rate import win_rate
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ncalign.config import EvalJudgeConfig
-from ncalign.evaluation.agreement import length_bias, position_bias
-from ncalign.evaluation.judges import Answers, RewardJudge, ServerJudge
-from ncalign.evaluation.length_control import length_controlled_win_rate
-from ncalign.evaluation.preferences import question_preferences
-from ncalign.evaluation.records import Answer, Question
-from ncalign.evaluation.win_rate import win_rate
-from ncalign.groups import Group
+from ncalign.core.store import Store
+from ncalign.data.groups import Group
+from ncalign.generation.client import ServerError
+from ncalign.judging.config import EvalJudgeConfig
+from ncalign.judging.judges import Answers, RewardJudge, ServerJudge
+from ncalign.judging.records import Answer, Question
 from ncalign.rewards import InstructionReward
 from ncalign.rewards.verdicts import ask_verdicts
-from ncalign.server import ServerError
-from ncalign.store import Store
+from ncalign.stats.agreement import length_bias, position_bias
+from ncalign.stats.length_control import length_controlled_win_rate
+from ncalign.stats.preferences import question_preferences
+from ncalign.stats.win_rate import win_rate
 from server_double import ServerDouble, serving
 
 QUESTIONS = [Question(f"q{k}", (f"What is {k}?",)) for k in range(12)]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from ncalign.config import Strategy
-from ncalign.kernels import (
+from ncalign.objectives import rnce_loss
+from ncalign.objectives.config import Strategy
+from ncalign.objectives.kernels import (
     effective_sample_size,
     eligible_negatives,
     importance_log_weights,
@@ -24,7 +25,6 @@ from ncalign.kernels import (
     sample_negatives,
     transition_matrix,
 )
-from ncalign.objectives import rnce_loss
 
 STRATEGIES: tuple[Strategy, ...] = ("mc", "max", "min", "uniform")
 DRAWS = 20_000

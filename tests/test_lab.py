@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncalign.kernels import kernel_probabilities
-from ncalign.lab import fixed_points, identities, normalizer, online, optima, policies, report, run, run_lab
+from ncalign.lab import fixed_points, identities, normalizer, online, optima, policies, report
+from ncalign.lab import theory as run
 from ncalign.lab.results import Curve, Findings, Statement, fitted_exponent, furthest
+from ncalign.lab.theory import run_lab
 from ncalign.objectives import info_nca_loss, linear_contrast_loss, nca_loss, rnce_loss
+from ncalign.objectives.kernels import kernel_probabilities
 
 KEYS = ["statement", "source", "predicted", "measured", "tolerance", "holds"]
 CURVES = [

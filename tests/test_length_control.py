@@ -11,10 +11,10 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from alpaca_oracle import NUM_QUESTIONS, annotations, length_controlled, write_table
-from ncalign.errors import DataError
-from ncalign.evaluation.l1_logistic import fit_l1_logistic
-from ncalign.evaluation.length_control import LengthControlled, length_controlled_win_rate, read_difficulty_table
-from ncalign.evaluation.preferences import from_alpaca_eval
+from ncalign.core.errors import DataError
+from ncalign.stats.l1_logistic import fit_l1_logistic
+from ncalign.stats.length_control import LengthControlled, length_controlled_win_rate, read_difficulty_table
+from ncalign.stats.preferences import from_alpaca_eval
 
 VARIANTS = {"length_controlled_v1": (True, True), "length_controlled_noreg": (True, False)} | {
     "length_controlled_minimal": (False, True)

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ncalign.batching import GroupBatch, collate
-from ncalign.encoding import EncodedGroup
-from ncalign.logprobs import LogprobModel, check_head, completion_logprobs, head_of
-from ncalign.policy import Policy
+from ncalign.model.batching import GroupBatch, collate
+from ncalign.model.encoding import EncodedGroup
+from ncalign.model.logprobs import LogprobModel, check_head, completion_logprobs, head_of
+from ncalign.model.policy import Policy
 
 # peft asks transformers for an attribute by its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 FEW, MANY, ALLOWED_MIB = 5_000, 200_000, 24
 WATCHED = """
 import resource, sys
-from ncalign.cli import main
+from ncalign.cli.app import main
 code = main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 sys.exit(code)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncalign.config import Frozen
+from ncalign.core.config import Frozen
 from ncalign.objectives import Entering, Method, ObjectiveConfig, build_method
 from ncalign.training import run_training
-from ncalign.training_config import TrainConfig
+from ncalign.training.config import TrainConfig
 
 CONFIGS: tuple[type[Frozen], ...] = get_args(get_args(ObjectiveConfig)[0])
 LABELLED = ("kto", "bco")

@@ -9,9 +9,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ncalign.evaluation.mt_bench import mt_bench, question_scores, rating_tally
-from ncalign.evaluation.paired import paired_values
-from ncalign.evaluation.records import Rating
+from ncalign.stats.mt_bench import mt_bench, question_scores, rating_tally
+from ncalign.stats.paired import paired_values
+from ncalign.stats.records import Rating
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 # Recorded by hand: (question, category, first turn, second turn); None where the judge gave no rating.

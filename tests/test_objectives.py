@@ -463,8 +463,8 @@ def test_shapes_are_checked_at_run_time() -> None:
 def test_shape_checks_work_outside_pytest() -> None:
     program = """
 import jaxtyping
-with jaxtyping.install_import_hook(["ncalign.objectives", "ncalign.kernels"], "beartype.beartype"):
-    import ncalign.kernels, ncalign.objectives
+with jaxtyping.install_import_hook(["ncalign.objectives", "ncalign.objectives.kernels"], "beartype.beartype"):
+    import ncalign.objectives.kernels, ncalign.objectives
 import torch
 ones = torch.ones(1, 2, dtype=torch.bool)
 ncalign.objectives.rnce_loss(torch.zeros(1, 2), torch.tensor([0]), ones)
@@ -479,8 +479,8 @@ except jaxtyping.TypeCheckError:
 
 def test_importing_the_objectives_brings_in_no_trainer() -> None:
     program = (
-        "import sys, ncalign.objectives, ncalign.kernels; "
-        "print(sorted({'transformers', 'accelerate', 'peft', 'ncalign.training', 'ncalign.groups'} & set(sys.modules)))"
+        "import sys, ncalign.objectives, ncalign.objectives.kernels; "
+        "print(sorted({'transformers', 'accelerate', 'peft', 'ncalign.training', 'ncalign.data.groups'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from conftest import build_tokenizer
-from ncalign.batching import collate
-from ncalign.cli import main
-from ncalign.encoding import Encoder
+from ncalign.cli.app import main
+from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.generation import Completion, TransformersGenerator
-from ncalign.groups import Candidate, Group, read_groups
-from ncalign.logprobs import LogprobModel, completion_logprobs
+from ncalign.model.batching import collate
+from ncalign.model.encoding import Encoder
+from ncalign.model.logprobs import LogprobModel, completion_logprobs
 from ncalign.online import OnlineConfig, estimate_drift, run_online
 from ncalign.online.drift import alarms, pool_health
 from ncalign.online.pool import eligible_columns, importance_weights
@@ -44,7 +44,7 @@ Run = Callable[..., dict[str, Any]]
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a small run's time."""
     for name in ("plot", "plot_rounds"):
-        monkeypatch.setattr(f"ncalign.report.rounds.{name}", lambda *arguments: b"")
+        monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ def test_a_round_on_a_server_that_fails_loses_no_prompt_and_scores_none_twice(
 
     for module, name in ((openai._base_client, "INITIAL_RETRY_DELAY"), (openai._base_client, "MAX_RETRY_DELAY")):
         monkeypatch.setattr(module, name, 0.001)
-    monkeypatch.setattr("ncalign.server._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("ncalign.generation.client._FIRST_PAUSE", 0.001)
     scored: Counter[str] = Counter()
     plain = FunctionReward.score
 
@@ -450,7 +450,7 @@ def test_a_round_on_a_server_that_fails_loses_no_prompt_and_scores_none_twice(
         server = {"base_url": url, "model": "m", "max_retries": 40}
         fields = {"generator": "server", "server": server, "push": "none", "probe_tolerance": None, "eval_fraction": 0.0}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ncalign.online.run.train_round", lambda *arguments: 1 / 0)
+            patch.setattr("ncalign.online.online.train_round", lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run(**fields)
         asked = len(double.requests)
@@ -508,7 +508,7 @@ def test_the_same_command_goes_on_with_what_is_there(
     fields = settings(tmp_path, tiny_model_dir, "run", report_to="none")
     words = ["online", *(word for name, value in fields.items() for word in (f"--{name}", str(value)))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ncalign.online.run.finish", lambda run, position: sys.exit(3))
+        patch.setattr("ncalign.online.online.finish", lambda run, position: sys.exit(3))
         with pytest.raises(SystemExit):
             main(words)
     assert main(words) == 0
@@ -528,7 +528,7 @@ def test_a_changed_configuration_is_refused_with_the_change(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ncalign.online.run.finish", lambda run, position: {})
+        patch.setattr("ncalign.online.online.finish", lambda run, position: {})
         run()
     with pytest.raises(ValueError, match=r"num_samples: 3 -> 4(?s:.*)accept_changes"):
         run(resume=True, num_samples=4)
@@ -538,7 +538,7 @@ def test_a_changed_configuration_is_refused_with_the_change(
 
 def test_a_pool_that_was_deleted_is_missed(run: Run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ncalign.online.run.finish_round", lambda *arguments: 1 / 0)
+        patch.setattr("ncalign.online.online.finish_round", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run()
     (tmp_path / "run" / "rounds" / "000" / "pool.jsonl").unlink()

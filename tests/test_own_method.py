@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ncalign import completion_logprobs, encode_groups, read_groups
-from ncalign.kernels import eligible_negatives, pick_positive, sample_negatives
 from ncalign.objectives import (
     Entering,
     Method,
@@ -28,8 +27,9 @@ from ncalign.objectives import (
     one_below,
     rnce_loss,
 )
+from ncalign.objectives.kernels import eligible_negatives, pick_positive, sample_negatives
 from ncalign.training import run_training
-from ncalign.training_config import TrainConfig
+from ncalign.training.config import TrainConfig
 
 
 def hinge_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

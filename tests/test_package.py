@@ -79,7 +79,7 @@ def test_every_dependency_has_a_lower_bound(metadata: Message) -> None:
 def test_entry_point(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
-        assert "ncalign = ncalign.cli:main" in archive.read(name).decode()
+        assert "ncalign = ncalign.cli.app:main" in archive.read(name).decode()
 
 
 def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path, metadata: Message) -> None:
@@ -95,7 +95,7 @@ def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path, met
     ).splitlines()
     assert Path(found[0]).is_relative_to(target), "the working copy was imported instead of the installed wheel"
     assert found[1] == metadata["Version"]
-    program = "import sys; from ncalign.cli import main; sys.exit(main())"
+    program = "import sys; from ncalign.cli.app import main; sys.exit(main())"
     shown = run(sys.executable, "-c", program, "--help", cwd=tmp_path, PYTHONPATH=str(target))
     assert "train" in shown
     assert "demo" in shown

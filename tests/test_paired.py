@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ncalign.evaluation import paired_comparison
+from ncalign.stats.paired import paired_comparison
 
 
 @pytest.mark.parametrize("n", [2, 5, 10])

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ncalign.config import Pairing
+from ncalign.objectives.config import Pairing
 from ncalign.objectives.lists import exo_loss
 from ncalign.objectives.method import Entering, Method, PairConfig, entering_at
 from ncalign.objectives.pairs import (

@@ -12,9 +12,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from conftest import group_row
-from ncalign.encoding import Encoder
+from ncalign.core.parallel import ALONE, CHUNK, map_chunks
+from ncalign.model.encoding import Encoder
 from ncalign.objectives import NCA, build_method
-from ncalign.parallel import ALONE, CHUNK, map_chunks
 from ncalign.training import data
 from ncalign.training.data import load_groups
 

@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from conftest import build_model
-from ncalign.batching import GroupBatch, collate
-from ncalign.config import LoRA
-from ncalign.encoding import EncodedGroup
-from ncalign.logprobs import completion_logprobs
-from ncalign.policy import (
+from ncalign.model.batching import GroupBatch, collate
+from ncalign.model.config import LoRA
+from ncalign.model.encoding import EncodedGroup
+from ncalign.model.logprobs import completion_logprobs
+from ncalign.model.policy import (
     Policy,
     disable_dropout,
     load_model,

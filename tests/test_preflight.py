@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from conftest import build_model, build_tokenizer, group_row
-from ncalign.cli import main
-from ncalign.config import CheckConfig
-from ncalign.preflight import run_check
+from ncalign.audit.check import run_check
+from ncalign.audit.config import CheckConfig
+from ncalign.cli.app import main
 
 Write = Callable[..., Path]
 

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncalign.cli import main
-from ncalign.config import ConvertConfig
-from ncalign.errors import DataError
-from ncalign.formats import SchemaName
-from ncalign.formats.pairs import pairs_of
-from ncalign.formats.ranked import rewards_from_ranks
-from ncalign.groups import Candidate, Group, ReadReport, convert, read_groups
+from ncalign.cli.app import main
+from ncalign.core.errors import DataError
+from ncalign.data.config import ConvertConfig
+from ncalign.data.formats import SchemaName
+from ncalign.data.formats.pairs import pairs_of
+from ncalign.data.formats.ranked import rewards_from_ranks
+from ncalign.data.groups import Candidate, Group, ReadReport, convert, read_groups
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 Expected = tuple[Any, list[tuple[Any, float | None]]]
@@ -288,8 +288,8 @@ def test_a_document_of_lmflow(tmp_path: Path) -> None:
 
 
 def test_what_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ncalign.formats.jsonl.MAX_LINE", 1 << 20)
-    monkeypatch.setattr("ncalign.formats.document.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("ncalign.data.formats.jsonl.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("ncalign.data.formats.document.MAX_LINE", 1 << 20)
     bomb = gzip.compress(b'{"prompt": "' + b"a" * (1 << 22))
     (tmp_path / "bomb.jsonl.gz").write_bytes(bomb)
     with pytest.raises(DataError, match=r"bomb\.jsonl\.gz:1: a line of more than 1 MiB"):

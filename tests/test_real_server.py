@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from ncalign.config import EvaluateConfig, JudgeConfig, ServerConfig
+from ncalign.core.store import Store
+from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.demo.model import _find_gguf, demo_model_folder
-from ncalign.evaluation.run import run_evaluate
 from ncalign.generation import SamplingParams, ServerGenerator
-from ncalign.groups import Candidate, Group, read_groups
+from ncalign.generation.config import ServerConfig
+from ncalign.judging.config import EvaluateConfig
+from ncalign.judging.evaluate import run_evaluate
 from ncalign.online import OnlineConfig, run_online
 from ncalign.rewards import JudgeReward
-from ncalign.store import Store
+from ncalign.rewards.config import JudgeConfig
 
 pytestmark = pytest.mark.slow
 

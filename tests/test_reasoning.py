@@ -19,14 +19,13 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ncalign.evaluation import lm_backend, reasoning
-from ncalign.evaluation.lm_backend import BackendGenerator, backend_arguments, load_backend, model_identity
-from ncalign.evaluation.reasoning import CodeSettings, run_tasks, score_key
-from ncalign.evaluation.reasoning_table import COLUMNS, paper_table
-from ncalign.evaluation.records import model_name
-from ncalign.evaluation.tables import Column, Table, to_csv, to_latex
-from ncalign.evaluation.task_data import READERS, TASK_FOLDER, prepare
 from ncalign.generation import SamplingParams
+from ncalign.report.tables import Column, Table, model_name, to_csv, to_latex
+from ncalign.tasks import lm_backend, reasoning
+from ncalign.tasks.lm_backend import BackendGenerator, backend_arguments, load_backend, model_identity
+from ncalign.tasks.reasoning import CodeSettings, run_tasks, score_key
+from ncalign.tasks.reasoning_table import COLUMNS, paper_table
+from ncalign.tasks.task_data import READERS, TASK_FOLDER, prepare
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
@@ -65,7 +64,7 @@ needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None,
     ],
 )
 def test_a_number_is_found_and_compared(text: str, gold: str, right: bool) -> None:
-    from ncalign.evaluation.final_answers import process_number
+    from ncalign.tasks.final_answers import process_number
 
     assert process_number({"answer": gold}, [text]) == {"exact_match": float(right)}
 
@@ -97,7 +96,7 @@ def test_a_number_is_found_and_compared(text: str, gold: str, right: bool) -> No
     ],
 )
 def test_a_theorems_answer_is_compared_by_its_type(text: str, gold: Any, right: bool) -> None:
-    from ncalign.evaluation.final_answers import process_theorem
+    from ncalign.tasks.final_answers import process_theorem
 
     assert process_theorem({"answer": json.dumps(gold)}, [text]) == {"exact_match": float(right)}
 
@@ -107,7 +106,7 @@ def test_verdicts_on_real_solutions_are_their_authors() -> None:
     path = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k-model-solutions" / "example_model_solutions.jsonl"
     if not path.is_file():
         pytest.skip("the shared data are not here")
-    from ncalign.evaluation.final_answers import process_number
+    from ncalign.tasks.final_answers import process_number
 
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ours, theirs = [], []
@@ -206,7 +205,7 @@ def test_every_set_has_a_task_file_that_ships() -> None:
 @needs_math
 @pytest.mark.parametrize("task", READERS)
 def test_the_examples_of_a_task_are_right_by_its_own_measure(task: str) -> None:
-    from ncalign.evaluation.final_answers import final_text
+    from ncalign.tasks.final_answers import final_text
 
     text = (TASK_FOLDER / f"{task}.yaml").read_text().replace("!function ", "")
     settings = yaml.safe_load(text)

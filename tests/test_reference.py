@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
 from conftest import CHATML, build_tokenizer
-from ncalign.encoding import EncodedGroup, Encoder
-from ncalign.groups import Candidate, Group
-from ncalign.logprobs import LogprobModel
+from ncalign.data.groups import Candidate, Group
+from ncalign.model.encoding import EncodedGroup, Encoder
+from ncalign.model.logprobs import LogprobModel
+from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups, reference_folder, with_reference
 from ncalign.objectives import DPO, build_method
-from ncalign.reference import ReferenceCache, candidate_key, missing_groups, reference_folder, with_reference
 from ncalign.training.engine import Engine
 
 

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ncalign.config import Frozen, Pairing
+from ncalign.core.config import Frozen
+from ncalign.objectives.config import Pairing
 from ncalign.objectives.method import Entering, entering_at
 from ncalign.objectives.regression import (
     IPO,

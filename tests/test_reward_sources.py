@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from conftest import build_tokenizer
-from ncalign.cli import main
-from ncalign.config import JudgeConfig, ScoreConfig
-from ncalign.groups import Candidate, Group, read_groups
+from ncalign.cli.app import main
+from ncalign.core.store import Store
+from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.rewards import (
     Ensemble,
     FunctionReward,
@@ -27,9 +27,9 @@ from ncalign.rewards import (
     run_score,
     score_many,
 )
+from ncalign.rewards.config import JudgeConfig, ScoreConfig
 from ncalign.rewards.instructions import CHECKS
 from ncalign.rewards.model import ModelReward
-from ncalign.store import Store
 from server_double import ServerDouble, serving
 
 

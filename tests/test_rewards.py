@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ncalign.config import ScoreConfig
-from ncalign.groups import Candidate, Group, read_groups
+from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.rewards import FunctionReward, ReasoningGymReward, load_function, run_score
+from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.verifiable import last_number
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ncalign.formats.pairs import Target, pairs_of, write_pairs
-from ncalign.groups import Candidate, Group, convert, read_groups, write_groups
+from ncalign.data.formats.pairs import Target, pairs_of, write_pairs
+from ncalign.data.groups import Candidate, Group, convert, read_groups, write_groups
 
 # Any character but halves of surrogate pairs, and those that readers and terminals stumble over.
 SPECIAL = [

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from ncalign.evaluation import sandbox
-from ncalign.evaluation.sandbox import Outcome, isolation, run_sandboxed
+from ncalign.tasks.sandbox import run as sandbox
+from ncalign.tasks.sandbox.run import Outcome, isolation, run_sandboxed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncalign.batching import epoch_order
+from ncalign.model.batching import epoch_order
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 
 KINDS = ("cosine", "linear", "constant")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ncalign.cli import main
-from ncalign.config import ServerConfig
+from ncalign.cli.app import main
+from ncalign.core.store import Store
+from ncalign.data.groups import read_groups
 from ncalign.generation import SamplingParams, ServerGenerator
-from ncalign.groups import read_groups
-from ncalign.server import Choice, Request, Server, ServerError
-from ncalign.store import Store
+from ncalign.generation.client import Choice, Request, Server, ServerError
+from ncalign.generation.config import ServerConfig
 from server_double import ServerDouble, serving
 
 KEY = "sk-test-0123456789abcdef"
@@ -30,8 +30,8 @@ FAULTS = ("drop", "half", "few", "many", "null", 429, 500, 503)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     import openai._base_client
 
-    monkeypatch.setattr("ncalign.server._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("ncalign.server._LONGEST_PAUSE", 0.002)
+    monkeypatch.setattr("ncalign.generation.client._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("ncalign.generation.client._LONGEST_PAUSE", 0.002)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
     monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.002)
 

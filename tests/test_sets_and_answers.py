@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncalign.cli import main
-from ncalign.evaluation import answering
-from ncalign.evaluation.answers import answer_questions, read_answers, write_answers
-from ncalign.evaluation.records import Answer, Question
-from ncalign.evaluation.sets import BUNDLED, WHERE, read_questions, read_references
+from ncalign.cli.app import main
+from ncalign.core.store import Store
+from ncalign.data.groups import Candidate, Group
 from ncalign.generation import SamplingParams
 from ncalign.generation.base import Completion, PromptError
-from ncalign.groups import Candidate, Group
-from ncalign.policy import load_tokenizer
+from ncalign.judging import answer as answering
+from ncalign.judging.answers import answer_questions, read_answers, write_answers
+from ncalign.judging.records import Answer, Question
+from ncalign.judging.sets import BUNDLED, WHERE, read_questions, read_references
+from ncalign.model.policy import load_tokenizer
 from ncalign.rewards import InstructionReward
-from ncalign.store import Store
 from server_double import ServerDouble, serving
 
 

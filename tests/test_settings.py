@@ -11,10 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncalign.config import ConvertConfig, DemoConfig, LoRA
+from ncalign.cli.settings import field_names, load, nearest, to_yaml
+from ncalign.core.errors import ConfigError
+from ncalign.data.config import ConvertConfig
+from ncalign.demo.config import DemoConfig
+from ncalign.model.config import LoRA
 from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
-from ncalign.settings import ConfigError, field_names, load, nearest, to_yaml
-from ncalign.training_config import TrainConfig
+from ncalign.training.config import TrainConfig
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "runs/x"}
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from ncalign.cli import main
-from ncalign.errors import DataError
-from ncalign.groups import read_groups
-from ncalign.shards import convert_folder
+from ncalign.cli.app import main
+from ncalign.core.errors import DataError
+from ncalign.data.groups import read_groups
+from ncalign.data.shards import convert_folder
 
 
 def row(number: int, **more: Any) -> str:

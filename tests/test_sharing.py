@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
-from ncalign.batching import GroupBatch, collate
-from ncalign.layout import Segments, Span, completions_layout, padded_layout, prompts_layout, shared_layout
-from ncalign.logprobs import LogprobModel, chosen_logprobs, completion_logprobs, share_prompts
-from ncalign.sharing import mask_function, shares_prompts
-from ncalign.training.run import recompute_activations
+from ncalign.model.attention import mask_function, shares_prompts
+from ncalign.model.batching import GroupBatch, collate
+from ncalign.model.layout import Segments, Span, completions_layout, padded_layout, prompts_layout, shared_layout
+from ncalign.model.logprobs import LogprobModel, chosen_logprobs, completion_logprobs, share_prompts
+from ncalign.training.train import recompute_activations
 from test_logprobs import ARCHITECTURES, VOCABULARY, adapted, build, group
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

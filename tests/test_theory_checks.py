@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncalign.kernels import transition_matrix
 from ncalign.objectives import dpo_loss, info_nca_loss, nca_loss, nca_pair_loss, rnce_loss, target_weights
+from ncalign.objectives.kernels import transition_matrix
 
 TOLERANCE = 1e-10
 ALPHAS = (1e-3, 0.1, 1.0, 50.0)

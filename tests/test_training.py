@@ -22,10 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ncalign
 from conftest import group_row, relative_distance, weights
-from ncalign.reference import reference_folder
+from ncalign.cli.verbs import VERBS
+from ncalign.generation.config import ServerConfig
+from ncalign.judging.config import EvalJudgeConfig
+from ncalign.model.config import LoRA
+from ncalign.model.reference import reference_folder
+from ncalign.objectives import ObjectiveConfig
+from ncalign.rewards.config import JudgeConfig
 from ncalign.training import dry_run, run_training
 from ncalign.training.checkpoint import find_checkpoints
-from ncalign.training_config import TrainConfig
+from ncalign.training.config import TrainConfig
 
 Config = Callable[..., TrainConfig]
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -298,7 +304,7 @@ class TestSelfCheck:
             run_training(run.model_copy(update={"per_device_train_batch_size": 1}))
 
     def test_noise_that_only_training_has_is_found(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ncalign.training.run as run_module
+        import ncalign.training.train as run_module
 
         make = run_module.load_policy
 
@@ -334,7 +340,7 @@ class TestSelfCheck:
             run_training(config("second"))
 
     def test_a_policy_that_is_not_its_reference_is_named(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ncalign.training.run as run_module
+        import ncalign.training.train as run_module
 
         make = run_module.load_policy
 
@@ -572,19 +578,17 @@ def test_every_configuration_field_is_read() -> None:
         if isinstance(node, ast.MatchClass)
         for name in node.kwd_attrs
     }
-    from ncalign import config as models
-    from ncalign.objectives import ObjectiveConfig
-
     methods = get_args(get_args(ObjectiveConfig)[0])
+    verbs = [verb.config() for verb in VERBS]
     assert len(methods) > 20
-    verbs = (models.GenerateConfig, models.ScoreConfig, models.ConvertConfig, models.DemoConfig, models.LabConfig)
-    for model in (TrainConfig, *verbs, models.LoRA, *methods):
+    assert len(verbs) > 10
+    for model in (*verbs, LoRA, ServerConfig, JudgeConfig, EvalJudgeConfig, *methods):
         assert set(model.model_fields) <= read, f"{model.__name__}: never read: {set(model.model_fields) - read}"
 
 
 DRIVER = """
 import os, signal, sys
-from ncalign.training_config import TrainConfig
+from ncalign.training.config import TrainConfig
 from ncalign.training import loop, run_training
 kill_after = int(sys.argv[2])
 if kill_after:

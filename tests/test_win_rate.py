@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca_oracle import alpaca_metrics, annotations
-from ncalign.evaluation.preferences import complete_games, from_alpaca_eval, question_preferences
-from ncalign.evaluation.records import Game
-from ncalign.evaluation.win_rate import WinRate, win_matrix, win_rate
+from ncalign.stats.preferences import complete_games, from_alpaca_eval, question_preferences
+from ncalign.stats.records import Game
+from ncalign.stats.win_rate import WinRate, win_matrix, win_rate
 
 NAMES = {"win_rate": "win_rate", "standard_error": "standard_error", "discrete_win_rate": "discrete_win_rate"} | {
     "num_wins": "n_wins",

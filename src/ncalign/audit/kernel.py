@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from scipy import stats
 
+from ncalign.audit.config import AuditConfig
 from ncalign.audit.measures import GroupMeasures, Ranked, interval, mean, ranked
 from ncalign.audit.ranges import BETAS, kernel_weights, sample_size
 from ncalign.audit.semantic import Meaning
-from ncalign.batching import collate, split_by_tokens
-from ncalign.config import AuditConfig
-from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
-from ncalign.groups import Group
-from ncalign.logprobs import completion_logprobs
-from ncalign.policy import load_policy
-from ncalign.progress import Bar
+from ncalign.core.progress import Bar
+from ncalign.data.groups import Group
+from ncalign.model.batching import collate, split_by_tokens
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
+from ncalign.model.logprobs import completion_logprobs
+from ncalign.model.policy import load_policy
 
 _FALSE_MARGIN = 0.1
 """Of a group's spread: a lower-scored candidate this near to the best may be as good as it."""

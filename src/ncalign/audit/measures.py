@@ -13,8 +13,8 @@ from difflib import SequenceMatcher
 import numpy as np
 from scipy import stats
 
-from ncalign.encoding import as_messages, completion_text
-from ncalign.groups import Group
+from ncalign.data.groups import Group
+from ncalign.model.encoding import as_messages, completion_text
 
 COPY_WORDS, COPY_SHARE = 1.0, 0.1
 """Words, or the share of the words, in which a near-copy may differ; words that only stand elsewhere make it none."""

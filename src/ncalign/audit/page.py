@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ncalign.atomic import write_text_atomic
 from ncalign.audit.measures import GroupMeasures, ranked
-from ncalign.encoding import as_messages, completion_text
-from ncalign.groups import Group
+from ncalign.core.atomic import write_text_atomic
+from ncalign.data.groups import Group
+from ncalign.model.encoding import as_messages, completion_text
 from ncalign.report.page import embedded, head
 
 _EXAMPLES, _SHOWN = 4, 600

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ncalign.audit.measures import ranked
-from ncalign.encoding import completion_text
-from ncalign.groups import Group
-from ncalign.progress import say
+from ncalign.core.progress import say
+from ncalign.data.groups import Group
+from ncalign.model.encoding import completion_text
 
 
 @dataclass(frozen=True)

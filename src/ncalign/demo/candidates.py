@@ -8,11 +8,12 @@ from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ncalign.config import GenerateConfig, ScoreConfig
+from ncalign.data.groups import Group, read_groups, write_groups
 from ncalign.demo.tasks import make_prompts
-from ncalign.generation.run import run_generate
-from ncalign.groups import Group, read_groups, write_groups
-from ncalign.rewards.run import run_score
+from ncalign.generation.config import GenerateConfig
+from ncalign.generation.generate import run_generate
+from ncalign.rewards.config import ScoreConfig
+from ncalign.rewards.score import run_score
 
 NUM_PROMPTS = 240
 NUM_SAMPLES = 8

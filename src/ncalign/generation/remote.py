@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ncalign.config import ServerConfig
-from ncalign.encoding import as_messages
+from ncalign.core.progress import Bar
+from ncalign.core.store import Store
+from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, SamplingParams
-from ncalign.groups import Message
-from ncalign.progress import Bar
-from ncalign.server import Choice, Request, Server, ServerError
-from ncalign.store import Store
+from ncalign.generation.client import Choice, Request, Server, ServerError
+from ncalign.generation.config import ServerConfig
+from ncalign.model.encoding import as_messages
 
 
 class ServerGenerator:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, SamplingParams
 from ncalign.generation.local import prompt_ids
-from ncalign.groups import Message
 
 
 class VLLMGenerator:

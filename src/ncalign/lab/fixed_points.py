@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ncalign.config import Strategy
-from ncalign.kernels import importance_log_weights, kernel_probabilities, transition_matrix
 from ncalign.lab.policies import (
     GroupLoss,
     every,
@@ -31,6 +29,8 @@ from ncalign.lab.policies import (
 )
 from ncalign.lab.results import EXACT, Curve, Findings, Statement, furthest, largest
 from ncalign.objectives import linear_contrast_loss, rnce_loss
+from ncalign.objectives.config import Strategy
+from ncalign.objectives.kernels import importance_log_weights, kernel_probabilities, transition_matrix
 from ncalign.objectives.samplers import proposal_log_ratio
 
 PROBLEMS, SIZE = 10, 4

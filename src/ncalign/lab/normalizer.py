@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ncalign.kernels import importance_log_weights, kernel_probabilities
 from ncalign.lab.policies import (
     every,
     group_gradients,
@@ -26,6 +25,7 @@ from ncalign.lab.policies import (
 )
 from ncalign.lab.results import EXACT, Curve, Findings, Statement, fitted_exponent, largest
 from ncalign.objectives import linear_contrast_loss, rnce_loss
+from ncalign.objectives.kernels import importance_log_weights, kernel_probabilities
 
 SIZE = 4
 COUNTS = (1, 2, 3, 5, 8, 12, 18, 26, 36, 50)

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ncalign.kernels import eligible_negatives, pick_positive
 from ncalign.lab.policies import (
     LinearSoftmax,
     every,
@@ -21,17 +20,8 @@ from ncalign.lab.policies import (
     value_and_gradient,
 )
 from ncalign.lab.results import EXACT, Curve, Findings, Statement, fitted_exponent, largest
-from ncalign.objectives import (
-    DPO,
-    RPO,
-    Entering,
-    Method,
-    NCAPair,
-    dpo_loss,
-    info_nca_loss,
-    nca_loss,
-    rnce_loss,
-)
+from ncalign.objectives import DPO, RPO, Entering, Method, NCAPair, dpo_loss, info_nca_loss, nca_loss, rnce_loss
+from ncalign.objectives.kernels import eligible_negatives, pick_positive
 
 GroupObjective = Callable[[Tensor, Tensor], Tensor]
 """``(implicit rewards [N, K], rewards [N, K]) -> [N]``."""

@@ -21,14 +21,7 @@ from ncalign.lab.policies import (
     tuples,
 )
 from ncalign.lab.results import EXACT, Curve, Findings, Statement, fitted_exponent, largest
-from ncalign.objectives import (
-    info_nca_loss,
-    nca_loss,
-    nca_pair_loss,
-    nca_weighted_loss,
-    normalized_weights,
-    target_weights,
-)
+from ncalign.objectives import info_nca_loss, nca_loss, nca_pair_loss, nca_weighted_loss, normalized_weights, target_weights
 
 SIZE, GROUP = 4, 3
 FOUND = 1e-9

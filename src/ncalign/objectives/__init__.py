@@ -8,16 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ncalign.objectives import anchored, binary, lists, pairs, ranking, regression
-from ncalign.objectives.anchored import (
-    DPOP,
-    APODown,
-    APOZero,
-    CalDPO,
-    apo_down_loss,
-    apo_zero_loss,
-    cal_dpo_loss,
-    dpop_loss,
-)
+from ncalign.objectives.anchored import DPOP, APODown, APOZero, CalDPO, apo_down_loss, apo_zero_loss, cal_dpo_loss, dpop_loss
 from ncalign.objectives.binary import (
     BCO,
     KTO,

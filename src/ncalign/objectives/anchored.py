@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ncalign.config import Beta
+from ncalign.objectives.config import Beta
 from ncalign.objectives.method import Method, PairConfig
 from ncalign.objectives.targets import working_precision
 

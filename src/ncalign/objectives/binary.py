@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.config import Beta, Frozen
+from ncalign.objectives.config import Beta, Frozen
 from ncalign.objectives.method import (
     Method,
     PairConfig,

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from ncalign.config import Alpha, Beta, Frozen
+from ncalign.objectives.config import Alpha, Beta, Frozen
 from ncalign.objectives.method import Method, compose, implicit_reward, needs_candidates, needs_preference
 from ncalign.objectives.samplers import all_below
 from ncalign.objectives.targets import target_weights, working_precision

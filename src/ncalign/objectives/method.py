@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ncalign.config import Beta, Frozen, Pairing
+from ncalign.objectives.config import Beta, Frozen, Pairing
 from ncalign.objectives.samplers import PAIRINGS, Sampler
 from ncalign.objectives.targets import working_precision
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ncalign.config import Beta
+from ncalign.objectives.config import Beta
 from ncalign.objectives.method import Method, PairConfig, chosen_nll, mean_logprob, policy_logprob
 from ncalign.objectives.targets import working_precision
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.config import Beta, Frozen
+from ncalign.objectives.config import Beta, Frozen
 from ncalign.objectives.method import Method, compose, implicit_reward, needs_candidates, needs_preference
 from ncalign.objectives.samplers import all_below, log_policy, log_ratio, mc_sampler, some_below
 from ncalign.objectives.targets import TargetConfig, target_weights, working_precision

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ncalign.config import Strategy
-from ncalign.kernels import build_kernel, eligible_negatives, importance_log_weights, pick_positive
+from ncalign.objectives.config import Strategy
+from ncalign.objectives.kernels import build_kernel, eligible_negatives, importance_log_weights, pick_positive
 
 Select = Callable[[Tensor | None, Tensor, Tensor, torch.Generator], Tensor]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

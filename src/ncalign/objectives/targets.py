@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.config import Alpha, Beta, Frozen
+from ncalign.objectives.config import Alpha, Beta, Frozen
 
 Weights = Callable[[Tensor, Tensor], Tensor]
 """``(rewards [B, K], mask [B, K]) -> weights [B, K]``."""

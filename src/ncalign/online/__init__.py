@@ -1,7 +1,7 @@
 """`ncalign online`: rounds of generate, score, rank and train, in one run folder that survives."""
 
+from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import Drift, estimate_drift
-from ncalign.online.run import run_online, summary
-from ncalign.online_config import OnlineConfig
+from ncalign.online.online import run_online, summary
 
 __all__ = ["Drift", "OnlineConfig", "estimate_drift", "run_online", "summary"]

@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 
+from ncalign.core.store import Store
 from ncalign.generation import Generator, ServerGenerator, TransformersGenerator
+from ncalign.generation.client import Server, ServerError
 from ncalign.generation.vllm import VLLMGenerator
-from ncalign.online_config import OnlineConfig
-from ncalign.policy import Policy
-from ncalign.server import Server, ServerError
-from ncalign.store import Store
+from ncalign.model.policy import Policy
+from ncalign.online.config import OnlineConfig
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
 from ncalign.training.run_folder import ROUNDS

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ncalign.atomic import write_json_atomic
-from ncalign.evaluation import paired_comparison
+from ncalign.core.atomic import write_json_atomic
+from ncalign.core.progress import say
 from ncalign.generation import SamplingParams, completion_as_candidate
 from ncalign.online.pool import read_artefact
 from ncalign.online.state import Run
-from ncalign.progress import say
+from ncalign.stats.paired import paired_comparison
 from ncalign.training import run_folder
 
 NAME = "evaluation.json"

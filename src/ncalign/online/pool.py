@@ -17,16 +17,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ncalign.atomic import write_json_atomic
-from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder
+from ncalign.core.atomic import write_json_atomic
+from ncalign.core.progress import Bar
+from ncalign.data.groups import REWARD_STEPS, Candidate, Group
 from ncalign.generation import Completion, Generator, SamplingParams, completion_as_candidate
 from ncalign.generation.base import PromptError
-from ncalign.groups import REWARD_STEPS, Candidate, Group
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.objectives import Method
 from ncalign.online.clock import Clock
+from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import pool_health
-from ncalign.online_config import OnlineConfig
-from ncalign.progress import Bar
 from ncalign.rewards import RewardSource, score_many
 from ncalign.training.data import scored_candidates
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ncalign.encoding import EncodedGroup
+from ncalign.core.progress import say
+from ncalign.data.groups import Group
 from ncalign.generation import Completion, SamplingParams, completion_as_candidate
-from ncalign.groups import Group
+from ncalign.model.encoding import EncodedGroup
 from ncalign.online.pool import as_sampled
 from ncalign.online.state import Run
-from ncalign.progress import say
 
 _PROMPTS, _TOKENS = 4, 16
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ncalign.batching import epoch_order
+from ncalign.model.batching import epoch_order
 
 
 def num_steps(num_prompts: int, *, groups_per_step: int, num_train_epochs: float, max_steps: int) -> int:

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ncalign.encoding import Encoder
-from ncalign.groups import Group, read_groups
-from ncalign.logprobs import check_head
+from ncalign.core.progress import say
+from ncalign.data.groups import Group, read_groups
+from ncalign.model.encoding import Encoder
+from ncalign.model.logprobs import check_head
+from ncalign.model.policy import Policy, load_policy
 from ncalign.objectives import Method
 from ncalign.online.backends import GeneratorOf, make_generator
 from ncalign.online.clock import Clock
+from ncalign.online.config import OnlineConfig
 from ncalign.online.rounds import num_steps
 from ncalign.online.weights import ReferenceWeights
-from ncalign.online_config import OnlineConfig
-from ncalign.policy import Policy, load_policy
-from ncalign.progress import say
 from ncalign.rewards import RewardSource, reward_source
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
 from ncalign.training.engine import Engine
-from ncalign.training.run import log_to_trackers, make_engine
 from ncalign.training.run_folder import MetricsFile
+from ncalign.training.train import log_to_trackers, make_engine
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ncalign.logprobs import LogprobModel
-from ncalign.policy import reference_mode
+from ncalign.model.logprobs import LogprobModel
+from ncalign.model.policy import reference_mode
 
 Kind = Literal["fixed", "last_round", "ema"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ncalign.atomic import write_text_atomic
+from ncalign.core.atomic import write_text_atomic
 
 PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats", ("loss",)),

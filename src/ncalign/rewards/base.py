@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ncalign.encoding import completion_text
-from ncalign.groups import Group
+from ncalign.data.groups import Group
+from ncalign.model.encoding import completion_text
 
 
 class RewardSource(Protocol):

@@ -7,9 +7,9 @@ import math
 import numbers
 from collections.abc import Callable
 
-from ncalign.groups import Group
+from ncalign.core.user_code import load_named
+from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
-from ncalign.user_code import load_named
 
 
 class FunctionReward:
@@ -22,7 +22,7 @@ class FunctionReward:
         function: the function.
         name: how messages call it.
 
-    >>> from ncalign.groups import Candidate
+    >>> from ncalign.data.groups import Candidate
     >>> source = FunctionReward(lambda prompt, completions: [len(text) for text in completions], "length")
     >>> source.score(Group(id="1", prompt="Say a word.", candidates=[Candidate("Yes"), Candidate("Certainly")]))
     [3.0, 9.0]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ncalign.groups import Group
+from ncalign.data.groups import Group
 from ncalign.rewards.base import RewardSource, score_many, where
 
 _FEW = 20

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from ncalign.errors import nearest
-from ncalign.groups import Group
+from ncalign.core.errors import nearest
+from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
 
 Check = Callable[..., bool]

@@ -13,13 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from ncalign.config import JudgeConfig
-from ncalign.encoding import as_messages
-from ncalign.groups import Group
+from ncalign.core.store import Store
+from ncalign.data.groups import Group
+from ncalign.generation.client import Server
+from ncalign.model.encoding import as_messages
 from ncalign.rewards.base import completion_texts
+from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.verdicts import ask_verdicts, concluded, fill
-from ncalign.server import Server
-from ncalign.store import Store
 
 Verdict = TypeVar("Verdict")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from ncalign.groups import Group
+from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from ncalign.encoding import as_messages
-from ncalign.groups import Group
-from ncalign.policy import load_tokenizer, quiet_transformers, weights_fingerprint
+from ncalign.core.store import Store
+from ncalign.data.groups import Group
+from ncalign.model.encoding import as_messages
+from ncalign.model.policy import load_tokenizer, quiet_transformers, weights_fingerprint
 from ncalign.rewards.base import completion_texts, where
-from ncalign.store import Store
 
 
 class ModelReward:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ncalign.cache import cache_folder
-from ncalign.config import ScoreConfig
+from ncalign.core.cache import cache_folder
+from ncalign.core.store import Store
 from ncalign.rewards.base import RewardSource
+from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.function import FunctionReward, load_function
 from ncalign.rewards.guard import Ensemble, Guarded
 from ncalign.rewards.instructions import InstructionReward
 from ncalign.rewards.judge import JudgeReward
 from ncalign.rewards.math_answers import MathVerifyReward
 from ncalign.rewards.verifiable import ReasoningGymReward
-from ncalign.store import Store
 
 if TYPE_CHECKING:
-    from ncalign.online_config import OnlineConfig
+    from ncalign.online.config import OnlineConfig
 
 _MODEL = "model:"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from ncalign.server import Choice, Request, Server, ServerError
+from ncalign.generation.client import Choice, Request, Server, ServerError
 
 Verdict = TypeVar("Verdict")
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from ncalign.groups import Group
+from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
 
 ScoreAnswer: TypeAlias = Callable[[str, dict[str, Any]], float]

@@ -1,6 +1,6 @@
 """Training: groups in, a run folder out."""
 
 from ncalign.training.dry_run import dry_run
-from ncalign.training.run import run_training
+from ncalign.training.train import run_training
 
 __all__ = ["dry_run", "run_training"]

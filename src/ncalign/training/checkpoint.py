@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from ncalign.atomic import removed_on_error
+from ncalign.core.atomic import removed_on_error
 
 _PREFIX = "step-"
 _MOMENT = "|"

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ncalign.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport
-from ncalign.groups import Group, ReadReport, read_groups, recorded_steps, rewards_origin
+from ncalign.core.parallel import map_chunks, num_workers
+from ncalign.core.progress import Bar
+from ncalign.data.groups import Group, ReadReport, read_groups, recorded_steps, rewards_origin
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport
 from ncalign.objectives import Method
-from ncalign.parallel import map_chunks, num_workers
-from ncalign.progress import Bar
 
 _MAX_WAYS = 20
 

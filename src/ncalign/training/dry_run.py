@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ncalign.encoding import EncodedGroup
+from ncalign.model.encoding import EncodedGroup
 from ncalign.objectives import build_method
+from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
-from ncalign.training.run import Prepared, make_accelerator, prepare
-from ncalign.training_config import TrainConfig
+from ncalign.training.train import Prepared, make_accelerator, prepare
 
 _MIB = 2**20
 

@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ncalign.batching import GroupBatch, collate, split_by_tokens, visit_generator
-from ncalign.encoding import EncodedGroup
-from ncalign.kernels import pick_positive
-from ncalign.logprobs import LogprobModel, base_causal_model
+from ncalign.core.progress import Bar
+from ncalign.model.attention import shares_prompts
+from ncalign.model.batching import GroupBatch, collate, split_by_tokens, visit_generator
+from ncalign.model.encoding import EncodedGroup
+from ncalign.model.logprobs import LogprobModel, base_causal_model
+from ncalign.model.policy import reference_mode
+from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups
 from ncalign.objectives import Entering, Method, Sampler
-from ncalign.policy import reference_mode
-from ncalign.progress import Bar
-from ncalign.reference import ReferenceCache, candidate_key, missing_groups
-from ncalign.sharing import shares_prompts
+from ncalign.objectives.kernels import pick_positive
 from ncalign.training.metrics import NAN, Visit
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from ncalign.atomic import removed_on_error, write_text_atomic
-from ncalign.logprobs import base_causal_model
-from ncalign.policy import Policy, quiet_transformers
-from ncalign.training_config import TrainConfig
+from ncalign.core.atomic import removed_on_error, write_text_atomic
+from ncalign.model.logprobs import base_causal_model
+from ncalign.model.policy import Policy, quiet_transformers
+from ncalign.training.config import TrainConfig
 
 _PREFIX = "model."
 _CARD = """---

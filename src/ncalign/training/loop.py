@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ncalign.encoding import EncodedGroup
-from ncalign.progress import Bar, say
+from ncalign.core.progress import Bar, say
+from ncalign.model.encoding import EncodedGroup
 from ncalign.training.engine import Engine, Pass
 from ncalign.training.metrics import ChosenAlarm, MetricMeans, Visit, group_metrics, mean_implicit_reward, merged
 from ncalign.training.schedule import DataPlan

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ncalign.kernels import effective_sample_size, kernel_entropy
+from ncalign.objectives.kernels import effective_sample_size, kernel_entropy
 
 NAN = float("nan")
 _ROUNDING = 1e-5

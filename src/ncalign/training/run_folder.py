@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from ncalign.atomic import explained, write_text_atomic
-from ncalign.progress import say
-from ncalign.training_config import TrainConfig
+from ncalign.core.atomic import explained, write_text_atomic
+from ncalign.core.progress import say
+from ncalign.training.config import TrainConfig
 
 if sys.platform != "win32":
     import fcntl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ncalign.batching import epoch_order
+from ncalign.model.batching import epoch_order
 
 
 def learning_rate_at(step: int, *, peak: float, num_steps: int, warmup_ratio: float, kind: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ncalign.batching import GroupBatch
+from ncalign.model.batching import GroupBatch
 from ncalign.objectives import Entering, Method
 
 

@@ -1,0 +1,1 @@
+"""`ncalign adjust`: rewards made anew from rewards."""

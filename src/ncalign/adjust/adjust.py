@@ -1,0 +1,216 @@
+"""`ncalign adjust`: rewards made anew from what is there, with a record of how."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+from ncalign.adjust.config import AdjustConfig
+from ncalign.adjust.merging import RewardIndex
+from ncalign.adjust.steps import MERGE, Fitted, Step, parse_steps, rewards_of
+from ncalign.adjust.transforms import combined
+from ncalign.core.errors import DataError
+from ncalign.core.progress import Bar, say
+from ncalign.data.groups import (
+    REWARD_STEPS,
+    Group,
+    OnBadRow,
+    ReadReport,
+    check_output,
+    read_groups,
+    recorded_steps,
+    rewards_origin,
+    write_groups,
+)
+from ncalign.rewards.base import where
+from ncalign.rewards.score import ScoreCounts
+
+Opened: TypeAlias = Callable[[ReadReport], Iterator[Group]]
+"""Opens one more pass over the groups, with an account of those left out."""
+
+
+def run_adjust(config: AdjustConfig) -> dict[str, object]:
+    """Adjust the rewards of a file's groups and write them.
+
+    The file is read once, and once or twice more for each step that learns from the whole data set (quantile, length,
+    length_glm): memory does not grow with the number of groups.
+
+    Returns:
+        ``output``, counts as :func:`run_score` has them, and ``steps``, what was done.
+
+    Raises:
+        ConfigError: a step that can't be read.
+        ValueError: data that can't be read, that a step can't use, or that don't match in a merge; nothing is written.
+    """
+    steps = parse_steps(config.steps)
+    check_output(config.output)
+    at = next((index for index, step in enumerate(steps) if step.name == MERGE), 0)
+    # The verb joins the files itself, where the step stands, or first.
+    before, after = steps[:at], [step for step in steps[at:] if step.name != MERGE]
+    report, counts = ReadReport(), ScoreCounts()
+    fit = partial(fit_steps, seed=config.seed, on_bad_row=config.on_bad_row)
+    indices: list[RewardIndex] = []
+    with ExitStack() as stack:
+        opened, notes = fit(before, partial(_originals, config.input, config))
+        if config.merge:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ncalign-adjust-")))
+            for number, path in enumerate(config.merge):
+                indices.append(RewardIndex(folder / f"{number}.sqlite", path))
+                stack.callback(indices[-1].close)
+                _fill(indices[-1], fit(before, partial(_originals, path, config))[0])
+            join = _Join(indices, config.merge_with, config.merge_weights)
+            opened, notes = partial(_changed, opened, join, config.on_bad_row), [*notes, join.note]
+        opened, more = fit(after, opened)
+        opened = partial(_all_taken, opened, indices, config)
+        _write(opened, config, report, counts)
+    return {
+        "output": str(config.output),
+        "steps": [*notes, *more],
+        "groups": counts.groups,
+        "candidates": counts.candidates,
+        "unknown_rewards": counts.unknown,
+        "groups_with_spread": counts.groups_with_spread,
+        "mean_reward": counts.mean_reward,
+        "rows_skipped": report.skipped,
+    }
+
+
+def _write(opened: Opened, config: AdjustConfig, report: ReadReport, counts: ScoreCounts) -> None:
+    with Bar("Adjusting groups", None) as bar:
+        write_groups(_counted(opened(report), config, report, counts, bar), config.output)
+    if report.skipped:
+        say(report.notice(config.input))
+
+
+def _counted(
+    groups: Iterable[Group], config: AdjustConfig, report: ReadReport, counts: ScoreCounts, bar: Bar
+) -> Iterator[Group]:
+    for group in groups:
+        counts.add(rewards_of(group))
+        yield group
+        bar.advance()
+    if not counts.groups:
+        examples = "".join(f"\n  {example}" for example in report.examples)
+        raise DataError(f"{config.input}: no group to write: {report.summary()}{examples}", reason="no groups")
+
+
+def fit_steps(steps: Sequence[Step], opened: Opened, *, seed: int, on_bad_row: OnBadRow) -> tuple[Opened, list[str]]:
+    """Let each step learn from the groups as the steps before it leave them.
+
+    Args:
+        steps: in their order.
+        opened: opens a pass over the groups.
+        seed: of what a step draws.
+        on_bad_row: what to do with groups that a step can't use.
+
+    Returns:
+        What opens a pass over the groups after the last step, and what each step does.
+    """
+    notes = []
+    for step in steps:
+        usable: Opened = partial(_changed, opened, partial(_passed, step), on_bad_row)
+        fitted = step.fit(partial(usable, ReadReport()), seed)
+        opened = partial(_changed, usable, partial(_applied, fitted), on_bad_row)
+        notes.append(fitted.note)
+    return opened, notes
+
+
+def _originals(path: str, config: AdjustConfig, report: ReadReport) -> Iterator[Group]:
+    """The groups as they are in a file, each with a record of where its rewards came from."""
+    groups = read_groups(path, schema=config.schema_name, on_bad_row=config.on_bad_row, report=report)
+
+    def begun(group: Group) -> Group:
+        steps = recorded_steps(group) or (rewards_origin(path, report.schema),)
+        return replace(group, metadata={**group.metadata, REWARD_STEPS: list(steps)})
+
+    return _changed(lambda _: groups, begun, config.on_bad_row, report)
+
+
+def _changed(opened: Opened, change: Callable[[Group], Group], on_bad_row: OnBadRow, report: ReadReport) -> Iterator[Group]:
+    """The groups after a change; one that can't be made stops, or costs the group, which is counted."""
+    for group in opened(report):
+        try:
+            changed = change(group)
+        except DataError as error:
+            located = error.within(where(group))
+            if on_bad_row == "error":
+                text = f"{located}. Mend it, or leave such groups out with `on_bad_row: skip`"
+                raise DataError(text, reason=error.reason) from error
+            report.groups -= 1
+            report.skip(located)
+            continue
+        yield changed
+
+
+def _passed(step: Step, group: Group) -> Group:
+    step.check(group)
+    return group
+
+
+def _applied(fitted: Fitted, group: Group) -> Group:
+    try:
+        return with_rewards(group, fitted.apply(group), fitted.note)
+    except DataError as error:
+        raise error.within(f"step {fitted.note!r}") from None
+
+
+def with_rewards(group: Group, rewards: Sequence[float | None], note: str) -> Group:
+    """The group with new rewards, and a note of how they came to be appended to its record."""
+    candidates = [replace(candidate, reward=reward) for candidate, reward in zip(group.candidates, rewards, strict=True)]
+    return replace(group, candidates=candidates, metadata={**group.metadata, REWARD_STEPS: [*recorded_steps(group), note]})
+
+
+# --- Several files ----------------------------------------------------------------------------------------------------
+
+
+def _fill(index: RewardIndex, opened: Opened) -> None:
+    report = ReadReport()
+    index.fill(opened(report))
+    if report.skipped:
+        say(report.notice(index.label))
+
+
+@dataclass(frozen=True)
+class _Join:
+    """Makes one reward of those of several files."""
+
+    indices: Sequence[RewardIndex]
+    how: str
+    weights: Sequence[float]
+
+    @property
+    def note(self) -> str:
+        names = ", ".join(Path(index.label).name for index in self.indices)
+        return f"merge: {self._how} with {names}"
+
+    @property
+    def _how(self) -> str:
+        return f"weights {', '.join(f'{weight:g}' for weight in self.weights)}" if self.how == "weights" else self.how
+
+    def __call__(self, group: Group) -> Group:
+        found = [index.take(group) for index in self.indices]
+        rewards = combined([rewards_of(group), *(taken for taken, _ in found)], self.how, self.weights)
+        others = [
+            f"{Path(index.label).name} ({'; '.join(steps)})" for index, (_, steps) in zip(self.indices, found, strict=True)
+        ]
+        return with_rewards(group, rewards, f"merge: {self._how} with {', '.join(others)}")
+
+
+def _all_taken(opened: Opened, indices: Sequence[RewardIndex], config: AdjustConfig, report: ReadReport) -> Iterator[Group]:
+    """The groups; at their end, before the file takes its place, groups of other files that none of these matched raise."""
+    yield from opened(report)
+    for index in indices:
+        count, first = index.left()
+        if not count:
+            continue
+        text = f"{index.label}: {count} of its groups are not in {config.input}, the first {first}"
+        if config.on_bad_row == "error":
+            raise DataError(
+                f"{text}: files to merge hold the same groups. Mend it, or leave such groups out with `on_bad_row: skip`"
+            )
+        say(f"note: {text}: left out")

@@ -1,0 +1,48 @@
+"""Configuration of `ncalign adjust`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ncalign.core.config import Frozen, Seed
+from ncalign.data.config import OnBadRow, SchemaChoice
+
+
+class AdjustConfig(Frozen):
+    """`ncalign adjust`: rewards made anew from what is there, with a record of how."""
+
+    input: str = Field(description="Groups to read, in any schema, file, folder or hub id that `convert` reads.")
+    output: Path = Field(description="Groups file to write: .jsonl, .jsonl.gz or .parquet; may be the input itself.")
+    steps: tuple[str, ...] = Field(
+        (),
+        description="What is done, in this order: zscore, rank, quantile, clip:LOW:HIGH, scale:FACTOR, length[:UNIT], "
+        "length_glm[:UNIT], aspects[:NAME=WEIGHT]..., and merge where files are to be merged later than first.",
+    )
+    schema_name: SchemaChoice = "auto"
+    merge: tuple[str, ...] = Field(
+        (), description="Files with the same groups and other rewards; steps before `merge` are done to each file by itself."
+    )
+    merge_with: Literal["mean", "min", "max", "weights"] = Field("mean", description="How the files' rewards become one.")
+    merge_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="With merge_with: weights, one for the input and one for each file of merge."
+    )
+    seed: Seed = Field(0, description="Of the rewards drawn for quantile, where there are more than 2**20.")
+    on_bad_row: OnBadRow = "error"
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> AdjustConfig:
+        if not self.steps and not self.merge:
+            raise ValueError("nothing to do: give steps, or files to merge, or both")
+        if "merge" in self.steps and not self.merge:
+            raise ValueError("steps: merge needs files to merge: give merge, or take the step out")
+        if (self.merge_with == "weights") != bool(self.merge_weights):
+            raise ValueError("merge_with: weights and merge_weights go together: give both or neither")
+        if self.merge_weights and len(self.merge_weights) != len(self.merge) + 1:
+            raise ValueError(
+                f"merge_weights has {len(self.merge_weights)} numbers, and {len(self.merge) + 1} are needed: one for the input "
+                "and one for each file of merge"
+            )
+        return self

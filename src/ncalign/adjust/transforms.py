@@ -1,0 +1,188 @@
+"""Rewards of a group → rewards of a group: pure functions. A candidate without a reward stays without one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ncalign.data.formats.ranked import rewards_from_ranks
+from ncalign.data.groups import Text
+
+Rewards: TypeAlias = Sequence[float | None]
+Unit: TypeAlias = Literal["words", "characters", "log_words"]
+UNITS: tuple[Unit, ...] = ("words", "characters", "log_words")
+
+_WORD = re.compile(r"\w+")
+
+
+def _on_known(rewards: Rewards, transform: Callable[[list[float]], Sequence[float]]) -> list[float | None]:
+    """Transform the known rewards and leave the others out of it."""
+    new = iter(transform([reward for reward in rewards if reward is not None]))
+    return [None if reward is None else float(next(new)) for reward in rewards]
+
+
+def z_scores(rewards: Rewards) -> list[float | None]:
+    """``(r - mean) / sd`` with the population's sd of the group; 0 for all where all are equal.
+
+    >>> z_scores([3.0, None, 1.0])
+    [1.0, None, -1.0]
+    >>> z_scores([0.1, 0.1, 0.1])
+    [0.0, 0.0, 0.0]
+    """
+
+    def transform(known: list[float]) -> Sequence[float]:
+        if not known or min(known) == max(known):
+            return [0.0] * len(known)
+        # Scaled by a power of two, which is exact, so that sums and squares neither overflow nor vanish; then moved to the
+        # lowest, so that rewards far from zero keep their digits.
+        values = np.ldexp(np.asarray(known), 1 - math.frexp(max(abs(reward) for reward in known))[1])
+        away = values - values.min()
+        away /= away.max()
+        away -= away.mean()
+        return cast(list[float], (away / np.sqrt(np.mean(away**2))).tolist())
+
+    return _on_known(rewards, transform)
+
+
+def ranks(rewards: Rewards) -> list[float | None]:
+    """Share of the other candidates that each one beats, a tie counting half: 1 for the best, 0 for the worst.
+
+    >>> ranks([0.2, 9.0, None, 0.2])
+    [0.25, 1.0, None, 0.25]
+    """
+    return rewards_from_ranks([None if reward is None else -reward for reward in rewards], "reward")
+
+
+def quantiles(rewards: Rewards, among: NDArray[np.float64]) -> list[float | None]:
+    """Mid-rank of each reward among ``among`` (sorted): ``(#below + #equal / 2) / #``, inside (0, 1) for a member.
+
+    >>> quantiles([1.0, 4.0, None], np.array([1.0, 2.0, 4.0, 4.0]))
+    [0.125, 0.75, None]
+    """
+
+    def transform(known: list[float]) -> Sequence[float]:
+        values = np.asarray(known)
+        places = np.searchsorted(among, values) + np.searchsorted(among, values, side="right")
+        return cast(list[float], (places / (2 * len(among))).tolist())
+
+    return _on_known(rewards, transform)
+
+
+def clipped(rewards: Rewards, low: float, high: float) -> list[float | None]:
+    """``min(max(r, low), high)``.
+
+    >>> clipped([-7.0, 0.5, None], -3, 3)
+    [-3.0, 0.5, None]
+    """
+    return _on_known(rewards, lambda known: [min(max(reward, low), high) for reward in known])
+
+
+def scaled(rewards: Rewards, factor: float) -> list[float | None]:
+    """``factor * r``; -1 turns costs into rewards.
+
+    >>> scaled([2.0, None], -1)
+    [-2.0, None]
+    """
+    return _on_known(rewards, lambda known: [factor * reward for reward in known])
+
+
+def weighted_aspects(aspects: Mapping[str, Rewards], weights: Mapping[str, float], count: int) -> list[float | None]:
+    """``sum(w_a * v_a) / sum(w_a)`` over the aspects a that a candidate has a value for; None where it has none.
+
+    >>> weighted_aspects({"honesty": [4.0, None], "helpfulness": [1.0, 3.0]}, {"honesty": 1.0, "helpfulness": 2.0}, 2)
+    [2.0, 3.0]
+    """
+    found: list[float | None] = []
+    for k in range(count):
+        given = [(weight, aspects[name][k]) for name, weight in weights.items() if name in aspects]
+        known = [(weight, value) for weight, value in given if value is not None]
+        total = sum(weight for weight, _ in known)
+        found.append(sum(weight * value for weight, value in known) / total if known else None)
+    return found
+
+
+def text_of(completion: Text) -> str:
+    """A completion's text: of a conversation, what its turns say."""
+    return completion if isinstance(completion, str) else "\n".join(turn["content"] for turn in completion)
+
+
+def key_of(completion: Text) -> str:
+    """What tells completions apart: the text, whether it stands alone or as the one turn of an assistant."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) == 1 and completion[0]["role"] == "assistant":
+        return completion[0]["content"]
+    return json.dumps([[turn["role"], turn["content"]] for turn in completion])
+
+
+def text_length(text: str, unit: Unit) -> float:
+    """Words (runs of letters and digits), characters, or ln(1 + words).
+
+    >>> text_length("Four, I think.", "words"), text_length("Four", "characters")
+    (3.0, 4.0)
+    """
+    if unit == "characters":
+        return float(len(text))
+    count = len(_WORD.findall(text))
+    return math.log1p(count) if unit == "log_words" else float(count)
+
+
+def length_deviations(rewards: Rewards, lengths: Sequence[float]) -> NDArray[np.float64]:
+    """Lengths of the candidates with a reward, less their mean."""
+    known = np.array([length for reward, length in zip(rewards, lengths, strict=True) if reward is not None], dtype=np.float64)
+    return known - known.mean() if len(known) else known
+
+
+def without_length(rewards: Rewards, lengths: Sequence[float], slope: float) -> list[float | None]:
+    """``r - slope * (length - mean length)``, the mean over the group's candidates with a reward.
+
+    >>> without_length([1.0, 3.0, None], [10, 30, 500], 0.1)
+    [2.0, 2.0, None]
+    """
+    away = length_deviations(rewards, lengths)
+    return _on_known(rewards, lambda known: cast(list[float], (np.asarray(known) - slope * away).tolist()))
+
+
+def without_length_odds(rewards: Rewards, lengths: Sequence[float], phi: float, scale: float) -> list[float | None]:
+    """``sigmoid(logit(r) - phi * tanh((length - mean length) / scale))`` for rewards in [0, 1]; 0 and 1 stay.
+
+    >>> without_length_odds([0.5, 1.0, 0.0], [1, 1, 1], 2.0, 1.0)
+    [0.5, 1.0, 0.0]
+    """
+    shift = phi * np.tanh(length_deviations(rewards, lengths) / scale)
+
+    def transform(known: list[float]) -> Sequence[float]:
+        return [_moved(reward, float(by)) for reward, by in zip(known, shift, strict=True)]
+
+    return _on_known(rewards, transform)
+
+
+def _moved(share: float, by: float) -> float:
+    """A share whose log-odds are lowered: with the odds o, o e^-by / (1 + o e^-by)."""
+    won, lost = share * math.exp(-by / 2), (1 - share) * math.exp(by / 2)
+    return won / (won + lost)
+
+
+def combined(rows: Sequence[Rewards], how: str, weights: Sequence[float]) -> list[float | None]:
+    """The rewards of several sources as one: mean, min, max, or weighted mean; missing where one of them is.
+
+    >>> combined([[1.0, 2.0], [3.0, None]], "weights", [3, 1])
+    [1.5, None]
+    """
+    found: list[float | None] = []
+    for values in zip(*rows, strict=True):
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            found.append(None)
+        elif how in ("min", "max"):
+            found.append(min(known) if how == "min" else max(known))
+        else:
+            shares = weights if how == "weights" else [1.0] * len(known)
+            found.append(sum(share * value for share, value in zip(shares, known, strict=True)) / sum(shares))
+    return found

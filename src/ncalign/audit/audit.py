@@ -1,0 +1,292 @@
+"""`ncalign audit`: one pass over the groups, numbers in audit.json and a page with pictures in audit.html."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ncalign.audit.config import AuditConfig
+from ncalign.audit.copies import clusters_across
+from ncalign.audit.findings import Finding, findings
+from ncalign.audit.kernel import KernelAudit, audit_kernel
+from ncalign.audit.measures import (
+    GroupMeasures,
+    best_of,
+    mean,
+    measure_group,
+    prompt_key,
+    random_baseline,
+    share_of_agreement,
+    words,
+)
+from ncalign.audit.page import write_page
+from ncalign.audit.ranges import alpha_range, beta_range
+from ncalign.audit.semantic import Meaning, by_bertscore, by_embeddings
+from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.core.parallel import map_chunks, num_workers
+from ncalign.core.progress import Bar, say
+from ncalign.data.formats.seen import Seen
+from ncalign.data.groups import Group, ReadReport, read_groups
+from ncalign.model.encoding import completion_text
+
+
+@dataclass
+class Totals:
+    """Sums over all groups, whatever their number: memory does not grow with it.
+
+    Attributes:
+        groups: groups read.
+        candidates: their candidates.
+        missing: those without a reward.
+        with_spread: groups in which two rewards differ.
+        tied_best: groups in which several share the best.
+        sizes: groups by their number of candidates.
+        sources: candidates by who wrote them.
+        prompts: the prompts, and how often each came.
+        sample: some groups, drawn evenly from all.
+    """
+
+    groups: int = 0
+    candidates: int = 0
+    missing: int = 0
+    with_spread: int = 0
+    tied_best: int = 0
+    sizes: Counter[int] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    prompts: Seen = field(default_factory=Seen)
+    sample: list[Group] = field(default_factory=list)
+
+    def add(self, group: Group, *, size: int, chance: random.Random) -> None:
+        """Count a group, and perhaps keep it in the sample (reservoir sampling)."""
+        self.groups += 1
+        rewards = [candidate.reward for candidate in group.candidates if candidate.reward is not None]
+        self.candidates += len(group.candidates)
+        self.missing += len(group.candidates) - len(rewards)
+        self.with_spread += len(set(rewards)) > 1
+        self.tied_best += bool(rewards) and rewards.count(max(rewards)) > 1 and len(set(rewards)) > 1
+        self.sizes[len(group.candidates)] += 1
+        self.sources.update(candidate.source for candidate in group.candidates if candidate.source)
+        self.prompts.add(prompt_key(group))
+        if len(self.sample) < size:
+            self.sample.append(group)
+        elif (place := chance.randrange(self.groups)) < size:
+            self.sample[place] = group
+
+
+def run_audit(config: AuditConfig) -> dict[str, Any]:
+    """Audit a file of groups and leave ``audit.json`` and ``audit.html``.
+
+    Returns:
+        What audit.json holds, and the findings as printable text under ``text``.
+
+    Raises:
+        ValueError: the data can't be read, or there is nothing in them to audit.
+    """
+    json_file, page = config.output_dir / "audit.json", config.output_dir / "audit.html"
+    check_writable(json_file)
+    totals, report, chance = Totals(), ReadReport(), random.Random(config.seed)
+    with Bar("Reading groups", None) as bar:
+        for group in read_groups(config.data, schema=config.schema_name, on_bad_row=config.on_bad_row, report=report):
+            totals.add(group, size=config.sample, chance=chance)
+            bar.advance()
+    if not totals.groups:
+        raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
+    if report.skipped:
+        say(report.notice(config.data))
+    measured = _measured(totals.sample)
+    texts = [words(completion_text(candidate, group)) for group in totals.sample for candidate in group.candidates]
+    across = clusters_across(texts, [number for number, group in enumerate(totals.sample) for _ in group.candidates])
+    numbers = numbers_of(totals, measured, across, seed=config.seed)
+    meanings = _meanings(totals.sample, config)
+    for name, meaning in meanings.items():
+        numbers[f"{name}/best_to_others"] = mean([value for row in meaning.to_best.values() for value in row])
+        numbers[f"{name}/random"] = mean(meaning.random)
+    kernel = KernelAudit()
+    if config.model is not None:
+        kernel = audit_kernel(totals.sample, measured, meanings, config)
+        numbers |= kernel.numbers
+        numbers["beta/low"], numbers["beta/high"] = beta_range(kernel.scores) or (math.nan, math.nan)
+    found = findings(numbers)
+    result: dict[str, Any] = {
+        "data": config.data,
+        "numbers": {name: value if _finite(value) else None for name, value in numbers.items()},
+        "findings": [asdict(finding) for finding in found],
+        "tables": {name: table for name, table in tables(measured, meanings, kernel, across).items() if table},
+        "sizes": dict(sorted(totals.sizes.items())),
+        "sources": dict(totals.sources.most_common(50)),
+        "rows_skipped": report.skipped,
+        "sampled": len(totals.sample),
+    }
+    write_json_atomic(result, json_file)
+    write_page(page, result, measured, totals.sample)
+    return {**result, "text": _text(config.data, numbers, found, page)}
+
+
+def _measured(sample: Sequence[Group]) -> list[GroupMeasures]:
+    measured = []
+    with Bar("Comparing candidates", len(sample)) as bar:
+        for rows in map_chunks(_measure_some, sample, workers=num_workers()):
+            measured += rows
+            bar.advance(len(rows))
+    return measured
+
+
+def _measure_some(groups: Sequence[Group]) -> list[GroupMeasures]:
+    return [measure_group(group, compare=True) for group in groups]
+
+
+def _meanings(sample: Sequence[Group], config: AuditConfig) -> dict[str, Meaning]:
+    found = {}
+    if config.embedder is not None:
+        found["meaning"] = by_embeddings(sample, config.embedder, seed=config.seed)
+    if config.bertscore is not None:
+        found["bertscore"] = by_bertscore(sample, config.bertscore, seed=config.seed)
+    return found
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence[int], *, seed: int) -> dict[str, float]:
+    """All numbers that need no model."""
+    compared = sum(group.num_candidates for group in measured)
+    likeness = [one for group in measured for one in group.likeness]
+    baseline = random_baseline(totals.sample, seed=seed)
+    spread = [group for group in measured if group.num_distinct > 1]
+    noise = [difference for group in measured for difference in group.noise]
+    alphas = alpha_range([group.rewards for group in spread]) or (math.nan, math.nan)
+    winners = Counter(group.best_source for group in measured if group.best_source)
+    return {
+        "groups": totals.groups,
+        "groups/with_spread": totals.with_spread / totals.groups,
+        "candidates": totals.candidates,
+        "candidates/mean": totals.candidates / totals.groups,
+        "candidates/worth_keeping": worth_keeping(measured),
+        "prompts/duplicates": totals.prompts.repeated() / totals.groups,
+        "rewards/missing": totals.missing / max(1, totals.candidates),
+        "rewards/tied_best": totals.tied_best / totals.groups,
+        "rewards/distinct": mean([group.num_distinct for group in spread]),
+        "rewards/within_sd": mean([float(np.std(group.rewards)) for group in spread]),
+        "rewards/spread": mean([group.spread for group in spread]),
+        # The difference of two rewards has twice the variance of one.
+        "rewards/noise_sd": math.sqrt(mean([difference**2 for difference in noise]) / 2),
+        "rewards/noise_pairs": len(noise),
+        "alpha/low": alphas[0],
+        "alpha/high": alphas[1],
+        "likeness/best_to_others": mean([one.edit for one in likeness]),
+        "likeness/trigrams": mean([one.trigrams for one in likeness]),
+        "likeness/random": mean([one.edit for one in baseline]),
+        "likeness/swapped": mean([float(one.swapped) for one in likeness]) if likeness else 0.0,
+        "likeness/duplicates": sum(group.copies for group in measured) / max(1, compared),
+        "copies/across": sum(across) / max(1, compared),
+        "sources/number": len(totals.sources),
+        "sources/most_best": max(winners.values(), default=0) / max(1, sum(winners.values())),
+        **length_numbers(measured),
+    }
+
+
+def length_numbers(measured: Sequence[GroupMeasures]) -> dict[str, float]:
+    """How rewards follow length within groups; by words or by characters, whichever they follow more."""
+    by_words = share_of_agreement([group.length_pairs for group in measured])
+    by_characters = share_of_agreement([group.character_pairs for group in measured])
+    explained, slope = length_regression(measured)
+    return {
+        "length/words": mean([length for group in measured for length in group.lengths]),
+        "length/agreement": max(by_words, by_characters, key=abs),
+        "length/explained": explained,
+        "length/slope": slope,
+    }
+
+
+def tables(
+    measured: Sequence[GroupMeasures], meanings: Mapping[str, Meaning], kernel: KernelAudit, across: Sequence[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """What is no single number: by rank, by source, by beta, and the sizes of clusters."""
+    by_rank: dict[str, list[list[float]]] = {"words": [[one.edit for one in group.likeness] for group in measured]}
+    by_rank |= {name: list(meaning.to_best.values()) for name, meaning in meanings.items()}
+    most = max((len(row) for row in by_rank["words"]), default=0)
+    rewards: dict[str, list[float]] = {}
+    for group in measured:
+        if len(group.sources) == len(group.rewards):
+            for source, reward in zip(group.sources, group.rewards, strict=True):
+                rewards.setdefault(source, []).append(reward)
+    winners = Counter(group.best_source for group in measured if group.best_source)
+    clusters = Counter(size for group in measured for size in group.clusters)
+    return {
+        "likeness_by_rank": [
+            {
+                "rank": place + 2,
+                **{name: mean([row[place] for row in rows if len(row) > place]) for name, rows in by_rank.items()},
+            }
+            for place in range(most)
+        ],
+        "sources": [
+            {"source": source, "candidates": len(values), "mean_reward": mean(values), "best": winners[source]}
+            for source, values in sorted(rewards.items(), key=lambda item: -mean(item[1]))
+            if source
+        ][:50],
+        "copies_within_groups": [{"size": size, "sets": clusters[size]} for size in sorted(clusters)],
+        "copies_across_groups": [{"size": size, "sets": number} for size, number in sorted(Counter(across).items())],
+        "kernel_by_rank": [
+            {"rank": place + 2, "drawn": drawn, "random": uniform} for place, (drawn, uniform) in enumerate(kernel.by_rank)
+        ],
+        "kernel_by_source": [
+            {"source": name, "drawn": drawn, "random": uniform} for name, (drawn, uniform) in kernel.by_source.items()
+        ],
+        "kernel_by_beta": [{"beta": beta, "effective_share": share} for beta, share in kernel.by_beta.items()],
+    }
+
+
+def length_regression(measured: Sequence[GroupMeasures]) -> tuple[float, float]:
+    """Share of the rewards' variance within groups that length explains, and the reward a word."""
+    x, y = [], []
+    for group in measured:
+        if group.num_distinct > 1:
+            x += list(np.asarray(group.lengths, dtype=np.float64) - np.mean(group.lengths))
+            y += list(np.asarray(group.rewards) - np.mean(group.rewards))
+    if len(x) < 3 or not np.any(x) or not np.any(y):
+        return 0.0, 0.0
+    lengths, rewards = np.asarray(x), np.asarray(y)
+    slope = float((lengths * rewards).sum() / (lengths**2).sum())
+    left = float(((rewards - slope * lengths) ** 2).sum() / (rewards**2).sum())
+    return 1 - left, slope
+
+
+def worth_keeping(measured: Sequence[GroupMeasures]) -> float:
+    """Fewest candidates that give 95 % of the gain of the best of all over one at random; NaN without spread."""
+    usable = [group.rewards for group in measured if group.num_distinct > 1]
+    if not usable:
+        return math.nan
+    size = round(float(np.median([len(rewards) for rewards in usable])))
+    usable = [rewards for rewards in usable if len(rewards) >= size]
+    means = [mean([best_of(rewards, k) for rewards in usable]) for k in range(1, size + 1)]
+    wanted = means[0] + 0.95 * (means[-1] - means[0])
+    return float(next(k for k, value in enumerate(means, start=1) if value >= wanted - 1e-12))
+
+
+def _text(data: str, numbers: dict[str, float], found: Sequence[Finding], page: Path) -> str:
+    lines = [
+        f"{data}: {numbers['groups']:.0f} groups, {numbers['candidates/mean']:.1f} candidates each; rewards differ in "
+        f"{numbers['groups/with_spread']:.0%} of them",
+        f"  the best candidate against the others: {numbers['likeness/best_to_others']:.2f} of the words in common order; "
+        f"unrelated texts: {numbers['likeness/random']:.2f}",
+        *(
+            f"  by {name}: {numbers[f'{key}/best_to_others']:.2f}; unrelated texts: {numbers[f'{key}/random']:.2f}"
+            for key, name in (("meaning", "embeddings"), ("bertscore", "BERTScore"))
+            if f"{key}/random" in numbers
+        ),
+        f"  of two candidates the longer has the higher reward in {(1 + numbers['length/agreement']) / 2:.0%} of the cases",
+        "",
+        *(f"{finding.level}: {finding.text}" for finding in found),
+        "",
+        f"Report: {page}",
+    ]
+    return "\n".join(lines)

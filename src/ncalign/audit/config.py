@@ -1,0 +1,42 @@
+"""Configuration of `ncalign audit` and `ncalign check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from ncalign.core.config import Frozen, Seed
+from ncalign.data.config import DataSource, OnBadRow, SchemaChoice
+from ncalign.model.config import DType, EncodingConfig, StringPrompts
+
+
+class AuditConfig(Frozen):
+    """`ncalign audit`: what a set of scored candidates is like, before anything is trained on it."""
+
+    data: DataSource = Field(description="Scored groups: whatever `convert` reads.")
+    output_dir: Path = Field(Path("runs/audit"), description="Folder for audit.json and audit.html.")
+    schema_name: SchemaChoice = "auto"
+    sample: int = Field(1000, ge=2, description="Groups whose texts are compared, drawn evenly from all.")
+    embedder: str | None = Field(None, description="sentence-transformers model for likeness in meaning; none: words alone.")
+    bertscore: str | None = Field(
+        None, description="Model, or model:layer, for BERTScore of the best candidate and the others; none: not computed."
+    )
+    model: str | None = Field(None, description="Model whose kernel weights are looked at; none: no kernel.")
+    reference_model: str | None = Field(None, description="Reference of its log-ratios; none: its log-probs are the scores.")
+    beta: float = Field(0.1, gt=0, description="Scale of the log-ratio: implicit reward = beta * log(policy/reference).")
+    max_length: int = Field(1024, ge=2, description="Most tokens of a prompt and its completion, for the model.")
+    string_prompts: StringPrompts = "raw"
+    dtype: DType = "float32"
+    seed: Seed = Field(0, description="Of the sample.")
+    on_bad_row: OnBadRow = "error"
+
+
+class CheckConfig(EncodingConfig):
+    """`ncalign check`: every group encoded as training will, and a list of what to mend."""
+
+    data: DataSource = Field(description="Groups to check: whatever `convert` reads.")
+    model: str = Field(description="Model folder or hub id; only its tokenizer and configuration are read.")
+    schema_name: SchemaChoice = "auto"
+    against: DataSource | None = Field(None, description="Evaluation set whose prompts must not be among these.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the tokenizer.")

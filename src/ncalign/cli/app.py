@@ -1,0 +1,251 @@
+"""The command line: parse, call one function, print what it returns.
+
+Nothing here imports torch, transformers or pyarrow, so that help, usage errors and ``--print-config`` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from ncalign import __version__
+from ncalign.cli import settings
+from ncalign.cli.flags import Arguments, parse
+from ncalign.cli.verbs import VERBS, Config, Result, Verb
+from ncalign.core.errors import ConfigError
+
+DONE, FAILED, BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where Ctrl-C would be, so that both leave the same things behind."""
+
+
+_HELP = """usage: ncalign VERB [--config FILE] [--FIELD VALUE ...]
+
+Align language models from prompts with K scored candidate completions.
+
+verbs:
+{verbs}
+
+options:
+  --help     this text; 'ncalign VERB --help' lists the fields of a verb
+  --version  the version
+
+exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted
+"""
+
+
+def _configure(model: type[Config], arguments: Arguments) -> Config:
+    """Load the configuration; problems of the command line and of the values are reported together."""
+    try:
+        config = settings.load(model, arguments.config, arguments.flags, guessed=arguments.guessed)
+    except ConfigError as error:
+        raise ConfigError([*arguments.problems, *error.problems]) from None
+    if arguments.problems:
+        raise ConfigError(arguments.problems)
+    return config
+
+
+# --- Running ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM.
+
+    Args:
+        argv: Arguments after the program's name; default: those of this process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _sigterm_interrupts():
+            code = _dispatch(arguments)
+        sys.stdout.flush()
+    except ConfigError as error:
+        _tell(_listed(error.problems))
+        return BAD_USAGE
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing more to say, also not when Python flushes stdout at its end.
+        _drop_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        _drop_stdout()
+        _tell(f"error: can't write to standard output: {_worded(error)}")
+        return FAILED
+    except KeyboardInterrupt as stop:
+        _tell("interrupted")
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    return code
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _dispatch(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        print(_overview(), end="")
+        return DONE
+    if first == "--version":
+        print(f"ncalign {__version__}")
+        return DONE
+    names = [verb.name for verb in VERBS]
+    if not first:
+        raise ConfigError([f"no verb given; needed is one of {', '.join(names)} (see ncalign --help)"])
+    if first.startswith("-"):
+        raise ConfigError([f"unknown flag '{first}' before the verb; write ncalign VERB [--FIELD VALUE ...]"])
+    verb = next((verb for verb in VERBS if verb.name == first), None)
+    if verb is None:
+        guess = settings.nearest(first, names)
+        hint = f"did you mean '{guess}'?" if guess else f"must be one of {', '.join(names)}"
+        raise ConfigError([f"unknown verb '{first}'; {hint}"])
+    return _run(verb, arguments[1:])
+
+
+def _overview() -> str:
+    return _HELP.format(verbs="\n".join(f"  {verb.name:<10} {verb.purpose}" for verb in VERBS))
+
+
+def _run(verb: Verb[Config], rest: Sequence[str]) -> int:
+    model = verb.config()
+    arguments = parse(model, verb.layout, rest)
+    if arguments.help is not None:
+        _show(arguments.help)
+        return DONE
+    config = _configure(model, arguments)
+    if arguments.print_config:
+        _show(settings.to_yaml(config))
+        return DONE
+    work = verb.plan if arguments.dry_run and verb.plan is not None else verb.work
+    try:
+        # stdout is for the result alone: what libraries print on the way goes where progress goes.
+        with contextlib.redirect_stdout(sys.stderr), _thread_failures_are_lines():
+            result = work(config)
+    except KeyboardInterrupt as stop:
+        _tell(f"interrupted; {verb.when_interrupted(config)}")
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    except ConfigError:
+        raise
+    except (NotImplementedError, RecursionError):
+        return _failed_by_a_bug()
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        _tell(f"error: {_worded(error)}", every_rank=True)
+        return FAILED
+    except Exception:
+        return _failed_by_a_bug()
+    _show(_as_json(verb.as_json(result)) if arguments.json else _summary(result))
+    return verb.exit_code(result)
+
+
+def _failed_by_a_bug() -> int:
+    traceback.print_exc()
+    _tell("error: this is a bug in ncalign; please report it with the command and the lines above", every_rank=True)
+    return FAILED
+
+
+def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
+    """A library's writer thread that meets a full disk gets a line; what it means for the work, the work says."""
+    if isinstance(arguments.exc_value, OSError):
+        name = arguments.thread.name if arguments.thread is not None else "a thread"
+        _tell(f"warning: a library failed in the background ({name}): {_worded(arguments.exc_value)}")
+    else:
+        threading.__excepthook__(arguments)
+
+
+@contextlib.contextmanager
+def _thread_failures_are_lines() -> Iterator[None]:
+    before, threading.excepthook = threading.excepthook, _thread_failed
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    # Only the main thread may set handlers; elsewhere (a notebook's worker) SIGTERM stays what it was.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show(text: str) -> None:
+    """Write to stdout, once however many processes there are."""
+    if _is_first_rank():
+        print(text.rstrip("\n"))
+
+
+def _tell(message: str, *, every_rank: bool = False) -> None:
+    """Write to stderr: from the first process of a torchrun, or from each under its rank (a failure may be one's own)."""
+    if _is_first_rank():
+        print(message, file=sys.stderr)
+    elif every_rank:
+        print(f"[rank {os.environ['RANK']}] {message}", file=sys.stderr)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return f"error: {problems[0]}"
+    return "\n  ".join([f"error: {len(problems)} problems", *problems])
+
+
+def _worded(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    """Replace NaN and infinities, which JSON doesn't have, by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _summary(result: Result) -> str:
+    """Return the result's own text, or a line for each thing in it."""
+    text = result.get("text")
+    return text.rstrip("\n") if isinstance(text, str) else "\n".join(_lines(result))
+
+
+def _lines(result: Mapping[Any, object], indent: str = "") -> Iterator[str]:
+    for key, value in result.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ")
+        elif isinstance(value, float):
+            yield f"{indent}{key}: {value:.6g}"
+        elif isinstance(value, Mapping | list | tuple):
+            yield f"{indent}{key}: {_as_json(value)}"
+        else:
+            yield f"{indent}{key}: {'none' if value is None else value}"

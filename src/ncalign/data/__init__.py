@@ -1,0 +1,1 @@
+"""Groups of scored candidates: text in, text out."""

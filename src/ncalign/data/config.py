@@ -1,0 +1,64 @@
+"""Configuration of `ncalign convert`, and the types that name data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ncalign.core.config import Frozen, Seed
+
+OnBadRow = Annotated[
+    Literal["error", "skip"],
+    Field(description="What to do with rows that can't be used: stop with the list of them, or leave them out and count them."),
+]
+
+
+SchemaChoice = Annotated[
+    Literal[
+        "auto",
+        "ncalign",
+        "nca",
+        "ultrafeedback",
+        "nectar",
+        "simpo",
+        "nemo_rl",
+        "lmflow",
+        "solutions",
+        "sharegpt",
+        "alpaca",
+        "nemo_aligner",
+        "alpaca_eval",
+        "hh",
+        "trl_preference",
+        "trl_unpaired",
+        "trl_prompts",
+    ],
+    Field(description="Schema of the input (also --from); auto: recognised by its columns."),
+]
+
+
+DataSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A file, a folder, a saved dataset or a hub id."""
+
+
+class ConvertConfig(Frozen):
+    """`ncalign convert`: any schema we read → groups in JSONL or Parquet, or pairs."""
+
+    input: DataSource = Field(
+        description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
+    )
+    output: Path = Field(
+        description="File to write: .jsonl, .jsonl.gz or .parquet; another name is a folder, with a file for each that is read."
+    )
+    shards: Literal["jsonl", "jsonl.gz", "parquet"] = Field("jsonl", description="Kind of the files in an output folder.")
+    schema_name: SchemaChoice = "auto"
+    adapter: str | None = Field(
+        None, description="'file.py:function' that makes of a row one of our schema, or none to leave it out; its code is run."
+    )
+    target: Literal["ncalign", "best_vs_random", "best_vs_worst", "all_pairs"] = Field(
+        "ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them."
+    )
+    seed: Seed = Field(0, description="Of the candidates drawn for best_vs_random.")
+    on_bad_row: OnBadRow = "error"

@@ -1,0 +1,235 @@
+"""Public data schemas → groups: one small pure function each, from a row to a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ncalign.core.errors import DataError, names, nearest, shown
+from ncalign.core.user_code import load_named
+from ncalign.data.formats import native, nca, others, ranked, transcripts, trl
+from ncalign.data.formats.group import Group
+from ncalign.data.formats.parsing import Row, require_columns
+
+SchemaName: TypeAlias = Literal[
+    "auto",
+    "ncalign",
+    "nca",
+    "ultrafeedback",
+    "nectar",
+    "simpo",
+    "nemo_rl",
+    "lmflow",
+    "solutions",
+    "sharegpt",
+    "alpaca",
+    "nemo_aligner",
+    "alpaca_eval",
+    "hh",
+    "trl_preference",
+    "trl_unpaired",
+    "trl_prompts",
+    "adapter",
+]
+REWARDS_OF: dict[SchemaName, str] = {
+    "nca": "scores",
+    "ultrafeedback": "overall_score",
+    "nectar": "rank",
+    "simpo": "scores of the reward model",
+    "nemo_rl": "rank",
+    "lmflow": "score",
+    "solutions": "is_correct",
+    "sharegpt": "chosen 1, rejected 0",
+    "alpaca": "chosen 1, rejected 0",
+    "nemo_aligner": "chosen_reward and rejected_reward, or chosen 1, rejected 0",
+    "alpaca_eval": "preference",
+    "hh": "chosen 1, rejected 0",
+    "trl_preference": "scores of the pair, or chosen 1, rejected 0",
+    "trl_unpaired": "label",
+}
+"""What the rewards of a public schema are."""
+Columns: TypeAlias = Callable[[Iterable[str]], tuple[str, ...]]
+
+
+def _any_row(row: Row) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Schema:
+    """How rows of one kind are recognised and read.
+
+    Args:
+        name: What the configuration calls it.
+        required: The columns a row must have, given the ones it has.
+        known: The columns that are read, given the ones there are; others go to the metadata.
+        parse: Row, default id and origin → group.
+        one_completion_a_row: Whether neighbouring rows with the same prompt are one group.
+        recognises: What a row's values must be besides; others share these columns.
+    """
+
+    name: SchemaName
+    required: Columns
+    known: Columns
+    parse: Callable[[Row, str, str], Group]
+    one_completion_a_row: bool = False
+    recognises: Callable[[Row], bool] = _any_row
+
+    def read(self, row: Row, default_id: str, origin: str) -> Group:
+        """Return the row's group, or raise a ValueError that says what is wrong with it."""
+        if self.name != "adapter":
+            require_columns(row, self.required(row), self.known(row), self.name)
+        return self.parse(row, default_id, origin)
+
+
+def _preference_columns(columns: Iterable[str]) -> tuple[str, ...]:
+    present = set(columns)
+    scores = trl.REWARD_COLUMNS[1] if present & set(trl.REWARD_COLUMNS[1]) else trl.REWARD_COLUMNS[0]
+    return (*trl.PREFERENCE_COLUMNS, *scores)
+
+
+NATIVE = Schema("ncalign", lambda _: ("prompt", "candidates"), lambda _: native.COLUMNS, native.parse)
+PROMPTS = Schema("ncalign", lambda _: ("prompt",), lambda _: native.COLUMNS, native.parse)
+PREFERENCE = Schema("trl_preference", lambda _: ("chosen", "rejected"), _preference_columns, trl.parse_preference)
+UNPAIRED = Schema(
+    "trl_unpaired",
+    lambda _: ("prompt", "completion", "label"),
+    lambda _: trl.UNPAIRED_COLUMNS,
+    trl.parse_unpaired,
+    one_completion_a_row=True,
+)
+NCA = Schema("nca", nca.required_columns, nca.known_columns, nca.parse)
+
+
+TRL_PROMPTS = Schema(
+    "trl_prompts",
+    lambda _: ("prompt",),
+    lambda _: native.COLUMNS,
+    native.parse,
+    # A row with other columns is one of another schema, misspelt: by itself a prompt is a part of each.
+    recognises=lambda row: row.keys() <= {"id", "prompt", "metadata"},
+)
+
+
+def _fixed(
+    name: SchemaName,
+    required: tuple[str, ...],
+    known: tuple[str, ...],
+    parse: Callable[[Row, str, str], Group],
+    recognises: Callable[[Row], bool] = _any_row,
+) -> Schema:
+    """A schema whose columns have fixed names."""
+    return Schema(name, lambda _: required, lambda _: known, parse, recognises=recognises)
+
+
+# Those with more columns, or told by their values, come before those whose columns they hold too.
+PUBLIC = (
+    NCA,
+    _fixed(
+        "ultrafeedback",
+        ranked.ULTRAFEEDBACK,
+        ranked.ULTRAFEEDBACK_KNOWN,
+        ranked.parse_ultrafeedback,
+        ranked.is_ultrafeedback,
+    ),
+    _fixed("nectar", ranked.NECTAR, ranked.NECTAR_KNOWN, ranked.parse_nectar, ranked.is_nectar),
+    Schema("simpo", ranked.list_columns, ranked.known_list_columns, ranked.parse_lists),
+    _fixed("nemo_rl", ranked.NEMO_RL, ("id", *ranked.NEMO_RL, "metadata"), ranked.parse_nemo_rl),
+    _fixed("lmflow", ranked.LMFLOW, ("id", *ranked.LMFLOW, "metadata"), ranked.parse_lmflow, ranked.is_lmflow),
+    _fixed(
+        "solutions",
+        ranked.SOLUTIONS,
+        ("id", *ranked.SOLUTIONS, "metadata"),
+        ranked.parse_solutions,
+        lambda row: bool(ranked.solution_columns(row)),
+    ),
+    _fixed("sharegpt", others.SHAREGPT, others.SHAREGPT_KNOWN, others.parse_sharegpt, others.is_sharegpt),
+    _fixed("alpaca", others.ALPACA, others.ALPACA_KNOWN, others.parse_alpaca, lambda row: "prompt" not in row),
+    _fixed("nemo_aligner", others.NEMO_ALIGNER, others.NEMO_ALIGNER_KNOWN, others.parse_nemo_aligner),
+    _fixed("alpaca_eval", others.ANNOTATION, others.ANNOTATION_KNOWN, others.parse_annotation),
+    _fixed("hh", ("chosen", "rejected"), transcripts.COLUMNS, transcripts.parse, transcripts.is_pair),
+    PREFERENCE,
+    UNPAIRED,
+)
+
+
+def schemas(schema: SchemaName, allow_empty: bool) -> tuple[Schema, ...]:
+    """Return the schemas that rows may have, in the order in which they are tried."""
+    choices: dict[str, tuple[Schema, ...]] = {
+        # Rows with candidates come first: a prompt alone is a part of every other schema.
+        "auto": (NATIVE, *PUBLIC, *((PROMPTS,) if allow_empty else ())),
+        "ncalign": (PROMPTS if allow_empty else NATIVE,),
+        "trl_prompts": (TRL_PROMPTS,),
+        **{one.name: (one,) for one in PUBLIC},
+    }
+    if schema not in choices:
+        raise DataError(f"unknown schema {schema!r}: known are {names(choices)}", reason="unknown schema")
+    return choices[schema]
+
+
+class LeftOut(Exception):
+    """A row that the user's adapter leaves out."""
+
+
+def adapted(name: str) -> Schema:
+    """The schema that a function of the user's reads: ``file.py:function``, from a row to a row of our schema, or None.
+
+    Raises:
+        ValueError: the function can't be had; while reading, what it raises, with the row.
+    """
+    function = load_named(name, what="adapter")
+
+    def parse(row: Row, default_id: str, origin: str) -> Group:
+        try:
+            found = function(row)
+        except Exception as error:  # the user's code may raise anything; it is reported with the row that it failed on
+            raise DataError(f"the adapter raised {type(error).__name__}: {error}", reason="adapter failed") from error
+        if found is None:
+            raise LeftOut
+        if not isinstance(found, dict) or not {"prompt", "candidates"} <= found.keys():
+            raise DataError(
+                f"the adapter returned {shown(found)}: an object with `prompt` and `candidates`, or None, is needed",
+                reason="adapter failed",
+            )
+        return native.parse(found, default_id, origin)
+
+    return Schema("adapter", lambda _: (), lambda _: native.COLUMNS, parse)
+
+
+def recognise(columns: Row, tried: tuple[Schema, ...]) -> Schema:
+    """Return the first schema whose columns are all there; an only choice is not questioned.
+
+    Raises:
+        ValueError: None matches; the message has the columns found and the nearest schema with what it lacks.
+    """
+    if len(tried) == 1:
+        return tried[0]
+    for schema in tried:
+        if all(name in columns for name in schema.required(columns)) and schema.recognises(columns):
+            # A prompts file takes rows of either kind from then on.
+            return PROMPTS if schema is NATIVE and PROMPTS in tried else schema
+    # Of equally near ones, those that are told by their columns alone; not those whose columns are there beside others.
+    lacking_some = [schema for schema in tried if any(name not in columns for name in schema.required(columns))]
+    closest = min(lacking_some or tried, key=lambda schema: (_distance(schema, columns), schema.recognises is not _any_row))
+    lacking = [name for name in closest.required(columns) if name not in columns]
+    renames = [(nearest(name, _unknown(closest, columns)), name) for name in lacking]
+    hints = "".join(f"; did you mean `{name}` by `{found}`?" for found, name in renames if found)
+    raise DataError(
+        f"the columns match no schema: found {names(columns) or 'none'}; the nearest schema, `{closest.name}`, "
+        f"lacks {names(lacking)}{hints}",
+        reason="unknown schema",
+    )
+
+
+def _unknown(schema: Schema, columns: Collection[str]) -> list[str]:
+    known = schema.known(columns)
+    return [name for name in columns if name not in known]
+
+
+def _distance(schema: Schema, columns: Collection[str]) -> float:
+    """Share of required columns that are missing; one that is there under a similar name counts as half."""
+    required = schema.required(columns)
+    unknown = _unknown(schema, columns)
+    missing = [0.5 if nearest(name, unknown) else 1.0 for name in required if name not in columns]
+    return sum(missing) / len(required)

@@ -1,0 +1,142 @@
+"""Where rows come from: files, folders of files, saved datasets, the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+
+from ncalign.core.errors import DataError
+from ncalign.data.formats import document, jsonl, parquet
+from ncalign.data.formats.parsing import Row
+
+Kind: TypeAlias = Literal["jsonl", "jsonl.gz", "parquet"]
+Rows: TypeAlias = Generator[tuple[int, Row | DataError], None, None]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.\[\]%+-]+)?")
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stream of rows.
+
+    Attributes:
+        name: for origins and ids.
+        label: for messages: the path.
+        unit: what a number counts, where it is not a line.
+        rows: opens the stream.
+    """
+
+    name: str
+    label: str
+    unit: str
+    rows: Callable[[], Rows]
+
+
+def kind_of(path: Path) -> Kind:
+    """The kind of a file, by its name.
+
+    Raises:
+        ValueError: it tells none.
+    """
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".json")):
+        return "jsonl"
+    if name.endswith((".jsonl.gz", ".json.gz")):
+        return "jsonl.gz"
+    if name.endswith(".parquet"):
+        return "parquet"
+    raise DataError(f"{path}: can't tell the kind of file by its name: .jsonl, .jsonl.gz or .parquet is needed")
+
+
+def is_folder_name(path: Path) -> bool:
+    """Whether a path is, or by its name will be, a folder: a suffix of letters is a file's, one such as ``-v1.0`` is not."""
+    return path.is_dir() or not re.fullmatch(r"\.[A-Za-z]+\d?", path.suffix)
+
+
+def find_sources(given: str | Path) -> list[Source]:
+    """The streams of a path or a hub id, in the order of their names.
+
+    Raises:
+        ValueError: there is nothing there that can be read.
+    """
+    path = Path(given)
+    if path.is_dir():
+        return _folder(path)
+    name = str(given)
+    if not path.exists() and not name.lower().endswith(_SUFFIXES) and _HUB_ID.fullmatch(name):
+        return [Source(name, name, "row ", partial(_hub_rows, name))]
+    return [_file(path, path.name)]
+
+
+def _file(path: Path, name: str) -> Source:
+    kind = kind_of(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the path (relative paths start at {Path.cwd()})")
+    if kind == "parquet":
+        return Source(name, str(path), "row ", partial(parquet.read_rows, path))
+    if path.name.lower().endswith((".json", ".json.gz")) and document.is_document(path):
+        return Source(name, str(path), "element ", partial(document.read_rows, path))
+    return Source(name, str(path), "", partial(jsonl.read_rows, path, compressed=kind == "jsonl.gz"))
+
+
+def _folder(path: Path) -> list[Source]:
+    arrow = sorted(path.rglob("*.arrow"))
+    splits = sorted({file.relative_to(path).parts[0] for file in arrow})
+    if (path / "dataset_dict.json").is_file() and len(splits) > 1:
+        raise DataError(f"{path} is a saved dataset with the splits {', '.join(splits)}: name one, as {path / splits[0]}")
+    if arrow:
+        return [Source(str(file.relative_to(path)), str(file), "row ", partial(_arrow_rows, file)) for file in arrow]
+    found = (file for file in path.rglob("*") if file.name.lower().endswith(_SUFFIXES))
+    files = [file for file in sorted(found) if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [file for file in files if file.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
+    if not files:
+        raise DataError(f"{path} is a folder without a .jsonl, .jsonl.gz, .json, .parquet or .arrow file: nothing to read")
+    return [_file(file, str(file.relative_to(path))) for file in files]
+
+
+def _arrow_rows(path: Path) -> Rows:
+    try:
+        with pa.memory_map(str(path)) as memory:
+            try:
+                reader: Any = pa.ipc.open_stream(memory)
+                batches: Iterator[pa.RecordBatch] = iter(reader)
+            except pa.ArrowInvalid:
+                reader = pa.ipc.open_file(memory)
+                batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            yield from parquet.numbered_rows(_small(batches))
+    except parquet.UNREADABLE as error:
+        raise DataError(f"{path}: can't read the Arrow file: {parquet.cause_of(error)}; save the dataset anew") from error
+
+
+def _small(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches in pieces, each looked through: damaged offsets would crash what reads them."""
+    for batch in batches:
+        batch.validate(full=True)
+        for start in range(0, batch.num_rows, parquet.BATCH_ROWS):
+            yield batch.slice(start, parquet.BATCH_ROWS)
+
+
+def _hub_rows(name: str) -> Rows:
+    """Stream a dataset of the hub, or of its cache."""
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(
+            f"{name}: no such file or folder; as a hub id it needs the package datasets: pip install 'ncalign[hub]'"
+        )
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        found = datasets.load_dataset(repository, split=split or "train", streaming=True)
+        for number, row in enumerate(found, start=1):
+            yield number, dict(row)
+    except Exception as error:  # the library raises classes of several packages
+        reason = str(error).strip().split("\n", 1)[0]
+        raise DataError(f"{name}: there is no such file, and as a hub id: {reason}") from error

@@ -1,0 +1,50 @@
+"""Configuration of `ncalign generate` and of servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from ncalign.core.config import Frozen, Seed
+from ncalign.data.config import OnBadRow
+from ncalign.model.config import DType, StringPrompts
+
+
+class ServerConfig(Frozen):
+    """A model on an OpenAI-compatible server (vLLM, SGLang, llama.cpp, an API)."""
+
+    base_url: str = Field("http://localhost:8000/v1", description="Where it listens, with /v1.")
+    model: str = Field("default", description="The model's name there.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the key; none: a server without keys.")
+    max_concurrency: int = Field(16, ge=1, description="Requests under way at a time, at most.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Requests begun in a minute, at most.")
+    timeout_seconds: float = Field(600.0, gt=0, description="Of one request.")
+    max_retries: int = Field(8, ge=0, description="Times that a failed request, or an answer that is none, is tried again.")
+    logprobs: bool = Field(True, description="Ask for log-probs of what is sampled; some servers have none.")
+
+
+class GenerateConfig(Frozen):
+    """`ncalign generate`: sample K candidate completions for each prompt."""
+
+    model: str | None = Field(None, description="Model folder or hub id; an adapter folder loads its base model too.")
+    server: ServerConfig | None = Field(None, description="A server to sample from, in place of a model of one's own.")
+    prompts: Path = Field(description="Groups whose prompts are answered (candidates may be absent).")
+    output: Path = Field(description="Groups file to write.")
+    num_samples: int = Field(8, ge=1, description="K, completions per prompt.")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability; 1: off.")
+    top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: off.")
+    batch_size: int = Field(64, ge=1, description="Completions sampled at a time.")
+    string_prompts: StringPrompts = "raw"
+    dtype: DType = "float32"
+    seed: Seed = Field(0, description="Of the sampling.")
+    on_bad_row: OnBadRow = "error"
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> GenerateConfig:
+        if (self.model is None) == (self.server is None):
+            raise ValueError("give model, a folder or hub id, or server, and not both")
+        return self

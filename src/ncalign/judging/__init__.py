@@ -1,0 +1,1 @@
+"""Question sets, models' answers, and those who judge them."""

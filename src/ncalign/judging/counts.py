@@ -1,0 +1,284 @@
+"""From verdicts to results: win rates, strengths, what the judge is like, ratings; tables and charts of them, written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.judging.judges import Account, Answers
+from ncalign.judging.summaries import (
+    arena_table,
+    comparison_table,
+    json_ready,
+    judge_table,
+    mt_bench_table,
+    strength_table,
+    win_matrix_table,
+    win_rate_table,
+)
+from ncalign.report.charts import category_chart, interval_chart, matrix_chart, write_chart
+from ncalign.report.tables import Table, to_text, write_table
+from ncalign.stats.agreement import PositionBias, judge_agreement, length_bias, position_bias
+from ncalign.stats.arena_hard import arena_hard_scores
+from ncalign.stats.bradley_terry import BradleyTerry, bradley_terry
+from ncalign.stats.length_control import DifficultyTable, LengthControlled, length_controlled_win_rate
+from ncalign.stats.mt_bench import mt_bench, question_scores
+from ncalign.stats.paired import PairedComparison, paired_comparison, paired_values
+from ncalign.stats.preferences import QuestionPreferences, complete_games, question_preferences
+from ncalign.stats.records import Game, Rating
+from ncalign.stats.style import Style, style_of
+from ncalign.stats.win_rate import win_matrix, win_rate
+
+_FEWEST_FOR_LENGTH_CONTROL = 20
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How results are counted.
+
+    Attributes:
+        seed: of bootstrap and permutations.
+        num_resamples: of both.
+        difficulties: AlpacaEval's table, for its length-controlled win rate.
+        places: each question's place in the set, which the table goes by.
+    """
+
+    seed: int
+    num_resamples: int
+    difficulties: DifficultyTable | None = None
+    places: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """What an evaluation came to, before it is written.
+
+    Attributes:
+        values: by name, as results.json has them.
+        tables: by file name.
+        charts: figures by file name.
+        lines: sentences for the terminal.
+        comparisons: of two models on the same questions, by what is compared.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+    charts: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    comparisons: dict[str, PairedComparison] = field(default_factory=dict)
+
+
+def count_games(
+    games: Sequence[Game],
+    results: Results,
+    counting: Counting,
+    *,
+    answers: Mapping[str, Answers] | None,
+    ordered: bool,
+    other_judge: Sequence[Game] | None = None,
+) -> None:
+    """Add what games say: win rates, length-controlled ones, strengths, and what the judge is like.
+
+    Args:
+        games: of models against one baseline, or several.
+        results: added to.
+        counting: how.
+        answers: by model and question, for their lengths; None where they are not known.
+        ordered: whether the judge saw two orders, so that there is something to say of it.
+        other_judge: games of a second judge, for the agreement of the two.
+
+    Raises:
+        ValueError: there is no verdict in both orders of any question.
+    """
+    pairs = list(dict.fromkeys((game.model, game.baseline) for game in games))
+    preferences = {
+        model: question_preferences([game for game in games if (game.model, game.baseline) == (model, baseline)])
+        for model, baseline in pairs
+    }
+    rates = {
+        name: win_rate(found.preferences, seed=counting.seed)
+        for name, found in preferences.items()
+        if np.isfinite(found.preferences).any()
+    }
+    if not rates:
+        raise ValueError("there is no verdict in both orders of any question: nothing can be said")
+    baseline = ", ".join(dict.fromkeys(other for _, other in pairs))
+    controlled = {} if answers is None else _controlled(preferences, answers, counting)
+    results.tables["win_rates"] = win_rate_table(rates, controlled, baseline=baseline)
+    results.lines += [
+        f"{name}: the penalty of the length-controlled fit leaves no effect of the model, for want of questions or of a "
+        "difference: its 50 % is where it begins, and no finding"
+        for name, found in controlled.items()
+        if found.coefficients["model"] == 0
+    ]
+    results.values |= {
+        "baseline": baseline,
+        "win_rates": json_ready(rates),
+        "length_controlled": json_ready(controlled),
+    }
+    chart = {"win rate": {name: (rate.win_rate, rate.ci) for name, rate in rates.items()}}
+    if controlled:
+        chart["length-controlled"] = {name: (found.win_rate, found.ci) for name, found in controlled.items()}
+    results.charts["win_rates.png"] = interval_chart(chart, title=f"Win rate against {baseline}", unit="%", reference=50)
+    _compare_models(preferences, results, counting)
+    if len(preferences) > 1:
+        matrix = win_matrix(games)
+        results.tables["win_matrix"] = win_matrix_table(matrix)
+        results.values["win_matrix"] = json_ready(matrix)
+        results.charts["win_matrix.png"] = matrix_chart(matrix)
+    if ordered:
+        _judge_report(games, answers, other_judge, results)
+        _strengths(games, answers, baseline=pairs[0][1], results=results, seed=counting.seed)
+
+
+def _compare_models(preferences: Mapping[str, QuestionPreferences], results: Results, counting: Counting) -> None:
+    """The first model against each other one that met the same baseline, question by question."""
+    first, *others = preferences.values()
+    compared = {
+        f"win rate against {first.baseline}: {other.model} to {first.model}": paired(
+            other.by_question, first.by_question, counting
+        )
+        for other in others
+        if other.baseline == first.baseline
+    }
+    add_comparisons(compared, results)
+
+
+def _controlled(
+    preferences: Mapping[str, QuestionPreferences], answers: Mapping[str, Answers], counting: Counting
+) -> dict[str, LengthControlled]:
+    """Length-controlled win rates, where there are verdicts enough and lengths that differ."""
+    found = {}
+    for name, one in preferences.items():
+        ours, theirs = (
+            np.array([length_of(answers[who], question) for question in one.questions], dtype=np.int64)
+            for who in (name, one.baseline)
+        )
+        enough = int(np.isfinite(one.preferences).sum()) >= _FEWEST_FOR_LENGTH_CONTROL
+        if enough and len(set((ours - theirs).tolist())) > 1:
+            found[name] = length_controlled_win_rate(
+                one.preferences,
+                ours,
+                theirs,
+                table=counting.difficulties,
+                questions=[counting.places[question] for question in one.questions],
+                seed=counting.seed,
+                num_resamples=counting.num_resamples,
+            )
+    return found
+
+
+def length_of(answers: Answers, question: str) -> int:
+    """Characters of an answer, all turns together."""
+    return sum(map(len, answers[question].turns))
+
+
+def _judge_report(
+    games: Sequence[Game], answers: Mapping[str, Answers] | None, other_judge: Sequence[Game] | None, results: Results
+) -> None:
+    place: PositionBias = position_bias(games)
+    length = None
+    if answers is not None:
+        lengths = {(q, name): length_of(given, q) for name, given in answers.items() for q in given}
+        length = length_bias(games, lengths)
+    agreement = None if other_judge is None else judge_agreement(games, other_judge)
+    results.tables["judge"] = judge_table(place, length, agreement)
+    results.values["judge"] = {
+        "position": json_ready(place),
+        "length": json_ready(length),
+        "agreement": json_ready(agreement),
+    }
+    results.lines += [f"Judge: {found.summary}." for found in (place, length) if found is not None]
+
+
+def _strengths(
+    games: Sequence[Game], answers: Mapping[str, Answers] | None, *, baseline: str, results: Results, seed: int
+) -> None:
+    """Arena-Hard's score and Bradley-Terry strengths, with and without style control."""
+    complete, _ = complete_games(games)
+    arena = arena_hard_scores(complete, seed=seed)
+    results.tables["arena_hard"] = arena_table(arena)
+    results.values["arena_hard"] = json_ready(arena)
+    styles: dict[tuple[str, str], Style] = {
+        (q, name): style_of("\n".join(answer.turns), sum(answer.num_tokens) or len(" ".join(answer.turns)) // 4)
+        for name, given in (answers or {}).items()
+        for q, answer in given.items()
+    }
+    for name, style in (("strengths", None), *((("strengths_style_controlled", styles),) if styles else ())):
+        try:
+            found: BradleyTerry = bradley_terry(games, anchor=baseline, styles=style, centered=False, seed=seed)
+        except ValueError as error:
+            results.lines.append(f"{name.replace('_', ' ')}: {error}")
+            continue
+        results.tables[name] = strength_table(found)
+        results.values[name] = json_ready(found)
+
+
+def count_ratings(ratings: Sequence[Rating], results: Results, counting: Counting) -> None:
+    """Add what ratings say: means by turn and category, and models compared question by question."""
+    scores = mt_bench(ratings, seed=counting.seed, num_resamples=counting.num_resamples)
+    results.tables["ratings"] = mt_bench_table(scores)
+    results.values["ratings"] = json_ready(scores)
+    results.charts["ratings.png"] = category_chart(scores)
+    first, *others = dict.fromkeys(rating.model for rating in ratings)
+    compared = {
+        f"rating: {other} to {first}": paired(question_scores(ratings, other), question_scores(ratings, first), counting)
+        for other in others
+    }
+    add_comparisons(compared, results)
+
+
+def paired(before: Mapping[str, float], after: Mapping[str, float], counting: Counting) -> PairedComparison | None:
+    """Two models' values of the same questions; None where they share fewer than two."""
+    first, second, _ = paired_values(before, after)
+    if len(first) < 2:
+        return None
+    return paired_comparison(first, second, seed=counting.seed, num_resamples=counting.num_resamples)
+
+
+def add_comparisons(compared: Mapping[str, PairedComparison | None], results: Results) -> None:
+    """Add comparisons to those that are there."""
+    results.comparisons |= {name: found for name, found in compared.items() if found is not None}
+    if results.comparisons:
+        results.values["comparisons"] = json_ready(results.comparisons)
+        results.tables["comparisons"] = comparison_table(results.comparisons)
+
+
+def add_accounts(accounts: Sequence[Account], results: Results) -> None:
+    """Add what judging came to, and say how many verdicts are missing."""
+    missing = sum(sum(account.missing.values()) for account in accounts)
+    results.values |= {
+        "verdicts": [{**asdict(account), "missing": dict(account.missing)} for account in accounts],
+        "missing_verdicts": missing,
+    }
+    if missing:
+        unanswered = sum(account.missing["no answer"] for account in accounts)
+        again = f"; rerun to ask again for the {unanswered} that had no answer" if unanswered else ""
+        results.lines.append(f"{missing} verdicts are missing; they are neither losses nor ties{again}")
+
+
+def write_results(results: Results, folder: Path) -> dict[str, Any]:
+    """Write results.json, each table as text, CSV and LaTeX, and the charts.
+
+    Returns:
+        The values, with the tables as printable text under ``text``.
+    """
+    values = {**results.values, "notes": results.lines}
+    for name, table in results.tables.items():
+        for suffix in ("txt", "json", "csv", "tex"):
+            write_table(table, folder / "tables" / f"{name}.{suffix}")
+    for name, figure in results.charts.items():
+        write_chart(figure, folder / name)
+    write_json_atomic(values, folder / "results.json")
+    parts = [to_text(table).rstrip() for table in results.tables.values()]
+    return {**values, "text": "\n\n".join([*parts, *results.lines, f"Results: {folder / 'results.json'}"])}
+
+
+def check_folder(folder: Path) -> None:
+    """Raise what writing there would raise, before the work whose result it is to hold."""
+    check_writable(folder / "results.json")

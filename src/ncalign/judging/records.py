@@ -1,0 +1,53 @@
+"""Questions, models' answers, and the labels of a judge's verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LABELS: Mapping[str, float] = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
+"""Arena-Hard's verdicts, with the preference for A that each stands for."""
+STRONG_WEIGHT = 3
+"""How many times a verdict of ``>>`` counts in Arena-Hard's score."""
+
+
+def verdict_weight(label: str) -> int:
+    """How many times a verdict counts."""
+    return STRONG_WEIGHT if ">>" in label else 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a set.
+
+    Attributes:
+        id: names it within its set.
+        turns: what the user says; MT-Bench has two turns, the other sets one.
+        category: MT-Bench's category, AlpacaEval's dataset, Arena-Hard's category; empty where there is none.
+        references: a right answer to each turn, where the set has them.
+        metadata: whatever else is known, such as a checkable instruction's names and arguments.
+    """
+
+    id: str
+    turns: tuple[str, ...]
+    category: str = ""
+    references: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to a question, a text for each of its turns.
+
+    Attributes:
+        question: the question's id.
+        model: who answered.
+        turns: the answers.
+        num_tokens: tokens of each; empty where they were not counted.
+    """
+
+    question: str
+    model: str
+    turns: tuple[str, ...]
+    num_tokens: tuple[int, ...] = ()

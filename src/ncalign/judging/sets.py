@@ -1,0 +1,170 @@
+"""Question sets, read from local files in their original formats; one of our own is bundled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ncalign.core.errors import DataError, names, shown
+from ncalign.data.formats.sources import find_sources
+from ncalign.data.groups import read_groups
+from ncalign.judging.records import Question
+
+BUNDLED = "instructions"
+"""Our own prompts with instructions that a program checks."""
+WHERE = {
+    "alpaca-eval": "alpaca_eval.json (805 instructions) of the data set tatsu-lab/alpaca_eval on the Hugging Face hub",
+    "arena-hard": "question.jsonl of data/arena-hard-v0.1 or arena-hard-v2.0 in the repository lmarena/arena-hard-auto on "
+    "GitHub",
+    "mt-bench": "question.jsonl of fastchat/llm_judge/data/mt_bench in the repository lm-sys/FastChat on GitHub",
+}
+"""Sets that are not bundled, and where their files are had."""
+
+
+def read_questions(name: str, *, file: Path | None = None) -> list[Question]:
+    """The questions of a set.
+
+    Args:
+        name: ``instructions``, ``alpaca-eval``, ``arena-hard``, ``mt-bench``, or a file in the format of one of them, in
+            IFEval's, or of groups or prompts.
+        file: the set's file, where the name is not one itself.
+
+    Raises:
+        ValueError: the file is not given, can't be read, or holds no questions; the message says where a named set is had.
+    """
+    if name == BUNDLED:
+        if file is not None:
+            raise ValueError(f"set_file goes with {names(WHERE)}; {BUNDLED} is bundled")
+        text = (resources.files("ncalign.judging") / "data" / "instructions.jsonl").read_text(encoding="utf-8")
+        rows = [(f"{BUNDLED}:{number}", json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]
+        return [_question(row, place, number) for number, (place, row) in enumerate(rows)]
+    if file is None and name in WHERE:
+        raise ValueError(f"the set {name} needs its file: --set_file PATH. It is {WHERE[name]}; it is not bundled")
+    path = Path(name) if file is None else file
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a set is one of {BUNDLED}, {', '.join(WHERE)}, or a file of questions")
+    questions = _read(path)
+    if not questions:
+        raise ValueError(f"{path} has no question")
+    seen: dict[str, int] = {}
+    for number, question in enumerate(questions, start=1):
+        if question.id in seen:
+            raise ValueError(f"{path}: questions {seen[question.id]} and {number} have the same id {question.id!r}: rename one")
+        seen[question.id] = number
+    return questions
+
+
+def read_references(path: Path, questions: Sequence[Question]) -> list[Question]:
+    """The questions with the reference answers of a FastChat file of model answers.
+
+    Raises:
+        ValueError: the file can't be read, or a row is no answer.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for place, row in rows_of(path):
+        try:
+            found[str(row["question_id"])] = tuple(str(text) for text in row["choices"][0]["turns"])
+        except (KeyError, IndexError, TypeError):
+            raise DataError(f"{place} is no answer: question_id and choices[0].turns are needed") from None
+    return [replace(q, references=found.get(q.id, q.references)) for q in questions]
+
+
+def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    """The objects of a JSON Lines file or JSON document, each with its place.
+
+    Raises:
+        ValueError: the file can't be read, or has something else in it.
+    """
+    for source in find_sources(path):
+        with closing(source.rows()) as rows:
+            for number, row in rows:
+                place = f"{source.label}:{source.unit}{number}"
+                if isinstance(row, DataError):
+                    raise row.within(place)
+                yield place, row
+
+
+def _read(path: Path) -> list[Question]:
+    rows = list(rows_of(path))
+    if rows and not any(recognised(rows[0][1]) for recognised, _ in _READERS):
+        return _from_groups(path)
+    return [_question(row, place, number) for number, (place, row) in enumerate(rows)]
+
+
+def _question(row: Mapping[str, Any], place: str, number: int) -> Question:
+    for recognised, read in _READERS:
+        if recognised(row):
+            try:
+                question = read(row, number)
+            except (KeyError, TypeError, IndexError) as error:
+                raise DataError(f"{place} is no question: {type(error).__name__} at {error}; found {names(row)}") from None
+            if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
+                raise DataError(f"{place}: its turns are {shown(list(question.turns))}: texts, not empty, are needed")
+            return question
+    raise DataError(f"{place} is no question: found {names(row)}; the rows before had other columns")
+
+
+def _from_groups(path: Path) -> list[Question]:
+    """Prompts of any schema: what the user says are the turns, where nothing else was said between them."""
+    questions = []
+    for group in read_groups(path, allow_empty=True):
+        turns = [group.prompt] if isinstance(group.prompt, str) else [m["content"] for m in group.prompt if m["role"] == "user"]
+        if not isinstance(group.prompt, str) and len(turns) != len(group.prompt):
+            raise DataError(
+                f"{group.origin}: group {group.id!r} has turns of others than the user: questions have the user's alone"
+            )
+        answer = group.metadata.get("answer")
+        references = (answer,) if isinstance(answer, str) else ()
+        questions.append(Question(group.id, tuple(turns), references=references, metadata=group.metadata))
+    return questions
+
+
+def _is_fastchat(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("turns"), list) and "question_id" in row
+
+
+def _fastchat(row: Mapping[str, Any], number: int) -> Question:
+    # Arena-Hard's turns are objects with a content.
+    turns = tuple(turn["content"] if isinstance(turn, dict) else turn for turn in row["turns"])
+    reference = row.get("reference") or ()
+    references = (reference,) if isinstance(reference, str) else tuple(str(text) for text in reference)
+    return Question(str(row["question_id"]), turns, str(row.get("category") or row.get("cluster") or ""), references)
+
+
+def _is_arena(row: Mapping[str, Any]) -> bool:
+    return "uid" in row and isinstance(row.get("prompt"), str)
+
+
+def _arena(row: Mapping[str, Any], number: int) -> Question:
+    return Question(str(row["uid"]), (row["prompt"],), str(row.get("category") or ""))
+
+
+def _is_alpaca(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("instruction"), str) and not {"completions", "chosen", "candidates"} & row.keys()
+
+
+def _alpaca(row: Mapping[str, Any], number: int) -> Question:
+    # AlpacaEval knows its questions by their place and their text.
+    return Question(str(number), (row["instruction"],), str(row.get("dataset") or ""))
+
+
+def _is_instructions(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("prompt"), str) and "instruction_id_list" in row
+
+
+def _instructions(row: Mapping[str, Any], number: int) -> Question:
+    checks = {"instruction_id_list": row["instruction_id_list"], "kwargs": row["kwargs"]}
+    return Question(str(row.get("key", number)), (row["prompt"],), metadata=checks)
+
+
+_READERS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any], int], Question]], ...] = (
+    (_is_fastchat, _fastchat),
+    (_is_arena, _arena),
+    (_is_instructions, _instructions),
+    (_is_alpaca, _alpaca),
+)

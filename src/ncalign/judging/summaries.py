@@ -1,0 +1,195 @@
+"""The evaluation's results as tables, and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from ncalign.report.tables import Cell, Column, Table
+from ncalign.stats.agreement import Agreement, LengthBias, PositionBias
+from ncalign.stats.arena_hard import ArenaScore
+from ncalign.stats.bradley_terry import BradleyTerry
+from ncalign.stats.length_control import LengthControlled
+from ncalign.stats.mt_bench import MTBench
+from ncalign.stats.paired import PairedComparison
+from ncalign.stats.power import detectable_difference
+from ncalign.stats.win_rate import WinMatrix, WinRate
+
+_BOUNDS = (Column("low"), Column("high"))
+
+
+def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, LengthControlled], *, baseline: str) -> Table:
+    """A row for each model: win rate with its interval, length-controlled where known, and what was counted.
+
+    Args:
+        rates: by model.
+        controlled: length-controlled ones by model; models may be absent.
+        baseline: whom the models were compared with.
+    """
+    columns = (
+        Column("model"),
+        Column("win rate (%)"),
+        *_BOUNDS,
+        Column("LC (%)"),
+        Column("LC low"),
+        Column("LC high"),
+        Column("wins"),
+        Column("ties"),
+        Column("losses"),
+        Column("missing"),
+        Column("detectable"),
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for model, rate in sorted(rates.items(), key=lambda item: -item[1].win_rate):
+        lc = controlled.get(model)
+        lc_cells: tuple[Cell, ...] = (lc.win_rate, *lc.ci) if lc else (None, None, None)
+        counts = (rate.num_wins, rate.num_ties, rate.num_losses, rate.num_missing)
+        detectable = detectable_difference(rate.standard_error) if math.isfinite(rate.standard_error) else None
+        rows.append((model, rate.win_rate, *rate.ci, *lc_cells, *counts, detectable))
+    caption = (
+        f"Win rate against {baseline} and length-controlled win rate (LC); low and high bound 95 % intervals; a difference "
+        f"from 50 is found with 80 % chance if it is at least the detectable one, in points."
+    )
+    return Table(columns, tuple(rows), caption)
+
+
+def strength_table(found: BradleyTerry) -> Table:
+    """A row for each model: rating, expected win rate against the anchor, games."""
+    columns = (
+        Column("model"),
+        Column("rating", 0),
+        Column("rating low", 0),
+        Column("rating high", 0),
+        Column("win rate (%)"),
+        *_BOUNDS,
+        Column("games"),
+    )
+    rows = tuple((s.model, s.rating, *s.rating_ci, s.win_rate, *s.win_rate_ci, s.num_games) for s in found.strengths)
+    style = f", style controlled ({', '.join(found.style)})" if found.style else ""
+    failed = f"; {found.num_failed_rounds} bootstrap rounds had no fit" if found.num_failed_rounds else ""
+    missing = f"{found.num_missing} games have no verdict"
+    return Table(columns, rows, f"Bradley-Terry strengths{style}; win rates are against {found.anchor}; {missing}{failed}.")
+
+
+def arena_table(scores: Sequence[ArenaScore]) -> Table:
+    """A row for each model: Arena-Hard's score with its interval."""
+    columns = (Column("model"), Column("score (%)"), *_BOUNDS, Column("games"), Column("missing"))
+    return Table(columns, tuple((s.model, s.score, *s.ci, s.num_games, s.num_missing) for s in scores), "Arena-Hard scores.")
+
+
+def mt_bench_table(scores: Sequence[MTBench]) -> Table:
+    """A row for each model: the mean, each turn's, each category's."""
+    turns = sorted({turn for score in scores for turn in score.turns})
+    categories = sorted({name for score in scores for name in score.categories})
+    columns = (
+        Column("model"),
+        Column("mean"),
+        *_BOUNDS,
+        *(Column(f"turn {turn}") for turn in turns),
+        *(Column(f"category {name}") for name in categories),
+        Column("missing"),
+    )
+    rows = tuple(
+        (
+            score.model,
+            score.overall.mean,
+            *score.overall.ci,
+            *(score.turns[turn].mean if turn in score.turns else None for turn in turns),
+            *(score.categories[name].mean if name in score.categories else None for name in categories),
+            score.overall.num_missing,
+        )
+        for score in scores
+    )
+    return Table(columns, rows, "Mean ratings, at most 10; low and high bound the mean's 95 % interval.")
+
+
+def win_matrix_table(matrix: WinMatrix) -> Table:
+    """A row and a column for each model: how often the row's is preferred to the column's."""
+    columns = (Column("model"), *(Column(f"vs {name}", 1) for name in matrix.models))
+    rows = tuple((name, *row) for name, row in zip(matrix.models, matrix.rates.tolist(), strict=True))
+    missing = int(matrix.num_missing.sum()) // 2
+    return Table(
+        columns, rows, f"Win rate of the row's model in percent; {missing} questions don't count for want of a verdict."
+    )
+
+
+def comparison_table(comparisons: Mapping[str, PairedComparison]) -> Table:
+    """A row for each measure: two models on the same questions, their difference, its interval and p-value."""
+    columns = (
+        Column("measure"),
+        Column("before"),
+        Column("after"),
+        Column("difference"),
+        *_BOUNDS,
+        Column("p", 4),
+    )
+    rows = tuple(
+        (name, c.mean_before, c.mean_after, c.difference, *c.ci_difference, c.p_value) for name, c in comparisons.items()
+    )
+    return Table(
+        columns, rows, "Paired by question; low and high bound the difference's 95 % interval; p is a permutation test's."
+    )
+
+
+def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agreement | None) -> Table:
+    """What is known of a judge, a line each; the caption says in words what sways it.
+
+    Args:
+        place: from both orders.
+        length: None where lengths are not known.
+        agreement: with a second judge; None where there is none.
+    """
+    rows: list[tuple[Cell, ...]] = [
+        ("answer shown first preferred (%)", place.first_place),
+        ("interval's low bound", place.ci[0]),
+        ("interval's high bound", place.ci[1]),
+        ("p-value of no position bias", place.p_value),
+        ("orders contradict each other (%)", place.contradictions),
+        ("one order a tie, the other not (%)", place.half_contradictions),
+        ("questions judged in both orders", place.num_pairs),
+        ("questions that lack an order", place.num_incomplete),
+    ]
+    if length is not None:
+        rows += [
+            ("longer answer preferred (%)", length.longer_preferred),
+            ("correlation with length", length.correlation),
+            ("rank correlation with length", length.rank_correlation),
+        ]
+    if agreement is not None:
+        rows += [
+            ("agreement with the second judge (%)", agreement.agreement),
+            ("agreement without ties (%)", agreement.agreement_without_ties),
+            ("Cohen's kappa", agreement.kappa),
+            ("games both judged", agreement.num_counted),
+        ]
+    caption = place.summary if length is None else f"{place.summary}. {length.summary}"
+    return Table((Column("the judge"), Column("value", 3)), tuple(rows), caption)
+
+
+def json_ready(result: object) -> Any:
+    """A result, or a list or mapping of results, as JSON has it: objects by field name, null for NaN, infinities and None.
+
+    Raises:
+        TypeError: it holds something that JSON has no form for.
+
+    >>> from ncalign.stats.mt_bench import MeanScore
+    >>> json_ready({"new": MeanScore(7.5, (float("nan"), float("nan")), 1, 0)})
+    {'new': {'mean': 7.5, 'ci': [None, None], 'num_counted': 1, 'num_missing': 0}}
+    """
+    if is_dataclass(result) and not isinstance(result, type):
+        return {field.name: json_ready(getattr(result, field.name)) for field in fields(result)}
+    if isinstance(result, Mapping):
+        return {str(key): json_ready(value) for key, value in result.items()}
+    if isinstance(result, np.ndarray | np.generic):
+        return json_ready(result.tolist())
+    if isinstance(result, list | tuple):
+        return [json_ready(value) for value in result]
+    if isinstance(result, float):
+        return result if math.isfinite(result) else None
+    if result is None or isinstance(result, str | int):
+        return result
+    raise TypeError(f"{type(result).__name__} has no form in JSON")

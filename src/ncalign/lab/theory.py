@@ -1,0 +1,61 @@
+"""All experiments in turn, and the files that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic, write_text_atomic
+from ncalign.core.progress import Bar
+from ncalign.lab import fixed_points, identities, normalizer, online, optima
+from ncalign.lab.report import page, plot, table
+from ncalign.lab.results import Curve, Findings, Statement
+
+EXPERIMENTS: tuple[Callable[[], Findings], ...] = (
+    *identities.EXPERIMENTS,
+    *normalizer.EXPERIMENTS,
+    *fixed_points.EXPERIMENTS,
+    *optima.EXPERIMENTS,
+    *online.EXPERIMENTS,
+)
+
+
+def run_lab(output_dir: Path | None) -> dict[str, object]:
+    """Check each statement of the theory on policies small enough to enumerate.
+
+    Args:
+        output_dir: Folder for ``theory.json`` (the statements), a PNG for each curve and ``theory.html`` with all of it. Each
+            is written whole or not at all, once every experiment is done. None: nothing is written.
+
+    Returns:
+        ``statements``, a dict each as `Statement.row` gives it; ``text``, a table for people; ``files``, the paths written. No
+        number is random: two runs on one machine give the same.
+
+    Raises:
+        OSError: The folder can't be written; raised before the experiments begin.
+    """
+    if output_dir is not None:
+        check_writable(output_dir / "theory.json")
+    statements: list[Statement] = []
+    curves: list[Curve] = []
+    with Bar("theory", len(EXPERIMENTS)) as bar:
+        for experiment in EXPERIMENTS:
+            findings = experiment()
+            statements += findings.statements
+            curves += findings.curves
+            bar.advance(note=experiment.__name__.replace("_", " "))
+    files = [] if output_dir is None else _write(output_dir, statements, curves)
+    text = "\n".join([table(statements), *(f"written: {file}" for file in files)])
+    return {"statements": [statement.row() for statement in statements], "text": text, "files": files}
+
+
+def _write(folder: Path, statements: Sequence[Statement], curves: Sequence[Curve]) -> list[str]:
+    """Write the files and return their paths; the page last, so that it never stands alone."""
+    images = {curve.name: plot(curve) for curve in curves}
+    written = [folder / "theory.json", *(folder / f"{name}.png" for name in images), folder / "theory.html"]
+    write_json_atomic([statement.row() for statement in statements], written[0])
+    for name, image in images.items():
+        with atomic_path(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(image)
+    write_text_atomic(page(statements, curves, images), written[-1])
+    return [str(path) for path in written]

@@ -1,0 +1,1 @@
+"""A model that gives log-probs of completions, ``[B, K]``."""

@@ -1,0 +1,172 @@
+"""Groups of token ids → batches of tensors, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ncalign.data.groups import Group
+from ncalign.model.encoding import EncodedGroup, Encoder
+from ncalign.model.layout import Span
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """B groups with at most K candidates each, and their tokens, each once.
+
+    Attributes:
+        ids: the groups' ids.
+        candidate_mask: True where there is a candidate.
+        rewards: float64, for rewards that float32 would round into ties; NaN where missing.
+        reference_logprobs: nats, summed over completion tokens; NaN where not known.
+        completion_lengths: scored tokens; 0 where there is no candidate.
+        tokens: of all groups, one after the other.
+        spans: where each group's prompt and completions lie in them.
+        pad_token_id: fills rows, where a layout has any.
+    """
+
+    ids: tuple[str, ...]
+    candidate_mask: Bool[Tensor, "B K"]
+    rewards: Float[Tensor, "B K"]
+    reference_logprobs: Float[Tensor, "B K"]
+    completion_lengths: Int[Tensor, "B K"]
+    tokens: Int[Tensor, " N"]
+    spans: tuple[Span, ...]
+    pad_token_id: int
+
+    def to(self, device: torch.device | str) -> GroupBatch:
+        """The batch with its tensors on a device."""
+        return replace(
+            self,
+            candidate_mask=self.candidate_mask.to(device),
+            rewards=self.rewards.to(device),
+            reference_logprobs=self.reference_logprobs.to(device),
+            completion_lengths=self.completion_lengths.to(device),
+            tokens=self.tokens.to(device),
+        )
+
+
+def collate(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> GroupBatch:
+    """Put groups into a batch; K is the largest among them."""
+    num_groups = len(groups)
+    num_candidates = max(len(group.completions) for group in groups)
+    mask = torch.zeros(num_groups, num_candidates, dtype=torch.bool)
+    rewards = torch.full((num_groups, num_candidates), float("nan"), dtype=torch.float64)
+    references = torch.full((num_groups, num_candidates), float("nan"), dtype=torch.float64)
+    lengths = torch.zeros(num_groups, num_candidates, dtype=torch.long)
+    spans: list[Span] = []
+    for b, group in enumerate(groups):
+        sizes = tuple(len(completion) for completion in group.completions)
+        mask[b, : len(sizes)] = True
+        lengths[b, : len(sizes)] = torch.tensor(sizes)
+        rewards[b, : len(sizes)] = _float64(group.rewards)
+        references[b, : len(sizes)] = _float64(group.reference_logprobs)
+        spans.append(Span(spans[-1].end if spans else 0, len(group.prompt), sizes))
+    tokens = np.concatenate([part for group in groups for part in (group.prompt, *group.completions)])
+    return GroupBatch(
+        ids=tuple(group.id for group in groups),
+        candidate_mask=mask,
+        rewards=rewards,
+        reference_logprobs=references,
+        completion_lengths=lengths,
+        tokens=torch.from_numpy(tokens).long(),
+        spans=tuple(spans),
+        pad_token_id=pad_token_id,
+    )
+
+
+def encode_groups(
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Iterable[Group],
+    *,
+    max_length: int = 1024,
+    max_prompt_length: int | None = None,
+    string_prompts: Literal["raw", "user_turn"] = "raw",
+) -> GroupBatch:
+    """Groups as one batch, encoded as training encodes them; what was cut or encoded in another way is warned of.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        groups: groups with at least one candidate each.
+        max_length: most tokens of a prompt and its completion.
+        max_prompt_length: prompt tokens kept when the two exceed ``max_length``; half of it by default.
+        string_prompts: whether plain-string prompts are encoded as they are or as a user's turn.
+
+    Raises:
+        ValueError: there is no group, or one can't be encoded; the message names it.
+    """
+    encoder = Encoder(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, string_prompts=string_prompts)
+    encoded = []
+    for group in groups:
+        if not group.candidates:
+            raise ValueError(f"{group.origin or 'group'}: group {group.id!r} has no candidates: there is nothing to batch")
+        encoded.append(encoder.encode(group))
+    if not encoded:
+        raise ValueError("there are no groups: a batch needs at least one")
+    for notice in encoder.report.notices():
+        warnings.warn(notice, stacklevel=2)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return collate(encoded, pad_token_id=int(padding))
+
+
+def epoch_order(num_groups: int, *, epoch: int, seed: int) -> list[int]:
+    """The order of the groups in an epoch: a permutation that depends on nothing but the seed and the epoch."""
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    return torch.randperm(num_groups, generator=generator).tolist()
+
+
+def visit_generator(seed: int, *, epoch: int, index: int) -> torch.Generator:
+    """The random numbers of one group's visit: the same however the step is split over passes and processes."""
+    return torch.Generator().manual_seed(_mix(seed, epoch, index))
+
+
+def split_by_tokens(sizes: Sequence[tuple[int, int]], *, max_groups: int, max_tokens: int, padded: bool) -> Iterator[list[int]]:
+    """Split groups into passes of at most ``max_groups`` groups and ``max_tokens`` tokens, groups of like length together.
+
+    Args:
+        sizes: of each group, its rows and its longest row's tokens; or where prompts are shared, 1 and all its tokens.
+        max_groups: most groups in a pass.
+        max_tokens: most tokens in a pass; a group above it makes a pass of its own.
+        padded: whether each row takes as many tokens as the longest of its pass.
+
+    Yields:
+        Positions in ``sizes``.
+
+    Example:
+        >>> list(split_by_tokens([(2, 10), (2, 50), (2, 40)], max_groups=8, max_tokens=200, padded=True))
+        [[1, 2], [0]]
+        >>> list(split_by_tokens([(1, 10), (1, 50), (1, 40)], max_groups=8, max_tokens=90, padded=False))
+        [[1, 2], [0]]
+    """
+    current: list[int] = []
+    rows = width = tokens = 0
+    for position in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        group_rows, group_width = sizes[position]
+        needed = (rows + group_rows) * max(width, group_width) if padded else tokens + group_rows * group_width
+        if current and (len(current) == max_groups or needed > max_tokens):
+            yield current
+            current, rows, width, tokens = [], 0, 0, 0
+        current.append(position)
+        rows += group_rows
+        width = max(width, group_width)
+        tokens += group_rows * group_width
+    if current:
+        yield current
+
+
+def _float64(values: Sequence[float | None]) -> Tensor:
+    return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
+
+
+def _mix(*parts: int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

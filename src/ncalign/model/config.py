@@ -1,0 +1,53 @@
+"""Configuration of what turns text into ids, and of the weights that are trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ncalign.core.config import Frozen
+
+DType = Annotated[
+    Literal["float32", "bfloat16", "float64"],
+    Field(
+        description="Precision of the computation. Full fine-tuning keeps float32 weights and autocasts to bfloat16; "
+        "with LoRA the frozen weights are held in this precision and the adapter in float32."
+    ),
+]
+
+
+StringPrompts = Annotated[
+    Literal["raw", "user_turn"],
+    Field(description="Prompts that are plain strings: encoded as they are, or as a user's turn of the chat template."),
+]
+
+
+class LoRA(Frozen):
+    """A LoRA adapter (peft); every other weight is frozen, and the reference is the adapter switched off."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: int = Field(32, ge=1, description="Scale; the adapter's output is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="Module names, or 'all-linear'.")
+
+
+class EncodingConfig(Frozen):
+    """How groups become token ids."""
+
+    max_length: int = Field(1024, ge=2, description="Most tokens of a prompt and its completion together.")
+    max_prompt_length: int | None = Field(
+        None,
+        ge=1,
+        description="Prompt tokens kept (its end) when prompt and longest completion exceed max_length; none: half of it.",
+    )
+    string_prompts: StringPrompts = "raw"
+
+    @model_validator(mode="after")
+    def _room_for_completions(self) -> EncodingConfig:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be less than max_length ({self.max_length}): "
+                "completions need room"
+            )
+        return self

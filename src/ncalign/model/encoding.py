@@ -1,0 +1,384 @@
+"""Groups → token ids: chat template, prompt/completion boundary, EOS and truncation.
+
+One rule each, for a whole group:
+
+* **Boundary.** Prompt and completion are encoded as one text and split where the prompt's own tokens end. Where these are not
+  a prefix of the whole text's tokens (a token merged across the boundary), the completion is encoded on its own, after the
+  prompt's tokens, as it is when the model generates; such candidates are counted.
+* **EOS.** The completion ends with exactly one end token, and it is scored: the one that the chat template puts after an
+  assistant's turn, or the tokenizer's EOS where the template puts none or there is no template. A candidate that is not
+  ``finished``, cut while it was generated, has none.
+* **Truncation.** When the prompt and the longest completion exceed ``max_length``, the prompt keeps its end (at least
+  ``max_prompt_length`` tokens with BOS, which stays in front) and all completions are cut at the same length. A cut completion
+  has no EOS.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ncalign.data.groups import Candidate, Group, Message
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class EncodedGroup:
+    """A group as token ids: what training needs of it."""
+
+    id: str
+    origin: str
+    prompt: Ids
+    completions: tuple[Ids, ...]
+    rewards: tuple[float | None, ...]
+    reference_logprobs: tuple[float | None, ...]
+    weights: tuple[float, ...] = ()
+    """Of the group's loss when the candidate is its positive; none where every weight is 1."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest completion."""
+        return len(self.prompt) + max(len(completion) for completion in self.completions)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and all completions."""
+        return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
+
+@dataclass
+class EncodingReport:
+    """Counts of what encoding did.
+
+    Attributes:
+        groups: groups encoded.
+        candidates: candidates encoded.
+        tokens: prompt and completion tokens of all candidates.
+        scored_tokens: completion tokens.
+        longest: tokens of the longest prompt and completion, after truncation.
+        prompts_truncated: prompts that lost their beginning.
+        completions_truncated: completions that lost their end, and their EOS with it.
+        boundary_merges: candidates whose first token would have merged with the prompt's last.
+        repeated_eos: candidates whose text ended with an EOS of its own; it is scored once.
+        template_mismatches: candidates whose rendering is not the rendered prompt followed by their text (a template that
+            rewrites the last turn, or writes something in front of the answer); they are encoded as plain text after the
+            prompt.
+        dropped: dropped groups by reason.
+        first_truncated: the first truncated group, to look at.
+    """
+
+    groups: int = 0
+    candidates: int = 0
+    tokens: int = 0
+    scored_tokens: int = 0
+    longest: int = 0
+    prompts_truncated: int = 0
+    completions_truncated: int = 0
+    boundary_merges: int = 0
+    repeated_eos: int = 0
+    template_mismatches: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    first_truncated: str | None = None
+
+    def add(self, other: EncodingReport) -> None:
+        """Count what another encoder did as well."""
+        for entry in fields(self):
+            if entry.type == "int":
+                combine = max if entry.name == "longest" else sum
+                setattr(self, entry.name, combine((getattr(self, entry.name), getattr(other, entry.name))))
+        self.dropped.update(other.dropped)
+        self.first_truncated = self.first_truncated or other.first_truncated
+
+    def notices(self) -> list[str]:
+        """What a user should know, one sentence each."""
+        found = []
+        if self.prompts_truncated or self.completions_truncated:
+            found.append(
+                f"{self.prompts_truncated} prompts lost their beginning and {self.completions_truncated} completions their end "
+                f"(first: {self.first_truncated}); raise max_length to keep them whole"
+            )
+        if self.boundary_merges:
+            found.append(
+                f"{self.boundary_merges} completions would merge a token with their prompt; they are encoded after the "
+                "prompt's own tokens, as in generation (end prompts without trailing spaces to avoid this)"
+            )
+        if self.repeated_eos:
+            found.append(f"{self.repeated_eos} completions ended with an EOS of their own; it is scored once")
+        if self.template_mismatches:
+            found.append(
+                f"the chat template renders {self.template_mismatches} completions differently from a generated turn; they are "
+                "encoded as plain text after the prompt"
+            )
+        return found
+
+
+class DroppedGroupError(ValueError):
+    """A group that can't be encoded; ``reason`` is the short form that is counted."""
+
+    def __init__(self, group: Group, reason: str, detail: str) -> None:
+        """Name the group and say why."""
+        super().__init__(f"{group.origin or 'group'}: group {group.id!r}: {detail}")
+        self.reason = reason
+
+
+class Encoder:
+    """Encodes groups for one tokenizer, under one set of rules.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        max_length: most tokens of a prompt and its completion.
+        max_prompt_length: prompt tokens kept when the two exceed ``max_length``; half of it by default.
+        string_prompts: whether plain-string prompts are encoded as they are or as a user's turn.
+
+    Raises:
+        ValueError: ``max_prompt_length`` leaves completions no room.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 1024,
+        max_prompt_length: int | None = None,
+        string_prompts: Literal["raw", "user_turn"] = "raw",
+    ) -> None:
+        """See the class."""
+        if max_prompt_length is None:
+            max_prompt_length = max_length // 2
+        if not 1 <= max_prompt_length < max_length:
+            raise ValueError(
+                f"max_prompt_length is {max_prompt_length} and max_length {max_length}: completions need room; "
+                "max_prompt_length must be at least 1 and less than max_length"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.string_prompts = string_prompts
+        self.report = EncodingReport()
+        self._bos = _bos_id(tokenizer)
+        self._template_end: tuple[int, str, str] | None = None
+
+    def encode(self, group: Group) -> EncodedGroup:
+        """Encode a group.
+
+        Raises:
+            DroppedGroupError: a completion is empty, or has an EOS inside; the group is counted as dropped.
+            ValueError: the group needs a chat template and the tokenizer has none, or its messages don't fit.
+        """
+        try:
+            prompt, completions = self._tokens(group)
+        except DroppedGroupError as dropped:
+            self.report.dropped[dropped.reason] += 1
+            raise
+        prompt, completions = self._truncate(group, prompt, completions)
+        encoded = EncodedGroup(
+            id=group.id,
+            origin=group.origin or "",
+            prompt=np.asarray(prompt, dtype=np.int32),
+            completions=tuple(np.asarray(completion, dtype=np.int32) for completion in completions),
+            rewards=tuple(candidate.reward for candidate in group.candidates),
+            reference_logprobs=tuple(candidate.reference_logprob for candidate in group.candidates),
+        )
+        scored = sum(len(completion) for completion in completions)
+        self.report.groups += 1
+        self.report.candidates += len(completions)
+        self.report.scored_tokens += scored
+        self.report.tokens += scored + len(prompt) * len(completions)
+        self.report.longest = max(self.report.longest, encoded.length)
+        return encoded
+
+    def _tokens(self, group: Group) -> tuple[list[int], list[list[int]]]:
+        as_chat = not isinstance(group.prompt, str) or self.string_prompts == "user_turn"
+        if as_chat:
+            prompt_text = render_prompt(self.tokenizer, group.prompt, where=_where(group))
+            end_id, bodies = self._chat_bodies(group, prompt_text)
+        else:
+            assert isinstance(group.prompt, str)
+            prompt_text, end_id = group.prompt, int(self.tokenizer.eos_token_id)
+            bodies = [prompt_text + self._content(candidate, group, end_id) for candidate in group.candidates]
+        prompt, *whole = self.tokenizer([prompt_text, *bodies], add_special_tokens=False, verbose=False)["input_ids"]
+        completions = [
+            self._split(group, prompt, body[len(prompt_text) :], ids, end_id) for body, ids in zip(bodies, whole, strict=True)
+        ]
+        completions = [
+            tokens if candidate.finished else tokens[:-1]
+            for candidate, tokens in zip(group.candidates, completions, strict=True)
+        ]
+        if not as_chat and self._bos is not None and prompt[:1] != [self._bos]:
+            prompt = [self._bos, *prompt]
+        if not prompt:
+            raise DroppedGroupError(group, "empty prompt", "the prompt has no tokens: a completion needs something before it")
+        return prompt, completions
+
+    def _chat_bodies(self, group: Group, prompt_text: str) -> tuple[int, list[str]]:
+        end_id, before_end, after_content = self._find_template_end(group)
+        messages = as_messages(group.prompt)
+        bodies = []
+        for candidate in group.candidates:
+            text = self._content(candidate, group, end_id)
+            full = self._render([*messages, {"role": "assistant", "content": text}], group)
+            body = full[: len(full) - len(after_content)]
+            # Templates may trim the answer or put white space around it; any other text there is none that was generated.
+            if full.startswith(prompt_text) and body[len(prompt_text) :].strip() == text.strip():
+                bodies.append(body + before_end)
+            else:
+                self.report.template_mismatches += 1
+                bodies.append(prompt_text + text + before_end)
+        return end_id, bodies
+
+    def _content(self, candidate: Candidate, group: Group, end_id: int) -> str:
+        """The completion's text without end tokens at its end, which a template would follow with white space of its own."""
+        text = completion_text(candidate, group)
+        ends = tuple(self.tokenizer.convert_ids_to_tokens([end_id, int(self.tokenizer.eos_token_id)]))
+        content = text
+        while content.rstrip().endswith(ends):
+            stripped = content.rstrip()
+            content = stripped[: -max(len(end) for end in ends if stripped.endswith(end))]
+        self.report.repeated_eos += content != text
+        if not content.strip():
+            raise DroppedGroupError(group, "empty completion", _EMPTY)
+        return content
+
+    def _render(self, messages: list[Message], group: Group) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
+            raise ValueError(f"{_where(group)}the chat template refuses the prompt with its completion: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _find_template_end(self, group: Group) -> tuple[int, str, str]:
+        """The end token after an assistant's turn, the text between content and end token, and all text after the content."""
+        if self._template_end is None:
+            rendered = self._render([*as_messages(group.prompt), {"role": "assistant", "content": _PROBE}], group)
+            if _PROBE not in rendered:
+                raise ValueError(
+                    f"{_where(group)}the chat template does not render an assistant's turn as it is: mend the template"
+                )
+            after = rendered.rpartition(_PROBE)[2]
+            special = set(self.tokenizer.all_special_tokens) | {
+                str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
+            }
+            present = [(after.index(token), -len(token), token) for token in special if token and token in after]
+            if present:
+                position, _, token = min(present)
+                end_id = self.tokenizer.convert_tokens_to_ids(token)
+                assert isinstance(end_id, int)
+                self._template_end = (end_id, after[:position], after)
+            else:
+                self._template_end = (int(self.tokenizer.eos_token_id), "", after)
+        return self._template_end
+
+    def _split(self, group: Group, prompt: list[int], rest: str, ids: list[int], end_id: int) -> list[int]:
+        """The completion's tokens, with exactly one end token."""
+        if ids[: len(prompt)] == prompt:
+            completion = ids[len(prompt) :]
+        else:
+            completion = self.tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]
+            self.report.boundary_merges += 1
+            if self.tokenizer.decode(prompt + completion) != self.tokenizer.decode(ids):
+                raise DroppedGroupError(
+                    group,
+                    "unsplittable boundary",
+                    "the tokenizer merges prompt and completion into one token and can't encode the completion alone "
+                    f"(it begins {rest[:20]!r}); end the prompt at a word boundary",
+                )
+        ends = {end_id, int(self.tokenizer.eos_token_id)}
+        if not completion:
+            raise DroppedGroupError(group, "empty completion", _EMPTY)
+        if not ends.isdisjoint(completion):
+            raise DroppedGroupError(
+                group,
+                "EOS inside a completion",
+                "a completion has an end token in its middle: remove it, or cut the text there",
+            )
+        return [*completion, end_id]
+
+    def _truncate(self, group: Group, prompt: list[int], completions: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+        longest = max(len(completion) for completion in completions)
+        if len(prompt) + longest <= self.max_length:
+            return prompt, completions
+        kept = min(len(prompt), max(self.max_prompt_length, self.max_length - longest))
+        room = self.max_length - kept
+        self.report.prompts_truncated += kept < len(prompt)
+        self.report.completions_truncated += sum(len(completion) > room for completion in completions)
+        self.report.first_truncated = self.report.first_truncated or _where(group).removesuffix(": ")
+        # Models lean on BOS: what is cut off stands after it.
+        first = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
+        return [*first, *prompt[len(prompt) - kept + len(first) :]], [completion[:room] for completion in completions]
+
+
+_PROBE = "ncalign"
+_EMPTY = "a completion is empty: there is nothing to score"
+
+
+def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    """A prompt as chat messages; a plain string is a user's turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], *, where: str = "") -> str:
+    """The prompt through the chat template, up to where the model's answer begins.
+
+    A template that has no generation prompt (``add_generation_prompt`` changes nothing) still writes something between the last
+    turn and the answer, such as a role's name; that belongs to the prompt too, but for spaces at its end.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where}the prompt is a conversation and the tokenizer of {tokenizer.name_or_path!r} has no chat template: put a "
+            "chat_template.jinja into the model folder, or give prompts and completions as plain strings"
+        )
+    try:
+        text = tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
+        raise ValueError(f"{where}the chat template refuses the prompt: {error}") from error
+    assert isinstance(text, str)
+    return text + _turn_opening(tokenizer, as_messages(prompt), text)
+
+
+def _turn_opening(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str) -> str:
+    """What a template without generation prompt writes after the rendered prompt ``text`` and before an answer."""
+    try:
+        if tokenizer.apply_chat_template(messages, tokenize=False) != text:
+            return ""
+        answered = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": _PROBE}], tokenize=False)
+    except Exception:  # a prompt that the template lets no answer follow; encoding an answer says so
+        return ""
+    assert isinstance(answered, str)
+    opening, probe, _ = answered[len(text) :].partition(_PROBE)
+    # Tokenizers join a space with the word after it, so it goes with the answer.
+    return opening.rstrip(" ") if probe and answered.startswith(text) else ""
+
+
+def completion_text(candidate: Candidate, group: Group) -> str:
+    """The text of a completion, which is a string or one assistant message."""
+    completion = candidate.completion
+    if isinstance(completion, str):
+        return completion
+    if len(completion) == 1 and completion[0]["role"] == "assistant":
+        return completion[0]["content"]
+    roles = ", ".join(message["role"] for message in completion)
+    raise ValueError(
+        f"{_where(group)}a completion has the turns [{roles}]; it must be one assistant message: "
+        "move earlier turns into the prompt"
+    )
+
+
+def _where(group: Group) -> str:
+    return f"{group.origin or 'group'}: group {group.id!r}: "
+
+
+def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token that the tokenizer puts before plain text, if it puts one."""
+    ids = tokenizer("a")["input_ids"]
+    return int(ids[0]) if ids and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None

@@ -1,0 +1,349 @@
+"""Completion log-probs ``[B, K]`` of a group batch.
+
+This is the one place that runs the model for its log-probs. Logits exist only at completion positions and only for a chunk of
+them at a time; with gradients, a chunk's logits are computed again in the backward pass, so that the memory of the
+vocabulary head does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ncalign.model.attention import NAME as SHARED
+from ncalign.model.attention import shares_prompts
+from ncalign.model.batching import GroupBatch
+from ncalign.model.layout import Layout, Span, completions_layout, padded_layout, prompts_layout, shared_layout
+
+_CHUNK_LOGITS = {"cpu": 2**22, "other": 2**26}
+"""Logits held at a time: 16 MiB in float32 on a CPU, 256 MiB on an accelerator."""
+
+
+class LogprobModel(nn.Module):
+    """A language model whose forward pass is :func:`completion_logprobs`.
+
+    Data-parallel and sharded wrappers hook a module's forward; this one puts the body and the head inside it.
+
+    Args:
+        model: the model.
+        autocast: run in this precision while the weights keep their own.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, autocast: torch.dtype | None = None) -> None:
+        """See the class."""
+        super().__init__()
+        self.model = model
+        self._autocast = autocast
+        self._no_split_modules = list(base_causal_model(model)._no_split_modules or [])
+
+    def forward(
+        self,
+        batch: GroupBatch,
+        select: Tensor | None = None,
+        *,
+        choose: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See :func:`completion_logprobs`, or with ``choose`` :func:`chosen_logprobs`, which scores those of ``select``.
+
+        ``dtype`` stands in for the model's own autocast where no gradient flows.
+        """
+        if choose is not None:
+            with self._precision(batch, self._autocast):
+                return chosen_logprobs(self.model, batch, choose, read=select, scoring=self._precision(batch, dtype))
+        with self._precision(batch, dtype or self._autocast):
+            return completion_logprobs(self.model, batch, select=select)
+
+    @contextmanager
+    def _precision(self, batch: GroupBatch, dtype: torch.dtype | None) -> Iterator[None]:
+        if dtype is None:
+            yield
+            return
+        # Without this peft casts every input of a float32 adapter to float32 and back, which costs more than the model itself.
+        uncast = disable_input_dtype_casting(self.model) if isinstance(self.model, PeftModel) else nullcontext()
+        with uncast, torch.autocast(batch.tokens.device.type, dtype=dtype):
+            yield
+
+
+def completion_logprobs(
+    model: PreTrainedModel | PeftModel,
+    batch: GroupBatch,
+    *,
+    select: Int[Tensor, "B S"] | None = None,
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, "B S"]:
+    """Log-probability of each completion given its prompt, summed over its tokens (EOS included), in float32.
+
+    ``log π(y_k|x) = Σ_t log softmax(logits_t)[y_{k,t}]``
+
+    Args:
+        model: a Hugging Face causal language model, or a PEFT model around one.
+        batch: B groups of at most K candidates.
+        select: the candidates wanted, as indices into K; -1 for none. All of them by default (S = K).
+        chunk_tokens: positions whose logits are held at a time; by default what fits a fixed budget.
+
+    Returns:
+        Nats, ``[B, S]``; 0 where there is no candidate. float64 for a float64 model.
+
+    Raises:
+        ValueError: ``model`` is no such model.
+    """
+    causal = base_causal_model(model)
+    wanted, places = _wanted(batch, select)
+    if not any(wanted):
+        return torch.zeros(places.shape, device=batch.tokens.device)
+    if shares_prompts(causal):
+        layout = shared_layout(batch.tokens, batch.spans, wanted)
+    else:
+        layout = padded_layout(batch.tokens, batch.spans, wanted, pad_token_id=batch.pad_token_id)
+    return _summed(causal, _body(causal, layout).flatten(0, 1), layout, places, chunk_tokens)
+
+
+def _summed(
+    causal: PreTrainedModel, hidden: Float[Tensor, "N D"], layout: Layout, places: Tensor, chunk_tokens: int | None = None
+) -> Float[Tensor, "B S"]:
+    chunk = chunk_tokens or _chunk_tokens(causal, hidden.device)
+    token_logprobs = _token_logprobs(head_of(causal), hidden[layout.predictors], layout.targets, chunk)
+    # Summed in float64 and rounded once: float32 steps by 3e-5 at 300 nats. Metal has no float64.
+    terms = token_logprobs if token_logprobs.device.type == "mps" else token_logprobs.double()
+    # One more candidate than there are stands for those that are absent.
+    summed = terms.new_zeros(layout.num_candidates + 1).index_add(0, layout.owners, terms)
+    return summed[places.to(summed.device)].to(token_logprobs.dtype)
+
+
+def chosen_logprobs(
+    model: PreTrainedModel | PeftModel,
+    batch: GroupBatch,
+    choose: Callable[[Float[Tensor, "B R"]], Int[Tensor, "B S"]],
+    *,
+    read: Int[Tensor, "B R"] | None = None,
+    scoring: AbstractContextManager[None],
+) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B R"]]:
+    """Log-probs with gradients of the candidates that are chosen by those of others, each prompt computed once.
+
+    The prompts go through the model first, with gradients; the completions that are read follow on their keys and values
+    without, and then the chosen ones with gradients: `3P + RcT + 3ScT` forward passes of a token, for a prompt of P tokens and
+    completions of T.
+
+    Args:
+        model: a model that shares prompts.
+        batch: B groups of at most K candidates.
+        choose: from the log-probs of the candidates read (0 where there is none) to the wanted ones, as indices into K; -1 for
+            none.
+        read: the candidates whose log-probs it is given, likewise; all of them by default (R = K).
+        scoring: context, such as a precision, in which they are scored.
+
+    Returns:
+        The wanted candidates' log-probs, and those of the ones read without gradients.
+    """
+    causal = base_causal_model(model)
+    prompts = prompts_layout(batch.tokens, batch.spans)
+    segments = prompts.segments
+    assert segments is not None
+    # Looked up once: each look-up's backward pass would fill a gradient as large as the vocabulary.
+    embedded = causal.get_input_embeddings()(batch.tokens)
+    ends = _body(causal, prompts, embedded)[0][prompts.predictors]
+    if torch.is_autocast_enabled(ends.device.type):
+        # Autocast keeps the first cast of a weight: the head's must not be one without gradients.
+        head_of(causal)(ends[:1])
+
+    def follow(select: Tensor | None) -> Tensor:
+        wanted, places = _wanted(batch, select)
+        if not any(wanted):
+            return ends.new_zeros(places.shape) + 0.0 * ends.sum()
+        layout = completions_layout(batch.tokens, batch.spans, wanted, segments)
+        return _summed(causal, torch.cat([ends, _body(causal, layout, embedded)[0]]), layout, places)
+
+    with torch.no_grad(), scoring:
+        scores = follow(read)
+    return follow(choose(scores)), scores
+
+
+def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], Int[Tensor, "B S"]]:
+    """The candidates of each group that are asked for, each once, and the place of each cell's among all of them."""
+    sizes = [len(span.completions) for span in batch.spans]
+    cells = [list(range(size)) for size in sizes] if select is None else select.tolist()
+    wanted = [sorted({k for k in row if k >= 0}) for row in cells]
+    width = batch.candidate_mask.shape[1] if select is None else select.shape[1]
+    absent = sum(map(len, wanted))
+    places = torch.full((len(sizes), width), absent)
+    first = 0
+    for b, (row, chosen) in enumerate(zip(cells, wanted, strict=True)):
+        at = {k: first + place for place, k in enumerate(chosen)}
+        for s, k in enumerate(row):
+            places[b, s] = at.get(k, absent)
+        first += len(chosen)
+    return wanted, places
+
+
+def _body(causal: PreTrainedModel, layout: Layout, embedded: Tensor | None = None) -> Tensor:
+    """Last hidden states of a layout's rows; the tokens' embeddings may be at hand."""
+    if layout.segments is None:
+        # Padding stands at the right, where causal attention keeps it from every real token: no attention mask is needed.
+        hidden: Tensor = causal.base_model(input_ids=layout.input_ids, use_cache=False).last_hidden_state
+        return hidden
+    # A mask that is given is passed on as it is; without one the model would make one of the row's length squared.
+    given = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.input_ids.device)
+    looked_up = None
+    if embedded is not None and layout.sources is not None:
+        looked_up = embedded.index_select(0, layout.sources).unsqueeze(0)
+    hidden = causal.base_model(
+        input_ids=layout.input_ids if looked_up is None else None,
+        inputs_embeds=looked_up,
+        position_ids=layout.position_ids,
+        attention_mask=given,
+        use_cache=False,
+        segments=layout.segments,
+    ).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
+    """Have the model compute each prompt once for all its completions, if that gives what rows of their own give.
+
+    Log-probs of two small groups are computed both ways, and with the prompts in a pass of their own. Where they differ (a
+    layer that mixes tokens in another way than attention, an attention that is not transformers' own interface) the model is
+    left as it was.
+
+    Returns:
+        Why prompts can't be shared; None where they are from now on.
+    """
+    causal = base_causal_model(model)
+    if shares_prompts(causal):
+        return None
+    batch = _probe(causal)
+    training = model.training
+    before = causal.config.get_text_config()._attn_implementation
+    model.eval()
+    try:
+        expected = completion_logprobs(model, batch)
+        causal.set_attn_implementation(SHARED)
+        columns = torch.arange(batch.candidate_mask.shape[1], device=causal.device)
+        every = columns.expand(batch.candidate_mask.shape).masked_fill(~batch.candidate_mask, -1)
+        once, _ = chosen_logprobs(model, batch, lambda scores: every, scoring=nullcontext())
+        error = max(float((found - expected).abs().max()) for found in (completion_logprobs(model, batch), once))
+        reason = None if error <= _probe_tolerance(causal, expected) else f"log-probs differ by {error:.2g} nats"
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as failure:
+        reason = str(failure).strip().split("\n", 1)[0] or type(failure).__name__
+    model.train(training)
+    if reason is not None:
+        causal.set_attn_implementation(before)
+    return reason
+
+
+def _probe(causal: PreTrainedModel) -> GroupBatch:
+    """Two small groups of arbitrary tokens, longer than a short window."""
+    vocabulary = causal.config.get_text_config().vocab_size
+    sizes = ((23, (9, 4, 12)), (11, (1, 7)))
+    spans: list[Span] = []
+    for prompt, completions in sizes:
+        spans.append(Span(spans[-1].end if spans else 0, prompt, completions))
+    tokens = (torch.arange(spans[-1].end, device=causal.device) * 7919 + 11) % vocabulary
+    mask = torch.tensor([[True, True, True], [True, True, False]], device=causal.device)
+    unknown = torch.full(mask.shape, float("nan"), dtype=torch.float64, device=causal.device)
+    lengths = torch.tensor([[9, 4, 12], [1, 7, 0]], device=causal.device)
+    return GroupBatch(("0", "1"), mask, unknown, unknown, lengths, tokens, tuple(spans), pad_token_id=0)
+
+
+def _probe_tolerance(causal: PreTrainedModel, expected: Tensor) -> float:
+    """Nats by which rounding can set the two apart: each token's log-prob is rounded on its own."""
+    share = 1e-5 if causal.dtype in (torch.float32, torch.float64) else 0.05
+    return share * max(1.0, float(expected.abs().max()))
+
+
+def base_causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model itself, whose layers hold the adapter where there is one.
+
+    Raises:
+        ValueError: it is something else, such as a `Policy` or a model in a wrapper.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"log-probs need a transformers model, or a PeftModel around one, and got a {type(model).__name__}: for a policy "
+            "from load_policy pass policy.model, for a model in a wrapper the module inside it"
+        )
+    return inner
+
+
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The function from last hidden states to logits, with the soft-capping and scaling that some architectures add."""
+    head = model.get_output_embeddings()
+    assert head is not None
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def logits(hidden: Tensor) -> Tensor:
+        out: Tensor = head(hidden)
+        if factor != 1.0 or divisor != 1.0:
+            out = out * (factor / divisor)
+        return cap * torch.tanh(out / cap) if cap is not None else out
+
+    return logits
+
+
+def completion_token_cost(model: PreTrainedModel | PeftModel) -> float:
+    """What a completion token costs in a prompt token's forward passes, ``1 + V d / N``: the head on top of N body weights."""
+    causal = base_causal_model(model)
+    head = causal.get_output_embeddings()
+    assert head is not None
+    embeddings = {id(weight) for weight in (head.weight, causal.get_input_embeddings().weight)}
+    body = sum(weight.numel() for weight in causal.parameters() if id(weight) not in embeddings)
+    return 1 + float(head.weight.numel()) / max(body, 1)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel | PeftModel) -> None:
+    """Compare :func:`head_of` with the model's own logits on a few tokens.
+
+    Raises:
+        ValueError: they differ, so that log-probs would be wrong for this architecture.
+    """
+    causal = base_causal_model(model)
+    vocabulary = causal.config.get_text_config().vocab_size
+    ids = (torch.arange(1, 9, device=causal.device) * 7 % vocabulary).unsqueeze(0)
+    expected = causal(input_ids=ids, use_cache=False).logits.double()
+    found = head_of(causal)(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state).double()
+    error = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
+    tolerance = 1e-3 if causal.dtype in (torch.float32, torch.float64) else 0.1
+    if not error <= tolerance:
+        raise ValueError(
+            f"{type(causal).__name__} computes its logits in a way that ncalign does not know: "
+            f"log-probs differ by {error:.2g}; please report the architecture"
+        )
+
+
+def _token_logprobs(
+    head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "C D"], targets: Int[Tensor, " C"], chunk_tokens: int
+) -> Float[Tensor, " C"]:
+    # Of like size: in the backward pass even a chunk of one token makes a gradient of the head's whole weight.
+    number = max(1, round(len(targets) / chunk_tokens))
+    chunks = zip(hidden.tensor_split(number), targets.tensor_split(number), strict=True)
+    if torch.is_grad_enabled():
+        parts = [checkpoint(_chunk, head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
+    else:
+        parts = [_chunk(head, h, t) for h, t in chunks]
+    return torch.cat(parts)
+
+
+def _chunk(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def _chunk_tokens(model: PreTrainedModel, device: torch.device) -> int:
+    budget = _CHUNK_LOGITS["cpu" if device.type == "cpu" else "other"]
+    return max(1, budget // int(model.config.get_text_config().vocab_size))

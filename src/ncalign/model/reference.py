@@ -1,0 +1,98 @@
+"""Reference log-probs as data: computed once per candidate with the starting weights, and kept on disk.
+
+A value is filed under the policy's fingerprint (weights, precision, attention code) and the candidate's token ids with their
+split into prompt and completion; tokenizer, chat template, encoding rules, truncation and text all act through these ids. Every
+objective, epoch and later run finds it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ncalign.core.atomic import atomic_path
+from ncalign.model.encoding import EncodedGroup
+
+_SCHEMA = pa.schema([("key", pa.binary(16)), ("logprob", pa.float64())])
+_FLUSH_EVERY = 4096
+
+
+class ReferenceCache:
+    """Reference log-probs of one fingerprint: a folder of Parquet parts that are only ever added to.
+
+    Processes and runs may share the folder: each writes parts of its own, whole or not at all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the parts that are there; one that can't be read is left out, and its values computed again."""
+        self.folder = folder
+        self.values: dict[bytes, float] = {}
+        self._pending: dict[bytes, float] = {}
+        for part in sorted(folder.glob("*.parquet")):
+            try:
+                table = pq.read_table(part, schema=_SCHEMA)
+            except (OSError, pa.ArrowException):
+                continue
+            keys, logprobs = table.column("key").to_pylist(), table.column("logprob").to_pylist()
+            self.values.update(zip(keys, logprobs, strict=True))
+
+    def add(self, key: bytes, logprob: float) -> None:
+        """Keep a value; it reaches the disk with the next flush."""
+        self.values[key] = self._pending[key] = logprob
+        if len(self._pending) >= _FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is new as one part."""
+        if not self._pending:
+            return
+        table = pa.table({"key": list(self._pending), "logprob": list(self._pending.values())}, schema=_SCHEMA)
+        with atomic_path(self.folder / f"part-{uuid.uuid4().hex}.parquet") as temporary:
+            pq.write_table(table, temporary)
+        self._pending.clear()
+
+
+def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool) -> Path:
+    """The folder of a fingerprint's reference log-probs; shared prompts round differently, and have one of their own."""
+    return cache_dir / "reference" / (fingerprint[:32] + ("-shared" if shared else ""))
+
+
+def candidate_key(group: EncodedGroup, candidate: int) -> bytes:
+    """16 bytes that stand for a prompt's and a completion's token ids."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(len(group.prompt).to_bytes(4, "big"))
+    digest.update(group.prompt.tobytes())
+    digest.update(group.completions[candidate].tobytes())
+    return digest.digest()
+
+
+def missing_groups(groups: Sequence[EncodedGroup], cache: ReferenceCache) -> list[int]:
+    """Positions of the groups with a candidate that the cache does not hold."""
+    return [
+        position
+        for position, group in enumerate(groups)
+        if any(candidate_key(group, k) not in cache.values for k in range(len(group.completions)))
+    ]
+
+
+def data_digest(groups: Sequence[EncodedGroup]) -> str:
+    """What stands for these groups, in this order, with their rewards: a resumed run must see the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for group in groups:
+        digest.update(b"".join(candidate_key(group, k) for k in range(len(group.completions))))
+        digest.update(repr(group.rewards).encode())
+    return digest.hexdigest()
+
+
+def with_reference(groups: Sequence[EncodedGroup], lookup: Callable[[bytes], float]) -> list[EncodedGroup]:
+    """The groups with their reference log-probs filled in."""
+    return [
+        replace(group, reference_logprobs=tuple(lookup(candidate_key(group, k)) for k in range(len(group.completions))))
+        for group in groups
+    ]

@@ -1,0 +1,516 @@
+"""Which candidates enter the loss: the Monte Carlo kernel of MC-PO, its baselines, and the choice of the positive.
+
+All of it is selection, so nothing here carries a gradient. Whatever is random takes an explicit ``torch.Generator``; random
+numbers are drawn on the generator's device, so that a CPU generator gives the same draws wherever the scores are.
+``docs/kernels.md`` explains the kernels and what a chain of them means on a fixed set of candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ncalign.objectives.config import Strategy
+
+
+def pick_positive(
+    rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], *, generator: torch.Generator | None
+) -> Int[Tensor, " B"]:
+    """Column of a candidate with the group's highest reward.
+
+    Args:
+        rewards: Rewards. Masked entries may hold anything, and a NaN never wins.
+        mask: True for the candidates that exist.
+        generator: Breaks ties at random; without one the first of the tied candidates is taken.
+
+    Returns:
+        One column a group; -1 where no candidate has a reward.
+
+    Example:
+        >>> rewards = torch.tensor([[0.1, 0.9, 0.9], [1.0, 2.0, 3.0]])
+        >>> pick_positive(rewards, torch.tensor([[True, True, True], [True, True, False]]), generator=None)
+        tensor([1, 1])
+    """
+    rated = mask & ~rewards.isnan()
+    values = torch.where(rated, rewards, -torch.inf)
+    best = rated & (values == values.amax(dim=1, keepdim=True))
+    order = torch.ones_like(values, dtype=torch.float32) if generator is None else _uniform(values, generator)
+    return _first_true(torch.where(best, order, -1.0), best)
+
+
+def eligible_negatives(
+    rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: Bool[Tensor, "B K"]
+) -> Bool[Tensor, "B K"]:
+    """Candidates whose reward is strictly below the positive's.
+
+    Args:
+        rewards: Rewards. Masked entries may hold anything; a NaN is never below anything.
+        positive: Column of each group's positive; -1 where there is none.
+        mask: True for the candidates that exist.
+
+    Returns:
+        True for each negative. Candidates tied with the positive are none.
+
+    Example:
+        >>> rewards = torch.tensor([[0.9, 0.9, 0.1, 0.2]])
+        >>> eligible_negatives(rewards, torch.tensor([0]), torch.tensor([[True, True, True, False]]))
+        tensor([[False, False,  True, False]])
+    """
+    column = positive.clamp(min=0).unsqueeze(1)
+    present = (positive >= 0).unsqueeze(1) & mask.gather(1, column)
+    return mask & present & (rewards < rewards.gather(1, column))
+
+
+@torch.no_grad()
+def sample_negatives(
+    scores: Float[Tensor, "B K"],
+    positive: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B K"],
+    *,
+    num_negatives: int,
+    strategy: Strategy,
+    include_positive: bool = False,
+    replacement: bool = False,
+    temperature: float = 1.0,
+    chain_steps: int = 1,
+    num_proposals: int | None = None,
+    generator: torch.Generator | None = None,
+    rewards: Float[Tensor, "B K"] | None = None,
+) -> Int[Tensor, "B M"]:
+    r"""Columns of the M candidates that estimate the normalising constant.
+
+    With ``strategy="mc"`` the draw is $z \sim \mathrm{softmax}(r / \text{temperature})$ over the eligible candidates.
+
+    Args:
+        scores: Implicit rewards $r$ under the current policy. Masked entries may hold anything, NaN and inf too.
+        positive: Column of each group's positive; -1 where there is none.
+        mask: True for the candidates that the kernel may see; the positive is left out by itself.
+        num_negatives: M.
+        strategy: ``mc`` draws from the softmax of the scores, ``uniform`` draws blindly, ``max`` and ``min`` take the
+            highest and the lowest scores, ``sweet_spot`` the rewards nearest to two standard deviations below the mean (the
+            first of tied ones each), and ``all`` takes the candidates in the group's order.
+        include_positive: Whether the positive is itself a state of the kernel. Drawn, it makes a pair without gradient.
+        replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. The others never do.
+        temperature: Divides the scores of ``mc``.
+        chain_steps: Steps k of the ``mc`` chain; its last state is the draw.
+        num_proposals: L, the fresh candidates that a step of the ``mc`` chain chooses among beside its own state. None: all
+            of them; a step then forgets where it started, and more steps draw from the same distribution.
+        generator: Source of randomness; ``mc`` and ``uniform`` need it.
+        rewards: Rewards, which ``sweet_spot`` needs and the others don't read. Their mean and their standard deviation (that of
+            the population) are taken over the mask, the positive included; a candidate without a finite reward is not chosen.
+
+    Returns:
+        M columns a group; -1 in the last ones of a group with fewer eligible candidates than M (with replacement: without
+        any). The loss masks those.
+
+    Raises:
+        ValueError: A number out of range, a random strategy without a generator, or ``sweet_spot`` without rewards.
+
+    Example:
+        >>> scores, mask = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
+        >>> sample_negatives(scores, torch.tensor([0]), mask, num_negatives=2, strategy="max")
+        tensor([[2, 3]])
+        >>> sample_negatives(scores, torch.tensor([0]), mask, num_negatives=4, strategy="min")
+        tensor([[ 1,  3,  2, -1]])
+
+    Source:
+        MC-PO, arXiv 2502.04567, Algorithm 1 (``mc``, one step). Draws without replacement use the Gumbel top-M trick.
+        ``sweet_spot``: arXiv 2502.16825, the rejected completion at the mean minus two standard deviations.
+    """
+    kernel = build_kernel(
+        strategy=strategy,
+        num_negatives=num_negatives,
+        include_positive=include_positive,
+        replacement=replacement,
+        temperature=temperature,
+        chain_steps=chain_steps,
+        num_proposals=num_proposals,
+    )
+    if kernel.is_random and generator is None:
+        raise ValueError(
+            f"strategy {strategy!r} draws at random and no generator was given: pass generator=torch.Generator().manual_seed(0)"
+        )
+    _check_rewards(strategy, rewards)
+    rewards = torch.zeros_like(scores) if rewards is None else rewards
+    return kernel.draw(scores, rewards, positive, mask, mask, generator)
+
+
+def kernel_probabilities(
+    scores: Float[Tensor, "B K"],
+    positive: Int[Tensor, " B"],
+    mask: Bool[Tensor, "B K"],
+    *,
+    strategy: Strategy,
+    include_positive: bool = False,
+    temperature: float = 1.0,
+    rewards: Float[Tensor, "B K"] | None = None,
+) -> Float[Tensor, "B K"]:
+    """Distribution of the first draw of `sample_negatives` when every candidate is proposed.
+
+    Args:
+        scores: Implicit rewards under the current policy.
+        positive: Column of each group's positive; -1 where there is none.
+        mask: True for the candidates that the kernel may see.
+        strategy: As in `sample_negatives`; ``max``, ``min`` and ``sweet_spot`` give all the probability to one candidate, and
+            ``all`` gives each the same.
+        include_positive: As in `sample_negatives`.
+        temperature: As in `sample_negatives`.
+        rewards: As in `sample_negatives`.
+
+    Returns:
+        Probabilities that sum to 1 over a group; all 0 in a group without eligible candidates.
+
+    Raises:
+        ValueError: The temperature is not above 0, the strategy is unknown, or ``sweet_spot`` has no rewards.
+
+    Example:
+        >>> import math
+        >>> scores, mask = torch.tensor([[5.0, math.log(3.0), 0.0]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> kernel_probabilities(scores, torch.tensor([0]), mask, strategy="mc")
+        tensor([[0.0000, 0.7500, 0.2500]])
+    """
+    _check_rewards(strategy, rewards)
+    kernel = build_kernel(strategy=strategy, include_positive=include_positive, temperature=temperature)
+    return kernel.probabilities(scores, torch.zeros_like(scores) if rewards is None else rewards, positive, mask, mask)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way of drawing negatives, put together once by `build_kernel`: calling it looks up nothing.
+
+    Attributes:
+        draw: ``(scores, rewards, positive, visible, mask, generator) -> [B, M]``, as `sample_negatives`. The positive and the
+            candidates that may be drawn are visible; the mask holds all of the group's, whose rewards make its mean.
+        probabilities: ``(scores, rewards, positive, visible, mask) -> [B, K]``, as `kernel_probabilities`.
+        is_random: whether `draw` needs a generator.
+    """
+
+    draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, torch.Generator | None], Tensor]
+    probabilities: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    is_random: bool
+
+
+def build_kernel(
+    *,
+    strategy: Strategy,
+    num_negatives: int = 1,
+    include_positive: bool = False,
+    replacement: bool = False,
+    temperature: float = 1.0,
+    chain_steps: int = 1,
+    num_proposals: int | None = None,
+) -> Kernel:
+    """The kernel with these settings, whose meaning is that of `sample_negatives`'s arguments.
+
+    Raises:
+        ValueError: A number out of range, or an unknown strategy.
+
+    Example:
+        >>> kernel = build_kernel(strategy="max", num_negatives=2)
+        >>> scores, mask = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
+        >>> kernel.draw(scores, scores, torch.tensor([0]), mask, mask, None)
+        tensor([[2, 3]])
+    """
+    _check(num_negatives, temperature, chain_steps, num_proposals)
+    if strategy not in _KEYS:
+        raise ValueError(f"strategy is {strategy!r}: choose one of {', '.join(_KEYS)}")
+    keys, is_random = _KEYS[strategy], strategy in ("mc", "uniform")
+    if not is_random:
+        pick = partial(_top_of, num_negatives)
+    elif strategy == "mc" and num_proposals is not None:
+        pick = partial(_chains, num_negatives, replacement, chain_steps, num_proposals)
+    else:
+        pick = partial(_draws if replacement else _gumbel_top, num_negatives)
+    # `all` takes each candidate in turn, and is as likely to come upon one as upon another.
+    share = _softmax if is_random or strategy == "all" else _one_hot
+
+    def prepared(
+        scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor
+    ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
+        available = visible if include_positive else _without(visible, positive)
+        return keys(scores.detach(), rewards, mask, available, temperature)
+
+    def draw(
+        scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor, generator: torch.Generator | None
+    ) -> Int[Tensor, "B M"]:
+        found, available = prepared(scores, rewards, positive, visible, mask)
+        return pick(found, positive, available, generator)
+
+    def probabilities(scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Float[Tensor, "B K"]:
+        return share(*prepared(scores, rewards, positive, visible, mask))
+
+    return Kernel(draw, probabilities, is_random)
+
+
+@torch.no_grad()
+def importance_log_weights(probabilities: Float[Tensor, "B K"], negatives: Int[Tensor, "B M"]) -> Float[Tensor, "B M"]:
+    r"""Log q correction $-\log(M q_z)$ of each negative $z$ drawn with probability $q_z$; M counts the group's draws.
+
+    Added to the negatives' implicit rewards it makes their sum $\sum_z e^{r_z} / (M q_z)$, an unbiased estimate of
+    $\sum_i e^{r_i}$ over the candidates that the kernel may draw.
+
+    Args:
+        probabilities: Rows from `kernel_probabilities`, with the arguments of the draw.
+        negatives: Columns from `sample_negatives`, drawn independently: one a group, or with replacement.
+
+    Returns:
+        One number a draw; 0 where the column is -1.
+
+    Example:
+        >>> probabilities = torch.tensor([[0.0, 0.5, 0.25, 0.25]])
+        >>> importance_log_weights(probabilities, torch.tensor([[1, 2, -1]]))  # -log(2 / 2) and -log(2 / 4)
+        tensor([[-0.0000, 0.6931, 0.0000]])
+
+    Source:
+        Importance sampling of the normalising constant; arXiv 2502.04567 draws from the kernel without it.
+    """
+    drawn = negatives >= 0
+    q = _working(probabilities).gather(1, negatives.clamp(min=0))
+    # A draw whose probability underflows still has a finite logarithm.
+    logs = q.clamp(min=torch.finfo(q.dtype).tiny).log() + drawn.sum(dim=1, keepdim=True).clamp(min=1).to(q.dtype).log()
+    return torch.where(drawn, -logs, 0.0)
+
+
+def kernel_entropy(probabilities: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    r"""Entropy $-\sum_i p_i \log p_i$ of each row, in nats; 0 for a row of zeros.
+
+    Args:
+        probabilities: Rows from `kernel_probabilities`.
+
+    Returns:
+        One entropy a group.
+
+    Example:
+        >>> kernel_entropy(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))  # log 2 and 0
+        tensor([0.6931, 0.0000])
+    """
+    surprise: Tensor = torch.special.entr(probabilities)
+    return surprise.sum(dim=1)
+
+
+def effective_sample_size(probabilities: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    r"""Number of equally likely candidates $1 / \sum_i p_i^2$ that each row amounts to; 0 for a row of zeros.
+
+    Args:
+        probabilities: Rows from `kernel_probabilities`.
+
+    Returns:
+        Between 1 and K for each group with candidates.
+
+    Example:
+        >>> effective_sample_size(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))
+        tensor([2., 1.])
+    """
+    squares = probabilities.square().sum(dim=1)
+    return torch.where(squares > 0, 1 / torch.where(squares > 0, squares, 1.0), 0.0)
+
+
+def transition_matrix(
+    scores: Float[Tensor, " K"], *, num_proposals: int | None = None, temperature: float = 1.0
+) -> Float[Tensor, "K K"]:
+    r"""One step of the ``mc`` chain with the positive as a state, written out over all K candidates.
+
+    From state $i$, L of the other candidates are proposed, each set of them equally likely, and the next state is drawn from
+    the softmax of the scores over these and $i$. The softmax over all candidates is invariant and the step is reversible with
+    respect to it, for every L. Cost grows with the number of sets: this is for tests and for looking at small groups.
+
+    Args:
+        scores: Implicit rewards of one group.
+        num_proposals: L; None or any number from K - 1 up: every other candidate, and all rows equal the softmax.
+        temperature: Divides the scores.
+
+    Returns:
+        Probability of each next state (column) from each state (row). k steps are its k-th power.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Example:
+        >>> import math
+        >>> transition_matrix(torch.tensor([math.log(3.0), 0.0, 0.0]), num_proposals=1)
+        tensor([[0.7500, 0.1250, 0.1250],
+                [0.3750, 0.3750, 0.2500],
+                [0.3750, 0.2500, 0.3750]])
+
+    Source:
+        Conditional importance sampling: the kernel of MC-PO's Algorithm 1 with the current state among its proposals.
+    """
+    _check(1, temperature, 1, num_proposals)
+    size = scores.shape[0]
+    logits = _working(scores.detach()) / temperature
+    proposed = size - 1 if num_proposals is None else min(num_proposals, size - 1)
+    matrix = logits.new_zeros(size, size)
+    for state in range(size):
+        sets = list(combinations([other for other in range(size) if other != state], proposed))
+        for chosen in sets:
+            columns = torch.tensor([state, *chosen], device=scores.device)
+            matrix[state, columns] += logits[columns].softmax(dim=0) / len(sets)
+    return matrix
+
+
+def _check(num_negatives: int, temperature: float, chain_steps: int, num_proposals: int | None) -> None:
+    """Refuse arguments out of range, saying what is needed."""
+    counts = (("num_negatives", num_negatives), ("chain_steps", chain_steps), ("num_proposals", num_proposals))
+    for name, value in counts:
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: give a whole number of at least 1")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it divides the scores and must be above 0 (1 leaves them as they are)")
+
+
+def _check_rewards(strategy: str, rewards: Tensor | None) -> None:
+    if strategy == "sweet_spot" and rewards is None:
+        raise ValueError("strategy 'sweet_spot' looks at the rewards and got none: pass rewards=")
+
+
+# Keys by which a strategy draws or takes candidates, and the candidates that it can take.
+_Keys = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def _tempered(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(_working(scores) / temperature, available), available
+
+
+def _alike(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(torch.zeros_like(scores), available), available
+
+
+def _highest(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(scores, available), available
+
+
+def _lowest(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _finite(-scores, available), available
+
+
+def _near_sweet_spot(
+    scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The nearer a reward to two standard deviations below the group's mean, the higher the key."""
+    rated = mask & rewards.isfinite()
+    values = torch.where(rated, _working(rewards), 0.0)
+    # In units of the largest reward, so that squares don't overflow.
+    values = values / values.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    count = rated.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = values.sum(dim=1, keepdim=True) / count
+    deviation = (torch.where(rated, values - mean, 0.0).square().sum(dim=1, keepdim=True) / count).sqrt()
+    available = available & rated
+    return _finite(-(values - (mean - 2 * deviation)).abs(), available), available
+
+
+_KEYS: Mapping[str, _Keys] = {
+    "mc": _tempered,
+    "max": _highest,
+    "min": _lowest,
+    "uniform": _alike,
+    "sweet_spot": _near_sweet_spot,
+    "all": _alike,
+}
+
+
+def _softmax(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
+    """Probabilities over the available candidates; all 0 where there is none."""
+    return torch.where(available, keys.softmax(dim=1), 0.0)
+
+
+def _one_hot(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
+    """All the probability on the candidate with the highest key."""
+    columns = torch.arange(keys.shape[1], device=keys.device)
+    return (columns == _top(keys, available, 1)).to(keys.dtype)
+
+
+def _working(values: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _finite(values: Tensor, available: Tensor) -> Tensor:
+    """Keys to sort by: real candidates keep a finite key, so that even one scored -inf stays above those left out."""
+    values = _working(values)
+    bound = torch.finfo(values.dtype).max / 4
+    return torch.where(available, values.clamp(min=-bound, max=bound), -torch.inf)
+
+
+def _without(mask: Tensor, column: Tensor) -> Tensor:
+    """The mask with one column a group switched off; a column of -1 switches off none."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) != column.unsqueeze(1))
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent uniform numbers in [0, 1) in this tensor's shape."""
+    assert generator is not None
+    return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
+
+
+def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard Gumbel noise in this tensor's shape and type: minus the log of exponential numbers."""
+    assert generator is not None
+    noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device).exponential_(generator=generator)
+    return -noise.clamp_(min=torch.finfo(like.dtype).tiny).log_().to(like.device)
+
+
+def _first_true(keys: Tensor, allowed: Tensor) -> Tensor:
+    """Column of the highest key along the last dimension (the first of tied ones); -1 where nothing is allowed."""
+    return torch.where(allowed.any(dim=-1), torch.where(allowed, keys, -torch.inf).argmax(dim=-1), -1)
+
+
+def _top(keys: Tensor, available: Tensor, num: int) -> Tensor:
+    """Columns of the ``num`` highest keys, highest first, the first of tied ones first; -1 past the available ones."""
+    order = keys.argsort(dim=1, descending=True, stable=True)[:, :num]
+    order = torch.nn.functional.pad(order, (0, num - order.shape[1]), value=-1)
+    places = torch.arange(num, device=keys.device)
+    return torch.where(places < available.sum(dim=1, keepdim=True), order, -1)
+
+
+def _top_of(num: int, keys: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None) -> Int[Tensor, "B M"]:
+    """The M highest keys."""
+    return _top(keys, available, num)
+
+
+def _draws(num: int, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None) -> Int[Tensor, "B M"]:
+    """M draws from the softmax over the available candidates that know nothing of each other."""
+    noisy = logits.unsqueeze(1) + _gumbel(logits.unsqueeze(1).expand(-1, num, -1), generator)
+    return _first_true(noisy, available.unsqueeze(1).expand_as(noisy))
+
+
+def _gumbel_top(
+    num: int, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None
+) -> Int[Tensor, "B M"]:
+    """M draws from the softmax over the available candidates without replacement: the Gumbel top M."""
+    return _top(_finite(logits + _gumbel(logits, generator), available), available, num)
+
+
+def _chains(
+    num_negatives: int,
+    replacement: bool,
+    chain_steps: int,
+    num_proposals: int,
+    logits: Tensor,
+    start: Tensor,
+    available: Tensor,
+    generator: torch.Generator | None,
+) -> Int[Tensor, "B M"]:
+    """Last states of M chains of conditional importance sampling that propose some of the candidates at each step.
+
+    A chain without a state (its start is left out, or an earlier chain ended there) draws its first one from the proposals
+    alone. Without replacement the chains run one after the other, each on the candidates where none before it ended.
+    """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    drawn = []
+    for _ in range(num_negatives):
+        reachable = available.gather(1, start.clamp(min=0).unsqueeze(1)).squeeze(1)
+        state = torch.where(reachable, start, -1)
+        for _ in range(chain_steps):
+            others = _without(available, state)
+            order = _top(torch.where(others, _uniform(logits, generator), -1.0), others, num_proposals)
+            proposed = (columns == order.unsqueeze(2)).any(dim=1) | (columns == state.unsqueeze(1))
+            state = _first_true(logits + _gumbel(logits, generator), proposed)
+        drawn.append(state)
+        available = available if replacement else _without(available, state)
+    return torch.stack(drawn, dim=1)

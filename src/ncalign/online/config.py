@@ -1,0 +1,104 @@
+"""Configuration of `ncalign online`: training's, with where candidates and rewards come from between its rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ncalign.generation.config import ServerConfig
+from ncalign.rewards.config import Combine, Judge, MaxFailedShare, Rewards, RewardTimeout
+from ncalign.training.config import TrainConfig
+
+
+class OnlineConfig(TrainConfig):
+    """`ncalign online`: regenerate candidates from the policy while it trains (OnMC-PO, or any method online)."""
+
+    data: Path = Field(description="Prompts to answer; scored candidates that they have may be mixed in.")
+    eval_data: Path | None = Field(
+        None, description="Held-out prompts, answered greedily and scored before, between and after."
+    )
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the prompts held out when there is no eval_data.")
+    reference: Literal["fixed", "last_round", "ema"] = Field(  # type: ignore[assignment]
+        "fixed", description="Reference policy: the starting model, the policy at the round's start, or a moving average."
+    )
+    reference_decay: float = Field(0.99, gt=0, lt=1, description="Of the moving average, each optimizer step.")
+    regenerate_every: int | None = Field(None, ge=1, description="Optimizer steps of a round; none: as regenerate_at says.")
+    regenerate_at: tuple[float, ...] = Field(
+        (1 / 3, 2 / 3), description="Shares of the training at which candidates are generated anew, besides at its start."
+    )
+    regenerate_on_drift: float | None = Field(
+        None, gt=0, description="End a round early once the policy is this KL (nats a completion) away from the generating one."
+    )
+    drift_steps: int = Field(8, ge=1, description="Steps between looks at the drift within a round, with regenerate_on_drift.")
+    drift_groups: int = Field(128, ge=2, description="Groups of the pool on which drift is measured, at most.")
+    prompts_per_round: int | None = Field(
+        None, ge=1, description="Prompts answered in a round; none: one for each group that its steps visit."
+    )
+    candidates: Literal["fresh", "fresh_and_offline"] = Field(
+        "fresh", description="A group's candidates: new samples, or those beside the data's own scored ones."
+    )
+    preferred: Literal["best", "best_fresh", "best_offline"] = Field(
+        "best", description="Preferred completion: the best by reward of all candidates, of the new ones, or of the data's."
+    )
+    on_model: Literal["none", "importance"] = Field(
+        "none",
+        description="importance: weigh each group with model / policy of its preferred completion, which is sampled from the "
+        "policy where the theory asks for the model; they differ unless beta is 1.",
+    )
+    max_importance: float = Field(10.0, ge=1, description="Importance weights are cut here, times their mean.")
+    reward: Rewards
+    combine: Combine = "mean"
+    judge: Judge = None
+    reward_batch_size: int = Field(16, ge=1, description="Completions that a reward model scores at a time.")
+    reward_timeout: RewardTimeout = 300.0
+    max_failed_share: MaxFailedShare = 0.1
+    generator: Literal["transformers", "server", "vllm"] = Field(
+        "transformers",
+        description="Who samples: the policy in this process, a server (section server), or vLLM in this process.",
+    )
+    server: ServerConfig | None = Field(None, description="The server that samples, with generator: server.")
+    push: Literal["lora", "folder", "none"] = Field(
+        "lora",
+        description="How a round's weights reach a server or vLLM: as an adapter that it loads, as a model folder that it "
+        "reloads, or not at all.",
+    )
+    vllm_memory: float = Field(0.4, gt=0, le=1, description="Share of the GPU's memory for vLLM in this process.")
+    resume: bool = Field(
+        True, description="Go on with the run that output_dir holds; --no_resume refuses to, --overwrite replaces it."
+    )
+    num_samples: int = Field(8, ge=1, description="K, new completions per prompt.")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 samples from the policy itself.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability; 1: off.")
+    top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: off.")
+    generation_batch_size: int = Field(64, ge=1, description="Completions sampled at a time.")
+    chunk_size: int = Field(
+        64, ge=1, description="Prompts whose samples are written at a time; a kill loses one chunk at most."
+    )
+    probe_tolerance: float | None = Field(
+        0.05,
+        gt=0,
+        description="Nats a token by which generator and policy may differ on a few samples before each round; none: no look.",
+    )
+    learning_rate_over: Literal["run", "round"] = Field(
+        "run", description="Whether the schedule spans the run, or begins anew with each round."
+    )
+    learning_rate_decay: float = Field(1.0, gt=0, le=1, description="The learning rate is multiplied by this after each round.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OnlineConfig:
+        if self.preferred == "best_offline" and self.candidates == "fresh":
+            raise ValueError("preferred: best_offline needs candidates: fresh_and_offline")
+        if list(self.regenerate_at) != sorted(set(self.regenerate_at)) or not all(0 < at < 1 for at in self.regenerate_at):
+            raise ValueError(f"regenerate_at must rise between 0 and 1, and is {list(self.regenerate_at)}")
+        if (self.generator == "server") != (self.server is not None):
+            raise ValueError("generator: server and the section server go together: give both or neither")
+        if self.generator != "transformers" and self.push == "lora" and self.lora is None:
+            raise ValueError("push: lora needs lora; push: folder sends all weights")
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({self.max_length}): prompts need room"
+            )
+        return self

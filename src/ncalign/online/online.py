@@ -1,0 +1,383 @@
+"""`ncalign online`, whole: rounds of generate → score → rank → train in one run folder, from configuration to model.
+
+What has been done is on disk and nothing else is: a round's samples, rewards and log-probs as files in ``rounds/``, and the
+policy with its optimizer as checkpoints. Everything between is a function of these, the configuration and the seed, so that a
+run killed anywhere goes on where it was and ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ncalign.core.atomic import write_json_atomic
+from ncalign.core.progress import say
+from ncalign.data.groups import rewards_origin, write_groups
+from ncalign.model.encoding import EncodedGroup
+from ncalign.model.reference import data_digest
+from ncalign.objectives import Method, build_method
+from ncalign.online.clock import Clock, shares
+from ncalign.online.config import OnlineConfig
+from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
+from ncalign.online.evaluate import compare, evaluate_policy
+from ncalign.online.pool import Pool, Ranked, answer_prompts, assemble, fill_logprobs, pool_groups, rank, read_artefact
+from ncalign.online.probe import check_same_weights
+from ncalign.online.rounds import round_end, round_prompts
+from ncalign.online.state import Position, Run, prepare, restored, save, seed_of
+from ncalign.report import write_rounds_report
+from ncalign.rewards import source_record
+from ncalign.training import run_folder
+from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
+from ncalign.training.export import save_model
+from ncalign.training.loop import Intervals, Loop
+from ncalign.training.peers import another_process_named
+from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
+from ncalign.training.schedule import learning_rate_at, make_plan
+from ncalign.training.train import fit_method, make_accelerator, start_trackers, versions
+
+
+def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[str, Any]:
+    """Run the rounds and leave a run folder.
+
+    Args:
+        config: the run.
+        method: a method of one's own in place of ``config.objective``.
+
+    Returns:
+        What ``results.json`` holds: a row for each round, evaluation before and after, where the model is.
+
+    Raises:
+        ValueError: prompts, model, rewards or configuration that can't be used, or a round that can't go on; what was done is
+            kept, and the same call goes on from it.
+    """
+    if config.overwrite:
+        config = config.model_copy(update={"resume": False})
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
+            "(generator: server) to use further devices"
+        )
+    with another_process_named(), claimed_run_folder(config):
+        return _run(config, accelerator, method or build_method(config.objective))
+
+
+def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
+    finished = finished_results(config) if config.resume else None
+    if finished is not None:
+        say(f"{config.output_dir} is finished: nothing to resume")
+        return finished
+    run = prepare(config, accelerator, method)
+    begun = (config.output_dir / run_folder.CONFIG).is_file()
+    position = restored(run) if config.resume else Position()
+    open_run_folder(config)
+    if begun and position.step == 0 and config.resume:
+        say(f"note: {config.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
+    start_trackers(config, accelerator, position.step)
+    while True:
+        pool = make_pool(run, position)
+        if not position.ended:
+            train_round(run, position, pool)
+        run.rounds.append(finish_round(run, position, pool))
+        report(run)
+        if position.step >= run.total:
+            break
+        position = Position(position.round + 1, position.step, position.step, loop=position.loop)
+    return finish(run, position)
+
+
+# --- A round's pool ---------------------------------------------------------------------------------------------------
+
+
+def make_pool(run: Run, position: Position) -> Pool:
+    """Generate, score, rank, and compute log-probs, as far as the round's artefacts do not hold it already."""
+    config, folder, number = run.config, run.folder(position.round), position.round
+    end = planned_end(run, position)
+    count = config.prompts_per_round or (end - position.start) * run.groups_per_step
+    indices = round_prompts(
+        position.start,
+        count=count,
+        groups_per_step=run.groups_per_step,
+        num_prompts=len(run.prompts),
+        seed=config.seed,
+    )
+    prompts = [run.prompts[index] for index in indices]
+    made = (folder / "pool.jsonl").is_file()
+    if position.step > position.start and not made:
+        raise ValueError(
+            f"{folder} was deleted or moved, and the policy that made it is gone: restore it, or begin anew (overwrite: true)"
+        )
+    say(f"Round {number + 1}: steps {position.start + 1} to {end} of {run.total}, {len(prompts)} prompts")
+    if not made:
+        # Both need the policy as it was when the round began; with the pool they are done.
+        run.generator.update(folder)
+        with run.clock.phase("evaluate"):
+            evaluate_policy(run, folder / "evaluation.json")
+        with run.clock.phase("probe"):
+            check_same_weights(run, prompts, number)
+    answered = answer_prompts(
+        prompts,
+        folder,
+        generator=run.generator.get(),
+        source=run.source,
+        config=config,
+        seed=lambda chunk: seed_of(config.seed, "samples", number, chunk),
+        clock=run.clock,
+    )
+    ranked = [found for one in answered if (found := rank(one, run.encoder, run.method, config)) is not None]
+    with run.clock.phase("log-probs"):
+        generating, reference = fill_logprobs(
+            ranked,
+            folder,
+            policy=run.engine.logprobs,
+            reference=partial(reference_logprobs, run),
+            config=config,
+            at_reference=number == 0 or config.reference == "last_round",
+        )
+    pool = assemble(answered, ranked, generating, reference, method=run.method, config=config)
+    if not made:
+        write_groups(pool_groups(answered, source_record(config)), folder / "pool.jsonl")
+    if not pool.groups:
+        raise ValueError(
+            f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
+            f"{folder / 'pool.jsonl'} holds them: easier or harder prompts, more samples or another reward are needed"
+        )
+    if position.pool is not None and position.pool != data_digest(pool.groups):
+        raise ValueError(f"{folder} holds another pool than the checkpoint was trained on: restore it, or begin anew")
+    position.pool = data_digest(pool.groups)
+    return pool
+
+
+def _reasons(ranked: Sequence[Ranked]) -> str:
+    counts = Counter(group.reason for group in ranked if group.reason)
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3)) or "nothing that could be encoded"
+
+
+def planned_end(run: Run, position: Position) -> int:
+    """The step that the round ends before, unless drift ends it sooner."""
+    config = run.config
+    return round_end(position.start, total=run.total, every=config.regenerate_every, shares=config.regenerate_at)
+
+
+def reference_logprobs(run: Run, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
+    """Log-probs under the reference's weights."""
+    with run.reference.in_place():
+        return run.engine.logprobs(groups)
+
+
+# --- A round's training -----------------------------------------------------------------------------------------------
+
+
+def train_round(run: Run, position: Position, pool: Pool) -> None:
+    """Train on the pool to the round's end, and leave a checkpoint there."""
+    config, number = run.config, position.round
+    method, notice = fit_method(run.method, pool.groups)
+    if notice:
+        say(f"note: {notice}")
+    engine = replace(run.engine, method=method, seed=seed_of(config.seed, "draws", number))
+    end = planned_end(run, position)
+    plan = make_plan(
+        len(pool.groups),
+        groups_per_step=run.groups_per_step,
+        num_train_epochs=1,
+        max_steps=end - position.start,
+        seed=seed_of(config.seed, "order", number),
+    )
+    plan = replace(plan, first_step=position.start, num_steps=end)
+    metrics = MetricsFile(config.output_dir / run_folder.METRICS, keep_until=position.step, num_steps=run.total)
+    at_reference = number == 0 or config.reference == "last_round"
+    loop = Loop(
+        engine=engine,
+        optimizer=run.optimizer,
+        plan=plan,
+        groups=pool.groups,
+        eval_groups=(),
+        learning_rate=partial(_learning_rate, run, position, end),
+        max_grad_norm=config.max_grad_norm,
+        intervals=Intervals(config.logging_steps, 0, config.save_steps),
+        log=lambda row: run.track(metrics, {**row, "round": number + 1}),
+        save=lambda step, state: None,
+        mismatched=_mismatched(run, method, pool, number),
+        reference_step=position.start if at_reference else -1,
+    )
+    if position.loop is not None:
+        loop.restore(position.loop)
+    ended_by_drift = False
+
+    def ends(step: int) -> bool:
+        nonlocal ended_by_drift
+        run.reference.after_step()
+        ended_by_drift = step < end and _drifted(run, pool, step - position.start)
+        return ended_by_drift
+
+    def checkpoint(step: int, state: dict[str, Any]) -> None:
+        # The round's last checkpoint says that it has ended, and is written below.
+        if step < end and not ended_by_drift:
+            save(run, replace(position, step=step, loop=state))
+
+    loop.ends, loop.save = ends, checkpoint
+    with run.clock.phase("train"):
+        loop.run(position.step)
+    # A run that goes on logs what it logged last: which step that was, the metrics say.
+    position.step, position.loop, position.ended = int(loop.last["step"]), loop.state(), True
+    save(run, position)
+
+
+def _learning_rate(run: Run, position: Position, end: int, step: int) -> float:
+    config = run.config
+    first, steps = (position.start, end - position.start) if config.learning_rate_over == "round" else (0, run.total)
+    return learning_rate_at(
+        step - first,
+        peak=config.learning_rate * config.learning_rate_decay**position.round,
+        num_steps=steps,
+        warmup_ratio=config.warmup_ratio,
+        kind=config.lr_scheduler_type,
+    )
+
+
+def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[EncodedGroup]:
+    """Prompts with completions of others, for methods that measure from them, with reference log-probs."""
+    if method.baseline is None or not method.baseline.mismatched:
+        return []
+    groups = mismatched_groups(pool.groups, max_length=run.config.max_length)
+    path = run.folder(number) / "mismatched.json"
+    if not path.is_file():
+        write_json_atomic(reference_logprobs(run, groups), path)
+    found = read_artefact(path)
+    return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, found, strict=True)]
+
+
+def _drifted(run: Run, pool: Pool, steps: int) -> bool:
+    """Whether the policy has left the pool behind, looked at now and then."""
+    limit = run.config.regenerate_on_drift
+    if limit is None or steps % run.config.drift_steps:
+        return False
+    drift = measure_drift(run, pool)
+    if drift is None or drift.kl <= limit:
+        return False
+    say(f"Drift: KL of generating and current policy is {drift.kl:.3f} nats, above {limit}: generating anew")
+    return True
+
+
+def measure_drift(run: Run, pool: Pool) -> Drift | None:
+    """Drift since the pool was generated; None where there is nothing to measure it on."""
+    if not pool.measured:
+        return None
+    with run.clock.phase("drift"):
+        return estimate_drift(pool.generating, run.engine.logprobs(pool.measured), seed=run.config.seed)
+
+
+# --- Ends -------------------------------------------------------------------------------------------------------------
+
+
+def finish_round(run: Run, position: Position, pool: Pool) -> dict[str, Any]:
+    """Measure the round's drift, look at its health, and write ``round.json``."""
+    drift = measure_drift(run, pool)
+    first = run.rounds[0]["health"] if run.rounds else pool.health
+    found = alarms(pool.health, first)
+    if drift is not None and drift.kl > WARN_ABOVE:
+        found.append(
+            f"the policy moved {drift.kl:.2f} nats (KL) from the one that made this round's completions, above {WARN_ABOVE}: "
+            "regenerate sooner (regenerate_every, regenerate_on_drift) or lower the learning rate"
+        )
+    row: dict[str, Any] = {
+        "round": position.round + 1,
+        "start": position.start,
+        "end": position.step,
+        "counts": pool.counts,
+        "health": {name: value for name, value in pool.health.items() if math.isfinite(value)},
+        "drift": None if drift is None else drift.as_json(),
+        "alarms": found,
+        "seconds": dict(run.clock.seconds),
+    }
+    write_json_atomic(row, run.folder(position.round) / "round.json")
+    say(f"Round {position.round + 1}: {_round_line(row)}\n  time: {shares(run.clock.seconds)}")
+    for alarm in found:
+        say(f"warning: round {position.round + 1}: {alarm}")
+    run.clock = Clock()
+    return row
+
+
+def _round_line(row: dict[str, Any]) -> str:
+    health, drift = row["health"], row["drift"]
+    parts = [f"reward {health.get('reward/mean', math.nan):.3f} (best {health.get('reward/best', math.nan):.3f})"]
+    if drift is not None:
+        low, high = drift["kl_interval"]
+        parts.append(f"drift {drift['kl']:.3f} nats [{low:.3f}, {high:.3f}]")
+    return ", ".join(parts)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What the terminal shows at the end."""
+    lines = [f"{results['method']}, online: {results['steps']} steps in {len(results['rounds'])} rounds"]
+    for row in results["rounds"]:
+        lines.append(f"  round {row['round']} (steps {row['start'] + 1}-{row['end']}): {_round_line(row)}")
+    comparison = results["evaluation"].get("comparison")
+    if comparison is not None:
+        low, high = comparison["ci_difference"]
+        lines.append(
+            f"  {results['evaluation']['num_compared']} held-out prompts: mean reward {comparison['mean_before']:.3f} -> "
+            f"{comparison['mean_after']:.3f}, difference {comparison['difference']:.3f} [{low:.3f}, {high:.3f}] (95 % "
+            f"bootstrap), p = {comparison['p_value']:.4f}"
+        )
+    lines += [f"  round {row['round']}: {alarm}" for row in results["rounds"] for alarm in row["alarms"]]
+    return "\n".join([*lines, f"Report: {results['report']}", f"Model:  {results['model']}"])
+
+
+def report(run: Run) -> Path:
+    """Draw what has been done so far."""
+    return write_rounds_report(run.config.output_dir, run.rounds, compare(run), method=run.method.name)
+
+
+def reward_steps(run: Run) -> list[dict[str, Any]]:
+    """How rewards came to be: of the new candidates, and of the data's where these are mixed in."""
+    rows = [{"candidates": "fresh", "steps": [source_record(run.config)], "groups": len(run.prompts)}]
+    if run.config.candidates == "fresh":
+        return rows
+    counts: Counter[tuple[str, ...]] = Counter()
+    for group in run.prompts:
+        if any(candidate.reward is not None for candidate in group.candidates):
+            count_steps(counts, steps_of(group) or (rewards_origin(run.config.data, None),))
+    return [*rows, *({"candidates": "offline", **row} for row in listed_steps(counts))]
+
+
+def finish(run: Run, position: Position) -> dict[str, Any]:
+    """The last evaluation, the model and results.json."""
+    config = run.config
+    run.generator.update(config.output_dir / run_folder.ROUNDS)
+    evaluate_policy(run, config.output_dir / run_folder.ROUNDS / "evaluation.json")
+    evaluation = compare(run)
+    counts = [row["counts"] for row in run.rounds]
+    data = {
+        "prompts": len(run.prompts),
+        "groups_trained_on": sum(count["groups_trained_on"] for count in counts),
+        "candidates_used": sum(count["completions"] for count in counts),
+        "tokens_generated": sum(count["tokens"] for count in counts),
+    }
+    page = report(run)
+    results = {
+        "method": run.method.name,
+        "report": str(page),
+        "steps": position.step,
+        "data": data,
+        "reward_steps": reward_steps(run),
+        "before": evaluation.get("before"),
+        "after": evaluation.get("after", position.loop["last"] if position.loop else {}),
+        "evaluation": evaluation,
+        "rounds": run.rounds,
+        "seed": config.seed,
+        "model": str(config.output_dir / run_folder.MODEL),
+        "versions": versions(),
+    }
+    target = config.output_dir / run_folder.MODEL
+    save_model(run.policy, run.engine.model, run.accelerator, config=config, results=results, target=target)
+    write_json_atomic(results, config.output_dir / run_folder.RESULTS)
+    run.accelerator.end_training()
+    return results

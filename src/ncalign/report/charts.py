@@ -1,0 +1,159 @@
+"""Charts of an evaluation: win rates with intervals, ratings by category, a matrix of win rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+
+from ncalign.core.atomic import atomic_path
+from ncalign.stats.intervals import Interval
+from ncalign.stats.mt_bench import HIGHEST, MTBench
+from ncalign.stats.win_rate import WinMatrix
+
+_FONT = "DejaVu Sans"
+_LONGEST_LABEL, _LONGEST_TITLE = 40, 90
+_UNKNOWN_GLYPH = "?"
+# Above this many models a cell of the matrix is too small for its number.
+_MOST_WITH_NUMBERS = 15
+
+
+def interval_chart(
+    series: Mapping[str, Mapping[str, tuple[float, Interval]]], *, title: str, unit: str, reference: float | None = None
+) -> Figure:
+    """Points with intervals, a line for each model and a colour for each measure.
+
+    Args:
+        series: by measure, such as win rate and length-controlled win rate, then by model: a value and its interval. A value
+            that is NaN is left out, an interval of NaN isn't drawn.
+        title: of the chart.
+        unit: of the values.
+        reference: drawn as a line, such as 50 % for an even win rate.
+
+    Raises:
+        ValueError: there is no finite value.
+    """
+    models = list(dict.fromkeys(model for values in series.values() for model in values))
+    if not any(math.isfinite(value) for values in series.values() for value, _ in values.values()):
+        raise ValueError(f"{title}: there is no value to draw")
+    figure, axes = _axes(width=8.0, height=1.6 + 0.42 * len(models))
+    for number, (measure, values) in enumerate(series.items()):
+        offset = (number - (len(series) - 1) / 2) * 0.5 / len(series)
+        known = [(models.index(model) + offset, value, ci) for model, (value, ci) in values.items() if math.isfinite(value)]
+        errors = np.array([_arms(value, ci) for _, value, ci in known]).reshape(-1, 2).T
+        axes.errorbar(
+            [value for _, value, _ in known],
+            [place for place, _, _ in known],
+            xerr=errors,
+            fmt="o",
+            capsize=3,
+            label=_label(measure),
+        )
+    axes.set_yticks(range(len(models)), labels=[_label(model) for model in models], parse_math=False)
+    axes.set_ylim(len(models) - 0.5, -0.5)
+    axes.set_xlabel(_label(unit, _LONGEST_TITLE), parse_math=False)
+    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
+    axes.grid(axis="x", alpha=0.3)
+    if reference is not None:
+        axes.axvline(reference, color="0.5", linewidth=1, linestyle="--")
+    if len(series) > 1:
+        _legend(axes)
+    return figure
+
+
+def category_chart(scores: Sequence[MTBench], *, title: str = "MT-Bench by category") -> Figure:
+    """Bars of mean ratings with their intervals, grouped by category, a colour for each model.
+
+    Raises:
+        ValueError: there is no rating.
+    """
+    categories = sorted({name for score in scores for name in score.categories})
+    if not any(score.overall.num_counted for score in scores):
+        raise ValueError(f"{title}: there is no rating to draw")
+    figure, axes = _axes(width=max(6.0, 1.5 + 0.9 * len(categories)), height=4.2)
+    width = 0.8 / len(scores)
+    for number, score in enumerate(scores):
+        known = [(place, score.categories[name]) for place, name in enumerate(categories) if name in score.categories]
+        known = [(place, mean) for place, mean in known if mean.num_counted]
+        places = [place + (number - (len(scores) - 1) / 2) * width for place, _ in known]
+        errors = np.array([_arms(mean.mean, mean.ci) for _, mean in known]).reshape(-1, 2).T
+        axes.bar(places, [mean.mean for _, mean in known], width, yerr=errors, capsize=2, label=_label(score.model))
+    axes.set_xticks(
+        range(len(categories)), labels=[_label(name) for name in categories], parse_math=False, rotation=30, ha="right"
+    )
+    axes.set_ylim(0, HIGHEST)
+    axes.set_ylabel("mean rating")
+    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
+    _legend(axes)
+    return figure
+
+
+def matrix_chart(matrix: WinMatrix, *, title: str = "Win rate of the row's model (%)") -> Figure:
+    """A heat map from 0 (red) over 50 (white) to 100 (blue); cells of models that never met are grey."""
+    size = len(matrix.models)
+    figure, axes = _axes(width=3.2 + 0.55 * size, height=2.4 + 0.5 * size)
+    # Where models never met: grey, as white is an even rate.
+    axes.set_facecolor("0.85")
+    image = axes.imshow(matrix.rates, cmap="RdBu", vmin=0, vmax=100)
+    labels = [_label(name) for name in matrix.models]
+    axes.set_xticks(range(size), labels=labels, parse_math=False, rotation=40, ha="right")
+    axes.set_yticks(range(size), labels=labels, parse_math=False)
+    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
+    if size <= _MOST_WITH_NUMBERS:
+        for (row, column), rate in np.ndenumerate(matrix.rates):
+            if math.isfinite(rate):
+                dark = abs(rate - 50) > 35
+                axes.text(column, row, f"{rate:.0f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def write_chart(figure: Figure, path: str | Path) -> None:
+    """Write a chart in the form that the file's name ends in, .png or .svg; the same values give the same bytes.
+
+    Raises:
+        ValueError: another ending.
+        OSError: the file can't be written.
+    """
+    form = Path(path).suffix.lower().lstrip(".")
+    if form not in ("png", "svg"):
+        raise ValueError(f"{path}: a chart's file ends in .png or .svg")
+    with atomic_path(path) as temporary, mpl.rc_context({"svg.hashsalt": "ncalign"}):
+        figure.savefig(temporary, format=form, dpi=130, metadata={"Date": None} if form == "svg" else None)
+
+
+def _axes(*, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend(axes: Axes) -> None:
+    legend = axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _arms(value: float, interval: Interval) -> tuple[float, float]:
+    """Lengths of the error bar on either side; none where the interval is not known or lies to one side."""
+    low, high = interval
+    return (max(0.0, value - low) if math.isfinite(low) else 0.0, max(0.0, high - value) if math.isfinite(high) else 0.0)
+
+
+def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
+    """Text that the font can draw on one line; with a leading underscore matplotlib would leave it out of a legend."""
+    glyphs = _glyphs()
+    drawn = "".join(c if c.isprintable() and ord(c) in glyphs else _UNKNOWN_GLYPH for c in text)
+    cut = drawn if len(drawn) <= longest else drawn[: longest - 1] + "…"
+    return f" {cut}" if cut.startswith("_") else cut
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(_FONT)).get_charmap())

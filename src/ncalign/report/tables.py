@@ -1,0 +1,220 @@
+"""One table, shown in a terminal, as JSON, as CSV and as LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from ncalign.core.atomic import write_text_atomic
+
+Cell = str | int | float | None
+
+MISSING = "–"
+_TERMINAL_WIDTH = 120
+_WHOLE = 40
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    MISSING: "--",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's name, and how many digits its fractions are shown with."""
+
+    name: str
+    digits: int = 2
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text and numbers; None and NaN are missing.
+
+    Attributes:
+        columns: with different names.
+        rows: a cell for each column.
+        caption: a sentence about it; may be empty.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that rows and columns fit."""
+        names = [column.name for column in self.columns]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"two columns are named {doubled[0]!r}; a column's name is its key in JSON")
+        for number, row in enumerate(self.rows, start=1):
+            if len(row) != len(self.columns):
+                raise ValueError(f"row {number} has {len(row)} cells; there are {len(self.columns)} columns")
+
+
+def rich_table(table: Table) -> RichTable:
+    """For a rich console: numbers to the right, no cell read as markup, control characters taken out."""
+    made = RichTable(caption=Text(_printable(table.caption)) if table.caption else None)
+    for place, column in enumerate(table.columns):
+        textual = any(isinstance(row[place], str) for row in table.rows)
+        # The names that rows go by stay whole where they are not very long: other columns give way.
+        whole = place == 0 and all(len(str(row[0])) <= _WHOLE for row in table.rows)
+        made.add_column(Text(_printable(column.name)), justify="left" if textual else "right", overflow="fold", no_wrap=whole)
+    for row in table.rows:
+        made.add_row(*(Text(text) for text in _shown(table, row)))
+    return made
+
+
+def to_text(table: Table, *, width: int = _TERMINAL_WIDTH) -> str:
+    """The table as a terminal shows it, without colours.
+
+    >>> print(to_text(Table((Column("model"), Column("win rate", 1)), (("new", 61.25), ("old", None)))))
+    ┏━━━━━━━┳━━━━━━━━━━┓
+    ┃ model ┃ win rate ┃
+    ┡━━━━━━━╇━━━━━━━━━━┩
+    │ new   │     61.2 │
+    │ old   │        – │
+    └───────┴──────────┘
+    """
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(rich_table(table))
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
+
+
+def to_json(table: Table) -> dict[str, Any]:
+    """``caption``, ``columns`` (names) and ``rows`` (objects by column name), with numbers whole and null for missing ones."""
+    names = [column.name for column in table.columns]
+    rows = [{name: _known(cell) for name, cell in zip(names, row, strict=True)} for row in table.rows]
+    return {"caption": table.caption, "columns": names, "rows": rows}
+
+
+def to_csv(table: Table) -> str:
+    """Names and rows, with numbers whole and an empty field for missing ones; the caption is left out."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([column.name for column in table.columns])
+    writer.writerows([["" if (value := _known(cell)) is None else value for cell in row] for row in table.rows])
+    return stream.getvalue()
+
+
+def to_latex(table: Table) -> str:
+    r"""A ``table`` with booktabs' rules; every special character of names and cells is escaped.
+
+    >>> print(to_latex(Table((Column("model"), Column("win rate (%)", 1)), (("a_b", 61.25),), "50% is even")))
+    \begin{table}
+    \centering
+    \caption{50\% is even}
+    \begin{tabular}{lr}
+    \toprule
+    model & win rate (\%) \\
+    \midrule
+    a\_b & 61.2 \\
+    \bottomrule
+    \end{tabular}
+    \end{table}
+    """
+    kinds = ["l" if any(isinstance(row[i], str) for row in table.rows) else "r" for i in range(len(table.columns))]
+    lines = [r"\begin{table}", r"\centering"]
+    if table.caption:
+        lines.append(rf"\caption{{{escape_latex(table.caption)}}}")
+    lines += [rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule"]
+    lines.append(" & ".join(_latex_cell(column.name) for column in table.columns) + r" \\")
+    lines.append(r"\midrule")
+    lines += [" & ".join(_latex_cell(text) for text in _shown(table, row)) + r" \\" for row in table.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+
+
+def escape_latex(text: str) -> str:
+    r"""Text in which LaTeX finds no command.
+
+    >>> print(escape_latex("a_b & 5% \\x"))
+    a\_b \& 5\% \textbackslash{}x
+    """
+    return "".join(_LATEX.get(character, character) for character in _printable(text))
+
+
+def write_table(table: Table, path: str | Path) -> None:
+    """Write a table in the form that the file's name ends in: .json, .csv, .tex or .txt.
+
+    Raises:
+        ValueError: another ending.
+        OSError: the file can't be written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".json":
+        # No ASCII escapes: names are to be read.
+        text = json.dumps(to_json(table), ensure_ascii=False, indent=2, allow_nan=False)
+    elif suffix == ".csv":
+        text = to_csv(table).rstrip("\n")
+    elif suffix == ".tex":
+        text = to_latex(table)
+    elif suffix == ".txt":
+        text = to_text(table)
+    else:
+        raise ValueError(f"{path}: a table's file ends in .json, .csv, .tex or .txt")
+    write_text_atomic(text + "\n", path)
+
+
+def _latex_cell(text: str) -> str:
+    # After \\ a bracket would be read as the row's extra space.
+    escaped = escape_latex(text)
+    return "{}" + escaped if escaped.startswith(("[", "*")) else escaped
+
+
+def _printable(text: str) -> str:
+    """Without characters that move a terminal's cursor or break a line."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _shown(table: Table, row: tuple[Cell, ...]) -> list[str]:
+    return [_shown_cell(cell, column.digits) for cell, column in zip(row, table.columns, strict=True)]
+
+
+def _shown_cell(cell: Cell, digits: int) -> str:
+    value = _known(cell)
+    if value is None:
+        return MISSING
+    if isinstance(value, str):
+        return _printable(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def _known(cell: Cell) -> Cell:
+    """The cell, None where it is no number."""
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
+
+
+def model_name(spec: str) -> str:
+    """What tables call a model: its folder's or file's name; the run's where the folder is a run's ``model/``.
+
+    >>> model_name("HuggingFaceTB/SmolLM2-135M"), model_name("answers/new.jsonl")
+    ('SmolLM2-135M', 'new')
+    """
+    path = Path(spec).resolve()
+    if path.is_dir() and path.name == "model" and path.parent.name:
+        return path.parent.name
+    return path.name.removesuffix(".jsonl").removesuffix(".json") or spec

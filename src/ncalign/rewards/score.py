@@ -1,0 +1,135 @@
+"""`ncalign score`: fill in the candidates' rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from ncalign.core.progress import Bar, say
+from ncalign.data.groups import REWARD_STEPS, Group, ReadReport, check_output, read_groups, write_groups
+from ncalign.rewards.base import RewardSource, score_many
+from ncalign.rewards.config import ScoreConfig
+from ncalign.rewards.judge import JudgeReward
+from ncalign.rewards.sources import check_failures, parts, reward_source, source_record
+from ncalign.rewards.verifiable import ReasoningGymReward
+
+
+@dataclass
+class ScoreCounts:
+    """What scoring came to.
+
+    Attributes:
+        groups: groups scored.
+        candidates: their candidates.
+        unknown: candidates left without a reward.
+        groups_with_spread: groups in which two candidates have different rewards; only they can teach a preference.
+        total: sum of the known rewards.
+    """
+
+    groups: int = 0
+    candidates: int = 0
+    unknown: int = 0
+    groups_with_spread: int = 0
+    total: float = 0.0
+
+    def add(self, rewards: Sequence[float | None]) -> None:
+        """Count a group with these rewards."""
+        known = [reward for reward in rewards if reward is not None]
+        self.groups += 1
+        self.candidates += len(rewards)
+        self.unknown += len(rewards) - len(known)
+        self.groups_with_spread += len(set(known)) > 1
+        self.total += sum(known)
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean of the known rewards; NaN when there is none."""
+        known = self.candidates - self.unknown
+        return self.total / known if known else math.nan
+
+
+def score_groups(groups: Iterable[Group], source: RewardSource, counts: ScoreCounts | None = None) -> Iterator[Group]:
+    """The groups with their candidates' rewards replaced by the source's.
+
+    Args:
+        groups: groups with candidates.
+        source: what scores them.
+        counts: filled in on the way.
+    """
+    counts = counts if counts is not None else ScoreCounts()
+    for group, rewards in _rewarded(groups, source):
+        candidates = [replace(candidate, reward=reward) for candidate, reward in zip(group.candidates, rewards, strict=True)]
+        counts.add(rewards)
+        yield replace(group, candidates=candidates)
+
+
+def _rewarded(groups: Iterable[Group], source: RewardSource) -> Iterator[tuple[Group, list[float | None]]]:
+    remaining = iter(groups)
+    while chunk := list(islice(remaining, _TOGETHER)):
+        yield from zip(chunk, score_many(source, chunk), strict=True)
+
+
+def _counted(groups: Iterable[Group], bar: Bar) -> Iterator[Group]:
+    for group in groups:
+        yield group
+        bar.advance()
+
+
+_TOGETHER = 32
+"""Groups handed to a source at a time: a judge's or a model's batches reach across them."""
+
+
+def _recorded(groups: Iterable[Group], record: str) -> Iterator[Group]:
+    """The groups, which say where their rewards came from; what was said of earlier rewards is dropped."""
+    for group in groups:
+        yield replace(group, metadata={**group.metadata, REWARD_STEPS: [record]})
+
+
+def _checked(groups: Iterable[Group], source: RewardSource) -> Iterator[Group]:
+    """The groups; at their end, before the file takes its place, too many failures raise."""
+    yield from groups
+    check_failures(source)
+
+
+def run_score(config: ScoreConfig) -> dict[str, object]:
+    """Score the groups of a file and write them with their rewards.
+
+    Returns:
+        ``output``, counts of groups, candidates and unknown rewards, ``groups_with_spread``, ``mean_reward``.
+
+    Raises:
+        ValueError: the data can't be read, or the reward source fails on a group; nothing is written.
+    """
+    check_output(config.output)
+    source = reward_source(config)
+    report, counts = ReadReport(), ScoreCounts()
+    # Read once before: a row that can't be used is told before anything is paid for.
+    total = sum(1 for _ in read_groups(config.data, on_bad_row=config.on_bad_row, report=report))
+    if not total:
+        raise ValueError(f"{config.data} has no group to score: {report.summary()}")
+    if report.skipped:
+        say(report.notice(config.data))
+    with Bar("Scoring groups", total) as bar, closing(read_groups(config.data, on_bad_row=config.on_bad_row)) as groups:
+        scored = _recorded(score_groups(groups, source, counts), source_record(config))
+        write_groups(_checked(_counted(scored, bar), source), config.output)
+    result: dict[str, object] = {
+        "output": str(config.output),
+        "groups": counts.groups,
+        "candidates": counts.candidates,
+        "unknown_rewards": counts.unknown,
+        "groups_with_spread": counts.groups_with_spread,
+        "mean_reward": counts.mean_reward,
+        "rows_skipped": report.skipped,
+    }
+    for part in parts(source):
+        if isinstance(part, ReasoningGymReward):
+            result["refused_by_verifier"] = part.num_refused
+        if isinstance(part, JudgeReward):
+            usage = part.server.usage
+            result |= {"verdicts": part.num_asked, "verdicts_missing": part.num_missing, "order_decided": part.num_changed}
+            result |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+    result["failed_rewards"] = check_failures(source)
+    return result

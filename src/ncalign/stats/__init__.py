@@ -1,0 +1,1 @@
+"""Pure functions of numbers: rates, ratings, strengths, and their intervals."""

@@ -1,0 +1,261 @@
+"""What a judge is like: whether the place of an answer or its length sways it, and whether two judges agree."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from ncalign.stats.intervals import Interval
+from ncalign.stats.paired import paired_comparison
+from ncalign.stats.preferences import checked_preference
+from ncalign.stats.records import Game
+
+SIGNIFICANCE = 0.05
+# Points away from 50 from which a bias is called by these words.
+_CLEAR, _STRONG = 5.0, 20.0
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """How a judge's verdicts depend on which answer is shown first.
+
+    Attributes:
+        first_place: mean preference for the answer shown first, in percent, over questions judged in both orders; 50 without
+            bias, whichever model is better; NaN where there is no such question.
+        ci: 95 % bootstrap interval of ``first_place``.
+        p_value: two-sided, of a sign-flip permutation test against 50; see :func:`position_bias` for few questions.
+        num_pairs: questions judged in both orders.
+        num_incomplete: questions with a verdict in one order alone, or in none.
+        contradictions: percent of pairs in which either order prefers the other answer.
+        half_contradictions: percent of pairs in which one order calls a tie and the other does not.
+        biased: whether ``p_value`` is below 5 %.
+        summary: the finding in words.
+    """
+
+    first_place: float
+    ci: Interval
+    p_value: float
+    num_pairs: int
+    num_incomplete: int
+    contradictions: float
+    half_contradictions: float
+    biased: bool
+    summary: str
+
+
+def position_bias(games: Iterable[Game], *, seed: int = 0, num_resamples: int = 10_000) -> PositionBias:
+    """Compare the two orders of each question.
+
+    With p the preference for the model shown first and q that shown second, the first place got ``(p + 1 - q) / 2``. A judge
+    who sees only the answers has p = q, so 1/2 for every question. Where one place wins every game, the p-value is the smaller
+    of the permutation test's and ``2 / 4^n``, the most that a judge without bias whose two verdicts are independent can reach:
+    with few questions the permutation test alone could not tell.
+
+    Args:
+        games: of any models, all by one judge. Several of one order are averaged.
+        seed: of the bootstrap and of the test.
+        num_resamples: of both.
+
+    Raises:
+        ValueError: there are no games, or a preference is outside [0, 1].
+    """
+    orders: dict[tuple[str, str, str], dict[bool, list[float]]] = defaultdict(lambda: {True: [], False: []})
+    for game in games:
+        verdicts = orders[game.question, game.model, game.baseline][game.model_first]
+        if game.preference is not None:
+            verdicts.append(checked_preference(game))
+    if not orders:
+        raise ValueError("there are no games: a judge's bias needs its verdicts")
+    pairs = np.array(
+        [(np.mean(both[True]), np.mean(both[False])) for both in orders.values() if both[True] and both[False]]
+    ).reshape(-1, 2)
+    incomplete = len(orders) - len(pairs)
+    if len(pairs) < 2:
+        words = f"{len(pairs)} questions were judged in both orders: position bias can't be told"
+        return PositionBias(_NAN, (_NAN, _NAN), _NAN, len(pairs), incomplete, _NAN, _NAN, False, words)
+    first_place = 50 * (pairs[:, 0] + 1 - pairs[:, 1])
+    test = paired_comparison(np.full(len(pairs), 50.0), first_place, seed=seed, num_resamples=num_resamples)
+    leaning = np.sign(pairs - 0.5)
+    product = leaning[:, 0] * leaning[:, 1]
+    half = (product == 0) & (np.abs(leaning).sum(axis=1) == 1)
+    p_value = test.p_value
+    if bool((product < 0).all()) and len(set(leaning[:, 0])) == 1:
+        p_value = min(p_value, 2 * 0.25 ** len(pairs))
+    biased = p_value < SIGNIFICANCE
+    return PositionBias(
+        first_place=test.mean_after,
+        ci=test.ci_after,
+        p_value=p_value,
+        num_pairs=len(pairs),
+        num_incomplete=incomplete,
+        contradictions=100 * float((product < 0).mean()),
+        half_contradictions=100 * float(half.mean()),
+        biased=biased,
+        summary=_position_words(test.mean_after, test.ci_after, biased),
+    )
+
+
+def _position_words(first_place: float, ci: Interval, biased: bool) -> str:
+    numbers = f"{first_place:.1f} % (95 % interval {ci[0]:.1f} to {ci[1]:.1f})"
+    if not biased:
+        return f"no position bias found: the answer shown first gets {numbers}"
+    distance = abs(first_place - 50)
+    size = "slightly" if distance < _CLEAR else "clearly" if distance < _STRONG else "strongly"
+    place = "first" if first_place > 50 else "second"
+    return f"{size} position-biased: the judge prefers the answer shown {place}; the answer shown first gets {numbers}"
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """How a judge's verdicts go with the answers' lengths.
+
+    Attributes:
+        correlation: Pearson's, of the preference with the difference in length; NaN where either is constant.
+        rank_correlation: Spearman's.
+        p_value: two-sided, of the rank correlation.
+        longer_preferred: percent of decided questions with answers of different lengths won by the longer one;
+            NaN where there are none.
+        longer_p_value: two-sided, of a binomial test of ``longer_preferred`` against 50; NaN likewise.
+        related: whether either p-value is below 5 %.
+        summary: the finding in words.
+        num_counted: questions with a verdict.
+        num_missing: questions without.
+    """
+
+    correlation: float
+    rank_correlation: float
+    p_value: float
+    longer_preferred: float
+    longer_p_value: float
+    related: bool
+    summary: str
+    num_counted: int
+    num_missing: int
+
+
+def length_bias(games: Iterable[Game], lengths: Mapping[tuple[str, str], int]) -> LengthBias:
+    """Correlate each question's mean preference with how much longer the model's answer is.
+
+    Longer answers may be better: this says what goes together, the length-controlled win rate what is left without it.
+
+    Args:
+        games: of any models, all by one judge.
+        lengths: of each answer, by question and model.
+
+    Raises:
+        ValueError: an answer's length is missing, or a preference is outside [0, 1].
+    """
+    verdicts: dict[tuple[str, str, str], list[float]] = {}
+    for game in games:
+        values = verdicts.setdefault((game.question, game.model, game.baseline), [])
+        if game.preference is not None:
+            values.append(checked_preference(game))
+    differences, preferences = [], []
+    for (question, model, baseline), values in verdicts.items():
+        for name in (model, baseline):
+            if (question, name) not in lengths:
+                raise ValueError(f"question {question!r}: the length of {name}'s answer is not known")
+        if values:
+            differences.append(lengths[question, model] - lengths[question, baseline])
+            preferences.append(float(np.mean(values)))
+    longer, wins = np.array(differences, dtype=np.float64), np.array(preferences)
+    correlation = rank = p_value = _NAN
+    if len(wins) > 2 and np.ptp(longer) > 0 and np.ptp(wins) > 0:
+        correlation = float(stats.pearsonr(longer, wins).statistic)
+        ranks = stats.spearmanr(longer, wins)
+        rank, p_value = float(ranks.statistic), float(ranks.pvalue)
+    decided = (longer != 0) & (wins != 0.5)
+    num_longer, num_decided = int((np.where(longer > 0, wins, 1 - wins)[decided] > 0.5).sum()), int(decided.sum())
+    share = 100 * num_longer / num_decided if num_decided else _NAN
+    longer_p_value = float(stats.binomtest(num_longer, num_decided).pvalue) if num_decided else _NAN
+    related = p_value < SIGNIFICANCE or longer_p_value < SIGNIFICANCE
+    return LengthBias(
+        correlation=correlation,
+        rank_correlation=rank,
+        p_value=p_value,
+        longer_preferred=share,
+        longer_p_value=longer_p_value,
+        related=related,
+        summary=_length_words(share, rank, num_decided, related),
+        num_counted=len(wins),
+        num_missing=len(verdicts) - len(wins),
+    )
+
+
+def _length_words(share: float, rank: float, num_decided: int, related: bool) -> str:
+    if not num_decided:
+        return "no verdict on answers of different lengths: length bias can't be told"
+    correlated = f", rank correlation {rank:.2f}" if np.isfinite(rank) else ""
+    numbers = f"the longer answer wins {share:.1f} % of {num_decided} decided questions{correlated}"
+    if not related:
+        return f"verdicts don't go with length: {numbers}"
+    return f"verdicts go with length: {numbers}; read the length-controlled win rate beside the plain one"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two judges give the same verdicts.
+
+    Attributes:
+        agreement: percent of common games with the same verdict of win, tie and loss.
+        agreement_without_ties: percent of those games that neither calls a tie; NaN where there are none.
+        kappa: Cohen's, agreement beyond chance; NaN where both give one and the same verdict throughout.
+        correlation: Pearson's, of the preferences; NaN where either is constant.
+        num_counted: games with a verdict of both.
+        num_missing: common games that lack either's verdict.
+        num_unmatched: games that one judge alone was asked.
+    """
+
+    agreement: float
+    agreement_without_ties: float
+    kappa: float
+    correlation: float
+    num_counted: int
+    num_missing: int
+    num_unmatched: int
+
+
+def judge_agreement(one: Iterable[Game], other: Iterable[Game]) -> Agreement:
+    """Compare two judges on the games both were asked: same question, models and order.
+
+    Kappa is ``(a - c) / (1 - c)``, with a the agreement and c what two judges of these habits would reach by chance. Games that
+    were judged several times are averaged.
+
+    Raises:
+        ValueError: the judges have no game in common with a verdict of both.
+    """
+    first, second = _verdicts(one), _verdicts(other)
+    common = first.keys() & second.keys()
+    both = [(first[key], second[key]) for key in sorted(common) if first[key] is not None and second[key] is not None]
+    if not both:
+        raise ValueError(f"the judges have {len(common)} games in common and none with a verdict of both: nothing to compare")
+    values = np.array(both, dtype=np.float64)
+    signs = np.sign(values - 0.5).astype(int)
+    same = signs[:, 0] == signs[:, 1]
+    habits = [Counter(column.tolist()) for column in signs.T]
+    chance = sum(habits[0][verdict] * habits[1][verdict] for verdict in habits[0]) / len(values) ** 2
+    decided = (signs != 0).all(axis=1)
+    varied = bool((values.max(axis=0) > values.min(axis=0)).all())
+    return Agreement(
+        agreement=100 * float(same.mean()),
+        agreement_without_ties=100 * float(same[decided].mean()) if decided.any() else _NAN,
+        kappa=(float(same.mean()) - chance) / (1 - chance) if chance < 1 else _NAN,
+        correlation=float(stats.pearsonr(values[:, 0], values[:, 1]).statistic) if varied else _NAN,
+        num_counted=len(values),
+        num_missing=len(common) - len(values),
+        num_unmatched=len(first.keys() ^ second.keys()),
+    )
+
+
+def _verdicts(games: Iterable[Game]) -> dict[tuple[str, str, str, bool], float | None]:
+    grouped: dict[tuple[str, str, str, bool], list[float]] = {}
+    for game in games:
+        values = grouped.setdefault((game.question, game.model, game.baseline, game.model_first), [])
+        if game.preference is not None:
+            values.append(checked_preference(game))
+    return {key: float(np.mean(values)) if values else None for key, values in grouped.items()}

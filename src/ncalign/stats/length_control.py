@@ -1,0 +1,266 @@
+"""Length-controlled win rate: what the win rate would be if both answers were as long, by AlpacaEval 2's regression."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from ncalign.core.errors import DataError
+from ncalign.stats.intervals import Interval, quantile_interval, resampled_counts
+from ncalign.stats.l1_logistic import fit_l1_logistic
+from ncalign.stats.preferences import checked_preferences
+
+Array = NDArray[np.float64]
+
+NUM_FOLDS = 5
+# AlpacaEval leaves the grid, the tolerance and the seed of the solver to scikit-learn's defaults and this seed.
+_STRENGTHS = np.logspace(-4, 4, 10)
+_TOLERANCE = 1e-4
+_SEED = 123
+# Two gamed baselines share this weight.
+_BASELINE_WEIGHT = 0.2 / 2
+_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+
+
+@dataclass(frozen=True)
+class DifficultyTable:
+    """AlpacaEval's ``df_gamed.csv``: how hard each question is, and how baselines told to be brief or wordy fared.
+
+    Attributes:
+        questions: each row's question, counted from 0 in the set's order.
+        preferences: of the row, 0 to 1; NaN where there is none, and then it only tells the difficulty.
+        length_differences: of the row, in standard deviations.
+        difficulties: of the row's question.
+        not_gamed: whether the row is of no gamed baseline.
+    """
+
+    questions: Int[NDArray[np.int64], " R"]
+    preferences: Float[Array, " R"]
+    length_differences: Float[Array, " R"]
+    difficulties: Float[Array, " R"]
+    not_gamed: Bool[NDArray[np.bool_], " R"]
+
+
+@dataclass(frozen=True)
+class LengthControlled:
+    """A length-controlled win rate.
+
+    Attributes:
+        win_rate: in percent.
+        standard_error: of the predictions' mean over questions, in points, as AlpacaEval gives it. It doesn't hold the
+            uncertainty of the regression: it is 0 without difficulties, where all predictions are the same.
+        ci: 95 % bootstrap interval of ``win_rate``: questions are resampled and the regression is fitted anew.
+        coefficients: of ``length``, ``difficulty`` (where a table was given) and ``model``.
+        strength: C, the inverse of the penalty, that cross-validation chose.
+        num_fitted: questions with a verdict.
+        num_missing: questions without, for which the regression predicts a preference.
+    """
+
+    win_rate: float
+    standard_error: float
+    ci: Interval
+    coefficients: Mapping[str, float]
+    strength: float
+    num_fitted: int
+    num_missing: int
+
+
+def length_controlled_win_rate(
+    preferences: Float[Array, " Q"],
+    model_lengths: Int[NDArray[np.int64], " Q"],
+    baseline_lengths: Int[NDArray[np.int64], " Q"],
+    *,
+    table: DifficultyTable | None = None,
+    questions: Sequence[int] | None = None,
+    regularized: bool = True,
+    seed: int = 0,
+    num_resamples: int = 1000,
+) -> LengthControlled:
+    """Mean of ``sigmoid(model + difficulty_q * gamma)``, the fitted preference at equal lengths, in percent.
+
+    The regression is ``p_q ~ sigmoid(model + lambda * tanh(delta_q / sd(delta)) + gamma * difficulty_q)`` with delta the
+    baseline's length less the model's, in characters; an L1 penalty, its strength chosen by 5-fold cross-validation of the log
+    loss. With a table the gamed baselines' rows take part with weight 0.1 each (``length_controlled_v1``); with
+    ``regularized=False`` only its difficulties are used (``length_controlled_noreg``). Without a table there is no difficulty
+    term (``length_controlled_minimal``).
+
+    Args:
+        preferences: 0 (baseline) to 1 (model), NaN where there is no verdict.
+        model_lengths: characters of the model's answers.
+        baseline_lengths: characters of the baseline's.
+        table: of difficulties.
+        questions: each row's place in the set, from 0; without it the rows are the set in its order.
+        regularized: whether the gamed baselines' rows take part.
+        seed: of the bootstrap.
+        num_resamples: of the bootstrap.
+
+    Raises:
+        ValueError: lengths don't match, are the same difference throughout, or fewer than 5 questions have a verdict; the
+            table lacks a question.
+
+    Source: Dubois et al., "Length-Controlled AlpacaEval", 2024, eq. 2; ``alpaca_eval.metrics.get_length_controlled_winrate``,
+    whose numbers these are, its solver's early stop included.
+    """
+    targets = checked_preferences(preferences)
+    known = ~np.isnan(targets)
+    if known.sum() < NUM_FOLDS:
+        raise ValueError(f"{known.sum()} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
+    features = _features(model_lengths, baseline_lengths, len(targets), table, questions)
+    test = features.copy()
+    test[:, 0] = 0
+    gamed = np.zeros((0, features.shape[1]))
+    gamed_targets = np.zeros(0)
+    if table is not None and regularized:
+        judged = ~np.isnan(table.preferences)
+        gamed = np.column_stack([np.tanh(table.length_differences), table.difficulties, table.not_gamed])[judged]
+        gamed_targets = table.preferences[judged]
+    gamed_weights = np.where(gamed[:, -1] == 1, 1.0, _BASELINE_WEIGHT)
+    weights = np.concatenate([gamed_weights, np.ones(known.sum())])
+    rows = np.concatenate([gamed, features[known]])
+    labels = np.concatenate([gamed_targets, targets[known]])
+    strength = _chosen_strength(rows, labels, weights)
+    coefficients = _fit(rows, labels, weights, strength)
+    predicted = expit(test @ coefficients)
+    rng = np.random.default_rng(seed)
+    rounds = np.empty(num_resamples)
+    for i in range(num_resamples):
+        counts = resampled_counts(len(targets), rng)
+        drawn = np.concatenate([weights[: len(gamed)], counts[known]])
+        rounds[i] = 100 * np.average(expit(test @ _fit(rows, labels, drawn, strength)), weights=counts)
+    names = ("length", "model") if table is None else ("length", "difficulty", "model")
+    return LengthControlled(
+        win_rate=float(predicted.mean() * 100),
+        standard_error=float(predicted.std(ddof=1) / np.sqrt(len(predicted)) * 100),
+        ci=quantile_interval(rounds, (0.025, 0.975)),
+        coefficients={name: float(value) for name, value in zip(names, coefficients, strict=True)},
+        strength=strength,
+        num_fitted=int(known.sum()),
+        num_missing=int((~known).sum()),
+    )
+
+
+def read_difficulty_table(path: str | Path) -> DifficultyTable:
+    """Read a CSV with the columns ``index, preference, std_delta_len, instruction_difficulty, not_gamed_baseline``.
+
+    That is AlpacaEval's ``df_gamed.csv``; other columns are left aside.
+
+    Raises:
+        DataError: a column is missing, or a value can't be read; the message names the line.
+    """
+    columns: dict[str, list[float]] = {name: [] for name in _COLUMNS}
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        absent = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+        if absent:
+            raise DataError(
+                f"{path}: the columns {', '.join(absent)} are missing; AlpacaEval's df_gamed.csv has {', '.join(_COLUMNS)}"
+            )
+        for row in reader:
+            for name in _COLUMNS:
+                columns[name].append(_number(row[name], name, f"{path}:{reader.line_num}"))
+    if not columns["index"]:
+        raise DataError(f"{path}: there are no rows below the column names")
+    arrays = {name: np.array(values) for name, values in columns.items()}
+    return DifficultyTable(
+        questions=arrays["index"].astype(np.int64),
+        preferences=arrays["preference"],
+        length_differences=arrays["std_delta_len"],
+        difficulties=arrays["instruction_difficulty"],
+        not_gamed=arrays["not_gamed_baseline"].astype(bool),
+    )
+
+
+def _number(text: str | None, name: str, place: str) -> float:
+    words = {"true": 1.0, "false": 0.0}
+    word = (text or "").strip().lower()
+    if name == "preference" and word in ("", "nan"):
+        return float("nan")
+    try:
+        value = words[word] if word in words else float(word)
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise DataError(f"{place}: {name} is {text!r}; a finite number is needed")
+    if name == "preference" and not 0 <= value <= 1:
+        raise DataError(f"{place}: the preference is {value:g}; a number from 0 to 1 is needed")
+    return value
+
+
+def _features(
+    model_lengths: NDArray[np.int64],
+    baseline_lengths: NDArray[np.int64],
+    num_questions: int,
+    table: DifficultyTable | None,
+    questions: Sequence[int] | None,
+) -> Array:
+    """Columns: tanh of the standardised length difference, the difficulty where there is a table, 1."""
+    ours, theirs = np.asarray(model_lengths, dtype=np.float64), np.asarray(baseline_lengths, dtype=np.float64)
+    if ours.shape != (num_questions,) or theirs.shape != (num_questions,):
+        raise ValueError(
+            f"there are {num_questions} preferences, and lengths of {ours.size} and {theirs.size} answers: one of each is "
+            "needed for every question, also where there is no verdict"
+        )
+    difference = theirs - ours
+    spread = difference.std(ddof=1)
+    if not spread > 0:
+        raise ValueError(
+            f"every answer is {-difference[0]:g} characters longer than the baseline's: length can't be controlled for"
+        )
+    columns = [np.tanh(difference / spread)]
+    if table is not None:
+        columns.append(_difficulties(table, range(num_questions) if questions is None else questions))
+        if len(columns[1]) != num_questions:
+            raise ValueError(f"questions names {len(columns[1])} places; there are {num_questions} preferences")
+    return np.column_stack([*columns, np.ones(num_questions)])
+
+
+def _difficulties(table: DifficultyTable, questions: Sequence[int]) -> Array:
+    known: dict[int, float] = {}
+    for question, difficulty in zip(table.questions.tolist(), table.difficulties.tolist(), strict=True):
+        known.setdefault(question, difficulty)
+    absent = [question for question in questions if question not in known]
+    if absent:
+        raise ValueError(
+            f"the difficulty table has no row for question {absent[0]} ({len(absent)} are missing); "
+            "questions are counted from 0 in the set's order"
+        )
+    return np.array([known[question] for question in questions])
+
+
+def _chosen_strength(rows: Array, targets: Array, weights: Array) -> float:
+    """The grid's strength with the least mean weighted log loss over folds; the smallest of equals."""
+    # scikit-learn's GroupKFold deals the groups out from the last.
+    folds = (len(targets) - 1 - np.arange(len(targets))) % NUM_FOLDS
+    losses = np.zeros(len(_STRENGTHS))
+    for fold in range(NUM_FOLDS):
+        train, held_out = folds != fold, folds == fold
+        seeds = np.random.RandomState(_SEED)
+        for i, strength in enumerate(_STRENGTHS):
+            coefficients = fit_l1_logistic(
+                rows[train],
+                targets[train],
+                weights[train],
+                strength=float(strength),
+                tolerance=_TOLERANCE,
+                seed=_solver_seed(seeds),
+            )
+            guess = np.clip(expit(rows[held_out] @ coefficients), 1e-15, 1 - 1e-15)
+            gains = targets[held_out] * np.log(guess) + (1 - targets[held_out]) * np.log(1 - guess)
+            losses[i] -= np.mean(weights[held_out] * gains)
+    return float(_STRENGTHS[int(np.argmin(losses))])
+
+
+def _fit(rows: Array, targets: Array, weights: Array, strength: float) -> Array:
+    seed = _solver_seed(np.random.RandomState(_SEED))
+    return fit_l1_logistic(rows, targets, weights, strength=strength, tolerance=_TOLERANCE, seed=seed)
+
+
+def _solver_seed(seeds: np.random.RandomState) -> int:
+    return int(seeds.randint(np.iinfo(np.int32).max))

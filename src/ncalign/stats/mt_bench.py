@@ -1,0 +1,192 @@
+"""MT-Bench: mean ratings by turn and by category, and wins read off two models' ratings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ncalign.stats.intervals import Interval, ratio_interval
+from ncalign.stats.records import Rating
+
+# MT-Bench asks for 1 to 10; judges give 0 now and then, and FastChat counts it.
+LOWEST, HIGHEST = 0.0, 10.0
+TIE_DELTA = 0.1
+
+
+@dataclass(frozen=True)
+class MeanScore:
+    """Mean of some ratings.
+
+    Attributes:
+        mean: NaN where none has a score.
+        ci: 95 % bootstrap interval of ``mean``; questions are resampled, their turns stay together. NaN for one question.
+        num_counted: ratings with a score.
+        num_missing: ratings without, which count nowhere.
+    """
+
+    mean: float
+    ci: Interval
+    num_counted: int
+    num_missing: int
+
+
+@dataclass(frozen=True)
+class MTBench:
+    """One model's scores.
+
+    Attributes:
+        model: its name.
+        overall: of all ratings, both turns together.
+        turns: by turn, from 1.
+        categories: by category, both turns together, in the order of their names.
+    """
+
+    model: str
+    overall: MeanScore
+    turns: Mapping[int, MeanScore]
+    categories: Mapping[str, MeanScore]
+
+
+def mt_bench(ratings: Iterable[Rating], *, seed: int = 0, num_resamples: int = 10_000) -> tuple[MTBench, ...]:
+    """Plain means of ratings: every rating with a score counts once. Best model first.
+
+    Args:
+        ratings: of any models.
+        seed: of the bootstrap.
+        num_resamples: of the bootstrap.
+
+    Raises:
+        ValueError: there are no ratings, a score is outside 0 to 10 (FastChat's -1 is None here), or an answer was rated twice.
+
+    Source: FastChat, ``llm_judge/show_result.py``, mode ``single``.
+
+    >>> made = [Rating("81", "new", 1, "writing", 9.0), Rating("81", "new", 2, "writing", 6.0),
+    ...         Rating("101", "new", 1, "reasoning", 3.0), Rating("101", "new", 2, "reasoning", None)]
+    >>> (new,) = mt_bench(made)
+    >>> new.overall.mean, new.turns[1].mean, new.turns[2].mean, new.categories["writing"].mean, new.overall.num_missing
+    (6.0, 6.0, 6.0, 7.5, 1)
+    """
+    by_model: dict[str, list[Rating]] = {}
+    for rating in _checked(ratings):
+        by_model.setdefault(rating.model, []).append(rating)
+    if not by_model:
+        raise ValueError("there are no ratings: a score needs judged answers")
+    scores = []
+    for model, group in by_model.items():
+        rng = np.random.default_rng(seed)
+        turns, categories = defaultdict(list), defaultdict(list)
+        for rating in group:
+            turns[rating.turn].append(rating)
+            categories[rating.category].append(rating)
+        scores.append(
+            MTBench(
+                model=model,
+                overall=_mean_score(group, num_resamples, rng),
+                turns={turn: _mean_score(turns[turn], num_resamples, rng) for turn in sorted(turns)},
+                categories={name: _mean_score(categories[name], num_resamples, rng) for name in sorted(categories)},
+            )
+        )
+    # A model whose ratings are all missing comes last.
+    return tuple(sorted(scores, key=lambda score: -score.overall.mean if score.overall.num_counted else 1.0))
+
+
+def question_scores(ratings: Iterable[Rating], model: str) -> dict[str, float]:
+    """One model's mean rating of each question over its rated turns; NaN where none has a score.
+
+    Raises:
+        ValueError: as :func:`mt_bench`.
+    """
+    by_question: dict[str, list[float]] = {}
+    for rating in _checked(ratings):
+        if rating.model == model:
+            scores = by_question.setdefault(rating.question, [])
+            if rating.score is not None:
+                scores.append(rating.score)
+    return {question: float(np.mean(scores)) if scores else float("nan") for question, scores in by_question.items()}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Answers of one model against those of another to the same questions and turns.
+
+    Attributes:
+        num_wins: rated higher by at least the tie's width.
+        num_ties: rated alike.
+        num_losses: rated lower.
+        num_missing: answers that lack a score on either side.
+    """
+
+    num_wins: int
+    num_ties: int
+    num_losses: int
+    num_missing: int
+
+    @property
+    def win_rate(self) -> float:
+        """Percent won, ties counting half; NaN where nothing counts."""
+        counted = self.num_wins + self.num_ties + self.num_losses
+        return 100 * (self.num_wins + self.num_ties / 2) / counted if counted else float("nan")
+
+
+def rating_tally(ratings: Iterable[Rating], model: str, baseline: str, *, tie_delta: float = TIE_DELTA) -> Tally:
+    """Wins, ties (scores that differ by less than ``tie_delta``) and losses of two models' ratings, turn by turn.
+
+    Raises:
+        ValueError: either model has no rating.
+
+    Source: FastChat, ``llm_judge``, where a tie's width is 0.1.
+    """
+    scores: dict[tuple[str, int], dict[str, float | None]] = defaultdict(dict)
+    met = set()
+    for rating in _checked(ratings):
+        if rating.model in (model, baseline):
+            met.add(rating.model)
+            scores[rating.question, rating.turn][rating.model] = rating.score
+    absent = {model, baseline} - met
+    if absent:
+        raise ValueError(f"there are no ratings of {', '.join(sorted(absent))}")
+    counts = {"win": 0, "tie": 0, "loss": 0, "missing": 0}
+    for pair in scores.values():
+        ours, theirs = pair.get(model), pair.get(baseline)
+        if ours is None or theirs is None:
+            counts["missing"] += 1
+        elif abs(ours - theirs) < tie_delta:
+            counts["tie"] += 1
+        else:
+            counts["win" if ours > theirs else "loss"] += 1
+    return Tally(counts["win"], counts["tie"], counts["loss"], counts["missing"])
+
+
+def _checked(ratings: Iterable[Rating]) -> list[Rating]:
+    every = list(ratings)
+    seen = set()
+    for rating in every:
+        place = (rating.model, rating.question, rating.turn)
+        if place in seen:
+            raise ValueError(f"question {rating.question!r}, turn {rating.turn}: {rating.model}'s answer is rated twice")
+        seen.add(place)
+        if rating.score is not None and not LOWEST <= rating.score <= HIGHEST:
+            raise ValueError(
+                f"question {rating.question!r}, turn {rating.turn}: {rating.model} is rated {rating.score}; a number from "
+                f"{LOWEST:g} to {HIGHEST:g}, or None where there is none, is needed"
+            )
+    return every
+
+
+def _mean_score(ratings: Sequence[Rating], num_resamples: int, rng: np.random.Generator) -> MeanScore:
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for rating in ratings:
+        if rating.score is not None:
+            by_question[rating.question].append(rating.score)
+    num_counted = sum(len(scores) for scores in by_question.values())
+    totals = np.array([sum(scores) for scores in by_question.values()])
+    sizes = np.array([len(scores) for scores in by_question.values()], dtype=np.float64)
+    return MeanScore(
+        mean=float(totals.sum() / num_counted) if num_counted else float("nan"),
+        ci=ratio_interval(totals, sizes, num_resamples, rng) if len(totals) > 1 else (float("nan"), float("nan")),
+        num_counted=num_counted,
+        num_missing=len(ratings) - num_counted,
+    )

@@ -1,0 +1,1 @@
+"""Reasoning tasks, scored by what they ask for; programs run in a sandbox."""

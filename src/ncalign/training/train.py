@@ -1,0 +1,477 @@
+"""`ncalign train`, whole: configuration → run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, disable_fsdp_ram_efficient_loading
+from transformers import PreTrainedModel
+
+from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.core.cache import cache_folder
+from ncalign.core.errors import ConfigError
+from ncalign.core.progress import say
+from ncalign.data.groups import read_groups
+from ncalign.model.attention import shares_prompts
+from ncalign.model.batching import GroupBatch
+from ncalign.model.encoding import EncodedGroup, Encoder
+from ncalign.model.logprobs import LogprobModel, base_causal_model, check_head, completion_token_cost, share_prompts
+from ncalign.model.policy import DTYPES, Policy, load_policy, reference_mode
+from ncalign.model.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
+from ncalign.objectives import Method, build_method
+from ncalign.objectives.targets import warn_if_degenerate
+from ncalign.training import run_folder
+from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from ncalign.training.config import TrainConfig
+from ncalign.training.data import LoadedGroups, listed_steps, load_groups, mismatched_groups, split_held_out
+from ncalign.training.engine import Engine
+from ncalign.training.export import save_model
+from ncalign.training.loop import Intervals, Loop
+from ncalign.training.peers import another_process_named
+from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
+from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
+from ncalign.training.selfcheck import check_first_step
+
+_NUM_CHECKED = 64
+"""Groups whose references are checked when they come with the data."""
+_PASS_TOKENS = {"cpu": 2048, "other": 16384}
+"""Tokens of a pass by default: a CPU is busy with fewer."""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_UNSUPPORTED = frozenset({DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA})
+
+
+@dataclass
+class Prepared:
+    """A run before its first step."""
+
+    policy: Policy
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    plan: DataPlan
+    train: list[EncodedGroup]
+    held_out: list[EncodedGroup]
+    loaded: LoadedGroups
+    encoder: Encoder
+    mismatched: list[EncodedGroup]
+    eval_mismatched: list[EncodedGroup]
+
+
+def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[str, Any]:
+    """Train as configured and leave a run folder.
+
+    Args:
+        config: the run.
+        method: a method of one's own in place of ``config.objective``.
+
+    Returns:
+        What ``results.json`` holds: counts, the last metrics, evaluation before and after, versions, where the model is.
+
+    Raises:
+        ValueError: data, model or configuration that can't be used; nothing is half-written.
+    """
+    accelerator = make_accelerator(config)
+    claim = claimed_run_folder(config) if accelerator.is_main_process else contextlib.nullcontext()
+    with another_process_named(), claim:
+        accelerator.wait_for_everyone()
+        return _run(config, accelerator, method or build_method(config.objective))
+
+
+def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
+    finished = finished_results(config) if config.resume else None
+    if finished is not None:
+        _say(accelerator, f"{config.output_dir} is finished: nothing to resume")
+        return finished
+    started = time.monotonic()
+    prepared = prepare(config, accelerator, method)
+    checkpoints = find_checkpoints(config.output_dir) if config.resume else []
+    engine, held_out = prepared.engine, prepared.held_out
+    _fill_reference(config, prepared)
+    torch.manual_seed(config.seed + accelerator.process_index)  # an adapter's dropout differs between processes
+    state: dict[str, Any] = {"step": 0, "before": None, "seconds": 0.0}
+    if checkpoints:
+        state = load_checkpoint(checkpoints[-1], model=engine.model, optimizer=prepared.optimizer, accelerator=accelerator)
+        _refuse_other_run(checkpoints[-1], state, prepared)
+        _say(accelerator, f"Resuming from {checkpoints[-1]}")
+    else:
+        if config.resume:
+            _say(accelerator, f"note: {config.output_dir} has no checkpoint: training starts at the beginning")
+        self_check(config, prepared)
+    # Not before all that can be wrong with the configuration, the data and the model has been looked at.
+    if accelerator.is_main_process:
+        open_run_folder(config)
+    accelerator.wait_for_everyone()
+    loop = _loop(config, prepared, state["step"])
+    if checkpoints:
+        loop.restore(state["loop"])
+    elif held_out:
+        state["before"] = loop.evaluate(0)
+    loop.save = partial(_save, config, prepared, state, started)
+    after = loop.run(state["step"])
+    results = {
+        "method": engine.method.name,
+        "steps": prepared.plan.num_steps,
+        "data": prepared.loaded.counts() | {"groups_trained_on": len(prepared.train), "groups_held_out": len(held_out)},
+        "reward_steps": listed_steps(prepared.loaded.reward_steps),
+        "before": state["before"],
+        "after": after,
+        "seed": config.seed,
+        "seconds": state["seconds"] + time.monotonic() - started,
+        "model": str(config.output_dir / run_folder.MODEL),
+        "versions": versions(),
+    }
+    target = config.output_dir / run_folder.MODEL
+    save_model(prepared.policy, engine.model, accelerator, config=config, results=results, target=target)
+    if accelerator.is_main_process:
+        write_json_atomic(results, config.output_dir / run_folder.RESULTS)
+    accelerator.end_training()
+    return results
+
+
+def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Prepared:
+    """Load model and data, and hand both to accelerate."""
+    torch.manual_seed(config.seed)
+    for path in (config.data, config.eval_data):
+        if path is not None:
+            read_groups(path).close()  # a missing file is told before the model is loaded
+    _say(accelerator, f"Loading {config.model}")
+    policy = load_policy(
+        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
+    )
+    check_head(policy.model)
+    encoder = Encoder(
+        policy.tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        string_prompts=config.string_prompts,
+    )
+    load = partial(load_groups, encoder=encoder, method=method, on_bad_row=config.on_bad_row, shown=accelerator.is_main_process)
+    loaded = load(config.data)
+    train, held_out = split_held_out(loaded.groups, fraction=config.eval_fraction, seed=config.seed)
+    notices = [loaded.notice]
+    if config.eval_data is not None:
+        evaluated = load(config.eval_data)
+        notices.append(evaluated.notice)
+        train, held_out = loaded.groups, evaluated.groups
+    if not train:
+        raise ValueError(f"{config.data}: eval_fraction={config.eval_fraction} leaves no group to train on: lower it")
+    if config.eval_fraction and not held_out:
+        notices.append(f"eval_fraction={config.eval_fraction} of {len(train)} groups holds out none: raise it to evaluate")
+    method, notice = fit_method(method, train)
+    notices.append(notice)
+    for notice in filter(None, (*notices, *encoder.report.notices())):
+        _say(accelerator, f"note: {notice}")
+    engine, optimizer = make_engine(config, policy, method, accelerator)
+    plan = make_plan(
+        len(train),
+        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+    mismatched: list[list[EncodedGroup]] = [[], []]
+    if method.baseline is not None and method.baseline.mismatched:
+        mismatched = [mismatched_groups(groups, max_length=config.max_length) for groups in (train, held_out)]
+    return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: fresh pages for large tensors cost some 10 % of a step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def make_engine(
+    config: TrainConfig, policy: Policy, method: Method, accelerator: Accelerator
+) -> tuple[Engine, torch.optim.Optimizer]:
+    """The engine that runs the method on this policy, and the optimizer of what it trains."""
+    if config.activation_checkpointing:
+        recompute_activations(base_causal_model(policy.model))
+    reason = share_prompts(policy.model) if config.share_prompts else None
+    if reason is not None:
+        _say(accelerator, f"note: each completion computes its prompt anew, since prompts can't be shared here: {reason}")
+    # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
+    autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
+    model = LogprobModel(policy.model, autocast=autocast)
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    engine = Engine(
+        model=wrapped,
+        method=method,
+        accelerator=accelerator,
+        pad_token_id=int(policy.tokenizer.pad_token_id),
+        seed=config.seed,
+        max_groups=config.per_device_train_batch_size,
+        max_tokens=config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"],
+        token_cost=completion_token_cost(policy.model),
+        scoring_dtype=None if config.scoring_dtype is None else DTYPES[config.scoring_dtype],
+        prompts_once=_prompts_once(config, policy, accelerator),
+    )
+    return engine, optimizer
+
+
+def _prompts_once(config: TrainConfig, policy: Policy, accelerator: Accelerator) -> bool:
+    """Whether scoring and training share the prompts: not where an adapter's dropout sets them apart or weights are sharded."""
+    noisy = config.lora is not None and config.lora.dropout > 0
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    return shares_prompts(base_causal_model(policy.model)) and not noisy and not sharded
+
+
+def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
+    """The method with what it takes from the training set's rewards, and what a user should know of its target weights."""
+    size = max(len(group.rewards) for group in groups)
+    rewards = torch.full((len(groups), size), float("nan"), dtype=torch.float64)
+    for row, group in zip(rewards, groups, strict=True):
+        row[: len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
+    mask = ~rewards.isnan()
+    if method.fit is not None:
+        method = method.fit(rewards, mask)
+    if method.target_weights is None:
+        return method, ""
+    return method, warn_if_degenerate(method.target_weights(rewards, mask), mask) or ""
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass."""
+    with warnings.catch_warnings():
+        # transformers 5.23 renamed this; the old name is the one that every 5.x has.
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated", category=FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; weight decay on matrices only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def self_check(config: TrainConfig, prepared: Prepared) -> None:
+    """Run :func:`check_first_step` on the first step's groups, and where others made the references, on groups all over."""
+    engine = prepared.engine
+    _, indices = prepared.plan.step_groups(0)
+    folder = _reference_folder(config, prepared)
+    source = str(folder)
+    if config.reference == "data":
+        source = "the data"
+        apart = max(1, len(prepared.train) // _NUM_CHECKED)
+        indices = sorted({*indices, *range(0, len(prepared.train), apart)})
+    for part in engine.passes(indices, [prepared.train[index] for index in indices]):
+        batch = engine.batch(part)
+
+        def fresh(batch: GroupBatch = batch) -> torch.Tensor:
+            with reference_mode(engine.inner.model):
+                return engine.score(batch)
+
+        policy = engine.rehearse(batch)
+        check_first_step(engine.method, batch, policy=policy, fresh_reference=fresh, dtype=config.dtype, source=source)
+
+
+def _fill_reference(config: TrainConfig, prepared: Prepared) -> None:
+    if config.reference == "data":
+        for group in (*prepared.train, *prepared.held_out):
+            if None in group.reference_logprobs:
+                raise ValueError(
+                    f"{group.origin}: group {group.id!r} has a candidate without reference_logprob: reference: data needs "
+                    "one for each candidate; reference: compute fills them in"
+                )
+    given = config.reference == "data"
+    # Completions paired with other prompts than their own are in nobody's data.
+    groups = [*([] if given else [*prepared.train, *prepared.held_out]), *prepared.mismatched, *prepared.eval_mismatched]
+    if not groups:
+        return
+    cache = ReferenceCache(_reference_folder(config, prepared))
+    try:
+        if missing_groups(groups, cache):
+            check_writable(cache.folder / "part.parquet")
+        prepared.engine.fill_reference(groups, cache)
+    except OSError as error:
+        raise OSError(
+            f"{error.strerror or error}. Reference log-probs are kept there: set cache_dir, or NCALIGN_CACHE, to "
+            "a folder with room that you may write to"
+        ) from error
+    fill = partial(with_reference, lookup=cache.values.__getitem__)
+    if not given:
+        prepared.train, prepared.held_out = fill(prepared.train), fill(prepared.held_out)
+    prepared.mismatched, prepared.eval_mismatched = fill(prepared.mismatched), fill(prepared.eval_mismatched)
+
+
+def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
+    accelerator, plan = prepared.engine.accelerator, prepared.plan
+    path = config.output_dir / run_folder.METRICS
+    metrics = MetricsFile(path, keep_until=start, num_steps=plan.num_steps) if accelerator.is_main_process else None
+    start_trackers(config, accelerator, start)
+
+    def log(row: dict[str, float]) -> None:
+        if metrics is not None:
+            metrics.write(row)
+        log_to_trackers(config, accelerator, row)
+
+    return Loop(
+        engine=prepared.engine,
+        optimizer=prepared.optimizer,
+        plan=plan,
+        groups=prepared.train,
+        eval_groups=prepared.held_out,
+        learning_rate=partial(
+            learning_rate_at,
+            peak=config.learning_rate,
+            num_steps=plan.num_steps,
+            warmup_ratio=config.warmup_ratio,
+            kind=config.lr_scheduler_type,
+        ),
+        max_grad_norm=config.max_grad_norm,
+        intervals=Intervals(config.logging_steps, config.eval_steps, config.save_steps),
+        log=log,
+        save=lambda step, state: None,
+        mismatched=prepared.mismatched,
+        eval_mismatched=prepared.eval_mismatched,
+    )
+
+
+def start_trackers(config: TrainConfig, accelerator: Accelerator, start: int) -> None:
+    """Open the trackers of a run that begins, or goes on, at a step."""
+    if config.report_to:
+        # TensorBoard shows what a killed run logged after its last checkpoint once, not twice.
+        options = {"tensorboard": {"purge_step": start + 1}} if start else {}
+        flat = _flat(config.model_dump(mode="json"))
+        accelerator.init_trackers(run_folder.TENSORBOARD, config=flat, init_kwargs=options)
+
+
+def log_to_trackers(config: TrainConfig, accelerator: Accelerator, row: dict[str, float]) -> None:
+    """Hand a row of metrics to the trackers.
+
+    Raises:
+        ValueError: one of them failed.
+    """
+    try:
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+    except Exception as error:  # each tracker raises classes of its own
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"step {row['step']:.0f}: a tracker of report_to ({', '.join(config.report_to)}) failed: {cause}; mend it, or "
+            "resume without it. The last checkpoint and metrics are kept"
+        ) from error
+
+
+def _refuse_other_run(checkpoint: Path, state: dict[str, Any], prepared: Prepared) -> None:
+    for name, found in _identity(prepared).items():
+        if state[name] != found:
+            what = "the model's weights or precision" if name == "weights" else "the training groups"
+            raise ValueError(
+                f"{checkpoint} is of a run with other inputs: {what} changed since; restore them, or begin anew with "
+                "overwrite: true"
+            )
+
+
+def _identity(prepared: Prepared) -> dict[str, str]:
+    """What a resumed run must share with the one it goes on with, besides the configuration."""
+    return {"weights": prepared.policy.fingerprint, "data": data_digest(prepared.train)}
+
+
+def _save(
+    config: TrainConfig, prepared: Prepared, state: dict[str, Any], started: float, step: int, loop: dict[str, Any]
+) -> None:
+    seconds = state["seconds"] + time.monotonic() - started
+    save_checkpoint(
+        config.output_dir,
+        step,
+        model=prepared.engine.model,
+        optimizer=prepared.optimizer,
+        accelerator=prepared.engine.accelerator,
+        state={"before": state["before"], "seconds": seconds, "loop": loop, **_identity(prepared)},
+        keep=config.save_total_limit,
+    )
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """This process's accelerator, with the run's trackers.
+
+    Raises:
+        ConfigError: a tracker that accelerate does not know, or whose package is not installed.
+        ValueError: it was launched with a way to distribute that ncalign does not support.
+    """
+    _check_trackers(config.report_to)
+    # Under it only the first process reads the weights; here each one fingerprints and checks what it starts from.
+    disable_fsdp_ram_efficient_loading()
+    accelerator = Accelerator(
+        # Without an accelerator, torchrun's processes are joined (over gloo) only when the CPU is asked for.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",
+        # The loop scales its losses itself, whatever the launcher was told.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(config.report_to) or None,
+        project_dir=str(config.output_dir),
+    )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    kind, fsdp = accelerator.distributed_type, accelerator.distributed_type == DistributedType.FSDP
+    if kind in _UNSUPPORTED or (fsdp and not accelerator.is_fsdp2):
+        raise ValueError(
+            f"accelerate was launched with {'FSDP, version 1' if fsdp else kind.value}: ncalign trains on one process, with "
+            "DDP (distributed_type: MULTI_GPU) or with FSDP2 (distributed_type: FSDP and fsdp_version: 2)"
+        )
+    if not fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        _say(accelerator, "note: accelerate shards only on an accelerator: every process holds the whole model (DDP)")
+    return accelerator
+
+
+def _check_trackers(report_to: Sequence[str]) -> None:
+    known = [tracker.value for tracker in LoggerType]
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in report_to:
+        if name not in known:
+            raise ConfigError([f"report_to: unknown tracker {name!r}; must be one of {', '.join(known)}, or an empty list"])
+        if name != "all" and name not in installed:
+            raise ConfigError([f"report_to: the package of tracker {name!r} is not installed; install it or leave it out"])
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    packages = ("ncalign", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
+    shared = shares_prompts(base_causal_model(prepared.policy.model))
+    return reference_folder(config.cache_dir or cache_folder(), prepared.policy.fingerprint, shared=shared)
+
+
+def _say(accelerator: Accelerator, text: str) -> None:
+    if accelerator.is_main_process:
+        say(text)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Trackers take flat scalars only."""
+    flat: dict[str, int | float | str | bool] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
