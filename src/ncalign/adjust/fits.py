@@ -64,7 +64,6 @@ class PairwiseLength:
     """
 
     def __init__(self, scale: float) -> None:
-        """See the class."""
         self._scale = scale
         # A pair's log-likelihood depends on its sources and on t_i - t_j in [-2, 2] alone: bins keep weight, the weight won by
         # the first source, and the sum of weighted differences, which gives each bin's mean.
@@ -146,7 +145,6 @@ class RewardSample:
     """
 
     def __init__(self, size: int, seed: int) -> None:
-        """See the class."""
         self._kept, self._size = array("d"), size
         self._chance = random.Random(f"quantile {seed}")
         self.num_seen = 0

@@ -135,7 +135,6 @@ class Repeats:
     """
 
     def __init__(self) -> None:
-        """See the class."""
         self.prompts, self.exact, self.near = Seen(), Seen(), Seen()
 
     def add(self, found: tuple[Digests, Digests, Digests]) -> None:
@@ -196,7 +195,6 @@ class HeldOut:
     """
 
     def __init__(self, path: str) -> None:
-        """See the class."""
         texts = [words(prompt_words(group)) for group in read_groups(path, on_bad_row="skip", allow_empty=True)]
         if not texts:
             raise ValueError(f"against: {path} has no prompt")

@@ -27,7 +27,6 @@ class Bar:
     """
 
     def __init__(self, description: str, total: int | None, *, completed: int = 0, shown: bool = True) -> None:
-        """See the class."""
         self._description, self._total, self._done, self._shown = description, total, completed, shown
         self._skipped = completed
         self._started = self._last_line = time.monotonic()

@@ -26,7 +26,6 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        """See the class."""
         self._path, self._lock = path, threading.Lock()
         try:
             if str(path) != ":memory:":

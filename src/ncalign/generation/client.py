@@ -117,7 +117,6 @@ class Server:
     """
 
     def __init__(self, config: ServerConfig, store: Store | None = None) -> None:
-        """See the class."""
         try:
             import openai
         except ImportError:

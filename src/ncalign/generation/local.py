@@ -55,7 +55,6 @@ class TransformersGenerator:
         autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
-        """See the class."""
         self._model = model
         self._tokenizer = tokenizer
         self._string_prompts = string_prompts

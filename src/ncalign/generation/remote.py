@@ -35,7 +35,6 @@ class ServerGenerator:
         string_prompts: Literal["raw", "user_turn"] = "raw",
         progress: bool = True,
     ) -> None:
-        """See the class."""
         self.server = Server(config, store)
         self._string_prompts = string_prompts
         self._progress = progress

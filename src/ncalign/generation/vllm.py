@@ -36,7 +36,6 @@ class VLLMGenerator:
         string_prompts: Literal["raw", "user_turn"] = "raw",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """See the class."""
         try:
             import vllm
         except ImportError:

@@ -99,7 +99,6 @@ class ServerJudge:
     """
 
     def __init__(self, config: EvalJudgeConfig, store: Store | None = None) -> None:
-        """See the class."""
         self._config = config
         self.server = Server(config, store)
         self._templates = {name: _template(name, config) for name in _needed(config.mode)}
@@ -306,7 +305,6 @@ class RewardJudge:
     """
 
     def __init__(self, source: RewardSource) -> None:
-        """See the class."""
         self._source = source
         self._known: dict[Answer, float | None] = {}
 

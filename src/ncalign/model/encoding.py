@@ -149,7 +149,6 @@ class Encoder:
         max_prompt_length: int | None = None,
         string_prompts: Literal["raw", "user_turn"] = "raw",
     ) -> None:
-        """See the class."""
         if max_prompt_length is None:
             max_prompt_length = max_length // 2
         if not 1 <= max_prompt_length < max_length:

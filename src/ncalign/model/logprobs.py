@@ -39,7 +39,6 @@ class LogprobModel(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, autocast: torch.dtype | None = None) -> None:
-        """See the class."""
         super().__init__()
         self.model = model
         self._autocast = autocast

@@ -43,7 +43,6 @@ class InProcess:
     """
 
     def __init__(self, config: OnlineConfig, policy: Policy, engine: Engine) -> None:
-        """See the class."""
         self._model = policy.model
         self._generator = TransformersGenerator(
             policy.model,
@@ -82,7 +81,6 @@ class Pushed:
         accelerator: Accelerator,
         generator: ServerGenerator | VLLMGenerator,
     ) -> None:
-        """See the class."""
         self._config, self._policy, self._engine, self._accelerator = config, policy, engine, accelerator
         self._generator = generator
         self._last: Path | None = None

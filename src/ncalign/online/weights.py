@@ -29,7 +29,6 @@ class ReferenceWeights:
     """
 
     def __init__(self, model: LogprobModel, *, kind: Kind, decay: float) -> None:
-        """See the class."""
         self._model, self.kind, self._decay = model, kind, decay
         self._off = kind == "fixed" and isinstance(model.model, PeftModel)
         self._kept: dict[str, Tensor] = {}

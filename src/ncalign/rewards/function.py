@@ -29,7 +29,6 @@ class FunctionReward:
     """
 
     def __init__(self, function: Callable[..., object], name: str) -> None:
-        """See the class."""
         self._function = function
         self._name = name
         parameters = inspect.signature(function).parameters

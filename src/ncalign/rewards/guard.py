@@ -31,7 +31,6 @@ class Guarded:
     """
 
     def __init__(self, source: RewardSource, *, timeout: float | None, max_failed_share: float) -> None:
-        """See the class."""
         self.source = source
         self._timeout, self._share = timeout, max_failed_share
         self.num_scored = self.num_failed = 0
@@ -105,7 +104,6 @@ class Ensemble:
     """
 
     def __init__(self, sources: Sequence[RewardSource], *, combine: str) -> None:
-        """See the class."""
         self.sources, self._combine = tuple(sources), combine
 
     def score(self, group: Group) -> list[float | None]:

@@ -48,7 +48,6 @@ class JudgeReward:
     """
 
     def __init__(self, config: JudgeConfig, store: Store | None = None) -> None:
-        """See the class."""
         self._config = config
         self._template = _template(config)
         self.server = Server(config, store)

@@ -19,7 +19,6 @@ class MathVerifyReward:
     """
 
     def __init__(self) -> None:
-        """See the class."""
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward 'math_verify' needs the package math-verify: pip install 'ncalign[math]'")
 

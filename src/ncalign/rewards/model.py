@@ -41,7 +41,6 @@ class ModelReward:
         store: Store | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """See the class."""
         self._name, self._batch_size, self._store = model, batch_size, store
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:

@@ -31,7 +31,6 @@ class ReasoningGymReward:
     """
 
     def __init__(self) -> None:
-        """See the class."""
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ValueError("reward 'reasoning_gym' needs the package reasoning-gym: pip install 'ncalign[demo]'")
         self.num_refused = 0

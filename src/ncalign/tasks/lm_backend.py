@@ -104,7 +104,6 @@ class BackendGenerator:
     """
 
     def __init__(self, backend: Any, *, until: Sequence[str] = (), system: str | None = None) -> None:
-        """See the class."""
         self._backend, self._until = backend, list(until)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 

@@ -125,7 +125,6 @@ class MetricMeans:
     """
 
     def __init__(self, sums: dict[str, float] | None = None, counts: dict[str, float] | None = None) -> None:
-        """See the class."""
         self._sums, self._counts = dict(sums or {}), dict(counts or {})
 
     def add(self, metrics: dict[str, Float[Tensor, " B"]]) -> None:

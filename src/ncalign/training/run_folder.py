@@ -162,7 +162,6 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, keep_until: int, num_steps: int) -> None:
-        """See the class."""
         kept = []
         if keep_until and path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
