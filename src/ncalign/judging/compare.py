@@ -27,7 +27,6 @@ from ncalign.judging.judges import Account, Answers, RewardJudge, ServerJudge, n
 from ncalign.judging.records import Question
 from ncalign.judging.sets import BUNDLED, read_questions, read_references, rows_of
 from ncalign.report.tables import model_name
-from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.sources import reward_source
 from ncalign.stats.length_control import read_difficulty_table
 from ncalign.stats.preferences import question_preferences
@@ -196,14 +195,8 @@ def _for_other_tools(
 def _judge(config: EvaluateConfig) -> ServerJudge | RewardJudge:
     if config.judge is not None:
         return ServerJudge(config.judge, Store((config.cache_dir or cache_folder()) / "judgements.sqlite"))
-    scoring = ScoreConfig(
-        data=Path("-"),
-        output=Path("-"),
-        reward=config.reward or (BUNDLED,),
-        cache_dir=config.cache_dir,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return RewardJudge(reward_source(scoring))
+    source = reward_source(config.reward or (BUNDLED,), cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code)
+    return RewardJudge(source)
 
 
 def _mean_rewards(

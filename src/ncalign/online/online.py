@@ -143,7 +143,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         )
     pool = assemble(answered, ranked, generating, reference, method=run.method, config=config)
     if not made:
-        write_groups(pool_groups(answered, source_record(config)), folder / "pool.jsonl")
+        write_groups(pool_groups(answered, _source_record(config)), folder / "pool.jsonl")
     if not pool.groups:
         raise ValueError(
             f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
@@ -336,9 +336,13 @@ def report(run: Run) -> Path:
     return write_rounds_report(run.config.output_dir, run.rounds, compare(run), method=run.method.name)
 
 
+def _source_record(config: OnlineConfig) -> str:
+    return source_record(config.reward, combine=config.combine, judge=config.judge)
+
+
 def reward_steps(run: Run) -> list[dict[str, Any]]:
     """How rewards came to be: of the new candidates, and of the data's where these are mixed in."""
-    rows = [{"candidates": "fresh", "steps": [source_record(run.config)], "groups": len(run.prompts)}]
+    rows = [{"candidates": "fresh", "steps": [_source_record(run.config)], "groups": len(run.prompts)}]
     if run.config.candidates == "fresh":
         return rows
     counts: Counter[tuple[str, ...]] = Counter()

@@ -88,7 +88,16 @@ class Run:
 def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
     """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
     torch.manual_seed(config.seed)
-    source = reward_source(config)
+    source = reward_source(
+        config.reward,
+        combine=config.combine,
+        judge=config.judge,
+        batch_size=config.reward_batch_size,
+        timeout=config.reward_timeout,
+        max_failed_share=config.max_failed_share,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+    )
     prompts, held_out = load_prompts(config)
     say(f"Loading {config.model}")
     policy = load_policy(

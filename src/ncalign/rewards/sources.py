@@ -1,14 +1,15 @@
-"""The reward sources that a configuration names."""
+"""Reward sources by their names: functions, verifiers, reward models and judges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Literal
 
 from ncalign.core.cache import cache_folder
 from ncalign.core.store import Store
 from ncalign.rewards.base import RewardSource
-from ncalign.rewards.config import ScoreConfig
+from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.function import FunctionReward, load_function
 from ncalign.rewards.guard import Ensemble, Guarded
 from ncalign.rewards.instructions import InstructionReward
@@ -16,55 +17,66 @@ from ncalign.rewards.judge import JudgeReward
 from ncalign.rewards.math_answers import MathVerifyReward
 from ncalign.rewards.verifiable import ReasoningGymReward
 
-if TYPE_CHECKING:
-    from ncalign.online.config import OnlineConfig
-
 _MODEL = "model:"
+_VERIFIERS: dict[str, type[ReasoningGymReward | MathVerifyReward | InstructionReward]] = {
+    "reasoning_gym": ReasoningGymReward,
+    "math_verify": MathVerifyReward,
+    "instructions": InstructionReward,
+}
 
 
-def reward_source(config: ScoreConfig | OnlineConfig) -> RewardSource:
-    """The source, or the ensemble of sources, that a configuration names.
+def reward_source(
+    names: Sequence[str],
+    *,
+    combine: Literal["mean", "min"] = "mean",
+    judge: JudgeConfig | None = None,
+    batch_size: int = 16,
+    timeout: float | None = None,
+    max_failed_share: float = 0.0,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> RewardSource:
+    """The source, or the ensemble of sources, of these names.
+
+    Args:
+        names: as field ``reward`` of `ScoreConfig` describes them.
+        combine: how the rewards of several sources become one.
+        judge: the judge that the name ``judge`` stands for.
+        batch_size: completions that a reward model scores at a time.
+        timeout: seconds for a group's rewards, of a function or a verifier.
+        max_failed_share: share of the candidates on which a function or a verifier may fail.
+        cache_dir: where scores of judges and reward models are kept; default: the user's cache folder.
+        trust_remote_code: run code that comes with a reward model.
 
     Raises:
         ValueError: a name is of no known form, or what it names can't be loaded.
     """
-    if (config.judge is not None) != ("judge" in config.reward):
+    if (judge is not None) != ("judge" in names):
         raise ValueError("reward: judge and the section judge go together: give both or neither")
-    sources = [_source(name, config) for name in config.reward]
-    return sources[0] if len(sources) == 1 else Ensemble(sources, combine=config.combine)
+
+    def store(name: str) -> Store:
+        return Store((cache_dir or cache_folder()) / f"{name}.sqlite")
+
+    def source(name: str) -> RewardSource:
+        if name == "judge":
+            assert judge is not None
+            return JudgeReward(judge, store("verdicts"))
+        if name.startswith(_MODEL):
+            from ncalign.rewards.model import ModelReward
+
+            folder = name.removeprefix(_MODEL)
+            return ModelReward(folder, batch_size=batch_size, store=store("reward-models"), trust_remote_code=trust_remote_code)
+        checked = _VERIFIERS[name]() if name in _VERIFIERS else FunctionReward(load_function(name), repr(name))
+        return Guarded(checked, timeout=timeout, max_failed_share=max_failed_share)
+
+    sources = [source(name) for name in names]
+    return sources[0] if len(sources) == 1 else Ensemble(sources, combine=combine)
 
 
-def source_record(config: ScoreConfig | OnlineConfig) -> str:
+def source_record(names: Sequence[str], *, combine: str, judge: JudgeConfig | None) -> str:
     """What is recorded of the source: for instance ``score: min of judge (pairwise) my-judge, model:my-reward-model``."""
-    judge = config.judge
-    named = [f"judge ({judge.mode}) {judge.model}" if name == "judge" and judge is not None else name for name in config.reward]
-    return f"score: {named[0]}" if len(named) == 1 else f"score: {config.combine} of {', '.join(named)}"
-
-
-def _source(name: str, config: ScoreConfig | OnlineConfig) -> RewardSource:
-    if name == "judge":
-        assert config.judge is not None
-        return JudgeReward(config.judge, _store(config, "verdicts"))
-    if name.startswith(_MODEL):
-        from ncalign.rewards.model import ModelReward
-
-        return ModelReward(
-            name.removeprefix(_MODEL),
-            batch_size=config.reward_batch_size,
-            store=_store(config, "reward-models"),
-            trust_remote_code=config.trust_remote_code,
-        )
-    checked: dict[str, type[ReasoningGymReward | MathVerifyReward | InstructionReward]] = {
-        "reasoning_gym": ReasoningGymReward,
-        "math_verify": MathVerifyReward,
-        "instructions": InstructionReward,
-    }
-    source = checked[name]() if name in checked else FunctionReward(load_function(name), repr(name))
-    return Guarded(source, timeout=config.reward_timeout, max_failed_share=config.max_failed_share)
-
-
-def _store(config: ScoreConfig | OnlineConfig, name: str) -> Store:
-    return Store((config.cache_dir or cache_folder()) / f"{name}.sqlite")
+    named = [f"judge ({judge.mode}) {judge.model}" if name == "judge" and judge is not None else name for name in names]
+    return f"score: {named[0]}" if len(named) == 1 else f"score: {combine} of {', '.join(named)}"
 
 
 def parts(source: RewardSource) -> Sequence[RewardSource]:
