@@ -374,7 +374,6 @@ def make_loop(case: Case, folder: Path) -> Any:
         max_grad_norm=1.0,
         intervals=Intervals(1, 0, 0),
         log=lambda metrics: None,
-        save=lambda step, state: None,
     )
 
 

@@ -39,7 +39,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
             )
             for b, group in enumerate(loop.groups[:3])
         ]
-        visit = loop.engine.visit(Pass([0, 1, 2], groups, True), epoch=0, scoring=Scoring.NONE)
+        visit = loop.engine.train_pass(Pass([0, 1, 2], groups, True), epoch=0, scoring=Scoring.NONE)
         visit.loss.sum().backward()
         logprobs.append(visit.logprobs)
         gradients.append([p.grad for p in loop.engine.inner.parameters() if p.grad is not None])

@@ -17,7 +17,7 @@ from ncalign import encode_groups
 from ncalign.data.groups import Candidate, Group
 from ncalign.demo.config import DemoConfig
 from ncalign.generation.config import GenerateConfig
-from ncalign.model.batching import collate, epoch_order, split_by_tokens, visit_generator
+from ncalign.model.batching import collate, epoch_order, group_generator, split_by_tokens
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.model.layout import Span
 from ncalign.objectives import target_weights
@@ -179,7 +179,7 @@ def test_completions_have_room_in_the_configuration(lengths: dict[str, int], fit
 
 def test_a_visit_has_random_numbers_of_its_own() -> None:
     def draw(seed: int, epoch: int, index: int) -> float:
-        return float(torch.rand((), generator=visit_generator(seed, epoch=epoch, index=index)))
+        return float(torch.rand((), generator=group_generator(seed, epoch=epoch, index=index)))
 
     visits = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1, 2) for index in range(12)]
     values = {visit: draw(*visit) for visit in visits}

@@ -14,7 +14,7 @@ from ncalign.model.encoding import EncodedGroup
 from ncalign.model.logprobs import LogprobModel, share_prompts
 from ncalign.objectives import MCPO, build_method
 from ncalign.training.engine import Engine, Scoring
-from ncalign.training.metrics import Visit
+from ncalign.training.metrics import PassResult
 
 
 def groups() -> list[EncodedGroup]:
@@ -40,10 +40,10 @@ def engine(model: LlamaForCausalLM, objective: MCPO) -> Engine:
     return Engine(LogprobModel(model), method, Accelerator(cpu=True), pad_token_id=0, seed=3, max_groups=8, max_tokens=4096)
 
 
-def visit(engine: Engine, scoring: Scoring) -> tuple[Visit, dict[str, torch.Tensor]]:
+def visit(engine: Engine, scoring: Scoring) -> tuple[PassResult, dict[str, torch.Tensor]]:
     engine.model.zero_grad()
     (part,) = engine.passes(range(3), groups())
-    found = engine.visit(part, epoch=1, scoring=scoring)
+    found = engine.train_pass(part, epoch=1, scoring=scoring)
     found.loss.sum().backward()
     return found, {name: weight.grad for name, weight in engine.model.named_parameters() if weight.grad is not None}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncalign.training.metrics import ChosenAlarm, MetricMeans, Visit, correlation, group_metrics, merged, pair_accuracy
+from ncalign.training.metrics import ChosenAlarm, MetricMeans, PassResult, correlation, group_metrics, merged, pair_accuracy
 
 NAN = float("nan")
 LN2 = math.log(2)
@@ -27,7 +27,7 @@ def assert_values(found: Tensor, *expected: float) -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12, nan_ok=True)
 
 
-def visit(**changed: object) -> Visit:
+def visit(**changed: object) -> PassResult:
     """Two groups, of four and of two candidates; beta = 0.5."""
     values: dict[str, object] = dict(
         loss=torch.tensor([0.7, 0.3], dtype=torch.float64),
@@ -42,7 +42,7 @@ def visit(**changed: object) -> Visit:
         target_weights=None,
         beta=0.5,
     )
-    return Visit(**{**values, **changed})  # type: ignore[arg-type]
+    return PassResult(**{**values, **changed})  # type: ignore[arg-type]
 
 
 class TestGroupMetrics:

@@ -211,13 +211,13 @@ def test_offline_candidates_join_the_fresh_ones(
     run: Run, tmp_path: Path, preferred: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    plain = Engine.visit
+    plain = Engine.train_pass
 
     def watched(self: Engine, part: Any, **options: Any) -> Any:
         seen.extend(part.groups)
         return plain(self, part, **options)
 
-    monkeypatch.setattr(Engine, "visit", watched)
+    monkeypatch.setattr(Engine, "train_pass", watched)
     rows: list[dict[str, Any]] = [
         {
             "id": str(i),
@@ -240,7 +240,7 @@ def test_offline_candidates_join_the_fresh_ones(
 
 def test_sampled_tokens_are_trained_on_as_they_were_sampled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled, trained = set(), set()
-    plain_sample, plain_visit = TransformersGenerator._decode, Engine.visit
+    plain_sample, plain_visit = TransformersGenerator._decode, Engine.train_pass
 
     def decode(self: TransformersGenerator, tokens: list[int], logprob: float) -> Completion:
         sampled.add(tuple(tokens))
@@ -251,7 +251,7 @@ def test_sampled_tokens_are_trained_on_as_they_were_sampled(run: Run, monkeypatc
         return plain_visit(self, part, **options)
 
     monkeypatch.setattr(TransformersGenerator, "_decode", decode)
-    monkeypatch.setattr(Engine, "visit", visit)
+    monkeypatch.setattr(Engine, "train_pass", visit)
     run()
     assert trained
     assert trained <= sampled
@@ -291,8 +291,10 @@ def test_the_fixed_reference_is_the_starting_model(
     run: Run, tmp_path: Path, tiny_model_dir: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    plain = Engine.visit
-    monkeypatch.setattr(Engine, "visit", lambda self, part, **options: seen.extend(part.groups) or plain(self, part, **options))
+    plain = Engine.train_pass
+    monkeypatch.setattr(
+        Engine, "train_pass", lambda self, part, **options: seen.extend(part.groups) or plain(self, part, **options)
+    )
     run(lora=lora, eval_fraction=0.0)
     start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with torch.no_grad():

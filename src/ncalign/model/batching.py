@@ -124,7 +124,7 @@ def epoch_order(num_groups: int, *, epoch: int, seed: int) -> list[int]:
     return torch.randperm(num_groups, generator=generator).tolist()
 
 
-def visit_generator(seed: int, *, epoch: int, index: int) -> torch.Generator:
+def group_generator(seed: int, *, epoch: int, index: int) -> torch.Generator:
     """The random numbers of one group's visit: the same however the step is split over passes and processes."""
     return torch.Generator().manual_seed(_mix(seed, epoch, index))
 

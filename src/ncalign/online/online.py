@@ -203,7 +203,6 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         max_grad_norm=config.max_grad_norm,
         intervals=Intervals(config.logging_steps, 0, config.save_steps),
         log=lambda row: run.track(metrics, {**row, "round": number + 1}),
-        save=lambda step, state: None,
         mismatched=_mismatched(run, method, pool, number),
         reference_step=position.start if at_reference else -1,
     )
@@ -222,9 +221,8 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         if step < end and not ended_by_drift:
             save(run, replace(position, step=step, loop=state))
 
-    loop.ends, loop.save = ends, checkpoint
     with run.clock.phase("train"):
-        loop.run(position.step)
+        loop.run(position.step, save=checkpoint, ends=ends)
     # A run that goes on logs what it logged last: which step that was, the metrics say.
     position.step, position.loop, position.ended = int(loop.last["step"]), loop.state(), True
     save(run, position)

@@ -112,8 +112,8 @@ def _measure(engine: Engine, indices: list[int], groups: list[EncodedGroup]) -> 
 
     parameters = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        visit = engine.visit(Pass(indices, groups, True), epoch=0, scoring=engine.scoring(groups, at_reference=False))
-    visit.loss.sum().backward()
+        result = engine.train_pass(Pass(indices, groups, True), epoch=0, scoring=engine.scoring(groups, at_reference=False))
+    result.loss.sum().backward()
     return sum(size for pointer, size in kept.items() if pointer not in parameters)
 
 

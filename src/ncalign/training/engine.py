@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ncalign.core.progress import Bar
 from ncalign.model.attention import shares_prompts
-from ncalign.model.batching import GroupBatch, collate, split_by_tokens, visit_generator
+from ncalign.model.batching import GroupBatch, collate, group_generator, split_by_tokens
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.logprobs import LogprobModel, base_causal_model
 from ncalign.model.policy import reference_mode
 from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups
 from ncalign.objectives import Entering, Method, Sampler
 from ncalign.objectives.kernels import pick_positive
-from ncalign.training.metrics import NAN, Visit
+from ncalign.training.metrics import NAN, PassResult
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,19 @@ class Engine:
         cheaper = passed * self.token_cost < (0.0 if self.prompts_once else prompts)
         return Scoring.TOGETHER if cheaper else Scoring.APART
 
-    def visit(self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0) -> Visit:
+    def train_pass(self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0) -> PassResult:
         """Score, draw, and evaluate the objective on what was drawn, with gradients.
 
         Args:
             part: the groups.
-            epoch: of the visit, for the sampler's random numbers.
+            epoch: which one, for the sampler's random numbers.
             scoring: where the scores come from that the sampler reads.
             baseline: level that the method measures scores from.
         """
         batch = self.batch(part)
         mask = batch.candidate_mask
         if scoring is Scoring.APART and self.prompts_once:
-            return self._visit_once(batch, part, epoch, baseline)
+            return self._train_pass_on_shared_prompts(batch, part, epoch, baseline)
         graph, logprobs = None, torch.full(mask.shape, NAN, device=mask.device)
         if scoring is Scoring.KNOWN:
             logprobs = batch.reference_logprobs.float()
@@ -145,7 +145,7 @@ class Engine:
         logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
         return self._account(batch, entering, logprobs, scores, select, baseline)
 
-    def _visit_once(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> Visit:
+    def _train_pass_on_shared_prompts(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> PassResult:
         """Scores without gradients and the chosen candidates with, on the same prompts."""
         mask, drawn, read = batch.candidate_mask, [], self._read(batch)
 
@@ -163,8 +163,8 @@ class Engine:
         return self._account(batch, entering, logprobs, scores, select, baseline)
 
     @torch.no_grad()
-    def look(self, part: Pass, *, epoch: int, baseline: float = 0.0) -> Visit:
-        """As `visit`, without gradients and with the log-probs of all candidates."""
+    def eval_pass(self, part: Pass, *, epoch: int, baseline: float = 0.0) -> PassResult:
+        """As `train_pass`, without gradients and with the log-probs of all candidates."""
         batch = self.batch(part)
         logprobs = self.score(batch)
         select, scores = self._select(batch, logprobs, part.indices, epoch)
@@ -202,7 +202,7 @@ class Engine:
         return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(~read, -1)
 
     @torch.no_grad()
-    def rehearse(self, batch: GroupBatch) -> Tensor:
+    def training_logprobs(self, batch: GroupBatch) -> Tensor:
         """Log-probs of all candidates as a training pass computes them, noise and all; NaN where there is none."""
         self.model.train()
         logprobs: Tensor = self.model(batch)
@@ -224,7 +224,7 @@ class Engine:
         for b, index in enumerate(indices):
             # The group's own columns only: padding would change how many random numbers a draw takes.
             own = (slice(b, b + 1), slice(0, int(mask[b].sum())))
-            generator = visit_generator(self.seed, epoch=epoch, index=index)
+            generator = group_generator(self.seed, epoch=epoch, index=index)
             drawn.append(sampler.select(None if read is None else read[own], rewards[own], mask[own], generator))
         width = max(choice.shape[1] for choice in drawn)
         padded = [nn.functional.pad(choice, (0, width - choice.shape[1]), value=-1) for choice in drawn]
@@ -238,7 +238,7 @@ class Engine:
         scores: Tensor | None,
         select: Tensor | None,
         baseline: float,
-    ) -> Visit:
+    ) -> PassResult:
         loss = self.method.loss(_entering(entering, batch, self.method.sampler, select, scores, baseline))
         logprobs = logprobs.detach()
         if select is not None:
@@ -250,7 +250,7 @@ class Engine:
             negatives = candidates.masked_fill(~lower, -1)
         method = self.method
         kernel = None if method.sampler is None else method.sampler.kernel
-        return Visit(
+        return PassResult(
             loss=loss,
             log_ratios=logprobs - batch.reference_logprobs.to(logprobs.dtype),
             logprobs=logprobs,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ncalign.core.progress import Bar, say
 from ncalign.model.encoding import EncodedGroup
 from ncalign.training.engine import Engine, Pass
-from ncalign.training.metrics import ChosenAlarm, MetricMeans, Visit, group_metrics, mean_implicit_reward, merged
+from ncalign.training.metrics import ChosenAlarm, MetricMeans, PassResult, group_metrics, mean_implicit_reward, merged
 from ncalign.training.schedule import DataPlan
 
 Number = TypeVar("Number", int, float)
@@ -45,11 +45,9 @@ class Loop:
         max_grad_norm: 0 for no clipping.
         intervals: when to log, evaluate and save.
         log: takes a row of metrics.
-        save: writes a checkpoint after a step, with this loop's own state.
         mismatched: for methods that measure from them, each training group's prompt with a completion of another.
         eval_mismatched: the same of the groups held out.
         reference_step: the step before which the policy is the reference still; -1 for none.
-        ends: looks at the policy after a step, and says whether the run ends there.
         seen: sum and number of the trained groups' mean implicit rewards.
     """
 
@@ -62,18 +60,27 @@ class Loop:
     max_grad_norm: float
     intervals: Intervals
     log: Callable[[dict[str, float]], None]
-    save: Callable[[int, dict[str, Any]], None]
     mismatched: Sequence[EncodedGroup] = ()
     eval_mismatched: Sequence[EncodedGroup] = ()
     reference_step: int = 0
-    ends: Callable[[int], bool] = lambda step: False
     seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     alarm: ChosenAlarm = field(default_factory=ChosenAlarm)
     means: MetricMeans = field(default_factory=MetricMeans)
     last: dict[str, float] = field(default_factory=dict)
 
-    def run(self, start: int) -> dict[str, float]:
-        """Train from a step to the plan's end, or to where it ends sooner; returns the last evaluation's or logged metrics."""
+    def run(
+        self, start: int, *, save: Callable[[int, dict[str, Any]], None], ends: Callable[[int], bool] = lambda step: False
+    ) -> dict[str, float]:
+        """Train from a step to the plan's end.
+
+        Args:
+            start: steps taken already.
+            save: writes a checkpoint after a step, with this loop's own state.
+            ends: called after each step; whether training ends there, before the plan does.
+
+        Returns:
+            The metrics of the last evaluation, or those logged last where no groups are held out.
+        """
         main = self.engine.accelerator.is_main_process
         tokens, since = 0, time.monotonic()
         with Bar("Training", self.plan.num_steps, completed=start, shown=main) as bar:
@@ -81,7 +88,7 @@ class Loop:
                 grad_norm, step_tokens = self.step(step)
                 tokens += step_tokens
                 done = step + 1
-                final = self.ends(done) or done == self.plan.num_steps
+                final = ends(done) or done == self.plan.num_steps
                 if due(done, self.intervals.logging) or final:
                     seconds = time.monotonic() - since
                     self.last = {
@@ -100,7 +107,7 @@ class Loop:
                 if due(done, self.intervals.evaluation) and not final:
                     self.evaluate(done)
                 if due(done, self.intervals.checkpoint):
-                    self.save(done, self.state())
+                    save(done, self.state())
                 if final:
                     break
         return self.evaluate(self.plan.num_steps) if self.eval_groups else self.last
@@ -131,13 +138,13 @@ class Loop:
         implicit = torch.zeros(2, dtype=torch.float64)
         for number, part in enumerate(parts):
             with engine.no_sync_but_last(number, len(parts)):
-                visit = engine.visit(part, epoch=epoch, scoring=scoring, baseline=baseline)
-                accelerator.backward(weighted_loss(visit, part).sum() * (scale if part.counted else 0.0))
+                result = engine.train_pass(part, epoch=epoch, scoring=scoring, baseline=baseline)
+                accelerator.backward(weighted_loss(result, part).sum() * (scale if part.counted else 0.0))
             if part.counted:
-                self.means.add(group_metrics(visit))
-                implicit += mean_implicit_reward(visit)
-                tokens += sum(len(group.prompt) * len(group.completions) for group in part.groups) + int(visit.lengths.sum())
-                finite = visit.loss.isfinite().tolist()
+                self.means.add(group_metrics(result))
+                implicit += mean_implicit_reward(result)
+                tokens += sum(len(group.prompt) * len(group.completions) for group in part.groups) + int(result.lengths.sum())
+                finite = result.loss.isfinite().tolist()
                 broken += [group.id for group, good in zip(part.groups, finite, strict=True) if not good]
         parameters = [p for p in engine.model.parameters() if p.requires_grad]
         norm = accelerator.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
@@ -171,10 +178,10 @@ class Loop:
         baseline = self.baseline(self.eval_mismatched)
         with Bar("Evaluating", len(parts), shown=self.engine.accelerator.is_main_process) as bar:
             for part in parts:
-                visit = self.engine.look(part, epoch=_EVALUATION_EPOCH, baseline=baseline)
+                result = self.engine.eval_pass(part, epoch=_EVALUATION_EPOCH, baseline=baseline)
                 if part.counted:
-                    means.add(group_metrics(visit))
-                    finite = visit.loss.isfinite().tolist()
+                    means.add(group_metrics(result))
+                    finite = result.loss.isfinite().tolist()
                     broken += [group.id for group, good in zip(part.groups, finite, strict=True) if not good]
                 bar.advance()
         if broken:
@@ -208,9 +215,9 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def weighted_loss(visit: Visit, part: Pass) -> Tensor:
+def weighted_loss(result: PassResult, part: Pass) -> Tensor:
     """The groups' losses, each times the weight of the candidate that is its positive, where candidates have weights."""
     if not any(group.weights for group in part.groups):
-        return visit.loss
-    weights = [group.weights[int(k)] if group.weights else 1.0 for group, k in zip(part.groups, visit.positive, strict=True)]
-    return visit.loss * torch.tensor(weights, dtype=visit.loss.dtype, device=visit.loss.device)
+        return result.loss
+    weights = [group.weights[int(k)] if group.weights else 1.0 for group, k in zip(part.groups, result.positive, strict=True)]
+    return result.loss * torch.tensor(weights, dtype=result.loss.dtype, device=result.loss.device)

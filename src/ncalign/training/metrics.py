@@ -22,7 +22,7 @@ _SCATTERS = 5.0
 
 
 @dataclass(frozen=True)
-class Visit:
+class PassResult:
     """What one pass over B groups saw.
 
     Attributes:
@@ -52,40 +52,40 @@ class Visit:
     beta: float
 
 
-def group_metrics(visit: Visit) -> dict[str, Float[Tensor, " B"]]:
+def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
     """The metrics of each group, under the names users of TRL know, and ours."""
-    implicit = visit.beta * visit.log_ratios
-    chosen = _pick(implicit, visit.positive)
-    rejected = _mean_picked(implicit, visit.negatives)
-    drawn = _picked(implicit, visit.negatives)
-    order = visit.rewards.masked_fill(~visit.mask, -torch.inf)
+    implicit = result.beta * result.log_ratios
+    chosen = _pick(implicit, result.positive)
+    rejected = _mean_picked(implicit, result.negatives)
+    drawn = _picked(implicit, result.negatives)
+    order = result.rewards.masked_fill(~result.mask, -torch.inf)
     ranks = 1 + (order.unsqueeze(1) > order.unsqueeze(2)).sum(dim=2)
     metrics = {
-        "loss": visit.loss,
+        "loss": result.loss,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": pair_accuracy(implicit, visit.rewards, visit.mask),
-        "logps/chosen": _pick(visit.logprobs, visit.positive),
-        "logps/rejected": _mean_picked(visit.logprobs, visit.negatives),
-        "logps/chosen_change": _pick(visit.log_ratios, visit.positive),
-        "logps/rejected_change": _mean_picked(visit.log_ratios, visit.negatives),
-        "negatives/reward": _mean_picked(visit.rewards, visit.negatives),
-        "negatives/rank": _mean_picked(ranks.to(implicit.dtype), visit.negatives),
+        "rewards/accuracies": pair_accuracy(implicit, result.rewards, result.mask),
+        "logps/chosen": _pick(result.logprobs, result.positive),
+        "logps/rejected": _mean_picked(result.logprobs, result.negatives),
+        "logps/chosen_change": _pick(result.log_ratios, result.positive),
+        "logps/rejected_change": _mean_picked(result.log_ratios, result.negatives),
+        "negatives/reward": _mean_picked(result.rewards, result.negatives),
+        "negatives/rank": _mean_picked(ranks.to(implicit.dtype), result.negatives),
         "negatives/above_positive": _nanmean((drawn > chosen.unsqueeze(1)).to(implicit.dtype).masked_fill(drawn.isnan(), NAN)),
-        "length_correlation": correlation(implicit, visit.lengths.to(implicit.dtype), visit.mask),
+        "length_correlation": correlation(implicit, result.lengths.to(implicit.dtype), result.mask),
     }
-    if visit.kernel is not None:
-        metrics["kernel/entropy"] = kernel_entropy(visit.kernel)
-        metrics["kernel/effective_sample_size"] = effective_sample_size(visit.kernel)
-    if visit.target_weights is not None:
-        metrics["targets/entropy"] = kernel_entropy(visit.target_weights)
+    if result.kernel is not None:
+        metrics["kernel/entropy"] = kernel_entropy(result.kernel)
+        metrics["kernel/effective_sample_size"] = effective_sample_size(result.kernel)
+    if result.target_weights is not None:
+        metrics["targets/entropy"] = kernel_entropy(result.target_weights)
     return metrics
 
 
-def mean_implicit_reward(visit: Visit) -> Float[Tensor, 2]:
+def mean_implicit_reward(result: PassResult) -> Float[Tensor, 2]:
     """Sum over groups of the mean implicit reward of their computed candidates, and the number of groups; float64."""
-    means = _nanmean((visit.beta * visit.log_ratios).double().masked_fill(~visit.mask, NAN)).cpu()
+    means = _nanmean((result.beta * result.log_ratios).double().masked_fill(~result.mask, NAN)).cpu()
     return torch.stack([means.nansum(), means.isfinite().sum().double()])
 
 

@@ -120,8 +120,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         loop.restore(state["loop"])
     elif held_out:
         state["before"] = loop.evaluate(0)
-    loop.save = partial(_save, config, prepared, state, started)
-    after = loop.run(state["step"])
+    after = loop.run(state["step"], save=partial(_save, config, prepared, state, started))
     results = {
         "method": engine.method.name,
         "steps": prepared.plan.num_steps,
@@ -287,7 +286,7 @@ def self_check(config: TrainConfig, prepared: Prepared) -> None:
             with reference_mode(engine.inner.model):
                 return engine.score(batch)
 
-        policy = engine.rehearse(batch)
+        policy = engine.training_logprobs(batch)
         check_first_step(engine.method, batch, policy=policy, fresh_reference=fresh, dtype=config.dtype, source=source)
 
 
@@ -347,7 +346,6 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
         max_grad_norm=config.max_grad_norm,
         intervals=Intervals(config.logging_steps, config.eval_steps, config.save_steps),
         log=log,
-        save=lambda step, state: None,
         mismatched=prepared.mismatched,
         eval_mismatched=prepared.eval_mismatched,
     )
