@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ncalign.core.json import json_ready
 from ncalign.judging.summaries import (
     arena_table,
     comparison_table,
-    json_ready,
     judge_table,
     mt_bench_table,
     strength_table,

@@ -30,6 +30,7 @@ from ncalign.audit.page import write_page
 from ncalign.audit.ranges import alpha_range, beta_range
 from ncalign.audit.semantic import Meaning, by_bertscore, by_embeddings
 from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.core.json import json_ready
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar, say
 from ncalign.data.formats.seen import Seen
@@ -116,7 +117,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     found = findings(numbers)
     result: dict[str, Any] = {
         "data": config.data,
-        "numbers": {name: value if _finite(value) else None for name, value in numbers.items()},
+        "numbers": json_ready(numbers),
         "findings": [asdict(finding) for finding in found],
         "tables": {name: table for name, table in tables(measured, meanings, kernel, across).items() if table},
         "sizes": dict(sorted(totals.sizes.items())),
@@ -149,10 +150,6 @@ def _meanings(sample: Sequence[Group], config: AuditConfig) -> dict[str, Meaning
     if config.bertscore is not None:
         found["bertscore"] = by_bertscore(sample, config.bertscore, seed=config.seed)
     return found
-
-
-def _finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence[int], *, seed: int) -> dict[str, float]:

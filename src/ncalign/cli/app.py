@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from ncalign.cli import settings
 from ncalign.cli.flags import Arguments, parse
 from ncalign.cli.verbs import VERBS, Config, Result, Verb
 from ncalign.core.errors import ConfigError
+from ncalign.core.json import json_ready
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
@@ -220,16 +220,7 @@ def _worded(error: BaseException) -> str:
 
 
 def _as_json(value: object) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    """Replace NaN and infinities, which JSON doesn't have, by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return json.dumps(json_ready(value), ensure_ascii=False, allow_nan=False)
 
 
 def _summary(result: Result) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.core.json import json_ready
 from ncalign.judging.judges import Account, Answers
 from ncalign.judging.summaries import (
     arena_table,
     comparison_table,
-    json_ready,
     judge_table,
     mt_bench_table,
     strength_table,

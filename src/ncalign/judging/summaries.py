@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
-
-import numpy as np
 
 from ncalign.report.tables import Cell, Column, Table
 from ncalign.stats.agreement import Agreement, LengthBias, PositionBias
@@ -168,28 +164,3 @@ def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agree
         ]
     caption = place.summary if length is None else f"{place.summary}. {length.summary}"
     return Table((Column("the judge"), Column("value", 3)), tuple(rows), caption)
-
-
-def json_ready(result: object) -> Any:
-    """A result, or a list or mapping of results, as JSON has it: objects by field name, null for NaN, infinities and None.
-
-    Raises:
-        TypeError: it holds something that JSON has no form for.
-
-    >>> from ncalign.stats.mt_bench import MeanScore
-    >>> json_ready({"new": MeanScore(7.5, (float("nan"), float("nan")), 1, 0)})
-    {'new': {'mean': 7.5, 'ci': [None, None], 'num_counted': 1, 'num_missing': 0}}
-    """
-    if is_dataclass(result) and not isinstance(result, type):
-        return {field.name: json_ready(getattr(result, field.name)) for field in fields(result)}
-    if isinstance(result, Mapping):
-        return {str(key): json_ready(value) for key, value in result.items()}
-    if isinstance(result, np.ndarray | np.generic):
-        return json_ready(result.tolist())
-    if isinstance(result, list | tuple):
-        return [json_ready(value) for value in result]
-    if isinstance(result, float):
-        return result if math.isfinite(result) else None
-    if result is None or isinstance(result, str | int):
-        return result
-    raise TypeError(f"{type(result).__name__} has no form in JSON")

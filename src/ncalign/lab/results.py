@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ncalign.core.json import json_ready
 
 EXACT = 1e-12
 """Tolerance of what holds up to the rounding of float64."""
@@ -47,7 +48,7 @@ class Statement:
             "statement": self.statement,
             "source": self.source,
             "predicted": self.predicted,
-            "measured": self.measured if math.isfinite(self.measured) else None,
+            "measured": json_ready(self.measured),
             "tolerance": self.tolerance,
             "holds": self.holds,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.core.seeds import seed_of
 from ncalign.data.groups import Group
 from ncalign.model.encoding import EncodedGroup, Encoder
 from ncalign.model.layout import Span
@@ -120,13 +120,13 @@ def encode_groups(
 
 def epoch_order(num_groups: int, *, epoch: int, seed: int) -> list[int]:
     """The order of the groups in an epoch: a permutation that depends on nothing but the seed and the epoch."""
-    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     return torch.randperm(num_groups, generator=generator).tolist()
 
 
 def group_generator(seed: int, *, epoch: int, index: int) -> torch.Generator:
     """The random numbers of one group's visit: the same however the step is split over passes and processes."""
-    return torch.Generator().manual_seed(_mix(seed, epoch, index))
+    return torch.Generator().manual_seed(seed_of(seed, epoch, index))
 
 
 def split_by_tokens(sizes: Sequence[tuple[int, int]], *, max_groups: int, max_tokens: int, padded: bool) -> Iterator[list[int]]:
@@ -165,8 +165,3 @@ def split_by_tokens(sizes: Sequence[tuple[int, int]], *, max_groups: int, max_to
 
 def _float64(values: Sequence[float | None]) -> Tensor:
     return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
-
-
-def _mix(*parts: int) -> int:
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import say
+from ncalign.core.seeds import seed_of
 from ncalign.data.groups import rewards_origin, write_groups
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.reference import data_digest
@@ -30,7 +31,7 @@ from ncalign.online.evaluate import compare, evaluate_policy
 from ncalign.online.pool import Pool, Ranked, answer_prompts, assemble, fill_logprobs, pool_groups, rank, read_artefact
 from ncalign.online.probe import check_same_weights
 from ncalign.online.rounds import round_end, round_prompts
-from ncalign.online.state import Position, Run, prepare, restored, save, seed_of
+from ncalign.online.state import Position, Run, prepare, restored, save
 from ncalign.report import write_rounds_report
 from ncalign.rewards import source_record
 from ncalign.training import run_folder

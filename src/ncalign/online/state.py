@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ncalign.core.progress import say
+from ncalign.core.seeds import seed_of
 from ncalign.data.groups import Group, read_groups
 from ncalign.model.encoding import Encoder
 from ncalign.model.logprobs import check_head
@@ -146,11 +147,6 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
 
 def _held_out(group: Group, config: OnlineConfig) -> bool:
     return seed_of(config.seed, "held out", repr(group.prompt)) < config.eval_fraction * 2**63
-
-
-def seed_of(*parts: object) -> int:
-    """63 bits that stand for these values."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def restored(run: Run) -> Position:

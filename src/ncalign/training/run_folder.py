@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from ncalign.core.atomic import explained, write_text_atomic
+from ncalign.core.json import json_ready
 from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
 
@@ -176,11 +176,10 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line; what is not finite becomes null, since JSON has no other word for it."""
-        row = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()}
         whole = self._path.stat().st_size
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(json_ready(row)) + "\n")
         except OSError as error:
             os.truncate(self._path, whole)
             raise explained(error, self._path, left="Earlier lines and the last checkpoint are kept") from error
