@@ -11,10 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from loss_inputs import inputs_of_one_token
 from ncalign.objectives.anchored import DPOP, APODown, APOZero, CalDPO, apo_down_loss, apo_zero_loss, cal_dpo_loss, dpop_loss
 from ncalign.objectives.binary import kto_loss
 from ncalign.objectives.config import Pairing
-from ncalign.objectives.method import PairConfig, entering_at
+from ncalign.objectives.method import PairConfig
 from ncalign.objectives.pairs import DPO, dpo_loss
 from ncalign.objectives.regression import sppo_hard_loss
 from trl_losses import Groups, assert_trls, dpo_trainer, ours, random_groups
@@ -148,7 +149,7 @@ def test_dpop_without_penalty_or_above_the_reference_is_dpo() -> None:
     close(dpop_loss(chosen, rejected, penalty=0.0), dpo_loss(chosen, rejected))
     close(dpop_loss(chosen.abs(), rejected, penalty=50.0), dpo_loss(chosen.abs(), rejected))
     assert (dpop_loss(-chosen.abs(), rejected, penalty=1.0) > dpo_loss(-chosen.abs(), rejected)).all()
-    group = entering_at(torch.stack([chosen, rejected], dim=1), numbers(8, 2), torch.ones(8, 2, dtype=torch.bool))
+    group = inputs_of_one_token(torch.stack([chosen, rejected], dim=1), numbers(8, 2), torch.ones(8, 2, dtype=torch.bool))
     close(DPOP(beta=0.3, penalty=0.0).method().loss(group), DPO(beta=0.3).method().loss(group))
 
 
@@ -180,7 +181,7 @@ def test_the_level_matters_unlike_in_dpo(loss: PairLoss) -> None:
 
 def test_every_field_reaches_the_loss() -> None:
     r = numbers(8, 2)
-    group = entering_at(r, numbers(8, 2, seed=1), torch.ones(8, 2, dtype=torch.bool))
+    group = inputs_of_one_token(r, numbers(8, 2, seed=1), torch.ones(8, 2, dtype=torch.bool))
     chosen, rejected = 0.5 * r[:, 0], 0.5 * r[:, 1]
     close(APOZero(beta=0.5).method().loss(group), apo_zero_loss(chosen, rejected))
     close(APODown(beta=0.5).method().loss(group), apo_down_loss(chosen, rejected))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import trl_losses
+from loss_inputs import inputs_of_one_token
 from ncalign.objectives.binary import (
     BCO,
     KTO,
@@ -28,7 +30,7 @@ from ncalign.objectives.binary import (
     normalized_weights,
 )
 from ncalign.objectives.config import Pairing
-from ncalign.objectives.method import Method, entering_at, mean_over_negatives
+from ncalign.objectives.method import Method, mean_over_negatives
 from ncalign.objectives.targets import sharpness, target_weights, z_scores
 from trl_losses import assert_trls, dpo_trainer, random_groups
 
@@ -244,7 +246,7 @@ def test_one_hot_nca_of_two_is_nca_pair() -> None:
     rewards = row(1.0, 0.0).expand(8, 2)
     expected = nca_pair_loss(r[:, 0], r[:, 1])
     for config in (NCA(beta=1.0, transform="one_hot"), NCA(beta=1.0, alpha=1e-3)):
-        found = config.method().loss(entering_at(r, rewards, real(8, 2)))
+        found = config.method().loss(inputs_of_one_token(r, rewards, real(8, 2)))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -299,8 +301,8 @@ def test_kto_is_trls(drift: float, share: float) -> None:
     assert method.baseline is not None
     level = method.baseline.level((kl_logps - kl_reference).mean().item(), 99.0)
     assert (level > 0) == (drift > 0)
-    entering = entering_at(logps - reference, labels.double(), real(4, 3))
-    ours = method.loss(entering.__class__(**{**vars(entering), "baseline": torch.tensor(level, dtype=torch.float64)})).mean()
+    inputs = inputs_of_one_token(logps - reference, labels.double(), real(4, 3))
+    ours = method.loss(replace(inputs, baseline=level)).mean()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(gradient_of(ours, logps), gradient_of(theirs, logps), rtol=0, atol=1e-6)
 
@@ -316,7 +318,7 @@ def test_pair_methods_are_trls(name: str, config: type[NCAPair] | type[BiasedNCA
 
 
 def value_of(method: Method, r: Tensor, rewards: Tensor) -> Tensor:
-    return method.loss(entering_at(r / method.beta, rewards, ~rewards.isnan()))
+    return method.loss(inputs_of_one_token(r / method.beta, rewards, ~rewards.isnan()))
 
 
 def test_nca_with_the_data_sets_normaliser_is_fitted_and_exact() -> None:

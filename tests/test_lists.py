@@ -23,7 +23,7 @@ from ncalign.objectives.lists import (
     lipo_lambda_loss,
     swepo_loss,
 )
-from ncalign.objectives.method import Entering, Method
+from ncalign.objectives.method import LossInputs, Method
 from ncalign.objectives.ranking import (
     MCPO,
     RNCE,
@@ -80,19 +80,19 @@ def gradient(loss: Tensor, of: Tensor) -> Tensor:
     return found
 
 
-def entering(log_ratios: Tensor, rewards: Tensor, mask: Tensor, log_q: Tensor | None = None) -> Entering:
+def loss_inputs(log_ratios: Tensor, rewards: Tensor, mask: Tensor, log_q: Tensor | None = None) -> LossInputs:
     lengths = torch.ones_like(log_ratios)
-    return Entering(log_ratios, log_ratios - 5.0, rewards, lengths, mask, log_q, torch.zeros((), dtype=log_ratios.dtype))
+    return LossInputs(log_ratios, log_ratios - 5.0, rewards, lengths, mask, log_q)
 
 
 def applied(method: Method, log_ratios: Tensor, rewards: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
     """What a training step does with a method."""
     if method.sampler is None:
-        return method.loss(entering(log_ratios, rewards, mask))
+        return method.loss(loss_inputs(log_ratios, rewards, mask))
     scores = None if method.sampler.scores is None else method.beta * log_ratios.detach()
     columns = method.sampler.select(scores, rewards, mask, torch.Generator().manual_seed(seed))
     taken = columns.clamp(min=0)
-    return method.loss(entering(log_ratios.gather(1, taken), rewards.gather(1, taken), columns >= 0))
+    return method.loss(loss_inputs(log_ratios.gather(1, taken), rewards.gather(1, taken), columns >= 0))
 
 
 def test_values_derived_by_hand() -> None:
@@ -500,5 +500,5 @@ def test_mc_po_refuses_a_correction_whose_probability_is_not_known() -> None:
 def test_mc_po_takes_the_correction_off_the_negatives() -> None:
     method = MCPO(beta=1.0, log_q_correction=True).method()
     log_q = row(0.0, math.log(0.25))
-    found = method.loss(entering(row(0.0, 0.5), row(1.0, 0.0), real(1, 2), log_q))
+    found = method.loss(loss_inputs(row(0.0, 0.5), row(1.0, 0.0), real(1, 2), log_q))
     assert found.item() == pytest.approx(math.log(1 + 4 * math.exp(0.5)), abs=1e-12)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ncalign.core.config import Frozen
-from ncalign.objectives import Entering, Method, ObjectiveConfig, build_method
+from ncalign.objectives import LossInputs, Method, ObjectiveConfig, build_method
 from ncalign.training import run_training
 from ncalign.training.config import TrainConfig
 
@@ -42,8 +42,8 @@ def loss_of(method: Method, log_ratios: Tensor, rewards: Tensor, mask: Tensor, *
         if method.sampler.log_q is not None:
             log_q = method.sampler.log_q(scores, rewards, mask, columns)
     ratios, entering_rewards = values
-    lengths, baseline = torch.full_like(ratios, 3.0), torch.zeros((), dtype=ratios.dtype)
-    return method.loss(Entering(ratios, ratios - 2, entering_rewards, lengths, present, log_q, baseline))
+    lengths = torch.full_like(ratios, 3.0)
+    return method.loss(LossInputs(ratios, ratios - 2, entering_rewards, lengths, present, log_q))
 
 
 @methods

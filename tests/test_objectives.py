@@ -31,7 +31,7 @@ from ncalign.objectives import (
     rnce_loss,
     target_weights,
 )
-from ncalign.objectives.method import Entering
+from ncalign.objectives.method import LossInputs
 
 GroupLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -318,21 +318,20 @@ METHODS: list[tuple[ObjectiveConfig, float]] = [
 methods = pytest.mark.parametrize("config", [config for config, _ in METHODS], ids=str)
 
 
-def entering(log_ratios: Tensor, rewards: Tensor, mask: Tensor) -> Entering:
+def loss_inputs(log_ratios: Tensor, rewards: Tensor, mask: Tensor) -> LossInputs:
     """One token each, under a reference that gives each completion a log-prob of -2 nats."""
-    zero = torch.zeros((), dtype=log_ratios.dtype)
-    return Entering(log_ratios, log_ratios - 2, rewards, torch.ones_like(log_ratios), mask, None, zero)
+    return LossInputs(log_ratios, log_ratios - 2, rewards, torch.ones_like(log_ratios), mask)
 
 
 def applied(config: ObjectiveConfig, log_ratios: Tensor, rewards: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
     """What a training step does with a method."""
     method = build_method(config)
     if method.sampler is None:
-        return method.loss(entering(log_ratios, rewards, mask))
+        return method.loss(loss_inputs(log_ratios, rewards, mask))
     scores = (method.beta * log_ratios).detach() if method.sampler.scores else None
     columns = method.sampler.select(scores, rewards, mask, torch.Generator().manual_seed(seed))
     taken = columns.clamp(min=0)
-    return method.loss(entering(log_ratios.gather(1, taken), rewards.gather(1, taken), columns >= 0))
+    return method.loss(loss_inputs(log_ratios.gather(1, taken), rewards.gather(1, taken), columns >= 0))
 
 
 @pytest.mark.parametrize(("config", "expected"), METHODS, ids=str)
@@ -506,6 +505,6 @@ def test_float64_rewards_change_neither_draws_nor_precision(config: ObjectiveCon
             columns = method.sampler.select(log_ratios, given_rewards, mask, torch.Generator().manual_seed(0))
             index, present = columns.clamp(min=0), columns >= 0
             ratios, taken = log_ratios.gather(1, index), given_rewards.gather(1, index)
-        found.append(method.loss(entering(ratios, taken, present)))
+        found.append(method.loss(loss_inputs(ratios, taken, present)))
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)

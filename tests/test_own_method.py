@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ncalign import completion_logprobs, encode_groups, read_groups
 from ncalign.objectives import (
-    Entering,
+    LossInputs,
     Method,
     ObjectiveConfig,
     all_below,
@@ -92,10 +92,10 @@ def test_the_first_logged_loss_is_the_value_at_the_reference(
 def test_away_from_the_reference_the_loss_is_its_formula() -> None:
     log_ratios = torch.tensor([[3.0, -1.0, 2.0]])
     rewards, mask = torch.tensor([[1.0, 0.5, 0.2]]), torch.ones(1, 3, dtype=torch.bool)
-    entering = Entering(log_ratios, log_ratios, rewards, torch.ones(1, 3), mask, None, torch.zeros(()))
+    inputs = LossInputs(log_ratios, log_ratios, rewards, torch.ones(1, 3), mask)
     # r = 0.3, -0.1, 0.2: differences 0.4 and 0.1; reward gaps 0.5 and 0.8.
-    torch.testing.assert_close(HINGE.loss(entering), torch.tensor([((1 - 0.4) + (1 - 0.1)) / 2]))
-    torch.testing.assert_close(MARGIN.loss(entering), torch.tensor([((0.5 - 0.4) + (0.8 - 0.1)) / 2]))
+    torch.testing.assert_close(HINGE.loss(inputs), torch.tensor([((1 - 0.4) + (1 - 0.1)) / 2]))
+    torch.testing.assert_close(MARGIN.loss(inputs), torch.tensor([((0.5 - 0.4) + (0.8 - 0.1)) / 2]))
 
 
 def test_info_nca_in_a_plain_loop(

@@ -12,9 +12,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from loss_inputs import inputs_of_one_token
 from ncalign.objectives.config import Pairing
 from ncalign.objectives.lists import exo_loss
-from ncalign.objectives.method import Entering, Method, PairConfig, entering_at
+from ncalign.objectives.method import LossInputs, Method, PairConfig
 from ncalign.objectives.pairs import (
     CPO,
     DPO,
@@ -78,11 +79,11 @@ def gradient_of(value: Tensor, of: Tensor) -> Tensor:
     return gradient
 
 
-def entering(log_ratios: Tensor, logprobs: Tensor, lengths: Tensor) -> Entering:
+def loss_inputs(log_ratios: Tensor, logprobs: Tensor, lengths: Tensor) -> LossInputs:
     """Candidates in the order of their rewards, the best first."""
     rewards = -torch.arange(log_ratios.shape[1], dtype=torch.float64).expand_as(log_ratios)
     mask = torch.ones_like(log_ratios, dtype=torch.bool)
-    return Entering(log_ratios, logprobs, rewards, lengths, mask, None, torch.zeros((), dtype=torch.float64))
+    return LossInputs(log_ratios, logprobs, rewards, lengths, mask)
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_values_derived_by_hand() -> None:
 
 def test_what_each_method_compares_and_adds_by_hand() -> None:
     # Two completions of 3 and 4 tokens.
-    group = entering(row(0.5, -0.7), row(-6.0, -9.0), row(3.0, 4.0))
+    group = loss_inputs(row(0.5, -0.7), row(-6.0, -9.0), row(3.0, 4.0))
     nll = 6.0 / 3
     expected = {
         DPO(beta=0.4): -math.log(sigmoid(0.4 * (0.5 + 0.7))),
@@ -251,27 +252,27 @@ def test_a_smoothed_label_is_met_at_its_log_odds(loss: Callable[..., Tensor]) ->
 
 def test_without_their_nll_rpo_and_cpo_are_dpo() -> None:
     logprobs, lengths = numbers(8, 3) - 5, torch.randint(1, 9, (8, 3), generator=torch.Generator().manual_seed(0)).double()
-    group = entering(numbers(8, 3, seed=1), logprobs, lengths)
+    group = loss_inputs(numbers(8, 3, seed=1), logprobs, lengths)
     each: Pairing = "best_vs_each"
     dpo = DPO(beta=0.3, pairing=each).method()
     close(RPO(beta=0.3, nll_weight=0.0, pairing=each).method().loss(group), dpo.loss(group))
     # A reference that gives every completion -4 nats.
-    uniform = entering(logprobs + 4, logprobs, lengths)
+    uniform = loss_inputs(logprobs + 4, logprobs, lengths)
     close(CPO(beta=0.3, nll_weight=0.0, pairing=each).method().loss(group), dpo.loss(uniform))
 
 
 @pytest.mark.parametrize("config", [RPO, CPO])
 def test_an_nll_weight_adds_that_many_chosen_nlls(config: type[RPO] | type[CPO]) -> None:
     logprobs, lengths = numbers(8, 3) - 5, torch.randint(1, 9, (8, 3), generator=torch.Generator().manual_seed(0)).double()
-    group = entering(numbers(8, 3, seed=1), logprobs, lengths)
+    group = loss_inputs(numbers(8, 3, seed=1), logprobs, lengths)
     plain, anchored = (config(nll_weight=weight, pairing="best_vs_each").method().loss(group) for weight in (0.0, 0.4))
     close(anchored - plain, -0.4 * logprobs[:, 0] / lengths[:, 0])
 
 
 def test_simpo_of_equal_lengths_without_margin_is_dpo_without_reference() -> None:
     logprobs = numbers(8, 2) - 5
-    group = entering(numbers(8, 2, seed=1), logprobs, torch.full((8, 2), 7.0, dtype=torch.float64))
-    bare = entering(logprobs, logprobs, torch.ones(8, 2, dtype=torch.float64))
+    group = loss_inputs(numbers(8, 2, seed=1), logprobs, torch.full((8, 2), 7.0, dtype=torch.float64))
+    bare = loss_inputs(logprobs, logprobs, torch.ones(8, 2, dtype=torch.float64))
     close(SimPO(beta=2.1, gamma=0.0).method().loss(group), DPO(beta=0.3).method().loss(bare))
 
 
@@ -316,7 +317,7 @@ def test_reward_aware_rpo_is_zero_and_flat_exactly_at_its_optimum() -> None:
 
 def test_every_field_reaches_the_loss() -> None:
     r, rewards = numbers(8, 2), row(0.7, 0.2).expand(8, 2)
-    group = entering_at(r, rewards, real(8, 2))
+    group = inputs_of_one_token(r, rewards, real(8, 2))
     chosen, rejected = 0.5 * r[:, 0], 0.5 * r[:, 1]
     close(DPO(beta=0.5, label_smoothing=0.1).method().loss(group), dpo_loss(chosen, rejected, label_smoothing=0.1))
     close(EXOPair(beta=0.5, label_smoothing=0.1).method().loss(group), exo_pair_loss(chosen, rejected, label_smoothing=0.1))

@@ -11,9 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from loss_inputs import inputs_of_one_token
 from ncalign.core.config import Frozen
 from ncalign.objectives.config import Pairing
-from ncalign.objectives.method import Entering, entering_at
+from ncalign.objectives.method import LossInputs
 from ncalign.objectives.regression import (
     IPO,
     QRPO,
@@ -264,9 +265,7 @@ def test_qrpo_takes_each_candidate_by_itself() -> None:
 
 def test_what_each_method_compares_by_hand() -> None:
     # Log-ratios 0.6 and -0.8 of 3 and 4 tokens, the first one better by 1/4.
-    group = Entering(
-        row(0.6, -0.8), row(-6.0, -9.0), row(0.75, 0.5), row(3.0, 4.0), real(1, 2), None, torch.zeros((), dtype=torch.float64)
-    )
+    group = LossInputs(row(0.6, -0.8), row(-6.0, -9.0), row(0.75, 0.5), row(3.0, 4.0), real(1, 2))
     aim = 1 / (2 * 0.4)
     log_z = math.log(0.4 * (math.exp(1 / 0.4) - 1))
     expected: dict[Frozen, float] = {
@@ -299,7 +298,7 @@ def test_qrpo_among_the_candidates_uses_their_quantiles() -> None:
     r, rewards = numbers(8, 4), 5 * numbers(8, 4, seed=1)
     found = QRPO(beta=1.0, reference_rewards="candidates").method()
     close(
-        found.loss(entering_at(r, rewards, real(8, 4))),
+        found.loss(inputs_of_one_token(r, rewards, real(8, 4))),
         qrpo_loss(r, group_quantiles(rewards, real(8, 4)), real(8, 4), beta=1.0),
     )
     assert found.rewards_from is None
@@ -315,7 +314,7 @@ def test_qrpo_with_reference_rewards_takes_any_group() -> None:
     assert method.rewards_from is not None
     assert method.rewards_from([3.0, 1.0], {"reference_rewards": [1.0, 2.0, 3.0, 4.0]}) == [3 / 4, 1 / 4]
     # One candidate is enough.
-    assert method.loss(entering_at(row(0.3), row(0.5), real(1, 1))).item() > 0
+    assert method.loss(inputs_of_one_token(row(0.3), row(0.5), real(1, 1))).item() > 0
 
 
 # --- Quantiles --------------------------------------------------------------------------------------------------------

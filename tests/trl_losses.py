@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ncalign.objectives.method import Entering, Method
+from ncalign.objectives.method import LossInputs, Method
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what TRL's imports say is not ours to mend
@@ -79,8 +79,8 @@ def ours(config: Config, groups: Groups, seed: int = 0) -> Tensor:
         columns = method.sampler.select(None, groups.rewards, mask, torch.Generator().manual_seed(seed))
     taken = columns.clamp(min=0)
     values = [logprobs - reference, logprobs, groups.rewards, groups.mask.sum(dim=2).double()]
-    entering = [value.gather(1, taken) for value in values]
-    return method.loss(Entering(*entering, columns >= 0, None, torch.zeros((), dtype=torch.float64)))
+    inputs = [value.gather(1, taken) for value in values]
+    return method.loss(LossInputs(*inputs, columns >= 0))
 
 
 def assert_trls(config: Config, theirs: Losses, groups: Groups) -> None:

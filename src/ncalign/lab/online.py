@@ -20,7 +20,7 @@ from ncalign.lab.policies import (
     value_and_gradient,
 )
 from ncalign.lab.results import EXACT, Curve, Findings, Statement, fitted_exponent, largest
-from ncalign.objectives import DPO, RPO, Entering, Method, NCAPair, dpo_loss, info_nca_loss, nca_loss, rnce_loss
+from ncalign.objectives import DPO, RPO, LossInputs, Method, NCAPair, dpo_loss, info_nca_loss, nca_loss, rnce_loss
 from ncalign.objectives.kernels import eligible_negatives, pick_positive
 
 GroupObjective = Callable[[Tensor, Tensor], Tensor]
@@ -257,18 +257,18 @@ def displacement() -> Findings:
     return Findings(statements, [curve])
 
 
-def _entering(policy: LinearSoftmax, parameters: Float[Tensor, " D"]) -> Entering:
+def _loss_inputs(policy: LinearSoftmax, parameters: Float[Tensor, " D"]) -> LossInputs:
     """The pair as it enters a method's loss; the reference has all parameters 0."""
     pair = [CHOSEN, REJECTED]
     logprobs = policy.logprobs(parameters)[pair].unsqueeze(0)
     reference = policy.logprobs(torch.zeros_like(parameters))[pair].unsqueeze(0)
     rewards = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     ones = torch.ones_like(rewards)
-    return Entering(logprobs - reference, logprobs, rewards, ones, every(rewards), None, torch.zeros((), dtype=torch.float64))
+    return LossInputs(logprobs - reference, logprobs, rewards, ones, every(rewards))
 
 
 def _descent(policy: LinearSoftmax, method: Method, parameters: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-    _, gradient = value_and_gradient(lambda at: method.loss(_entering(policy, at)), parameters)
+    _, gradient = value_and_gradient(lambda at: method.loss(_loss_inputs(policy, at)), parameters)
     return -gradient
 
 

@@ -27,7 +27,7 @@ from ncalign.objectives.binary import (
 from ncalign.objectives.lists import EXO, HPS, SWEPO, LiPOLambda, exo_loss, hps_loss, lipo_lambda_loss, swepo_loss
 from ncalign.objectives.method import (
     Baseline,
-    Entering,
+    LossInputs,
     Method,
     PairConfig,
     chosen_nll,
@@ -150,7 +150,7 @@ __all__ = [
     "DPOP",
     "EXO",
     "EXOPair",
-    "Entering",
+    "LossInputs",
     "HPS",
     "IPO",
     "InfoNCA",

@@ -20,8 +20,8 @@ from ncalign.objectives.targets import working_precision
 
 
 @dataclass(frozen=True)
-class Entering:
-    """The candidates that enter a loss: S a group, in the order in which the sampler chose them.
+class LossInputs:
+    """What a loss is computed from: S selected candidates a group, in the sampler's order.
 
     Attributes:
         log_ratios: ``log policy - log reference`` of each completion, summed over its tokens, in nats; 0 where masked.
@@ -29,8 +29,8 @@ class Entering:
         rewards: outside rewards; NaN where masked.
         lengths: scored tokens.
         mask: True for real entries. With a sampler column 0 is the positive.
-        log_q: what the log q correction takes off each score, or None; 0 for the positive.
-        baseline: level that the scores are measured from; 0 for methods without one.
+        log_q: log q correction subtracted from each score, 0 for the positive; None for methods without one.
+        baseline: subtracted from every score; 0 for methods without one.
     """
 
     log_ratios: Float[Tensor, "B S"]
@@ -38,11 +38,11 @@ class Entering:
     rewards: Float[Tensor, "B S"]
     lengths: Float[Tensor, "B S"]
     mask: Bool[Tensor, "B S"]
-    log_q: Float[Tensor, "B S"] | None
-    baseline: Float[Tensor, ""]
+    log_q: Float[Tensor, "B S"] | None = None
+    baseline: float = 0.0
 
 
-Score = Callable[[Entering], Tensor]
+Score = Callable[[LossInputs], Tensor]
 """What a loss compares, ``[B, S]``."""
 GroupLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(values [B, S], rewards [B, S], mask [B, S]) -> [B]``."""
@@ -50,7 +50,7 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 """``(chosen [B], rejected [B]) -> [B]``."""
 RewardedPairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``(chosen [B], rejected [B], chosen rewards [B], rejected rewards [B]) -> [B]``."""
-Anchor = Callable[[Entering], Tensor]
+Anchor = Callable[[LossInputs], Tensor]
 """A term added to the loss, ``[B]``."""
 Weights = Callable[[Tensor, Tensor], Tensor]
 Refuse = Callable[[Sequence[float]], str | None]
@@ -88,7 +88,7 @@ class Method:
 
     name: str
     beta: float
-    loss: Callable[[Entering], Tensor]
+    loss: Callable[[LossInputs], Tensor]
     sampler: Sampler | None
     refuse: Refuse
     target_weights: Weights | None = None
@@ -145,13 +145,13 @@ def compose(
     if anchors and sampler is None:
         raise ValueError(f"{name}: an anchor holds on to the positive in column 0: give a sampler, which puts it there")
 
-    def whole(entering: Entering) -> Tensor:
-        values = working_precision(score(entering)) - entering.baseline
-        if entering.log_q is not None:
-            values = values - entering.log_q
-        total = loss(values, entering.rewards, entering.mask)
+    def whole(inputs: LossInputs) -> Tensor:
+        values = working_precision(score(inputs)) - inputs.baseline
+        if inputs.log_q is not None:
+            values = values - inputs.log_q
+        total = loss(values, inputs.rewards, inputs.mask)
         for anchor in anchors:
-            total = total + anchor(entering)
+            total = total + anchor(inputs)
         return total
 
     return Method(name, beta, whole, sampler, refuse, target_weights, baseline, rewards_from, fit)
@@ -162,22 +162,22 @@ def compose(
 
 def implicit_reward(beta: float) -> Score:
     """``beta * log-ratio``, summed over the completion's tokens."""
-    return lambda entering: beta * entering.log_ratios
+    return lambda inputs: beta * inputs.log_ratios
 
 
 def mean_log_ratio(beta: float) -> Score:
     """``beta * log-ratio / length``: a token's mean."""
-    return lambda entering: beta * entering.log_ratios / entering.lengths.clamp(min=1)
+    return lambda inputs: beta * inputs.log_ratios / inputs.lengths.clamp(min=1)
 
 
 def policy_logprob(beta: float) -> Score:
     """``beta * log policy``, without a reference."""
-    return lambda entering: beta * entering.logprobs
+    return lambda inputs: beta * inputs.logprobs
 
 
 def mean_logprob(beta: float) -> Score:
     """``beta * log policy / length``, without a reference: SimPO's."""
-    return lambda entering: beta * entering.logprobs / entering.lengths.clamp(min=1)
+    return lambda inputs: beta * inputs.logprobs / inputs.lengths.clamp(min=1)
 
 
 # --- Lifts and anchors ------------------------------------------------------------------------------------------------
@@ -238,13 +238,13 @@ def chosen_nll(weight: float) -> Anchor:
     Example:
         >>> one = torch.ones(1, 1, dtype=torch.bool)
         >>> ratio, logprob, length = torch.zeros(1, 1), torch.tensor([[-6.0]]), torch.tensor([[3.0]])
-        >>> chosen_nll(0.5)(Entering(ratio, logprob, ratio, length, one, None, torch.zeros(())))  # 0.5 * 6 / 3
+        >>> chosen_nll(0.5)(LossInputs(ratio, logprob, ratio, length, one))  # 0.5 * 6 / 3
         tensor([1.])
     """
 
-    def anchor(entering: Entering) -> Tensor:
-        logprobs = torch.where(entering.mask[:, 0], entering.logprobs[:, 0], 0.0)
-        return -weight * working_precision(logprobs) / entering.lengths[:, 0].clamp(min=1)
+    def anchor(inputs: LossInputs) -> Tensor:
+        logprobs = torch.where(inputs.mask[:, 0], inputs.logprobs[:, 0], 0.0)
+        return -weight * working_precision(logprobs) / inputs.lengths[:, 0].clamp(min=1)
 
     return anchor
 
@@ -318,9 +318,3 @@ class PairConfig(Frozen):
             sampler=PAIRINGS[self.pairing],
             anchors=anchors,
         )
-
-
-def entering_at(log_ratios: Float[Tensor, "B S"], rewards: Float[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Entering:
-    """Candidates of one token each under a reference that gives them log-prob 0: for tests and for looking at a loss."""
-    ratios = torch.where(mask, log_ratios, 0.0)
-    return Entering(ratios, ratios, rewards, torch.ones_like(ratios), mask, None, ratios.new_zeros(()))

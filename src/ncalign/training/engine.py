@@ -19,7 +19,7 @@ from ncalign.model.encoding import EncodedGroup
 from ncalign.model.logprobs import LogprobModel, base_causal_model
 from ncalign.model.policy import reference_mode
 from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups
-from ncalign.objectives import Entering, Method, Sampler
+from ncalign.objectives import LossInputs, Method, Sampler
 from ncalign.objectives.kernels import pick_positive
 from ncalign.training.metrics import NAN, PassResult
 
@@ -239,7 +239,7 @@ class Engine:
         select: Tensor | None,
         baseline: float,
     ) -> PassResult:
-        loss = self.method.loss(_entering(entering, batch, self.method.sampler, select, scores, baseline))
+        loss = self.method.loss(_loss_inputs(entering, batch, self.method.sampler, select, scores, baseline))
         logprobs = logprobs.detach()
         if select is not None:
             positive, negatives = select[:, 0], select[:, 1:]
@@ -319,9 +319,9 @@ def _no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _entering(
+def _loss_inputs(
     logprobs: Tensor, batch: GroupBatch, sampler: Sampler | None, select: Tensor | None, scores: Tensor | None, baseline: float
-) -> Entering:
+) -> LossInputs:
     """What the loss sees, with 0 for the model's numbers where a group has nothing."""
     present = batch.candidate_mask if select is None else select >= 0
     reference = batch.reference_logprobs if select is None else _gathered(batch.reference_logprobs, select)
@@ -329,14 +329,14 @@ def _entering(
     log_q = None
     if sampler is not None and sampler.log_q is not None and scores is not None and select is not None:
         log_q = sampler.log_q(scores.detach(), batch.rewards, batch.candidate_mask, select)
-    return Entering(
+    return LossInputs(
         log_ratios=torch.where(present, logprobs - reference.to(logprobs.dtype), 0.0),
         logprobs=torch.where(present, logprobs, 0.0),
         rewards=batch.rewards if select is None else _gathered(batch.rewards, select),
         lengths=lengths if select is None else _gathered(lengths, select).masked_fill(~present, 0.0),
         mask=present,
         log_q=log_q,
-        baseline=torch.tensor(baseline, dtype=logprobs.dtype, device=logprobs.device),
+        baseline=baseline,
     )
 
 

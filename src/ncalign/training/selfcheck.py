@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncalign.model.batching import GroupBatch
-from ncalign.objectives import Entering, Method
+from ncalign.objectives import LossInputs, Method
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def _loss(method: Method, batch: GroupBatch, log_ratios: Tensor) -> float:
         select = method.sampler.select(torch.zeros_like(log_ratios), values[2], mask, generator)
         values, mask = [value.gather(1, select.clamp(min=0)) for value in values], select >= 0
     ratios, logprobs, rewards, lengths = values
-    entering = Entering(ratios, logprobs, rewards, lengths.to(ratios.dtype), mask, None, ratios.new_zeros(()))
-    return float(method.loss(entering).mean())
+    inputs = LossInputs(ratios, logprobs, rewards, lengths.to(ratios.dtype), mask)
+    return float(method.loss(inputs).mean())
 
 
 def _worst(difference: Tensor, mask: Tensor) -> tuple[int, int]:
