@@ -16,10 +16,10 @@ from ncalign.adjust.steps import MERGE, Fitted, Step, parse_steps, rewards_of
 from ncalign.adjust.transforms import combined
 from ncalign.core.errors import DataError
 from ncalign.core.progress import Bar, say
+from ncalign.data.config import OnBadRow
 from ncalign.data.groups import (
     REWARD_STEPS,
     Group,
-    OnBadRow,
     ReadReport,
     check_output,
     read_groups,

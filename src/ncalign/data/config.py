@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
@@ -15,26 +15,29 @@ OnBadRow = Annotated[
 ]
 
 
+PublicSchema: TypeAlias = Literal[
+    "auto",
+    "ncalign",
+    "nca",
+    "ultrafeedback",
+    "nectar",
+    "simpo",
+    "nemo_rl",
+    "lmflow",
+    "solutions",
+    "sharegpt",
+    "alpaca",
+    "nemo_aligner",
+    "alpaca_eval",
+    "hh",
+    "trl_preference",
+    "trl_unpaired",
+    "trl_prompts",
+]
+Target: TypeAlias = Literal["ncalign", "best_vs_random", "best_vs_worst", "all_pairs"]
+ShardKind: TypeAlias = Literal["jsonl", "jsonl.gz", "parquet"]
 SchemaChoice = Annotated[
-    Literal[
-        "auto",
-        "ncalign",
-        "nca",
-        "ultrafeedback",
-        "nectar",
-        "simpo",
-        "nemo_rl",
-        "lmflow",
-        "solutions",
-        "sharegpt",
-        "alpaca",
-        "nemo_aligner",
-        "alpaca_eval",
-        "hh",
-        "trl_preference",
-        "trl_unpaired",
-        "trl_prompts",
-    ],
+    PublicSchema,
     Field(description="Schema of the input (also --from); auto: recognised by its columns."),
 ]
 
@@ -52,13 +55,11 @@ class ConvertConfig(Frozen):
     output: Path = Field(
         description="File to write: .jsonl, .jsonl.gz or .parquet; another name is a folder, with a file for each that is read."
     )
-    shards: Literal["jsonl", "jsonl.gz", "parquet"] = Field("jsonl", description="Kind of the files in an output folder.")
+    shards: ShardKind = Field("jsonl", description="Kind of the files in an output folder.")
     schema_name: SchemaChoice = "auto"
     adapter: str | None = Field(
         None, description="'file.py:function' that makes of a row one of our schema, or none to leave it out; its code is run."
     )
-    target: Literal["ncalign", "best_vs_random", "best_vs_worst", "all_pairs"] = Field(
-        "ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them."
-    )
+    target: Target = Field("ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them.")
     seed: Seed = Field(0, description="Of the candidates drawn for best_vs_random.")
     on_bad_row: OnBadRow = "error"

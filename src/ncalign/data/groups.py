@@ -6,10 +6,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from ncalign.core.atomic import atomic_path, check_writable
 from ncalign.core.errors import DataError, shown
+from ncalign.data.config import OnBadRow, Target
 from ncalign.data.formats import (
     REWARDS_OF,
     TRL_PROMPTS,
@@ -25,7 +25,7 @@ from ncalign.data.formats import (
     trl,
 )
 from ncalign.data.formats.group import JSON, Candidate, Group, Message, Text
-from ncalign.data.formats.pairs import Target, write_pairs
+from ncalign.data.formats.pairs import write_pairs
 from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.seen import Seen
 from ncalign.data.formats.sources import Source, find_sources, kind_of
@@ -45,8 +45,6 @@ __all__ = [
     "rewards_origin",
     "write_groups",
 ]
-
-OnBadRow: TypeAlias = Literal["error", "skip"]
 
 NUM_EXAMPLES = 5
 REWARD_STEPS = "reward_steps"

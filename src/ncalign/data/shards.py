@@ -14,21 +14,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic
 from ncalign.core.errors import DataError
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
 from ncalign.core.user_code import code_digest
+from ncalign.data.config import OnBadRow, ShardKind, Target
 from ncalign.data.formats import SchemaName
 from ncalign.data.formats.group import Group
-from ncalign.data.formats.pairs import Target, write_pairs
+from ncalign.data.formats.pairs import write_pairs
 from ncalign.data.formats.seen import Seen, digest
 from ncalign.data.formats.sources import Source, find_sources
-from ncalign.data.groups import OnBadRow, ReadReport, convertible, read_groups, read_sources, write_groups
-
-ShardKind: TypeAlias = Literal["jsonl", "jsonl.gz", "parquet"]
+from ncalign.data.groups import ReadReport, convertible, read_groups, read_sources, write_groups
 
 _ACCOUNT = ".ncalign"
 

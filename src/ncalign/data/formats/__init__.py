@@ -8,30 +8,12 @@ from typing import Literal, TypeAlias
 
 from ncalign.core.errors import DataError, names, nearest, shown
 from ncalign.core.user_code import load_named
+from ncalign.data.config import PublicSchema
 from ncalign.data.formats import native, nca, others, ranked, transcripts, trl
 from ncalign.data.formats.group import Group
 from ncalign.data.formats.parsing import Row, require_columns
 
-SchemaName: TypeAlias = Literal[
-    "auto",
-    "ncalign",
-    "nca",
-    "ultrafeedback",
-    "nectar",
-    "simpo",
-    "nemo_rl",
-    "lmflow",
-    "solutions",
-    "sharegpt",
-    "alpaca",
-    "nemo_aligner",
-    "alpaca_eval",
-    "hh",
-    "trl_preference",
-    "trl_unpaired",
-    "trl_prompts",
-    "adapter",
-]
+SchemaName: TypeAlias = PublicSchema | Literal["adapter"]
 REWARDS_OF: dict[SchemaName, str] = {
     "nca": "scores",
     "ultrafeedback": "overall_score",

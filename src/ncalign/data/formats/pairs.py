@@ -7,19 +7,18 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncalign.core.atomic import atomic_path
 from ncalign.core.errors import DataError
+from ncalign.data.config import Target
 from ncalign.data.formats import jsonl
 from ncalign.data.formats.group import Candidate, Group
 from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.sources import kind_of
 
-Target: TypeAlias = Literal["ncalign", "best_vs_random", "best_vs_worst", "all_pairs"]
 _BATCH = 1024
 
 
