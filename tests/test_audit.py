@@ -162,13 +162,15 @@ def test_the_page_escapes_the_data_and_all_is_written(tmp_path: Path) -> None:
     rows[0]["prompt"] = "<script>alert(1)</script>"
     rows[0]["id"] = "<script>id</script>"
     for row in rows:
-        row["candidates"][0]["completion"] += " <img src=x onerror=alert(1)>"
+        row["candidates"][0]["completion"] += " <img src=x onerror=alert(1)> {{ 7*7 }} </style>"
         for k, candidate in enumerate(row["candidates"]):
             candidate["source"] = f"<script>{k}"
     audit(rows, tmp_path)
     page = (tmp_path / "audit" / "audit.html").read_text()
     assert "<script>" not in page
     assert "<img src=x" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt; {{ 7*7 }} &lt;/style&gt;" in page
+    assert page.count("</style>") == 1
     assert "data:image/png;base64,iVBOR" in page
     saved = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert saved["numbers"]["groups"] == 8

@@ -94,6 +94,14 @@ def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path, met
         PYTHONPATH=str(target),
     ).splitlines()
     assert Path(found[0]).is_relative_to(target), "the working copy was imported instead of the installed wheel"
+    asked = (
+        "from importlib.resources import files; from ncalign.report.html import render; "
+        "print(files('ncalign.report') / 'templates'); "
+        "print(render('theory', statements=[], curves=[], images={}, summary='<none>', verdict=None))"
+    )
+    page = run(sys.executable, "-c", asked, cwd=tmp_path, PYTHONPATH=str(target))
+    assert Path(page.splitlines()[0]).is_relative_to(target)
+    assert "<p>&lt;none&gt;." in page
     assert found[1] == metadata["Version"]
     program = "import sys; from ncalign.cli.app import main; sys.exit(main())"
     shown = run(sys.executable, "-c", program, "--help", cwd=tmp_path, PYTHONPATH=str(target))

@@ -5,13 +5,27 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
-from ncalign.report import write_report
+from ncalign.report import write_report, write_rounds_report
+from ncalign.report.html import render
 from ncalign.report.page import plot, read_metrics
 
-EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}</style></pre>'
+ESCAPED = re.escape("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;{{ 7*7 }}{% raw %}&lt;/style&gt;&lt;/pre&gt;")
+
+
+def assert_shown_literally(page: str, times: int) -> None:
+    """What tries to break out of the page, or to be run by the template, stands there as text, this many times."""
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert (page.count("<style>"), page.count("</style>")) == (1, 1)
+    assert page.count("<pre>") == page.count("</pre>")
+    assert "49" not in re.sub(r'src="[^"]*"', "", page)
+    assert len(re.findall(ESCAPED, page)) == times
 
 
 @pytest.fixture
@@ -33,10 +47,8 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_all_text_is_escaped(run_folder: Path) -> None:
     page = write_report(run_folder).read_text()
-    assert "<script" not in page
-    assert "<img src=x" not in page
     # Once as heading, once as the comparison's name, four times in the answers, and three times in the results at the end.
-    assert page.count("&lt;script&gt;") == 9
+    assert_shown_literally(page, times=9)
 
 
 def test_nothing_is_loaded_from_elsewhere(run_folder: Path) -> None:
@@ -60,3 +72,35 @@ def test_only_logged_steps_are_plotted(run_folder: Path) -> None:
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metrics.jsonl has no logged steps"):
         write_report(tmp_path)
+
+
+def test_all_text_of_an_online_run_is_escaped(run_folder: Path) -> None:
+    folder = run_folder / "rounds" / "001"
+    folder.mkdir(parents=True)
+    candidates = [{"completion": EVIL, "reward": 1.0}, {"completion": [{"role": "assistant", "content": EVIL}], "reward": 0.5}]
+    (folder / "pool.jsonl").write_text(json.dumps({"prompt": EVIL, "candidates": candidates}) + "\n")
+    rounds: list[dict[str, Any]] = [
+        {
+            "round": number,
+            "start": 4 * number - 4,
+            "end": 4 * number,
+            "health": {"reward/mean": 0.5},
+            "drift": None,
+            "alarms": [EVIL] * (number - 1),
+            "counts": {"prompts": 8, "groups_trained_on": 7, "tokens": 64},
+            "seconds": {"generate": 3.0, EVIL: 1.0},
+        }
+        for number in (1, 2)
+    ]
+    page = write_rounds_report(run_folder, rounds, {}, method=EVIL).read_text()
+    # The method, an alarm, a phase in each round, a prompt and its best and worst completion.
+    assert_shown_literally(page, times=7)
+    assert "online: 2 rounds, 8 steps" in page
+    assert "4 s:" in page
+    assert "generate 75%," in page
+    assert page.count("<small>reward 0.5</small>") == 1
+
+
+def test_a_value_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'method' is undefined"):
+        render("run", name="a")

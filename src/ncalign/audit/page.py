@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from ncalign.audit.measures import GroupMeasures, ranked
 from ncalign.core.atomic import write_text_atomic
 from ncalign.data.groups import Group
 from ncalign.model.encoding import as_messages, completion_text
-from ncalign.report.page import embedded, head
+from ncalign.report.html import png, render
 
 _EXAMPLES, _SHOWN = 4, 600
 _TITLES = {
@@ -32,28 +30,17 @@ _TITLES = {
 
 def write_page(path: Path, result: Mapping[str, Any], measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> None:
     """Write the page."""
-    rows = [{"number": name, "value": value} for name, value in result["numbers"].items()]
-    found = "".join(f"<li><b>{escape(f['level'])}</b>: {escape(f['text'])}" for f in result["findings"])
-    parts = [
-        head(f"audit of {result['data']}"),
-        f"<h1>Audit of {escape(str(result['data']))}</h1><ul>{found}</ul>",
-        f'<img alt="rewards, likeness and length" src="{embedded(picture(measured, result))}">',
-        *(f"<h2>{escape(_TITLES[name])}</h2>{_table(table)}" for name, table in result["tables"].items()),
-        f"<h2>Numbers</h2><p>Those of likeness, length and the kernel from {result['sampled']} groups.{_table(rows)}",
-        _examples(measured, sample),
-    ]
-    write_text_atomic("\n".join(parts) + "\n", path)
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(rows[0])
-    header = "".join(f"<th>{escape(column.replace('_', ' '))}" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(_cell(row[column]))}" for column in columns) + "</tr>" for row in rows)
-    return f"<table><tr>{header}</tr>{body}</table>"
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = render(
+        "audit",
+        data=result["data"],
+        findings=result["findings"],
+        charts=picture(measured, result),
+        tables={_TITLES[name]: table for name, table in result["tables"].items()},
+        sampled=result["sampled"],
+        numbers=[{"number": name, "value": value} for name, value in result["numbers"].items()],
+        examples=_examples(measured, sample),
+    )
+    write_text_atomic(text, path)
 
 
 def picture(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> bytes:
@@ -92,9 +79,7 @@ def picture(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> byt
         axis.set_ylabel("share of the candidates")
     for axis in axes:
         axis.set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _histogram(axis: Axes, values: Sequence[float]) -> None:
@@ -133,7 +118,7 @@ def _drawn(axis: Axes, table: Sequence[Mapping[str, Any]]) -> None:
     axis.legend()
 
 
-def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> str:
+def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> list[dict[str, Any]]:
     """Groups whose best candidate is most like another: what a reader should look at first."""
     order = sorted(
         (number for number, group in enumerate(measured) if group.likeness),
@@ -144,11 +129,11 @@ def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> str
         group, places = sample[number], ranked(sample[number])
         assert places is not None
         shown = [group.candidates[k] for k in (places.best, *places.lower[:2])]
-        cells = "".join(
-            f"<td><pre>{escape(completion_text(c, group)[:_SHOWN])}</pre><small>reward {c.reward or 0.0:.3g}</small>"
-            for c in shown
+        rows.append(
+            {
+                "id": group.id,
+                "prompt": as_messages(group.prompt)[-1]["content"][:_SHOWN],
+                "candidates": [{"text": completion_text(c, group)[:_SHOWN], "reward": c.reward} for c in shown],
+            }
         )
-        prompt = as_messages(group.prompt)[-1]["content"][:_SHOWN]
-        rows.append(f"<tr><td><small>{escape(group.id)}</small><pre>{escape(prompt)}</pre>{cells}</tr>")
-    header = "<h2>Where the best is most like another</h2><table><tr><th>prompt<th>best<th>next<th>next</tr>"
-    return header + "".join(rows) + "</table>" if rows else ""
+    return rows

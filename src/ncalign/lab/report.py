@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from matplotlib.figure import Figure
 
 from ncalign.lab.results import Curve, Statement
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
-color: #1a1a1a; background: #fff }
-table { border-collapse: collapse; width: 100% } th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left;
-vertical-align: top; overflow-wrap: anywhere } td.n { font-variant-numeric: tabular-nums; white-space: nowrap }
-tr.no td { background: #fde8e8 } img { width: 100%; max-width: 52rem }
-"""
+from ncalign.report.html import label_axes, png, render
 
 
 def verdict(statement: Statement) -> str:
@@ -57,38 +47,10 @@ def plot(curve: Curve) -> bytes:
             axes.plot(*zip(*drawn, strict=True), marker="." if len(drawn) < 50 else "", label=name)
     axes.set_xscale("log" if curve.log_x else "linear")
     axes.set_yscale("log" if curve.log_y else "linear")
-    axes.set_title(curve.title)
-    axes.set_xlabel(curve.x_label)
-    axes.set_ylabel(curve.y_label)
-    axes.grid(alpha=0.3)
-    if len(curve.lines) > 1:
-        axes.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    label_axes(axes, curve.title, curve.x_label, curve.y_label)
+    return png(figure)
 
 
 def page(statements: Sequence[Statement], curves: Sequence[Curve], images: Mapping[str, bytes]) -> str:
     """The page as HTML; ``images`` holds each curve's plot by its name."""
-    rows = "".join(
-        f"<tr class={'yes' if s.holds else 'no'}><td>{escape(s.statement)}<td>{escape(s.source)}<td class=n>{s.predicted:.6g}"
-        f"<td class=n>{s.measured:.6g}<td class=n>{s.tolerance:.2g}<td>{verdict(s)}</tr>"
-        for s in statements
-    )
-    head = "<tr><th>statement<th>source<th>predicted<th>measured<th>tolerance<th>verdict</tr>"
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>ncalign lab theory</title><style>{_STYLE}</style>",
-        f"<h1>The theory on enumerable policies</h1><p>{summary(statements)}. Expectations are sums over everything that could "
-        "be drawn, in float64; a statement holds where measured and predicted are no further apart than its tolerance.",
-        *(_figure(curve, images[curve.name]) for curve in curves),
-        f"<h2>Statements</h2><table>{head}{rows}</table>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _figure(curve: Curve, image: bytes) -> str:
-    encoded = base64.b64encode(image).decode()
-    return (
-        f"<h2>{escape(curve.title)}</h2><p>{escape(curve.note)}"
-        f'<p><img alt="{escape(curve.title)}" src="data:image/png;base64,{encoded}">'
-    )
+    return render("theory", summary=summary(statements), statements=statements, curves=curves, images=images, verdict=verdict)

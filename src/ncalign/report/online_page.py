@@ -1,11 +1,9 @@
-"""One HTML page of an online run: its rounds' rewards, drift and health, where the time went, and what was sampled."""
+"""The page of an online run: its rounds' rewards, drift and health, where the time went, and what was sampled."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ncalign.core.atomic import write_text_atomic
-from ncalign.report.page import embedded, head, plot, read_metrics
+from ncalign.report.html import label_axes, png, render
+from ncalign.report.page import plot, read_metrics
 
 DRIFT_LIMIT = 0.1
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -42,18 +41,16 @@ def write_rounds_report(
     Returns:
         The page's path.
     """
+    text = render(
+        "online",
+        name=run_folder.name,
+        method=method,
+        rounds=rounds,
+        pictures={"rounds": plot_rounds(rounds, evaluation), "metrics": plot(read_metrics(run_folder / "metrics.jsonl"))},
+        samples=_samples(run_folder / "rounds" / f"{rounds[-1]['round'] - 1:03d}" / "pool.jsonl"),
+    )
     page = run_folder / "report.html"
-    last = run_folder / "rounds" / f"{rounds[-1]['round'] - 1:03d}" / "pool.jsonl"
-    parts = [
-        head(run_folder.name),
-        f"<h1>{escape(method)}, online: {len(rounds)} rounds, {rounds[-1]['end']} steps</h1>",
-        _alarms(rounds),
-        f'<h2>Rounds</h2><img alt="rewards, drift and health by round" src="{embedded(plot_rounds(rounds, evaluation))}">',
-        _table(rounds),
-        f'<h2>Training</h2><img alt="metrics by step" src="{embedded(plot(read_metrics(run_folder / "metrics.jsonl")))}">',
-        _samples(last),
-    ]
-    write_text_atomic("\n".join(part for part in parts if part) + "\n", page)
+    write_text_atomic(text, page)
     return page
 
 
@@ -68,13 +65,9 @@ def plot_rounds(rounds: Sequence[Mapping[str, Any]], evaluation: Mapping[str, An
         axes = next(places)
         for name, label in lines:
             axes.plot(numbers, [row["health"].get(name, float("nan")) for row in rounds], marker="o", label=label)
-        _labelled(axes, title, "round", unit)
+        label_axes(axes, title, "round", unit)
         axes.set_xticks(numbers)
-        if len(lines) > 1:
-            axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _plot_evaluation(axes: Axes, evaluation: Mapping[str, Any]) -> None:
@@ -85,7 +78,7 @@ def _plot_evaluation(axes: Axes, evaluation: Mapping[str, Any]) -> None:
         axes.plot(*zip(*points, strict=True), marker="o")
     else:
         axes.text(0.5, 0.5, "no prompts were held out", ha="center", va="center", transform=axes.transAxes)
-    _labelled(axes, "Held-out prompts, greedy", "optimizer step", "mean reward")
+    label_axes(axes, "Held-out prompts, greedy", "optimizer step", "mean reward")
 
 
 def _plot_drift(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
@@ -97,55 +90,23 @@ def _plot_drift(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
         )
         axes.errorbar([row["round"] for row in measured], values, yerr=[below, above], marker="o", capsize=3, label=label)
     axes.axhline(DRIFT_LIMIT, color="0.5", linestyle="--")
-    _labelled(axes, "Drift at the round's end", "round", "nats a completion")
+    label_axes(axes, "Drift at the round's end", "round", "nats a completion")
     axes.set_xticks([row["round"] for row in rounds])
-    axes.legend()
 
 
-def _labelled(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-
-
-def _alarms(rounds: Sequence[Mapping[str, Any]]) -> str:
-    items = [f"<li>round {row['round']}: {escape(alarm)}" for row in rounds for alarm in row["alarms"]]
-    return "<h2>Alarms</h2><ul>" + "".join(items) + "</ul>" if items else ""
-
-
-def _table(rounds: Sequence[Mapping[str, Any]]) -> str:
-    head_row = "<table><tr><th>round<th>steps<th>prompts<th>trained on<th>tokens sampled<th>time</tr>"
-    rows = []
-    for row in rounds:
-        counts = row["counts"]
-        total = sum(row["seconds"].values()) or 1.0
-        time = ", ".join(f"{escape(name)} {seconds / total:.0%}" for name, seconds in row["seconds"].items())
-        rows.append(
-            f"<tr><td>{row['round']}<td>{row['start'] + 1}–{row['end']}<td>{counts['prompts']}<td>{counts['groups_trained_on']}"
-            f"<td>{counts['tokens']}<td>{total:.0f} s: {time}</tr>"
-        )
-    return head_row + "".join(rows) + "</table>"
-
-
-def _samples(pool: Path) -> str:
-    """The best and the worst completion of a few prompts of the last round."""
+def _samples(pool: Path) -> list[dict[str, Any]] | None:
+    """The best and the worst completion of a few prompts of a round; None where the round kept no candidates."""
     if not pool.is_file():
-        return ""
+        return None
     rows = []
     with pool.open(encoding="utf-8") as file:
-        for line in islice(file, _EXAMPLES):
-            group = json.loads(line)
+        for group in map(json.loads, islice(file, _EXAMPLES)):
             scored = [candidate for candidate in group["candidates"] if candidate["reward"] is not None]
-            if not scored:
-                continue
-            ordered = sorted(scored, key=lambda candidate: candidate["reward"])
-            cells = "".join(
-                f"<td><pre>{escape(_text(c['completion']))}</pre><small>reward {c['reward']:.3g}</small>"
-                for c in (ordered[-1], ordered[0])
-            )
-            rows.append(f"<tr><td><pre>{escape(_text(group['prompt']))}</pre>{cells}</tr>")
-    return "<h2>Samples of the last round</h2><table><tr><th>prompt<th>best<th>worst</tr>" + "".join(rows) + "</table>"
+            if scored:
+                scored.sort(key=lambda candidate: candidate["reward"])
+                worst, best = ({"text": _text(c["completion"]), "reward": c["reward"]} for c in (scored[0], scored[-1]))
+                rows.append({"prompt": _text(group["prompt"]), "best": best, "worst": worst})
+    return rows
 
 
 def _text(value: Any) -> str:

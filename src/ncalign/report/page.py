@@ -1,21 +1,15 @@
-"""One HTML page from a run folder: plots of the metrics, the comparison before and after, answers side by side.
-
-The page needs no network and no script; every text that a model or a data set wrote is escaped.
-"""
+"""The page of a training run: plots of its metrics, the comparison before and after, answers side by side."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from ncalign.core.atomic import write_text_atomic
+from ncalign.report.html import label_axes, png, render
 
 PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats", ("loss",)),
@@ -33,13 +27,6 @@ _NAMES = {
     "rewards/chosen": "chosen",
     "rewards/rejected": "negatives",
 }
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-color: #1a1a1a; background: #fff }
-table { border-collapse: collapse; width: 100% } th, td { border-bottom: 1px solid #ddd; padding: .4rem .6rem; text-align: left;
-vertical-align: top; overflow-wrap: anywhere } img { width: 100% } pre { white-space: pre-wrap; margin: 0; font-size: .85rem }
-.big { font-size: 1.3rem }
-"""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -51,11 +38,21 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         ValueError: the folder has no metrics.jsonl with a line in it.
     """
-    rows = read_metrics(run_folder / "metrics.jsonl")
+    metrics = plot(read_metrics(run_folder / "metrics.jsonl"))
     results_file = run_folder / "results.json"
     results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else {}
+    answers = results.pop("answers", ())
+    text = render(
+        "run",
+        name=run_folder.name,
+        method=results.get("method", run_folder.name),
+        comparison=results.get("comparison"),
+        metrics=metrics,
+        answers=answers,
+        results=json.dumps(results, indent=2),
+    )
     page = run_folder / "report.html"
-    write_text_atomic(render(run_folder.name, rows, results), page)
+    write_text_atomic(text, page)
     return page
 
 
@@ -67,30 +64,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not rows:
         raise ValueError(f"{path} has no logged steps: a report needs the folder of a run that trained")
     return rows
-
-
-def render(name: str, rows: Sequence[Mapping[str, float]], results: Mapping[str, Any]) -> str:
-    """The page as HTML."""
-    image = embedded(plot(rows))
-    parts = [
-        head(name),
-        f"<h1>{escape(str(results.get('method', name)))}</h1>",
-        comparison_table(results.get("comparison", {})),
-        f'<h2>Training</h2><img alt="metrics by step" src="{image}">',
-        _answers(results.get("answers", ())),
-        f"<h2>results.json</h2><pre>{escape(json.dumps({k: v for k, v in results.items() if k != 'answers'}, indent=2))}</pre>",
-    ]
-    return "\n".join(part for part in parts if part) + "\n"
-
-
-def head(name: str) -> str:
-    """The beginning of a page."""
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>ncalign: {escape(name)}</title><style>{_STYLE}</style>"
-
-
-def embedded(image: bytes) -> str:
-    """A PNG as an address that needs no file."""
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 def plot(rows: Sequence[Mapping[str, float]]) -> bytes:
@@ -105,47 +78,5 @@ def plot(rows: Sequence[Mapping[str, float]]) -> bytes:
         for metric in names:
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             axes.plot(*zip(*points, strict=True), marker=".", label=_NAMES.get(metric, metric))
-        axes.set_title(title)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def comparison_table(comparison: Mapping[str, Mapping[str, Any]]) -> str:
-    """Before and after with intervals; empty where there is no comparison."""
-    if not comparison:
-        return ""
-    head = "<h2>Held-out prompts, before and after</h2><table><tr><th><th>before<th>after<th>difference<th>p-value</tr>"
-    rows = [
-        f"<tr class=big><td>{escape(name)}<td>{_interval(c['before'], c['before_interval'])}<td>"
-        f"{_interval(c['after'], c['after_interval'])}<td>{_interval(c['difference'], c['difference_interval'])}"
-        f"<td>{c['p_value']:.4g}</tr>"
-        for name, c in comparison.items()
-    ]
-    note = "<p>In brackets: 95 % bootstrap intervals. p-value: paired permutation test, two-sided."
-    return head + "".join(rows) + "</table>" + note
-
-
-def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
-    if not answers:
-        return ""
-    rows = [
-        f"<tr><td>{escape(str(a['outcome']))}<td><pre>{escape(str(a['prompt']))}</pre>"
-        f"<td>{_answer(a['before'], a['reward_before'])}<td>{_answer(a['after'], a['reward_after'])}</tr>"
-        for a in answers
-    ]
-    return "<h2>Answers side by side</h2><table><tr><th><th>prompt<th>before<th>after</tr>" + "".join(rows) + "</table>"
-
-
-def _answer(text: str, reward: float | None) -> str:
-    shown = "" if reward is None else f"<br><small>reward {reward:.2f}</small>"
-    return f"<pre>{escape(text)}</pre>{shown}"
-
-
-def _interval(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.3f} <small>[{interval[0]:.3f}, {interval[1]:.3f}]</small>"
+        label_axes(axes, title, "optimizer step", unit)
+    return png(figure)
