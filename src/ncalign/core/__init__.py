@@ -1,1 +1,1 @@
-"""Small things that many rooms use; they know nobody."""
+"""Small helpers that every room may use; they import no other room."""

@@ -120,7 +120,7 @@ def _is_about(error: OSError, temporary: Path) -> bool:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The system's error in an exception of any class; None where there is none."""
+    """The operating system's error behind an exception of any class, or None."""
     if isinstance(error, OSError):
         return error
     found = _RUST_OS_ERROR.search(str(error))
@@ -128,7 +128,7 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 def explained(error: OSError, target: str | Path, *, left: str = "No partial file was left") -> OSError:
-    """The error of writing a file or folder, with its name, a remedy and what is left of it."""
+    """A write error that names the file or folder, says what remains of it, and suggests a remedy."""
     if error.errno in _NO_ROOM:
         remedy = "free some space or write to another disk"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -24,7 +24,7 @@ class DataError(ValueError):
         self.reason = reason
 
     def within(self, where: str) -> DataError:
-        """Return the same error with the place it happened in put before its message."""
+        """Return the same error with its place (file, line) in front of the message."""
         return DataError(f"{where}: {self}", reason=self.reason)
 
 

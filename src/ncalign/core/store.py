@@ -41,7 +41,7 @@ class Store:
 
     @staticmethod
     def key(*parts: object) -> str:
-        """A digest that stands for JSON values."""
+        """The key of these JSON values: a digest."""
         text = json.dumps(parts, sort_keys=True, ensure_ascii=True, allow_nan=False)
         return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
@@ -65,11 +65,11 @@ class Store:
             raise OSError(f"{self._path} can't be written: {error}; free some space, or name another cache_dir") from error
 
     def delete(self) -> None:
-        """Delete the file: what it held is elsewhere now."""
+        """Delete the file, once what it held is kept elsewhere."""
         self.close()
         for suffix in ("", "-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._connection.close()

@@ -1,4 +1,4 @@
-"""Functions of the user's, loaded by name: their code is run, since the user asked for it."""
+"""The user's own functions, loaded by name; loading runs their code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_named(name: str, *, what: str, others: str = "") -> Callable[..., objec
 
 
 def code_digest(name: str | None) -> str:
-    """What tells that the file of a function has changed; empty where it is of no file, or there is none."""
+    """A digest of a function's file, to notice changes; empty for a function of an installed package, or for none."""
     path = Path((name or "").rpartition(":")[0])
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.suffix == ".py" and path.is_file() else ""
 

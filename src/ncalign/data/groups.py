@@ -48,12 +48,12 @@ __all__ = [
 
 NUM_EXAMPLES = 5
 REWARD_STEPS = "reward_steps"
-"""Entry of a group's metadata: how its rewards came to be."""
+"""Key of a group's metadata that lists the steps that made its rewards."""
 
 
 @dataclass
 class ReadReport:
-    """What reading a file came to.
+    """Counts of what was read from a file.
 
     Attributes:
         rows: Rows read, blank lines not counted.
@@ -81,7 +81,7 @@ class ReadReport:
             self.examples.append(str(error))
 
     def add(self, other: ReadReport) -> None:
-        """Count what another file came to as well."""
+        """Add another file's counts."""
         self.rows, self.groups = self.rows + other.rows, self.groups + other.groups
         self.joined += other.joined
         for reason, rows in other.reasons.items():
@@ -201,7 +201,7 @@ def write_groups(groups: Iterable[Group], path: str | Path) -> int:
 
 
 def rewards_origin(path: str | Path, schema: SchemaName | None) -> str:
-    """What is said of rewards of which nothing is recorded: the schema's column, or the file that gives them.
+    """Where rewards came from, when the groups record nothing: the column of the schema, or the file.
 
     >>> rewards_origin("data/uf.jsonl", "ultrafeedback"), rewards_origin("data/own.jsonl", "ncalign")
     ('ultrafeedback: overall_score', 'given in own.jsonl')
@@ -211,7 +211,7 @@ def rewards_origin(path: str | Path, schema: SchemaName | None) -> str:
 
 
 def recorded_steps(group: Group) -> tuple[str, ...]:
-    """How the group's rewards came to be, as ``metadata["reward_steps"]`` says; empty where nothing is recorded.
+    """The steps that made the group's rewards, from ``metadata["reward_steps"]``; empty where nothing is recorded.
 
     Raises:
         ValueError: It is not a list of strings.
@@ -227,7 +227,7 @@ def recorded_steps(group: Group) -> tuple[str, ...]:
 
 
 def check_output(path: str | Path) -> None:
-    """Raise what ``write_groups`` would raise about the path, before the work whose result it is to hold.
+    """Raise what ``write_groups`` would raise about the path, before hours of work.
 
     Raises:
         ValueError: The name does not tell the kind of file.
@@ -238,7 +238,7 @@ def check_output(path: str | Path) -> None:
 
 
 def convertible(schema: SchemaName, adapter: str | None) -> tuple[Schema, ...]:
-    """The schemas that may be converted: prompts alone too, where nothing else is in their rows."""
+    """The schemas that `convert` accepts: the readable ones, and rows that hold a prompt alone."""
     if adapter is not None:
         return (adapted(adapter),)
     return (*schemas(schema, False), *((TRL_PROMPTS,) if schema == "auto" else ()))
@@ -306,7 +306,7 @@ class _Reader:
         self._schema: Schema | None = None
 
     def groups(self, source: Source, *, prefix: str) -> Generator[Group, None, None]:
-        """Yield a source's groups; it is closed with this generator, not when the garbage collector comes by.
+        """Yield a source's groups, and close the source with this generator.
 
         Args:
             source: where rows come from.

@@ -1,7 +1,7 @@
-"""A folder of shards converted into a folder of shards: several at once, and again only those that are not done.
+"""A folder of shards converted into a folder of shards: several at once, and only those that are not finished yet.
 
-Beside the shards lies `.ncalign/`: for each one that is done what it was made from and how, what reading it came to, and the
-digests of its ids, by which ids that repeat across shards are found.
+Beside the shards lies `.ncalign/`: for each finished one, what it was made from and how, the counts of its rows, and
+the digests of its ids, which show ids that repeat across shards.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Recipe:
         adapter: the user's function, or None.
         target: what is written.
         seed: of the pairs drawn.
-        on_bad_row: what rows that can't be used come to.
+        on_bad_row: whether rows that can't be used stop the work or are left out.
         kind: of the files written.
-        code: digest of the adapter's file, whose change makes every shard anew.
+        code: digest of the adapter's file: when it changes, every shard is converted again.
     """
 
     schema: SchemaName
@@ -64,14 +64,14 @@ class Shard:
     account: Path
 
     def made_from(self, recipe: Recipe) -> dict[str, Any]:
-        """What the file depends on: it is made anew when any of this has changed."""
+        """What the output depends on: when any of it changes, the file is converted again."""
         path = Path(self.source.label)
         found = path.stat() if path.exists() else None
         size = None if found is None else [found.st_size, found.st_mtime_ns]
         return {"source": self.source.label, "size": size, **asdict(recipe)}
 
     def done(self, recipe: Recipe) -> ReadReport | None:
-        """What an earlier call that made the same came to; None where the file must be made."""
+        """The counts of an earlier call with the same inputs; None where the file must be converted."""
         try:
             account = json.loads(self.account.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -146,7 +146,7 @@ def _convert_some(recipe: Recipe, numbered: Sequence[tuple[int, Shard]]) -> dict
 
 
 def _convert_one(recipe: Recipe, shard: Shard) -> ReadReport:
-    """Make one file, then its account: a call that is killed between the two makes the file again."""
+    """Write one file, then its record: if the process is killed between the two, the file is written again."""
     made_from, report, digests = shard.made_from(recipe), ReadReport(), bytearray()
     for left in shard.output.parent.glob(f".{glob.escape(shard.output.name)}.*.tmp"):
         left.unlink()  # by a call that was killed

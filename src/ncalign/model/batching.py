@@ -92,7 +92,7 @@ def encode_groups(
     max_prompt_length: int | None = None,
     string_prompts: Literal["raw", "user_turn"] = "raw",
 ) -> GroupBatch:
-    """Groups as one batch, encoded as training encodes them; what was cut or encoded in another way is warned of.
+    """Groups as one batch, encoded as training encodes them; a warning says what was cut or encoded in another way.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -125,7 +125,7 @@ def epoch_order(num_groups: int, *, epoch: int, seed: int) -> list[int]:
 
 
 def group_generator(seed: int, *, epoch: int, index: int) -> torch.Generator:
-    """The random numbers of one group's visit: the same however the step is split over passes and processes."""
+    """The random numbers of one group in one epoch: the same however a step is split over passes and processes."""
     return torch.Generator().manual_seed(seed_of(seed, epoch, index))
 
 

@@ -40,7 +40,7 @@ class EncodedGroup:
     rewards: tuple[float | None, ...]
     reference_logprobs: tuple[float | None, ...]
     weights: tuple[float, ...] = ()
-    """Of the group's loss when the candidate is its positive; none where every weight is 1."""
+    """Factor of the group's loss when this candidate is its positive; empty where every factor is 1."""
 
     @property
     def length(self) -> int:
@@ -224,7 +224,7 @@ class Encoder:
             text = self._content(candidate, group, end_id)
             full = self._render([*messages, {"role": "assistant", "content": text}], group)
             body = full[: len(full) - len(after_content)]
-            # Templates may trim the answer or put white space around it; any other text there is none that was generated.
+            # Templates may trim the answer or put white space around it; any other change is not the generated text.
             if full.startswith(prompt_text) and body[len(prompt_text) :].strip() == text.strip():
                 bodies.append(body + before_end)
             else:

@@ -45,7 +45,7 @@ class KeptPrompts:
     """Keys and values of a row of prompts, of each attention layer (no dict: wrappers of models copy those)."""
 
     def __init__(self) -> None:
-        """Nothing is kept yet."""
+        """Start empty."""
         self.of: dict[Any, tuple[Tensor, Tensor]] = {}
 
 

@@ -94,7 +94,7 @@ def completion_logprobs(
         Nats, ``[B, S]``; 0 where there is no candidate. float64 for a float64 model.
 
     Raises:
-        ValueError: ``model`` is no such model.
+        ValueError: ``model`` is not a causal language model.
     """
     causal = base_causal_model(model)
     wanted, places = _wanted(batch, select)
@@ -208,7 +208,7 @@ def _body(causal: PreTrainedModel, layout: Layout, embedded: Tensor | None = Non
 
 @torch.no_grad()
 def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
-    """Have the model compute each prompt once for all its completions, if that gives what rows of their own give.
+    """Have the model compute each prompt once for all its completions, if that gives the same log-probs as separate rows.
 
     Log-probs of two small groups are computed both ways, and with the prompts in a pass of their own. Where they differ (a
     layer that mixes tokens in another way than attention, an attention that is not transformers' own interface) the model is

@@ -217,7 +217,7 @@ def weights_fingerprint(model: PreTrainedModel, *, computation: str) -> str:
 
 @contextmanager
 def quiet_transformers(model: str | None = None) -> Iterator[None]:
-    """Keep transformers' bars and reports off stderr: what goes wrong is raised, and our own lines say what is done.
+    """Keep transformers' bars and reports off stderr; errors are raised, and ncalign prints its own lines.
 
     Args:
         model: what is loaded; bars of a download, which may take long, are left for what is not a local folder. None where

@@ -64,7 +64,7 @@ def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool) -> Path
 
 
 def candidate_key(group: EncodedGroup, candidate: int) -> bytes:
-    """16 bytes that stand for a prompt's and a completion's token ids."""
+    """A 16-byte digest of a prompt's and a completion's token ids."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(len(group.prompt).to_bytes(4, "big"))
     digest.update(group.prompt.tobytes())
@@ -82,7 +82,7 @@ def missing_groups(groups: Sequence[EncodedGroup], cache: ReferenceCache) -> lis
 
 
 def data_digest(groups: Sequence[EncodedGroup]) -> str:
-    """What stands for these groups, in this order, with their rewards: a resumed run must see the same."""
+    """A digest of these groups, their order and rewards: a resumed run must have the same."""
     digest = hashlib.blake2b(digest_size=16)
     for group in groups:
         digest.update(b"".join(candidate_key(group, k) for k in range(len(group.completions))))

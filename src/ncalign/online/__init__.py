@@ -1,4 +1,4 @@
-"""`ncalign online`: rounds of generate, score, rank and train, in one run folder that survives."""
+"""`ncalign online`: rounds of generate, score, rank and train, in one run folder that survives interruptions."""
 
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import Drift, estimate_drift

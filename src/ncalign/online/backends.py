@@ -1,4 +1,4 @@
-"""Who samples a round's completions, and how the round's weights reach it."""
+"""Generators of a round's completions, and how they get the policy's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GeneratorOf(Protocol):
     """A generator that follows the policy."""
 
     def update(self, folder: Path) -> None:
-        """Give the generator the policy's weights of now; ``folder`` is where they may be written."""
+        """Give the generator the policy's current weights; ``folder`` is where they may be written."""
         ...
 
     def get(self) -> Generator:
@@ -63,7 +63,7 @@ class InProcess:
 
 
 class Pushed:
-    """A generator elsewhere, which is given the policy's weights as files that it can read.
+    """A generator outside this process, which loads the policy's weights from files.
 
     Args:
         config: of the run.

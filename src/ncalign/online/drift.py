@@ -141,7 +141,7 @@ def pool_health(
 
 
 def alarms(health: Mapping[str, float], first: Mapping[str, float]) -> list[str]:
-    """What a user should act on in a round's health, against the first round's."""
+    """Warnings from comparing a round's health with the first round's."""
     now, before = defaultdict(lambda: math.nan, health), defaultdict(lambda: math.nan, first)
     found = []
     flat, repeated, ended = (now[name] for name in ("groups/without_spread", "completions/duplicates", "completions/finished"))

@@ -20,7 +20,7 @@ NAME = "evaluation.json"
 
 
 def evaluate_policy(run: Run, path: Path) -> None:
-    """Answer the held-out prompts with the policy of now and file their rewards, unless that was done."""
+    """Answer the held-out prompts with the current policy and write their rewards, unless the file is there."""
     if not run.held_out or path.is_file():
         return
     params = SamplingParams(run.config.max_new_tokens, temperature=0.0)

@@ -1,8 +1,8 @@
-"""`ncalign online`, whole: rounds of generate → score → rank → train in one run folder, from configuration to model.
+"""`ncalign online`: rounds of generate → score → rank → train in one run folder, from configuration to model.
 
-What has been done is on disk and nothing else is: a round's samples, rewards and log-probs as files in ``rounds/``, and the
-policy with its optimizer as checkpoints. Everything between is a function of these, the configuration and the seed, so that a
-run killed anywhere goes on where it was and ends as if nothing had happened.
+All state is on disk: a round's samples, rewards and log-probs as files in ``rounds/``, and the policy with its optimizer as
+checkpoints. Everything else is a function of these, the configuration and the seed, so that a run killed at any moment resumes
+and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
 
     Args:
         config: the run.
-        method: a method of one's own in place of ``config.objective``.
+        method: your own method, in place of ``config.objective``.
 
     Returns:
         What ``results.json`` holds: a row for each round, evaluation before and after, where the model is.
@@ -98,7 +98,7 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
 
 
 def make_pool(run: Run, position: Position) -> Pool:
-    """Generate, score, rank, and compute log-probs, as far as the round's artefacts do not hold it already."""
+    """Generate, score, rank and compute log-probs, except for what is in the round's folder already."""
     config, folder, number = run.config, run.folder(position.round), position.round
     end = planned_end(run, position)
     count = config.prompts_per_round or (end - position.start) * run.groups_per_step
@@ -254,7 +254,7 @@ def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[Encod
 
 
 def _drifted(run: Run, pool: Pool, steps: int) -> bool:
-    """Whether the policy has left the pool behind, looked at now and then."""
+    """Whether the policy's drift is above the limit; measured every ``drift_steps`` steps."""
     limit = run.config.regenerate_on_drift
     if limit is None or steps % run.config.drift_steps:
         return False
@@ -331,7 +331,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def report(run: Run) -> Path:
-    """Draw what has been done so far."""
+    """Write the report page of the rounds so far."""
     return write_rounds_report(run.config.output_dir, run.rounds, compare(run), method=run.method.name)
 
 
@@ -340,7 +340,7 @@ def _source_record(config: OnlineConfig) -> str:
 
 
 def reward_steps(run: Run) -> list[dict[str, Any]]:
-    """How rewards came to be: of the new candidates, and of the data's where these are mixed in."""
+    """The steps that made the rewards of the new candidates, and of the data's where these are mixed in."""
     rows = [{"candidates": "fresh", "steps": [_source_record(run.config)], "groups": len(run.prompts)}]
     if run.config.candidates == "fresh":
         return rows

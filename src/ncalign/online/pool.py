@@ -1,4 +1,4 @@
-"""A round's pool: sampled, scored, ranked and given its log-probs, each phase an artefact on disk that is made once.
+"""A round's pool: sampled, scored, ranked and given its log-probs, each phase written to disk once.
 
 Prompts go through in chunks. A chunk's samples and rewards are one file each, written whole when they are complete, so that a
 kill loses the chunk that was under way; what a chunk holds depends on the seed, the round and its prompts alone. Log-probs are
@@ -206,7 +206,7 @@ def _rewards(
 
 
 def read_artefact(path: Path) -> Any:
-    """What a phase filed.
+    """The contents of a phase's file.
 
     Raises:
         ValueError: it can't be read.
@@ -221,7 +221,7 @@ def read_artefact(path: Path) -> Any:
 
 
 def rank(answered: Answered, encoder: Encoder, method: Method, config: OnlineConfig) -> Ranked | None:
-    """A prompt's candidates encoded, and which of them training sees; None where nothing can be encoded."""
+    """Encode a prompt's candidates and choose those for training; None where nothing can be encoded."""
     prompt, completions = answered.prompt, answered.completions
     written = [k for k, completion in enumerate(completions) if completion.text.strip()]
     mixed = config.candidates == "fresh_and_offline"
@@ -254,7 +254,7 @@ def rank(answered: Answered, encoder: Encoder, method: Method, config: OnlineCon
 def as_sampled(
     encoded: EncodedGroup, completions: Sequence[Completion], max_length: int, *, num_written: int
 ) -> tuple[EncodedGroup, bool]:
-    """Put the sampled ids in place of the encoded texts, which other tokens may spell too; whether that could be done.
+    """Replace encoded texts by the sampled ids (a text can have several tokenizations); returns whether it could.
 
     Args:
         encoded: a group whose first ``num_written`` completions are those of the sampled ones that have text.

@@ -1,4 +1,4 @@
-"""Before a round: do generator and policy hold the same weights?"""
+"""A check before each round: do the generator and the policy hold the same weights?"""
 
 from __future__ import annotations
 

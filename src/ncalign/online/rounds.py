@@ -1,4 +1,4 @@
-"""When rounds begin and end, and which prompts they answer: functions of the step, so that nothing of it need be saved."""
+"""When rounds begin and end, and which prompts they answer: functions of the step, so that nothing needs to be saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an online run is between its steps: everything that lives as long as it, and what of it is on disk."""
+"""The state of an online run: in memory, and in its checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ncalign.training.train import log_to_trackers, make_engine
 
 @dataclass
 class Position:
-    """Where the run is.
+    """The run's progress.
 
     Attributes:
         round: the round that is under way.
@@ -53,7 +53,7 @@ class Position:
 
 @dataclass
 class Run:
-    """Everything that lives as long as the run."""
+    """What lasts for the whole run."""
 
     config: OnlineConfig
     accelerator: Accelerator
@@ -150,7 +150,7 @@ def _held_out(group: Group, config: OnlineConfig) -> bool:
 
 
 def restored(run: Run) -> Position:
-    """Take up the last checkpoint."""
+    """Restore the last checkpoint, if there is one."""
     checkpoints = find_checkpoints(run.config.output_dir)
     if not checkpoints:
         return Position()

@@ -47,7 +47,7 @@ class ReferenceWeights:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the policy has the reference's weights."""
+        """A context in which the policy has the reference's weights."""
         if self._off:
             with reference_mode(self._model.model):
                 yield
@@ -66,7 +66,7 @@ class ReferenceWeights:
                 parameter.data, self._kept[name] = self._kept[name], parameter.data
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the moving average; everything else can be had from the starting model."""
+        """Tensors for a checkpoint: the moving average. Other references are computed from the starting model."""
         return {f"reference.{name}": tensor for name, tensor in self._kept.items()} if self.kind == "ema" else {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ def save_checkpoint(
     keep: int,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write the checkpoint of a step, with what tensors a run needs besides, and delete all but the last ``keep``."""
+    """Write a step's checkpoint, with further tensors where a run has some, and delete all but the last ``keep``."""
     folder = run_folder / "checkpoints" / f"{_PREFIX}{step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     if isinstance(model, FSDPModule):

@@ -1,4 +1,4 @@
-"""Configuration of `ncalign train`: the one verb whose configuration holds a method's."""
+"""Configuration of `ncalign train`."""
 
 from __future__ import annotations
 

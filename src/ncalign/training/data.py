@@ -1,4 +1,4 @@
-"""Groups from a file → encoded groups that a method can use, with an account of those it can't."""
+"""Groups from a file → encoded groups that a method can use, with counts of those it can't."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LoadedGroups:
         unusable: groups left out, by reason.
         examples: the first group of each reason.
         unscored: candidates left out for want of a reward.
-        reward_steps: groups used, by how their rewards came to be.
+        reward_steps: groups used, counted by the steps that made their rewards.
         notice: what a user should know of the groups left out, if any were.
     """
 
@@ -97,7 +97,7 @@ def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str
 
 
 class _Outcome(NamedTuple):
-    """What became of a group: its encoding, or why there is none."""
+    """A group's encoding, or the reason why it has none."""
 
     id: str
     origin: str | None
@@ -108,17 +108,17 @@ class _Outcome(NamedTuple):
 
 
 def count_steps(counts: Counter[tuple[str, ...]], steps: tuple[str, ...]) -> None:
-    """Count a group by how its rewards came to be; after so many ways, further ones are counted together."""
+    """Count a group by the steps that made its rewards; above ``_MAX_WAYS`` different lists, the rest are counted together."""
     counts[steps if steps in counts or len(counts) < _MAX_WAYS else ("in other ways",)] += 1
 
 
 def listed_steps(counts: Counter[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """For results.json: each way in which rewards came to be, with its number of groups, the most frequent first."""
+    """For results.json: the lists of steps that made rewards, with their numbers of groups, the most frequent first."""
     return [{"steps": list(steps), "groups": count} for steps, count in counts.most_common()]
 
 
 def steps_of(group: Group) -> tuple[str, ...]:
-    """How a group's rewards came to be; an entry that has another meaning is said to be none."""
+    """The steps that made a group's rewards, or a note that the metadata's entry means something else."""
     try:
         return recorded_steps(group)
     except ValueError:
@@ -126,7 +126,7 @@ def steps_of(group: Group) -> tuple[str, ...]:
 
 
 def _encode(encoder: Encoder, method: Method, groups: Sequence[Group]) -> tuple[list[_Outcome], EncodingReport]:
-    """Encode some groups, with an account of their own."""
+    """Encode some groups, with a report of their own."""
     encoder = copy(encoder)
     encoder.report = EncodingReport()
     outcomes = []
@@ -144,7 +144,7 @@ def _encode(encoder: Encoder, method: Method, groups: Sequence[Group]) -> tuple[
 
 
 def scored_candidates(group: Group, method: Method) -> tuple[Group, str | None]:
-    """The group with scored candidates alone and the rewards that the method wants, and why it can't be used, if it can't."""
+    """The group's scored candidates with the rewards that the method reads, and the reason if it can't use the group."""
     candidates = [candidate for candidate in group.candidates if candidate.reward is not None]
     rewards = [candidate.reward for candidate in candidates if candidate.reward is not None]
     if not candidates:

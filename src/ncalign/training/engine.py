@@ -93,7 +93,7 @@ class Engine:
         return collate(part.groups, pad_token_id=self.pad_token_id).to(self.accelerator.device)
 
     def scoring(self, groups: Sequence[EncodedGroup], *, at_reference: bool) -> Scoring:
-        """How the scores of a step's candidates are had, the same for all processes: each must know all groups of the step.
+        """Choose where a step's scores come from. All processes must choose alike, so each is given all groups of the step.
 
         Gradients through all candidates cost `3P + 3KcT` forward passes of a token, a pass to score R of them and another
         through the chosen ones `4P + (R + 3S)cT`, or `3P + (R + 3S)cT` where they share the prompts: a group's prompt has P
@@ -190,7 +190,7 @@ class Engine:
 
     @torch.no_grad()
     def score(self, batch: GroupBatch, *, read: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Log-probs of all candidates, or of those to be read, without gradients, in a precision if one is given; else NaN."""
+        """Log-probs without gradients of all candidates or those in ``read``; NaN elsewhere. ``dtype``: the precision."""
         self.model.eval()
         logprobs: Tensor = self.model(batch, read, dtype=dtype)
         return logprobs.masked_fill(~batch.candidate_mask if read is None else read < 0, NAN)
@@ -203,7 +203,7 @@ class Engine:
 
     @torch.no_grad()
     def training_logprobs(self, batch: GroupBatch) -> Tensor:
-        """Log-probs of all candidates as a training pass computes them, noise and all; NaN where there is none."""
+        """Log-probs of all candidates as a training pass computes them, dropout included; NaN for absent ones."""
         self.model.train()
         logprobs: Tensor = self.model(batch)
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
@@ -267,7 +267,7 @@ class Engine:
         )
 
     def logprobs(self, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
-        """Log-probs of every candidate of these groups under the weights of now, this process's alone, without gradients."""
+        """Log-probs of every candidate of these groups under the current weights, on this process alone, without gradients."""
         found: list[tuple[float, ...]] = [()] * len(groups)
         for part in self.passes(range(len(groups)), groups, max_groups=len(groups)) if groups else ():
             values = self.score(self.batch(part)).double().cpu()
@@ -345,7 +345,7 @@ def _gathered(values: Tensor, select: Tensor | None) -> Tensor:
 
 
 def _placed(values: Tensor, entering: Tensor, select: Tensor | None) -> Tensor:
-    """``values`` with the entering candidates' fresh ones in their places."""
+    """``values``, with those of the candidates in the loss replaced by fresh ones."""
     if select is None:
         return entering
     # Absent entries are written to a spare last column, which is dropped.

@@ -1,4 +1,4 @@
-"""The trained model as an ordinary Hugging Face folder, with a card that says how it came to be."""
+"""The trained model as an ordinary Hugging Face folder, with a model card that records how it was trained."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def save_model(
 
 
 def merges(policy: Policy, config: TrainConfig) -> bool:
-    """Whether the adapter goes into the weights: asked for, or needed because the base is no model that others have."""
+    """Whether the adapter is merged: on request, or because its base exists on this machine alone."""
     return config.lora is not None and (config.merge or policy.on_adapter)
 
 

@@ -191,7 +191,7 @@ class Loop:
         return row
 
     def warn(self, row: dict[str, float]) -> None:
-        """Say what a user should act on."""
+        """Print the warnings that a user should act on."""
         warning = self.alarm.observe(row.get("logps/chosen_change", 0.0))
         if warning and self.engine.accelerator.is_main_process:
             say(f"warning: step {row['step']:.0f}: {warning}")

@@ -1,4 +1,4 @@
-"""What a batch of groups says about training: pure functions of ``[B, K]`` tensors, one value per group.
+"""Training metrics: pure functions of ``[B, K]`` tensors, one value per group.
 
 A value that a group does not define (no second reward, no kernel) is NaN and left out of the means.
 """
@@ -23,7 +23,7 @@ _SCATTERS = 5.0
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass over B groups saw.
+    """Results of one pass over B groups.
 
     Attributes:
         loss: per group.

@@ -10,7 +10,7 @@ _SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe"
 
 @contextlib.contextmanager
 def another_process_named() -> Iterator[None]:
-    """Where a process fails because another one has gone, say so: the other's own message holds the cause.
+    """Report a failure caused by another process's end as such: that process's message holds the cause.
 
     Raises:
         ValueError: in place of the communication library's error.

@@ -51,7 +51,7 @@ _FREE_ON_RESUME = frozenset(
 
 @contextlib.contextmanager
 def claimed_run_folder(config: TrainConfig) -> Iterator[None]:
-    """Make the folder and keep it for this process; what an earlier run left in it is looked at, and not yet touched.
+    """Make the folder and lock it for this process; an earlier run's files are examined and not yet touched.
 
     Raises:
         ValueError: another process runs in it; it holds an earlier run and neither ``resume`` nor ``overwrite`` is set; the
@@ -115,7 +115,7 @@ def _refuse_earlier_run(config: TrainConfig) -> None:
 
 
 def open_run_folder(config: TrainConfig) -> None:
-    """Clear the claimed folder for a fresh run, or of what a killed run left half-written; write its config.yaml."""
+    """Remove an overwritten run, or a killed run's half-written files, and write config.yaml."""
     folder = config.output_dir
     if config.overwrite and not config.resume:
         for path in (folder / name for name in _OURS):
@@ -128,7 +128,7 @@ def open_run_folder(config: TrainConfig) -> None:
 
 
 def finished_results(config: TrainConfig) -> dict[str, Any] | None:
-    """The results of the run in the folder; None when it did not come to its end."""
+    """The results of the run in the folder; None when it did not finish."""
     results, model = config.output_dir / RESULTS, config.output_dir / MODEL
     if not (results.is_file() and model.is_dir()):
         return None
@@ -175,7 +175,7 @@ class MetricsFile:
         self._path = path
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line; what is not finite becomes null, since JSON has no other word for it."""
+        """Append a line; NaN and infinities become null."""
         whole = self._path.stat().st_size
         try:
             with self._path.open("a", encoding="utf-8") as file:

@@ -40,7 +40,7 @@ def check_first_step(
     """Compare the policy with the reference where they must agree, and name the side that is off.
 
     Args:
-        method: whose loss is told.
+        method: the method whose first loss is checked.
         batch: groups that training starts with, and the reference log-probs that it would use.
         policy: log-probs of the policy as training computes them, ``[B, K]``; NaN where there is no candidate.
         fresh_reference: computes the log-probs with the adapter off (or the starting weights), ``[B, K]``; called when needed.

@@ -1,4 +1,4 @@
-"""`ncalign train`, whole: configuration → run folder."""
+"""`ncalign train`: from a configuration to a finished run folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
 
     Args:
         config: the run.
-        method: a method of one's own in place of ``config.objective``.
+        method: your own method, in place of ``config.objective``.
 
     Returns:
         What ``results.json`` holds: counts, the last metrics, evaluation before and after, versions, where the model is.
@@ -146,7 +146,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
     torch.manual_seed(config.seed)
     for path in (config.data, config.eval_data):
         if path is not None:
-            read_groups(path).close()  # a missing file is told before the model is loaded
+            read_groups(path).close()  # a missing file must be reported before the model is loaded
     _say(accelerator, f"Loading {config.model}")
     policy = load_policy(
         config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
@@ -232,7 +232,7 @@ def _prompts_once(config: TrainConfig, policy: Policy, accelerator: Accelerator)
 
 
 def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
-    """The method with what it takes from the training set's rewards, and what a user should know of its target weights."""
+    """The method fitted to the training set's rewards, and a notice about its target weights (or "")."""
     size = max(len(group.rewards) for group in groups)
     rewards = torch.full((len(groups), size), float("nan"), dtype=torch.float64)
     for row, group in zip(rewards, groups, strict=True):
@@ -270,7 +270,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
 
 
 def self_check(config: TrainConfig, prepared: Prepared) -> None:
-    """Run :func:`check_first_step` on the first step's groups, and where others made the references, on groups all over."""
+    """Run :func:`check_first_step` on the first step's groups, and with references from the data, on others too."""
     engine = prepared.engine
     _, indices = prepared.plan.step_groups(0)
     folder = _reference_folder(config, prepared)
@@ -387,7 +387,7 @@ def _refuse_other_run(checkpoint: Path, state: dict[str, Any], prepared: Prepare
 
 
 def _identity(prepared: Prepared) -> dict[str, str]:
-    """What a resumed run must share with the one it goes on with, besides the configuration."""
+    """What a resumed run must have in common with the original, besides the configuration."""
     return {"weights": prepared.policy.fingerprint, "data": data_digest(prepared.train)}
 
 
@@ -449,7 +449,7 @@ def _check_trackers(report_to: Sequence[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """Versions of Python and of the packages that results depend on."""
     packages = ("ncalign", "torch", "transformers", "peft", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 

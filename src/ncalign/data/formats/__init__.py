@@ -155,7 +155,7 @@ class LeftOut(Exception):
 
 
 def adapted(name: str) -> Schema:
-    """The schema that a function of the user's reads: ``file.py:function``, from a row to a row of our schema, or None.
+    """The schema of rows that the user's own function reads: ``file.py:function``, from a row to a row of our schema, or None.
 
     Raises:
         ValueError: the function can't be had; while reading, what it raises, with the row.

@@ -52,7 +52,7 @@ def is_document(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
-    """Yield each element's number, from 1, and its object, or the error that says why it is none.
+    """Yield each element's number, from 1, and its object, or an error where it is not an object.
 
     Raises:
         ValueError: The file is no such document, or can't be read to its end.

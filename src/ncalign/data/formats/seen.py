@@ -81,5 +81,5 @@ _COUNT = "INSERT INTO seen VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE SET n
 
 
 def digest(text: str) -> bytes:
-    """What stands for a text; half of a surrogate pair, which UTF-8 has no bytes for, counts as itself."""
+    """The digest of a text; half of a surrogate pair, which UTF-8 has no bytes for, counts as itself."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).digest()
