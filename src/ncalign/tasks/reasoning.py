@@ -7,7 +7,8 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,31 @@ from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation import SamplingParams
 from ncalign.report.tables import model_name
-from ncalign.tasks.human_eval import STOPS, check_answers, human_eval_file, read_problems, sample_answers, summary
-from ncalign.tasks.lm_backend import BackendGenerator, backend_arguments, check_installed, load_backend, model_identity
+from ncalign.tasks.human_eval import (
+    STOPS,
+    TIMEOUT_SECONDS,
+    Form,
+    check_answers,
+    human_eval_file,
+    read_problems,
+    sample_answers,
+    summary,
+)
+from ncalign.tasks.lm_backend import (
+    Backend,
+    BackendGenerator,
+    backend_arguments,
+    check_installed,
+    load_backend,
+    model_identity,
+)
 from ncalign.tasks.sandbox.run import isolation
 from ncalign.tasks.task_data import READERS, TASK_FOLDER, prepare
 
 CODE_TASKS = ("humaneval", "leetcode")
 """Tasks whose answers are programs."""
+# One greedy answer to each problem.
+_CODE_PARAMS = SamplingParams(max_new_tokens=1024, temperature=0.0)
 # Of the sets that are read from local files, those that lm-eval has too and downloads.
 _ON_HUB = frozenset({"gsm_plus"})
 # Where a task reports several measures, the first of these that it has is its score.
@@ -36,30 +55,20 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parqu
 
 
 @dataclass(frozen=True)
-class CodeSettings:
-    """How programs are asked for and run.
+class TaskProtocol:
+    """How questions are asked: what two scores must share to be compared.
 
     Attributes:
-        num_samples: answers a problem; more than one needs a temperature.
-        temperature: 0 is greedy.
-        top_p: smallest set of tokens whose probability reaches this is sampled from.
-        max_new_tokens: of an answer.
-        ks: k of pass@k.
-        timeout: seconds that an answer may run.
-        memory_bytes: address space for an answer.
-        workers: answers run at the same time; None for one a core.
-        allow_weak: run them where the system can't refuse network or outside writes.
+        limit: questions a task, for trying things out; the result says so. None for all.
+        num_fewshot: examples before each question; None for each task's own number.
+        apply_chat_template: ask as a user's turn.
+        seed: of few-shot examples and sampling.
     """
 
-    num_samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
-    ks: tuple[int, ...] = (1,)
-    timeout: float = 10.0
-    memory_bytes: int = 1 << 30
-    workers: int | None = None
-    allow_weak: bool = False
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,14 +76,11 @@ class _Run:
     """What all tasks of a call share."""
 
     folder: Path
+    # The model as the backend loads it: results and answers are kept under it.
     identity: str
-    # What a score depends on besides the weights: kept with it, and what tables compare.
-    settings: Mapping[str, Any]
+    protocol: TaskProtocol
     data: Mapping[str, Path]
-    include_path: Path | None
-    run_unsafe_code: bool
-    code: CodeSettings
-    backend: Any = field(default=None, compare=False)
+    allow_weak: bool
 
 
 def run_tasks(
@@ -84,44 +90,22 @@ def run_tasks(
     output_dir: str | Path,
     task_data: Mapping[str, str | Path] | None = None,
     name: str | None = None,
-    backend: str = "hf",
-    backend_args: Mapping[str, Any] | None = None,
-    batch_size: int | str | None = 1,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    apply_chat_template: bool = False,
-    system_instruction: str | None = None,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    include_path: str | Path | None = None,
-    run_unsafe_code: bool = False,
-    code: CodeSettings | None = None,
+    backend: Backend | None = None,
+    protocol: TaskProtocol | None = None,
+    allow_weak: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a model on tasks, one after the other; what is done is kept, and one that fails costs no other.
+    """Evaluate a model on tasks in turn; finished results are kept, and a task that fails does not stop the others.
 
     Args:
         model: a Hugging Face folder or hub id, a folder with an adapter, or the name that a server knows.
         tasks: lm-eval's tasks and groups; ``svamp``, ``theoremqa``, ``gsm_plus`` and ``asdiv_cot`` from local files;
             ``humaneval`` and ``leetcode``, which run in the sandbox.
-        output_dir: results, answers and data go here; a task that is there with the same model and settings is not run again.
+        output_dir: folder for results, answers and data; a task with a result of the same model and settings is not run again.
         task_data: a file for each task that reads one.
         name: of the model in tables; None for its folder's, or its run's where the folder is a run's ``model/``.
-        backend: lm-eval's: ``hf``, ``vllm``, ``local-chat-completions`` and so on.
-        backend_args: further arguments of the backend.
-        batch_size: sequences at a time, or ``auto``.
-        limit: questions a task, for trying things out; the result says so.
-        num_fewshot: examples before each question; None for each task's own number.
-        device: such as ``cuda:0`` or ``cpu``; None for the backend's choice.
-        dtype: of the weights.
-        apply_chat_template: ask as a user's turn.
-        system_instruction: a system turn, or a text before each question.
-        seed: of few-shot examples and sampling.
-        trust_remote_code: run the code that comes with the model.
-        include_path: a folder with lm-eval task files of one's own.
-        run_unsafe_code: let lm-eval's own code tasks run answers outside of the sandbox.
-        code: how programs are asked for and run.
+        backend: what loads and runs the model; None for ``hf``.
+        protocol: how questions are asked; None for each task's own way.
+        allow_weak: run programs where the system can't refuse them network or writes outside their folder.
 
     Returns:
         ``model``; ``results``, of each task ``score`` in [0, 1], ``metric``, ``stderr``, ``num_samples``, ``metrics`` and
@@ -131,40 +115,22 @@ def run_tasks(
         ValueError: a task does not exist, its file is missing or wrong, or the model can't be loaded; nothing was run.
     """
     check_installed()
-    wanted, given = list(dict.fromkeys(tasks)), {task: Path(path) for task, path in (task_data or {}).items()}
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}: a number of questions from 1 on is needed, or none for all")
-    code = code or CodeSettings()
-    arguments = backend_arguments(model, backend=backend, dtype=dtype, trust_remote_code=trust_remote_code, extra=backend_args)
-    run = _Run(
-        folder=Path(output_dir),
-        identity=Store.key(model_identity(model), backend, {key: str(value) for key, value in (backend_args or {}).items()}),
-        settings={
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "apply_chat_template": apply_chat_template,
-            "system_instruction": system_instruction,
-            "seed": seed,
-            "dtype": dtype,
-        },
-        data=given,
-        include_path=None if include_path is None else Path(include_path),
-        run_unsafe_code=run_unsafe_code,
-        code=code,
-    )
+    wanted, backend = list(dict.fromkeys(tasks)), backend or Backend()
+    arguments = backend_arguments(model, backend)
+    identity = Store.key(model_identity(model), backend.name, backend.dtype, {k: str(v) for k, v in backend.arguments.items()})
+    data = {task: Path(path) for task, path in (task_data or {}).items()}
+    run = _Run(Path(output_dir), identity, protocol or TaskProtocol(), data, allow_weak)
     manager = _checked(run, wanted)
     done = {task: found for task in wanted if (found := _kept(run, task)) is not None}
     rest = [task for task in wanted if task not in done]
+    loaded = load_backend(backend, arguments) if rest else None
     failed: dict[str, str] = {}
-    if rest:
-        loaded = load_backend(backend, arguments, batch_size=batch_size, device=device)
-        run = _Run(**{**vars(run), "backend": loaded})
-        for task in rest:
-            try:
-                done[task] = _evaluated(run, task, manager)
-            except Exception as error:  # libraries of a task raise anything; the others' results must not be lost
-                failed[task] = _why(task, error)
-                say(f"Task {task} failed: {failed[task]}")
+    for task in rest:
+        try:
+            done[task] = _evaluated(run, task, loaded, manager)
+        except Exception as error:  # libraries of a task raise anything; the others' results must not be lost
+            failed[task] = _why(task, error)
+            say(f"Task {task} failed: {failed[task]}")
     if failed and not done:
         raise ValueError("every task failed. " + " ".join(f"{task}: {reason}" for task, reason in failed.items()))
     return {
@@ -182,10 +148,13 @@ def _checked(run: _Run, tasks: Sequence[str]) -> Any:
     """Check names and files, write the task files that local data need, and return lm-eval's index of tasks.
 
     Raises:
-        ValueError: a task does not exist, or its file is missing or wrong.
+        ValueError: the limit is below 1, a task does not exist, or its file is missing or wrong.
     """
     from lm_eval.tasks import TaskManager
 
+    limit = run.protocol.limit
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: a number of questions from 1 on is needed, or none for all")
     if not tasks:
         raise ValueError("no task is named: give some, such as gsm8k,svamp,humaneval")
     stray = [task for task in run.data if task not in tasks]
@@ -195,21 +164,18 @@ def _checked(run: _Run, tasks: Sequence[str]) -> Any:
     for task in tasks:
         if task in CODE_TASKS:
             read_problems(_code_file(run, task))
-            isolation(allow_weak=run.code.allow_weak)
+            isolation(allow_weak=run.allow_weak)
         elif task in run.data:
             _write_task(run, task, folder)
         elif task in READERS and task not in _ON_HUB:
             raise ValueError(_needs_file(task))
     own = [task for task in tasks if task in CODE_TASKS or task in run.data]
-    include = [str(path) for path in (folder if folder.is_dir() else None, run.include_path) if path is not None]
     # Its own tasks are thousands of files, which are read only where one is asked for.
-    manager = TaskManager(include_path=include or None, include_defaults=len(own) < len(tasks))
+    manager = TaskManager(include_path=str(folder) if folder.is_dir() else None, include_defaults=len(own) < len(tasks))
     for task in tasks:
         if task not in CODE_TASKS and task not in manager.all_tasks:
             if task in READERS:
-                raise ValueError(
-                    f"task {task} reads a local file, and none is given: task_data {task}=FILE (docs/reasoning.md)"
-                )
+                raise ValueError(_needs_file(task))
             near = nearest(task, [*manager.all_tasks, *READERS, *CODE_TASKS])
             raise ValueError(f"there is no task {task!r}" + (f"; did you mean {near!r}?" if near else ""))
     return manager
@@ -234,7 +200,7 @@ def _write_task(run: _Run, task: str, folder: Path) -> None:
         prepare(task, run.data[task], source)
         loader = "json"
     else:
-        source, original = run.data[task].resolve(), _builtin(task, run.include_path)
+        source, original = run.data[task].resolve(), _builtin(task)
         if not source.is_file() or source.suffix not in _FORMATS:
             raise ValueError(f"task_data {task}={run.data[task]}: a file is needed that ends in {', '.join(_FORMATS)}")
         loader = _FORMATS[source.suffix]
@@ -262,18 +228,15 @@ def _brings_examples(path: Path) -> bool:
     return included is not None and _brings_examples(path.parent / included[1])
 
 
-def _builtin(task: str, include_path: Path | None) -> Path:
-    """The file of a single task of lm-eval's, or of the user's own."""
+def _builtin(task: str) -> Path:
+    """The file of a single task of lm-eval's."""
     import lm_eval.tasks
 
-    name = re.compile(rf"^task:\s*[\"']?{re.escape(task)}[\"']?\s*$", re.MULTILINE)
-    for root in (include_path, Path(lm_eval.tasks.__file__).parent):
-        for path in sorted(root.rglob("*.yaml")) if root is not None else ():
-            if name.search(path.read_text(encoding="utf-8", errors="replace")):
-                return path
-    raise ValueError(
-        f"task_data names {task}, which is no single task of lm-eval: a group's data are given for each of its tasks"
-    )
+    named = re.compile(rf"^task:\s*[\"']?{re.escape(task)}[\"']?\s*$", re.MULTILINE)
+    for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
+        if named.search(path.read_text(encoding="utf-8", errors="replace")):
+            return path
+    raise ValueError(f"task_data names {task}, which is no single task of lm-eval: give each task of a group its own data")
 
 
 # -- one task -----------------------------------------------------------------------------------------------------------
@@ -285,18 +248,16 @@ def _fingerprint(run: _Run, task: str) -> str:
     files = [_code_file(run, task)] if task in CODE_TASKS else []
     if task in run.data:
         files = [run.data[task], *([TASK_FOLDER / f"{task}.yaml"] if task in READERS else [])]
-    if run.include_path is not None:
-        files += sorted(path for path in run.include_path.rglob("*") if path.suffix in (".yaml", ".py"))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return Store.key(run.identity, task, dict(run.settings), digests, __version__, _protocol(run, task))
+    return Store.key(run.identity, task, digests, __version__, _protocol(run, task))
 
 
 def _protocol(run: _Run, task: str) -> dict[str, Any]:
     """The settings that two scores must share to be compared."""
-    shared = {key: value for key, value in run.settings.items() if key != "dtype"}
+    shared = asdict(run.protocol)
     if task in CODE_TASKS:
-        code = asdict(run.code)
-        shared |= {key: code[key] for key in ("num_samples", "temperature", "top_p", "max_new_tokens", "timeout")}
+        shared |= {"num_samples": 1, "temperature": _CODE_PARAMS.temperature, "top_p": _CODE_PARAMS.top_p}
+        shared |= {"max_new_tokens": _CODE_PARAMS.max_new_tokens, "timeout": TIMEOUT_SECONDS}
     return shared
 
 
@@ -316,32 +277,30 @@ def _kept(run: _Run, task: str) -> dict[str, Any] | None:
         raise ValueError(f"{path} is no result of a task: {error}; delete it, or give another output_dir") from error
 
 
-def _evaluated(run: _Run, task: str, manager: Any) -> dict[str, Any]:
+def _evaluated(run: _Run, task: str, backend: Any, manager: Any) -> dict[str, Any]:
     start = time.perf_counter()
-    result = _code_result(run, task) if task in CODE_TASKS else _lm_eval_result(run, task, manager)
+    result = _code_result(run, task, backend) if task in CODE_TASKS else _lm_eval_result(run, task, backend, manager)
     result |= {"protocol": _protocol(run, task), "seconds": time.perf_counter() - start}
     write_json_atomic({"task": task, "fingerprint": _fingerprint(run, task), "result": result}, _result_file(run, task))
     return result
 
 
-def _lm_eval_result(run: _Run, task: str, manager: Any) -> dict[str, Any]:
+def _lm_eval_result(run: _Run, task: str, backend: Any, manager: Any) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
-    settings = run.settings
+    protocol = run.protocol
     report = simple_evaluate(
-        model=run.backend,
+        model=backend,
         tasks=[task],
-        num_fewshot=settings["num_fewshot"],
-        limit=settings["limit"],
-        apply_chat_template=settings["apply_chat_template"],
-        fewshot_as_multiturn=settings["apply_chat_template"],
-        system_instruction=settings["system_instruction"],
+        num_fewshot=protocol.num_fewshot,
+        limit=protocol.limit,
+        apply_chat_template=protocol.apply_chat_template,
+        fewshot_as_multiturn=protocol.apply_chat_template,
         task_manager=manager,
-        random_seed=settings["seed"],
-        numpy_random_seed=settings["seed"],
-        torch_random_seed=settings["seed"],
-        fewshot_random_seed=settings["seed"],
-        confirm_run_unsafe_code=run.run_unsafe_code,
+        random_seed=protocol.seed,
+        numpy_random_seed=protocol.seed,
+        torch_random_seed=protocol.seed,
+        fewshot_random_seed=protocol.seed,
     )
     if report is None:
         raise ValueError("lm-eval gave no result: only the first of several processes has one")
@@ -350,7 +309,7 @@ def _lm_eval_result(run: _Run, task: str, manager: Any) -> dict[str, Any]:
     if measured is None:
         raise ValueError(f"{task} is a tag, which has no score of its own: name its tasks, {', '.join(report['results'])}")
     metric = score_key(measured)
-    stderr = measured.get(_stderr_key(metric))
+    stderr = measured.get(metric.replace(",", "_stderr,", 1))
     return {
         "score": float(measured[metric]),
         "metric": metric,
@@ -389,11 +348,6 @@ def score_key(measured: Mapping[str, Any]) -> str:
     return min(numbers, key=order)
 
 
-def _stderr_key(metric: str) -> str:
-    name, _, kind = metric.partition(",")
-    return f"{name}_stderr,{kind}"
-
-
 def _write_samples(run: _Run, task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Each question with what was answered, to be read."""
     lines = []
@@ -405,61 +359,39 @@ def _write_samples(run: _Run, task: str, samples: Mapping[str, Sequence[Mapping[
     write_text_atomic("".join(lines), run.folder / "samples" / (_result_file(run, task).stem + ".jsonl"))
 
 
-def _code_result(run: _Run, task: str) -> dict[str, Any]:
-    settings, code = run.settings, run.code
-    if code.num_samples > 1 and code.temperature == 0:
-        raise ValueError(f"num_samples is {code.num_samples} at temperature 0, where all answers are alike: give a temperature")
-    problems = read_problems(_code_file(run, task))[: settings["limit"]]
-    form: Any = "chat" if settings["apply_chat_template"] else "completion"
-    if settings["system_instruction"] is not None and form == "completion":
-        raise ValueError("a system_instruction can't stand before a program that is to be completed: ask as in a chat")
-    generator = BackendGenerator(run.backend, until=() if form == "chat" else STOPS, system=settings["system_instruction"])
-    store = Store(run.folder / "code.sqlite")
-    try:
+def _code_result(run: _Run, task: str, backend: Any) -> dict[str, Any]:
+    protocol = run.protocol
+    form: Form = "chat" if protocol.apply_chat_template else "completion"
+    problems = read_problems(_code_file(run, task))[: protocol.limit]
+    generator = BackendGenerator(backend, until=() if form == "chat" else STOPS)
+    with closing(Store(run.folder / "code.sqlite")) as store:
+        asked = {key: value for key, value in asdict(protocol).items() if key != "limit"}
         answers = sample_answers(
             generator,
             problems,
             form=form,
-            num_samples=code.num_samples,
-            params=SamplingParams(code.max_new_tokens, code.temperature, code.top_p),
-            seed=settings["seed"],
+            params=_CODE_PARAMS,
+            seed=protocol.seed,
             store=store,
-            model=Store.key(run.identity, {key: value for key, value in settings.items() if key != "limit"}),
+            model=Store.key(run.identity, asked),
         )
-        results = check_answers(
-            problems,
-            answers,
-            form=form,
-            timeout=code.timeout,
-            memory_bytes=code.memory_bytes,
-            workers=code.workers,
-            store=store,
-            allow_weak=code.allow_weak,
-        )
-    finally:
-        store.close()
-    summed = summary(results, ks=code.ks)
-    _write_samples(
-        run,
-        task,
-        {
-            task: [
-                {"doc_id": result.problem.id, "resps": list(some), "target": list(result.statuses)}
-                for result, some in zip(results, answers, strict=True)
-            ]
-        },
-    )
-    metric = f"pass@{min(code.ks)}"
+        results = check_answers(problems, answers, form=form, store=store, allow_weak=run.allow_weak)
+    summed = summary(results)
+    samples = [
+        {"doc_id": result.problem.id, "resps": list(some), "target": list(result.statuses)}
+        for result, some in zip(results, answers, strict=True)
+    ]
+    _write_samples(run, task, {task: samples})
     return {
-        "score": summed[metric],
-        "metric": metric,
+        "score": summed["pass@1"],
+        "metric": "pass@1",
         "stderr": None,
         "num_samples": summed["problems"],
         "num_fewshot": 0,
-        "metrics": {key: value for key, value in summed.items() if key.startswith("pass@")},
+        "metrics": {"pass@1": summed["pass@1"]},
         "statuses": summed["statuses"],
         "by_difficulty": summed.get("by_difficulty", {}),
-        "isolation": list(isolation(allow_weak=code.allow_weak)),
+        "isolation": list(isolation(allow_weak=run.allow_weak)),
     }
 
 
@@ -467,14 +399,9 @@ def _why(task: str, error: Exception) -> str:
     """The reason in a line, with what to do where that is known."""
     reason = f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0][:400]
     if "marked as unsafe" in reason:
-        return (
-            f"{task} runs the model's programs outside of the sandbox: use humaneval or leetcode, or allow it (run_unsafe_code)"
-        )
+        return f"{task} runs the model's programs without a sandbox, which is refused: use humaneval or leetcode"
     if isinstance(error, OSError) and _OFFLINE.search(reason):
-        own = (
-            f"task_data {task}=FILE" if task in READERS else f"task_data {task}=FILE in that set's own form, if it is one task"
-        )
-        return (
-            f"its data set is on the Hugging Face hub, which can't be reached ({reason}); go online once, or give a file: {own}"
-        )
+        own = f"task_data {task}=FILE" + ("" if task in READERS else " in that set's own form, if it is a single task")
+        hub = f"its data set is on the Hugging Face hub, which can't be reached ({reason})"
+        return f"{hub}; go online once, or give a file: {own}"
     return reason

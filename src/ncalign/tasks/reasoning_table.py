@@ -1,9 +1,9 @@
-"""Reasoning results as the papers tabulate them: a row a model, arrows where it changed against its baseline."""
+"""Reasoning results as in the papers' tables: a row for each model, with arrows where it differs from the first one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("BBH (CoT)", ("bbh_cot_fewshot", "bbh", "bbh_cot_zeroshot")),
@@ -19,25 +19,15 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 MISSING = "–"
 
 
-def paper_table(
-    results: Sequence[Mapping[str, Any]],
-    *,
-    baselines: Sequence[int | None] | None = None,
-    arrows: Literal["both", "falls"] = "both",
-) -> tuple[list[str], list[list[str]]]:
+def paper_table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the papers' table, in percent with one digit.
 
-    An arrow stands where the digits shown differ from those of the row's baseline. Scores of different tasks, or of one task
-    with other settings, are not compared. An average over fewer than all columns says over how many, and has an arrow only
-    where the baseline's is over the same ones.
+    An arrow says that the digits shown differ from those of the first row. Scores of different tasks, or of one task with other
+    settings, are not compared. An average over fewer than all columns says how many it covers, and has an arrow only where the
+    first row's average covers the same ones.
 
     Args:
-        results: what :func:`ncalign.tasks.reasoning.run_tasks` returned for each model, before first.
-        baselines: for each row the number of the row that it is compared with, or None; by default the first.
-        arrows: ``falls`` leaves out those of rises, as the papers do.
-
-    Raises:
-        ValueError: there are not as many baselines as results, or one is no row.
+        results: what :func:`ncalign.tasks.reasoning.run_tasks` returned for each model, the one to compare with first.
 
     >>> before = {"model": "sft", "results": {"svamp": {"score": 0.269}, "humaneval": {"score": 0.281}}}
     >>> after = {"model": "nca", "results": {"svamp": {"score": 0.653}, "humaneval": {"score": 0.267}}}
@@ -46,15 +36,14 @@ def paper_table(
     >>> after_row.count("–"), "26.7 ↓" in after_row, "65.3 ↑" in after_row, "46.0 ↑ (2 of 8)" in after_row
     (6, True, True, True)
     """
-    against = [None if row == 0 else 0 for row in range(len(results))] if baselines is None else list(baselines)
-    if len(against) != len(results) or any(row is not None and not 0 <= row < len(results) for row in against):
-        raise ValueError(f"baselines is {against} for {len(results)} results: a number of a row, or None, is needed for each")
-    cells = [_cells(result) for result in results]
-    rows = []
-    for result, own, row in zip(results, cells, against, strict=True):
-        other = [None] * len(own) if row is None else cells[row]
-        texts = [_shown(mine, theirs, arrows) for mine, theirs in zip(own, other, strict=True)]
-        rows.append([str(result["model"]), *texts, _average(own, other, arrows)])
+    rows: list[list[str]] = []
+    baseline: list[_Cell] = [None] * len(COLUMNS)
+    for result in results:
+        cells = _cells(result)
+        shown = [_shown(mine, theirs) for mine, theirs in zip(cells, baseline, strict=True)]
+        rows.append([str(result["model"]), *shown, _average(cells, baseline)])
+        if len(rows) == 1:
+            baseline = cells
     return ["Model", *(title for title, _ in COLUMNS), "Avg."], rows
 
 
@@ -68,25 +57,22 @@ def _cells(result: Mapping[str, Any]) -> list[_Cell]:
     return [None if name is None else (100 * tasks[name]["score"], [name, tasks[name].get("protocol")]) for name in found]
 
 
-def _shown(cell: _Cell, other: _Cell, arrows: str) -> str:
+def _shown(cell: _Cell, other: _Cell) -> str:
     if cell is None:
         return MISSING
-    comparable = other is not None and other[1] == cell[1]
-    return f"{cell[0]:.1f}{_arrow(cell[0], other[0], arrows) if comparable and other is not None else ''}"
+    return f"{cell[0]:.1f}" + (_arrow(cell[0], other[0]) if other is not None and other[1] == cell[1] else "")
 
 
-def _average(own: Sequence[_Cell], other: Sequence[_Cell], arrows: str) -> str:
+def _average(own: Sequence[_Cell], other: Sequence[_Cell]) -> str:
     mine, theirs = [cell for cell in own if cell is not None], [cell for cell in other if cell is not None]
     if not mine:
         return MISSING
     mean = sum(cell[0] for cell in mine) / len(mine)
     comparable = [cell[1] for cell in mine] == [cell[1] for cell in theirs]
-    arrow = _arrow(mean, sum(cell[0] for cell in theirs) / len(theirs), arrows) if comparable else ""
+    arrow = _arrow(mean, sum(cell[0] for cell in theirs) / len(theirs)) if comparable else ""
     return f"{mean:.1f}{arrow}" + ("" if len(mine) == len(own) else f" ({len(mine)} of {len(own)})")
 
 
-def _arrow(value: float, baseline: float, arrows: str) -> str:
+def _arrow(value: float, baseline: float) -> str:
     shown, before = float(f"{value:.1f}"), float(f"{baseline:.1f}")
-    if shown < before:
-        return " ↓"
-    return " ↑" if shown > before and arrows == "both" else ""
+    return " ↓" if shown < before else " ↑" if shown > before else ""

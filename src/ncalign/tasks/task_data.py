@@ -1,4 +1,4 @@
-"""Files of question sets that lm-eval does not have, brought into the one form that the task files in ``tasks/`` read."""
+"""Files of question sets that lm-eval lacks, converted to the one form that the task files in ``definitions/`` read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 TASK_FOLDER = Path(__file__).with_name("definitions")
 
 
-def prepare(task: str, source: Path, target: Path) -> int:
+def prepare(task: str, source: Path, target: Path) -> None:
     """Write a set's file as JSONL of ``id``, ``question`` and ``answer``, all texts.
 
     Args:
@@ -26,15 +26,12 @@ def prepare(task: str, source: Path, target: Path) -> int:
         source: the set as its authors publish it: a JSON array, an object that holds one, or JSONL; any of them gzipped.
         target: the file to write.
 
-    Returns:
-        how many questions there are.
-
     Raises:
         DataError: a row lacks what the set's rows have.
         ValueError: there is no such file, no question in it, or it can't be read.
     """
     lines = []
-    for number, (where, row) in enumerate(_rows(source), 1):
+    for number, (where, row) in enumerate(read_rows(source), 1):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: {shown(row)} is no question of {task}; an object is needed", reason="not an object")
         question, answer = READERS[task](row, where)
@@ -43,10 +40,15 @@ def prepare(task: str, source: Path, target: Path) -> int:
     if not lines:
         raise ValueError(f"{source} has no question: {task} needs a JSON array of objects, or one object a line")
     write_text_atomic("\n".join(lines) + "\n", target)
-    return len(lines)
 
 
-def _rows(source: Path) -> Iterator[tuple[str, object]]:
+def read_rows(source: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a JSON array, of an object that holds one, or of JSONL, each with its place; any of them may be gzipped.
+
+    Raises:
+        DataError: a line is not JSON, or the file holds no rows.
+        ValueError: there is no such file, or it can't be read.
+    """
     if not source.is_file():
         raise ValueError(f"there is no file {source}; relative paths start at {Path.cwd()}")
     try:
@@ -64,7 +66,10 @@ def _rows(source: Path) -> Iterator[tuple[str, object]]:
     if isinstance(whole, dict):
         # A single line of JSONL is an object too, whose lists are a question's own.
         inner = [value for value in whole.values() if isinstance(value, list) and all(isinstance(each, dict) for each in value)]
-        whole = inner[0] if len(inner) == 1 else [whole]
+        if len(inner) != 1:
+            yield f"{source}:1", whole
+            return
+        whole = inner[0]
     if not isinstance(whole, list):
         raise DataError(f"{source}: {shown(whole)}; an array of questions is needed", reason="not an array")
     for number, row in enumerate(whole, 1):

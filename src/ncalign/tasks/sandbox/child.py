@@ -1,4 +1,4 @@
-"""Run by :mod:`ncalign.tasks.sandbox.run` in a process of its own: locks itself in, then runs the program it was given.
+"""Run by :mod:`ncalign.tasks.sandbox.run` in a process of its own: confines itself, then runs the program it was given.
 
 A script of the standard library alone: ``python -I child.py SETTINGS``, the program on stdin. It is not imported.
 """
@@ -115,7 +115,7 @@ def _refuse(number: int, answer: int = _EPERM) -> Iterator[bytes]:
 
 
 def _only_for(number: int, index: int, values: tuple[int, ...], *, allowed: bool) -> Iterator[bytes]:
-    """Where the call has one of the values in an argument it is allowed, or refused, and the other way round elsewhere."""
+    """Allow a call only with one of these values in an argument, or refuse it only with one of them."""
     first, second = (_ALLOW, _EPERM) if allowed else (_EPERM, _ALLOW)
     yield _instruction(_EQUAL, number, 0, 2 * len(values) + 2)
     yield _instruction(_LOAD, _argument(index))
@@ -220,10 +220,10 @@ def _readable() -> list[str]:
 
 
 def _enter_namespaces() -> None:
-    """A network without interfaces, mounts and IPC of one's own."""
+    """Give this process a network without interfaces, and its own mounts and IPC."""
     user, group = os.getuid(), os.getgid()
     if _libc.unshare(_NAMESPACES) != 0:
-        # Root may need no user namespace where there is none to be had.
+        # Where user namespaces are forbidden, root can do without one.
         if _libc.unshare(_NAMESPACES & ~_NEWUSER) != 0:
             raise _failed("unshare")
         return
@@ -280,10 +280,10 @@ def _limit(settings: dict[str, Any]) -> None:
 
 
 def _isolate(settings: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Lock this process in by every means that the system offers.
+    """Confine this process by every means that the system offers.
 
     Returns:
-        the means in force, and of those that are not the reason.
+        the means in force, and for each that is not the reason.
     """
     held: list[str] = []
     absent: dict[str, str] = {}
@@ -316,7 +316,7 @@ def _isolate(settings: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
 
 
 def _open_doors(settings: dict[str, Any], held: list[str]) -> list[str]:
-    """What can still be reached, tried and not only configured."""
+    """What the program could still reach, found by trying."""
     doors = [] if "seccomp" in held else ["network", "processes"]
     outside = os.path.join(os.path.dirname(settings["folder"]), os.path.basename(settings["folder"]) + ".outside")
     try:
@@ -340,7 +340,7 @@ def _run(source: bytes, report: int, secret: int) -> NoReturn:
     sys.modules["program"] = module
     try:
         exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
-        # Backwards: to copy what can be read from one descriptor to another is not enough.
+        # Reversed, so that copying bytes from one descriptor to another is not enough.
         word = read(secret, 64)[::-1]
     except SystemExit:
         word = b"exited"
@@ -357,7 +357,7 @@ def _run(source: bytes, report: int, secret: int) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Lock in, report, run."""
+    """Confine this process, report how, and run the program."""
     settings: dict[str, Any] = json.loads(sys.argv[1])
     report, secret = settings["report"], settings["secret"]
     if sys.platform == "linux":

@@ -1,14 +1,14 @@
-"""Running programs that a model wrote: in a process of their own that reaches no network and no file outside its folder.
+"""Running programs that a model wrote, in a process that reaches no network and writes no file outside its folder.
 
 The process locks itself in before it reads the first line of the program (:mod:`ncalign.tasks.sandbox.child`):
 
 - seccomp refuses sockets, new processes, signals to others and everything that administers the machine;
 - Landlock, else a read-only mount namespace, refuses writes outside the folder, and Landlock reads outside Python's own files;
-- user, network, mount and IPC namespaces are a second wall where the system lets them be made;
-- limits bound CPU time, memory, file sizes and open files; this side bounds wall time, threads, output and the folder.
+- user, network, mount and IPC namespaces are a second wall where the system allows them;
+- limits bound CPU time, memory, file sizes and open files; the parent bounds wall time, threads, output and the folder.
 
-It is proof against programs that are wrong, greedy or hostile to the machine. It can't keep a program from deceiving the tests
-that run beside it, for instance with objects that claim to equal anything; leaving early is found out.
+It withstands programs that are wrong, use too much or attack the machine. It can't keep a program from deceiving the tests in
+its own process, for instance with objects that claim to equal anything; a program that exits early is detected.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ Status = Literal["completed", "error", "exited", "timeout", "limit", "killed"]
 MIN_MEMORY_BYTES = 128 << 20
 """Python alone takes much of this."""
 _START_SECONDS = 60.0
-_LOOK_EVERY_SECONDS = 0.05
+_MAX_THREADS = 32
+_MAX_ENTRIES = 2000
+_CHECK_SECONDS = 0.05
 _WITHOUT: tuple[str, ...] = ()
 """Walls that are not put up: tests take some away, to see that the others stand alone."""
 _CHILD = Path(__file__).with_name("child.py")
@@ -46,17 +48,17 @@ _CHILD = Path(__file__).with_name("child.py")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program.
+    """How a program ended.
 
     Attributes:
-        status: ``completed``: it ran to its last line. ``error``: it raised. ``exited``: it left before its end, with whatever
+        status: ``completed``: it ran to its last line. ``error``: it raised. ``exited``: it exited before its end, with any
             code. ``timeout``: wall or CPU time ran out. ``limit``: it had too many threads or too much in its folder.
             ``killed``: a signal ended it, as a stack that overflows does.
-        stdout: what it printed, as far as it was kept.
+        stdout: what it printed, up to the limit.
         stderr: the same of stderr, with the traceback of what it raised.
-        truncated: whether some of either was thrown away.
+        truncated: whether some of either was discarded.
         seconds: wall time, from its first line.
-        isolation: what held it.
+        isolation: the means that confined it.
     """
 
     status: Status
@@ -79,7 +81,6 @@ def run_sandboxed(
     cpu_seconds: int | None = None,
     memory_bytes: int = 1 << 30,
     folder_bytes: int = 64 << 20,
-    max_threads: int = 32,
     max_output_bytes: int = 1 << 16,
     folder: Path | None = None,
     allow_weak: bool = False,
@@ -92,13 +93,12 @@ def run_sandboxed(
         cpu_seconds: CPU time of all threads together; None for ``timeout`` rounded up.
         memory_bytes: address space, that of Python and its libraries included.
         folder_bytes: largest size of what it writes, in all and of one file.
-        max_threads: threads, the first included.
-        max_output_bytes: of stdout and of stderr each; what comes after is thrown away.
+        max_output_bytes: of stdout and of stderr each; the rest is discarded.
         folder: where it runs, existing and kept; None for a temporary folder that is deleted.
         allow_weak: run where the system can't refuse network or outside writes, and say so once.
 
     Raises:
-        ValueError: an argument is out of range, or this system can't hold the program and ``allow_weak`` is off.
+        ValueError: an argument is out of range, or this system can't confine the program and ``allow_weak`` is off.
         RuntimeError: Python did not start.
     """
     if timeout <= 0 or (cpu_seconds is not None and cpu_seconds < 1):
@@ -108,7 +108,6 @@ def run_sandboxed(
             f"memory_bytes is {memory_bytes}: Python needs at least {MIN_MEMORY_BYTES} ({MIN_MEMORY_BYTES >> 20} MiB)"
         )
     _check_system(allow_weak)
-    limits = _Limits(timeout, folder_bytes, max_threads, max_output_bytes)
     settings: dict[str, object] = {
         "cpu_seconds": cpu_seconds or int(-(-timeout // 1)),
         "memory_bytes": memory_bytes,
@@ -118,20 +117,20 @@ def run_sandboxed(
         "without": _WITHOUT,
     }
     with _folder(folder) as place:
-        run = _Run(place, limits, allow_weak)
+        run = _Run(place, max_output_bytes)
         try:
             run.start(code, settings)
-            run.watch()
+            run.watch(timeout, folder_bytes)
         finally:
             run.stop()
-        return run.outcome()
+        return run.outcome(allow_weak)
 
 
 def isolation(*, allow_weak: bool = False) -> tuple[str, ...]:
-    """What holds programs on this system, found out by running an empty one.
+    """The means that confine programs on this system, determined by running an empty one.
 
     Raises:
-        ValueError: nothing refuses network or outside writes here, and ``allow_weak`` is off.
+        ValueError: nothing refuses network or outside writes on this system, and ``allow_weak`` is off.
     """
     return run_sandboxed("", timeout=60, allow_weak=allow_weak).isolation
 
@@ -181,14 +180,6 @@ def _delete(folder: Path) -> None:
     os.rmdir(folder)
 
 
-@dataclass(frozen=True)
-class _Limits:
-    timeout: float
-    folder_bytes: int
-    threads: int
-    output_bytes: int
-
-
 @dataclass
 class _Capture:
     """The first bytes of a stream."""
@@ -210,10 +201,10 @@ class _Capture:
 class _Run:
     """One program: started, watched and stopped."""
 
-    def __init__(self, folder: Path, limits: _Limits, allow_weak: bool) -> None:
-        self._folder, self._limits, self._allow_weak = folder, limits, allow_weak
+    def __init__(self, folder: Path, output_bytes: int) -> None:
+        self._folder = folder
         self._secret = secrets.token_hex(32).encode()
-        self._stdout, self._stderr = _Capture(limits.output_bytes), _Capture(limits.output_bytes)
+        self._stdout, self._stderr = _Capture(output_bytes), _Capture(output_bytes)
         self._report = _Capture(1 << 16)
         self._process: subprocess.Popen[bytes] | None = None
         self._report_file: IO[bytes] | None = None
@@ -246,41 +237,35 @@ class _Run:
             for descriptor in (report_write, secret_read, secret_write):
                 os.close(descriptor)
             self._report_file = os.fdopen(report_read, "rb", buffering=0)
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        for file, capture in (
-            (self._process.stdout, self._stdout),
-            (self._process.stderr, self._stderr),
-            (self._report_file, self._report),
-        ):
+        files = (self._process.stdout, self._process.stderr, self._report_file)
+        for file, capture in zip(files, (self._stdout, self._stderr, self._report), strict=True):
+            assert file is not None
             os.set_blocking(file.fileno(), False)
             self._selector.register(file, selectors.EVENT_READ, capture)
 
-    def watch(self) -> None:
-        """Keep what it prints until it has ended, or has to be."""
+    def watch(self, timeout: float, folder_bytes: int) -> None:
+        """Keep what it prints until it ends or exceeds a limit."""
         assert self._process is not None
-        deadline, look = time.monotonic() + _START_SECONDS, 0.0
+        deadline, next_check = time.monotonic() + _START_SECONDS, 0.0
         while self._selector.get_map():
-            ready = self._selector.select(_LOOK_EVERY_SECONDS)
+            ready = self._selector.select(_CHECK_SECONDS)
             for key, _ in ready:
                 self._take(key)
             now = time.monotonic()
             if self._began is None and b"\n" in self._report.data:
-                self._began, deadline = now, now + self._limits.timeout
+                self._began, deadline = now, now + timeout
             if now > deadline:
                 self._stopped = "timeout"
                 return
             if not ready and self._report.data.partition(b"\n")[2]:
-                # It is done; something it started, where that was not refused, holds the pipes open.
+                # It has ended; a process that it started, where that was not refused, keeps the pipes open.
                 return
-            # Looking takes time of its own: a small part of what passes between two looks.
-            if self._began is not None and now > look:
-                if _num_threads(self._process.pid) > self._limits.threads or _is_larger(
-                    self._folder, self._limits.folder_bytes
-                ):
+            # A check may take at most a tenth of the time between two checks.
+            if self._began is not None and now > next_check:
+                if _num_threads(self._process.pid) > _MAX_THREADS or _is_larger(self._folder, folder_bytes):
                     self._stopped = "limit"
                     return
-                look = time.monotonic() + max(_LOOK_EVERY_SECONDS, 10 * (time.monotonic() - now))
+                next_check = time.monotonic() + max(_CHECK_SECONDS, 10 * (time.monotonic() - now))
 
     def _take(self, key: selectors.SelectorKey) -> None:
         with suppress(BlockingIOError):
@@ -291,9 +276,9 @@ class _Run:
                 self._selector.unregister(key.fileobj)
 
     def stop(self) -> None:
-        """Kill what is left, itself and its group, and close everything."""
+        """Kill the process and its group, and close everything."""
         if self._process is not None:
-            # It has not been waited for, so its number can't be another's yet.
+            # It has not been waited for, so the system can't have given its number to another process yet.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -305,7 +290,7 @@ class _Run:
             self._report_file.close()
         self._selector.close()
 
-    def outcome(self) -> Outcome:
+    def outcome(self, allow_weak: bool) -> Outcome:
         assert self._process is not None
         first, newline, rest = bytes(self._report.data).partition(b"\n")
         if not newline:
@@ -315,7 +300,7 @@ class _Run:
         doors = tuple(state["open"])
         if doors:
             missing = "; ".join(f"no {name} ({reason})" for name, reason in state["absent"].items())
-            if not self._allow_weak:
+            if not allow_weak:
                 raise ValueError(
                     f"this system can't keep a program from {' and '.join(doors)}: {missing}. Use a kernel from 5.13 on that "
                     "lets this user set up Landlock and seccomp (a container's profile may forbid it), or allow_weak"
@@ -345,7 +330,7 @@ class _Run:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Nothing of ours but what Python itself may need to start."""
+    """A bare environment: of this process's variables only what Python may need to start."""
     bare = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(folder), "TMPDIR": str(folder)}
     # Thread pools of numerical libraries reserve address space for each core.
     bare |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -360,7 +345,7 @@ def _num_threads(process: int) -> int:
         return 0
 
 
-def _is_larger(folder: Path, limit: int, *, max_entries: int = 2000) -> bool:
+def _is_larger(folder: Path, limit: int) -> bool:
     """Whether a folder holds more bytes than the limit, or more entries than are counted."""
     total = entries = 0
     pending = [os.fspath(folder)]
@@ -372,12 +357,12 @@ def _is_larger(folder: Path, limit: int, *, max_entries: int = 2000) -> bool:
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
-                    if entries > max_entries or total > limit:
+                    if entries > _MAX_ENTRIES or total > limit:
                         return True
         except (FileNotFoundError, PermissionError):
-            # Gone by now, or a folder that the program made so that it can't use it itself.
+            # Deleted meanwhile, or a folder that the program forbade itself to read.
             continue
         except OSError:
-            # The path is longer than any that is honest.
+            # The path is too long, which no ordinary program's is.
             return True
     return False
