@@ -89,6 +89,7 @@ doctest: $(VENV)/.dev  ## the examples in docstrings
 docs: $(VENV)/.dev  ## build the documentation; open site/index.html
 	@echo "== documentation, into site/"
 	@$(BIN)/mkdocs build --strict
+	@$(PYTEST) --quiet tests/test_site.py
 
 bench: $(VENV)/.dev  ## run every benchmark, one after the other; results in benchmarks/RESULTS.md and results.json
 	@$(BIN)/python benchmarks/run_all.py
