@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from ncalign.cli.app import main
 from ncalign.core.errors import DataError
-from ncalign.data.config import ConvertConfig
-from ncalign.data.formats import SchemaName
+from ncalign.data.config import ConvertConfig, PublicSchema
+from ncalign.data.formats import PUBLIC
 from ncalign.data.formats.pairs import pairs_of
 from ncalign.data.formats.ranked import rewards_from_ranks
 from ncalign.data.groups import Candidate, Group, ReadReport, convert, read_groups
@@ -230,7 +230,8 @@ def test_ranks_become_shares_of_the_others_beaten(ranks: list[int | None]) -> No
 
 
 def test_the_configuration_knows_every_schema() -> None:
-    assert set(get_args(ConvertConfig.model_fields["schema_name"].annotation)) == set(get_args(SchemaName)) - {"adapter"}
+    assert set(get_args(ConvertConfig.model_fields["schema_name"].annotation)) == set(get_args(PublicSchema))
+    assert set(get_args(PublicSchema)) == {"auto", "ncalign", "trl_prompts"} | {schema.name for schema in PUBLIC}
 
 
 # --- Where rows come from ---------------------------------------------------------------------------------------------
