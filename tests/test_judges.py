@@ -21,12 +21,12 @@ import pytest
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
-from ncalign.generation.client import ServerError
+from ncalign.generation.client import ServerError, Usage
 from ncalign.judging.config import EvalJudgeConfig
-from ncalign.judging.judges import Answers, RewardJudge, ServerJudge
-from ncalign.judging.records import Answer, Question
+from ncalign.judging.judges import RewardJudge, ServerJudge
+from ncalign.judging.records import Answer, Answers, Question
 from ncalign.rewards import InstructionReward
-from ncalign.rewards.verdicts import ask_verdicts
+from ncalign.rewards.verdicts import Account, ask_verdicts
 from ncalign.stats.agreement import length_bias, position_bias
 from ncalign.stats.length_control import length_controlled_win_rate
 from ncalign.stats.preferences import question_preferences
@@ -164,20 +164,32 @@ def test_thoughts_are_no_verdicts() -> None:
 )
 def test_servers_that_say_it_in_other_words(said_of_it: str) -> None:
     class Asked:
+        usage = Usage()
+
         def ask(self, requests: list[Any], done: Any) -> list[Any]:
             return [ServerError(said_of_it, refused=True) for _ in requests]
 
-    found = ask_verdicts(Asked(), ["a"], lambda choice: choice.text, attempts=2, body={})  # type: ignore[arg-type]
-    assert found.missing == {"prompt too long for the judge": 1}
+    account = Account("labels")
+    ask_verdicts(Asked(), ["a"], lambda choice: choice.text, attempts=2, body={}, account=account)  # type: ignore[arg-type]
+    assert account.missing == {"prompt too long for the judge": 1}
 
 
 def test_a_server_that_takes_too_long_is_no_long_prompt() -> None:
     class Asked:
+        usage = Usage()
+
         def ask(self, requests: list[Any], done: Any) -> list[Any]:
             return [ServerError("the request took too long") for _ in requests]
 
     with pytest.raises(ServerError, match="took too long"):
-        ask_verdicts(Asked(), ["a"], lambda choice: choice.text, attempts=2, body={})  # type: ignore[arg-type]
+        ask_verdicts(
+            Asked(),  # type: ignore[arg-type]
+            ["a"],
+            lambda choice: choice.text,
+            attempts=2,
+            body={},
+            account=Account("labels"),
+        )
 
 
 def test_the_way_of_judging_follows_the_server(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,7 +272,7 @@ def test_ratings() -> None:
     found, source = score([group("a", "bbb", id="a"), group("cc", "{prompt} [[9]]", "x" * 11, id="b")])
     # The last is beyond the scale; braces and verdicts inside an answer stay its own.
     assert found == [[1.0, 3.0], [2.0, None, None]]
-    assert (source.num_asked, source.num_missing) == (5, 2)
+    assert (source.account.asked, source.account.missing) == (5, {"unreadable": 2})
     assert "{prompt} [[9]]" in [inside(body["messages"][0]["content"], "answer") for _, body in double.requests]
 
 
@@ -281,7 +281,7 @@ def test_a_rating_that_can_not_be_read_is_missing(verdict: str) -> None:
     double, score = judged(lambda text: verdict or " ", attempts=2)
     found, source = score([group("a")])
     assert found == [[None]]
-    assert (source.num_missing, len(double.requests)) == (1, 2)
+    assert (source.account.missing, len(double.requests)) == ({"unreadable": 1}, 2)
 
 
 def test_a_verdict_that_can_not_be_read_is_asked_for_again() -> None:

@@ -23,11 +23,13 @@ from ncalign.judging.interop import (
     write_fastchat_pairs,
     write_fastchat_ratings,
 )
-from ncalign.judging.judges import Account, Answers, RewardJudge, ServerJudge, num_without_reference
-from ncalign.judging.records import Question
+from ncalign.judging.judge_prompts import num_without_reference
+from ncalign.judging.judges import RewardJudge, ServerJudge
+from ncalign.judging.records import Answers, Question
 from ncalign.judging.sets import BUNDLED, read_questions, read_references, rows_of
 from ncalign.report.tables import model_name
 from ncalign.rewards.sources import reward_source
+from ncalign.rewards.verdicts import Account
 from ncalign.stats.length_control import read_difficulty_table
 from ncalign.stats.preferences import question_preferences
 from ncalign.stats.records import Game, Rating
@@ -247,6 +249,7 @@ def _rate(config: EvaluateConfig, questions: Sequence[Question], given: Mapping[
     """Each answer by itself: means by turn and category, and models compared question by question."""
     judge = _judge(config)
     assert isinstance(judge, ServerJudge)
+    assert config.judge is not None
     bare = num_without_reference(questions)
     if bare:
         results.lines.append(
@@ -262,6 +265,6 @@ def _rate(config: EvaluateConfig, questions: Sequence[Question], given: Mapping[
         accounts.append(account)
         say(f"{name}: {account.text()}")
     _write_records(ratings, config.output_dir / "ratings.jsonl")
-    write_fastchat_ratings(ratings, config.output_dir / "fastchat" / "single.jsonl", judge=judge.server.model)
+    write_fastchat_ratings(ratings, config.output_dir / "fastchat" / "single.jsonl", judge=config.judge.model)
     add_accounts(accounts, results)
     count_ratings(ratings, results, _counting(config, questions))

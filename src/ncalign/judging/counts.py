@@ -11,7 +11,7 @@ import numpy as np
 
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.json import json_ready
-from ncalign.judging.judges import Account, Answers
+from ncalign.judging.records import Answers
 from ncalign.judging.summaries import (
     arena_table,
     comparison_table,
@@ -23,6 +23,7 @@ from ncalign.judging.summaries import (
 )
 from ncalign.report.charts import category_chart, interval_chart, matrix_chart, write_chart
 from ncalign.report.tables import Table, to_text, write_table
+from ncalign.rewards.verdicts import Account
 from ncalign.stats.agreement import PositionBias, judge_agreement, length_bias, position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
 from ncalign.stats.bradley_terry import BradleyTerry, bradley_terry

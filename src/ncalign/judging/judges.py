@@ -6,93 +6,41 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import resources
-from typing import Any, Literal, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from ncalign.core.progress import Bar, say
 from ncalign.core.store import Store
-from ncalign.data.groups import Candidate, Group, Message
+from ncalign.data.groups import Candidate, Group
 from ncalign.generation.client import Choice, Server, ServerError
 from ncalign.judging.config import EvalJudgeConfig
-from ncalign.judging.records import LABELS, Answer, Question, verdict_weight
+from ncalign.judging.judge_prompts import judge_templates, pair_prompts, rating_prompts
+from ncalign.judging.records import LABELS, Answer, Answers, Question, verdict_weight
 from ncalign.rewards.base import RewardSource, score_many
-from ncalign.rewards.judge import read_template
-from ncalign.rewards.verdicts import Verdicts, ask_verdicts, concluded, fill
+from ncalign.rewards.verdicts import Account, ask_verdicts, read_rating, the_one
 from ncalign.stats.records import Game, Rating
 
-Answers: TypeAlias = Mapping[str, Answer]
-"""A model's answers by question."""
-
 Verdict = TypeVar("Verdict")
-Mode: TypeAlias = Literal["logprobs", "labels"]
 
 _LABEL = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B>A|B>>A)\s*\]\]")
-_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-_TOP_LOGPROBS = 20
+_LOWEST, _HIGHEST = 1.0, 10.0
 # The first questions may be too long for the judge, or be answered with neither letter.
 _NUM_PROBES = 8
 # An estimate: English text has about four characters a token.
 _CHARACTERS_A_TOKEN = 4
-_LOWEST, _HIGHEST = 1.0, 10.0
-_BY_REFERENCE = frozenset({"math", "reasoning", "coding"})
-_WITHOUT_REFERENCE = frozenset({"writing", "roleplay", "extraction", "stem", "humanities"})
-"""MT-Bench's categories."""
-_LETTER_BODY = {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP_LOGPROBS}
-
-
-@dataclass
-class Account:
-    """What judging came to.
-
-    Attributes:
-        mode: how verdicts were had.
-        asked: verdicts asked for.
-        identical: questions whose two answers are the same, which are ties and not asked about.
-        missing: those that could not be had, by reason; they count nowhere.
-        remembered: requests answered from disk.
-        requests: requests that the server answered now.
-        prompt_tokens: as the server counted them, now.
-        completion_tokens: as the server counted them, now.
-        cost: of these, where prices are known.
-        first_failure: what the server said where it gave no answer.
-    """
-
-    mode: str
-    asked: int = 0
-    identical: int = 0
-    missing: Counter[str] = field(default_factory=Counter)
-    remembered: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = None
-    first_failure: str = ""
-
-    def text(self) -> str:
-        """One line."""
-        missing = sum(self.missing.values())
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.missing.most_common())
-        parts = [
-            f"{self.asked} verdicts by {self.mode}",
-            *([f"{self.identical} questions with equal answers, not asked about"] if self.identical else []),
-            f"{missing} missing" + (f" ({reasons})" if reasons else ""),
-            f"{self.remembered} remembered",
-            f"{self.prompt_tokens} + {self.completion_tokens} tokens",
-        ]
-        return ", ".join([*parts, *([f"cost {self.cost:.4g}"] if self.cost is not None else [])])
+_LETTER_BODY = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 
 
 class ServerJudge:
     """A language model that judges, on any OpenAI-compatible server.
 
-    Two answers are compared in both orders, so that a judge who prefers a place says nothing. With log-probs the preference for
-    the second is ``P(M) / (P(m) + P(M))`` of the first token, as AlpacaEval 2 weighs it; with labels it is Arena-Hard's five,
-    the strong ones counting three times.
+    Two answers are compared in both orders, so that a judge who always prefers the first has no effect. With log-probs the
+    preference for the second is ``P(M) / (P(m) + P(M))`` of the first token, as AlpacaEval 2 weighs it; with labels it is
+    Arena-Hard's five, the strong ones counting three times.
 
     Args:
         config: where the judge is, and what it is asked.
-        store: keeps its answers by what was asked; a run that was stopped pays for nothing twice.
+        store: keeps its answers by what was asked, so that a run that was stopped asks for nothing twice.
 
     Raises:
         ValueError: the template can't be used, or the server's client can't be made.
@@ -100,9 +48,11 @@ class ServerJudge:
 
     def __init__(self, config: EvalJudgeConfig, store: Store | None = None) -> None:
         self._config = config
-        self.server = Server(config, store)
-        self._templates = {name: _template(name, config) for name in _needed(config.mode)}
-        self._mode: Mode | None = None if config.mode == "auto" else "logprobs" if config.mode == "logprobs" else "labels"
+        self._server = Server(config, store)
+        self._templates = judge_templates(config.mode, config.template)
+        self._mode: Literal["logprobs", "labels"] | None = (
+            None if config.mode == "auto" else "logprobs" if config.mode == "logprobs" else "labels"
+        )
 
     def compare(self, questions: Sequence[Question], ours: Answers, theirs: Answers) -> tuple[list[Game], Account]:
         """Two games for each question that both models answered.
@@ -111,42 +61,38 @@ class ServerJudge:
             ServerError: the judge answers nothing at all; what it answered before is kept.
             ValueError: no question was answered by both.
         """
-        both = [question for question in questions if question.id in ours and question.id in theirs]
-        if not both:
-            raise ValueError("no question was answered by both models: nothing to compare")
-        same = {question.id for question in both if ours[question.id].turns == theirs[question.id].turns}
-        different = [question for question in both if question.id not in same]
-        account = Account(self._mode or "auto", identical=len(same))
-        verdicts = iter(self._compared(different, ours, theirs, account) if different else [])
+        both = _answered_by_both(questions, ours, theirs)
+        different = _that_differ(both, ours, theirs)
+        account = Account(self._mode or "auto", identical=len(both) - len(different))
+        verdicts = iter(self._verdicts(different, ours, theirs, account) if different else [])
         games = []
         for question in both:
+            mine, other = ours[question.id], theirs[question.id]
             for first in (True, False):
-                preference, label = (0.5, "") if question.id in same else next(verdicts)
-                mine = preference if first or preference is None else 1 - preference
-                weight = verdict_weight(label)
-                model, baseline = ours[question.id].model, theirs[question.id].model
-                games.append(Game(question.id, model, baseline, first, mine, weight, label))
+                preference, label = (0.5, "") if mine.turns == other.turns else next(verdicts)
+                preference = preference if first or preference is None else 1 - preference
+                games.append(Game(question.id, mine.model, other.model, first, preference, verdict_weight(label), label))
         return games, account
 
-    def _compared(
+    def _verdicts(
         self, questions: Sequence[Question], ours: Answers, theirs: Answers, account: Account
     ) -> list[tuple[float | None, str]]:
         """For each question in either order, the preference for what is shown first, and the label."""
         letters: list[float | None] = []
         if self._mode is None:
-            letters = self._probe(self._pair_prompts("logprobs", questions, ours, theirs)[:_NUM_PROBES], account)
+            letters = self._probe(pair_prompts(self._templates["logprobs"], questions, ours, theirs)[:_NUM_PROBES], account)
         assert self._mode is not None
         account.mode = self._mode
-        prompts = self._pair_prompts(self._mode, questions, ours, theirs)
+        prompts = pair_prompts(self._templates[self._mode], questions, ours, theirs)
         if self._mode == "logprobs":
             # Asked again, the judge would give the same log-probs.
             letters += self._ask(prompts[len(letters) :], _read_letter, _LETTER_BODY, account, attempts=1)
             return [(found, "") for found in letters]
-        labels = self._ask(prompts, _read_label, {"max_tokens": self._config.max_tokens}, account)
+        labels = self._ask(prompts, partial(the_one, _LABEL), {"max_tokens": self._config.max_tokens}, account)
         return [(None, "") if label is None else (LABELS[label], label) for label in labels]
 
     def _probe(self, prompts: Sequence[str], account: Account) -> list[float | None]:
-        """Decide how verdicts are had, once, so that all models are judged in one way.
+        """Decide once between log-probs and labels, so that all models are judged in the same way.
 
         Returns:
             The verdicts on these prompts where it is by log-probs, else none.
@@ -155,64 +101,55 @@ class ServerJudge:
             ServerError: the judge answers nothing, and not because it refuses log-probs.
         """
         try:
-            found = self._asked(prompts, _read_letter, attempts=1, body=_LETTER_BODY, account=account)
+            found = ask_verdicts(self._server, prompts, _read_letter, attempts=1, body=_LETTER_BODY, account=account)
             why = "the judge gives no log-probs of the letters"
         except ServerError as error:
             if not error.refused:
                 raise
-            found, why = Verdicts([]), f"the judge refuses to give log-probs ({error})"
-        if all(value is None for value in found.values):
+            found, why = [], f"the judge refuses to give log-probs ({error})"
+        if all(value is None for value in found):
             self._mode = "labels"
             say(f"Verdicts by five labels, since {why}")
+            # The same questions are asked for labels now: they are counted then.
+            account.asked, account.missing, account.first_failure = 0, Counter(), ""
             return []
         self._mode = "logprobs"
         say("Verdicts by log-probs of one letter")
-        self._count(found, account)
-        return found.values
+        return found
 
     def rate(self, questions: Sequence[Question], answers: Answers) -> tuple[list[Rating], Account]:
         """A rating for each turn of each answer, with the question's reference where it has one."""
-        turns = [
-            (question, turn)
-            for question in questions
-            if question.id in answers
-            for turn in range(min(len(question.turns), len(answers[question.id].turns)))
-        ]
-        prompts = [self._rating_prompt(question, answers[question.id], turn) for question, turn in turns]
+        turns = rating_prompts(self._templates, questions, answers)
         account = Account("rating")
-        scores = self._ask(prompts, _read_rating, {"max_tokens": self._config.max_tokens}, account)
+        read = partial(read_rating, lowest=_LOWEST, highest=_HIGHEST)
+        scores = self._ask([prompt for *_, prompt in turns], read, {"max_tokens": self._config.max_tokens}, account)
         ratings = [
             Rating(question.id, answers[question.id].model, turn + 1, question.category, score)
-            for (question, turn), score in zip(turns, scores, strict=True)
+            for (question, turn, _), score in zip(turns, scores, strict=True)
         ]
         return ratings, account
 
     def estimate(self, questions: Sequence[Question], answers: Sequence[Answers]) -> str:
         """What judging these would take, in words: tokens by their characters, and the cost where prices are known.
 
-        It counts each verdict once, as if nothing were remembered and every verdict could be read.
+        It counts each verdict once, as if no answer were on disk and every verdict could be read.
         """
-        prompts = []
         if self._config.mode == "rating":
-            prompts += [
-                self._rating_prompt(question, given[question.id], turn)
-                for given in answers
-                for question in questions
-                if question.id in given
-                for turn in range(min(len(question.turns), len(given[question.id].turns)))
-            ]
+            prompts = [prompt for given in answers for *_, prompt in rating_prompts(self._templates, questions, given)]
         else:
-            mode: Mode = self._mode or "labels"
-            for theirs in answers[1:]:
-                ours = answers[0]
-                both = [question for question in questions if question.id in ours and question.id in theirs]
-                different = [question for question in both if ours[question.id].turns != theirs[question.id].turns]
-                prompts += self._pair_prompts(mode, different, ours, theirs)
-        most = 1 if self._config.mode != "rating" and self._mode == "logprobs" else self._config.max_tokens
+            ours, *others = answers
+            prompts = [
+                prompt
+                for theirs in others
+                for prompt in pair_prompts(
+                    self._templates[self._mode or "labels"], _that_differ(questions, ours, theirs), ours, theirs
+                )
+            ]
+        most = len(prompts) * (1 if self._mode == "logprobs" else self._config.max_tokens)
         tokens = sum(map(len, prompts)) // _CHARACTERS_A_TOKEN
-        cost = self._cost(tokens, most * len(prompts))
+        cost = self._cost(tokens, most)
         money = "" if cost is None else f", at most {cost:.4g} at your prices"
-        return f"{len(prompts)} verdicts, about {tokens} prompt tokens and at most {most * len(prompts)} of verdicts{money}"
+        return f"{len(prompts)} verdicts, about {tokens} prompt tokens and at most {most} of verdicts{money}"
 
     def _ask(
         self,
@@ -223,44 +160,19 @@ class ServerJudge:
         *,
         attempts: int | None = None,
     ) -> list[Verdict | None]:
-        """The verdicts, which are counted, with those that are missing."""
-        if not prompts:
-            return []
-        with Bar("Judging", len(prompts)) as bar:
-            found = self._asked(
-                prompts,
-                read,
-                attempts=attempts or self._config.attempts,
-                body=body,
-                account=account,
-                done=lambda index: bar.advance(),
-            )
-        self._count(found, account)
-        return found.values
-
-    def _count(self, found: Verdicts[Any], account: Account) -> None:
-        account.asked += len(found.values)
-        account.missing += found.missing
-        account.first_failure = account.first_failure or found.first_failure
-
-    def _asked(
-        self,
-        prompts: Sequence[str],
-        read: Callable[[Choice], Verdict | None],
-        *,
-        attempts: int,
-        body: Mapping[str, Any],
-        account: Account,
-        done: Callable[[int], None] = lambda index: None,
-    ) -> Verdicts[Verdict]:
-        """The verdicts; what they took is added to the account."""
-        usage = self.server.usage
-        before = replace(usage)
-        found = ask_verdicts(self.server, prompts, read, attempts=attempts, body=body, done=done)
-        account.remembered += usage.remembered - before.remembered
-        account.requests += usage.requests - before.requests
-        account.prompt_tokens += usage.prompt_tokens - before.prompt_tokens
-        account.completion_tokens += usage.completion_tokens - before.completion_tokens
+        found: list[Verdict | None] = []
+        if prompts:
+            attempts = attempts or self._config.attempts
+            with Bar("Judging", len(prompts)) as bar:
+                found = ask_verdicts(
+                    self._server,
+                    prompts,
+                    read,
+                    attempts=attempts,
+                    body=body,
+                    account=account,
+                    done=lambda index: bar.advance(),
+                )
         account.cost = self._cost(account.prompt_tokens, account.completion_tokens)
         return found
 
@@ -268,33 +180,6 @@ class ServerJudge:
         if self._config.price_in is None and self._config.price_out is None:
             return None
         return ((self._config.price_in or 0.0) * tokens_in + (self._config.price_out or 0.0) * tokens_out) / 1e6
-
-    def _pair_prompts(self, mode: Mode, questions: Sequence[Question], ours: Answers, theirs: Answers) -> list[str]:
-        """Each question twice: our answer first, and theirs first."""
-        orders = ((ours, theirs), (theirs, ours))
-        return [self._pair_prompt(mode, question, *order) for question in questions for order in orders]
-
-    def _pair_prompt(self, mode: Mode, question: Question, first: Answers, second: Answers) -> str:
-        known = _references(question)
-        texts = {
-            "question": _joined(question.turns),
-            "reference": f"\n<reference>\n{_joined(known)}\n</reference>\n" if known else "",
-            "answer_a": _joined(first[question.id].turns),
-            "answer_b": _joined(second[question.id].turns),
-        }
-        return fill(self._templates[mode], texts)
-
-    def _rating_prompt(self, question: Question, answer: Answer, turn: int) -> str:
-        known = _references(question)
-        # A later turn builds on the first, and so does its reference.
-        reference = _joined(known[: turn + 1]) if turn < len(known) else ""
-        conversation = []
-        for place in range(turn + 1):
-            conversation.append(f"User: {question.turns[place]}")
-            if place < turn:
-                conversation.append(f"Assistant: {answer.turns[place]}")
-        texts = {"conversation": "\n\n".join(conversation), "answer": answer.turns[turn], "reference": reference}
-        return fill(self._templates["reference" if reference else "rating"], texts)
 
 
 class RewardJudge:
@@ -323,9 +208,7 @@ class RewardJudge:
         Raises:
             ValueError: no question was answered by both, or the source fails.
         """
-        both = [question for question in questions if question.id in ours and question.id in theirs]
-        if not both:
-            raise ValueError("no question was answered by both models: nothing to compare")
+        both = _answered_by_both(questions, ours, theirs)
         mine, other = self.rewards(both, ours), self.rewards(both, theirs)
         account, games = Account("rewards", asked=len(both)), []
         for question in both:
@@ -338,32 +221,21 @@ class RewardJudge:
 
 
 def _as_group(question: Question, answer: Answer) -> Group:
-    prompt: list[Message] = []
     last = min(len(question.turns), len(answer.turns)) - 1
-    for place in range(last + 1):
-        prompt.append({"role": "user", "content": question.turns[place]})
-        if place < last:
-            prompt.append({"role": "assistant", "content": answer.turns[place]})
     candidate = Candidate([{"role": "assistant", "content": answer.turns[last]}], source=answer.model)
-    return Group(question.id, prompt, [candidate], dict(question.metadata))
+    return Group(question.id, question.conversation(answer.turns[:last]), [candidate], dict(question.metadata))
 
 
-def _references(question: Question) -> Sequence[str]:
-    """The right answers that a judge is shown: MT-Bench shows them in some categories alone, whatever its file holds."""
-    known = question.references if any(text.strip() for text in question.references) else ()
-    return () if question.category in _WITHOUT_REFERENCE else known
+def _answered_by_both(questions: Sequence[Question], ours: Answers, theirs: Answers) -> list[Question]:
+    both = [question for question in questions if question.id in ours and question.id in theirs]
+    if not both:
+        raise ValueError("no question was answered by both models: nothing to compare")
+    return both
 
 
-def num_without_reference(questions: Sequence[Question]) -> int:
-    """Questions of categories that are judged by a reference, which have none."""
-    return sum(question.category in _BY_REFERENCE and not _references(question) for question in questions)
-
-
-def _joined(turns: Sequence[str]) -> str:
-    """A text with several turns numbered."""
-    if len(turns) == 1:
-        return turns[0]
-    return "\n\n".join(f"(turn {number}) {text}" for number, text in enumerate(turns, start=1))
+def _that_differ(questions: Sequence[Question], ours: Answers, theirs: Answers) -> list[Question]:
+    """Questions that both models answered, not with the same words: equal answers are a tie that nobody is asked about."""
+    return [q for q in questions if q.id in ours and q.id in theirs and ours[q.id].turns != theirs[q.id].turns]
 
 
 def _read_letter(choice: Choice) -> float | None:
@@ -376,42 +248,3 @@ def _read_letter(choice: Choice) -> float | None:
             odds[token.strip()] += math.exp(logprob)
     total = odds["m"] + odds["M"]
     return odds["m"] / total if total > 0 else None
-
-
-def _read_label(choice: Choice) -> str | None:
-    """The label; several different ones are none: the judge has not said which it means."""
-    found = set(_LABEL.findall(concluded(choice.text)))
-    return str(found.pop()) if len(found) == 1 else None
-
-
-def _read_rating(choice: Choice) -> float | None:
-    found = set(_RATING.findall(concluded(choice.text)))
-    if len(found) != 1:
-        return None
-    rating = float(found.pop())
-    return rating if _LOWEST <= rating <= _HIGHEST else None
-
-
-_FILES = {
-    "logprobs": ("pairwise_letter.txt", ("question", "answer_a", "answer_b")),
-    "labels": ("pairwise_labels.txt", ("question", "answer_a", "answer_b")),
-    "rating": ("rating.txt", ("conversation", "answer")),
-    "reference": ("rating_reference.txt", ("conversation", "answer")),
-}
-
-
-def _needed(mode: str) -> tuple[str, ...]:
-    return {"auto": ("logprobs", "labels"), "rating": ("rating", "reference")}.get(mode, (mode,))
-
-
-def _template(name: str, config: EvalJudgeConfig) -> str:
-    file, needed = _FILES[name]
-    if config.template is None:
-        return (resources.files("ncalign.judging") / "prompts" / file).read_text(encoding="utf-8")
-    if config.mode == "auto":
-        raise ValueError(f"judge.template {config.template} needs a judge.mode: logprobs, labels or rating")
-    text = read_template(config.template)
-    lacking = ", ".join(f"{{{place}}}" for place in needed if f"{{{place}}}" not in text)
-    if lacking:
-        raise ValueError(f"judge.template {config.template} lacks {lacking}: the judge sees nothing without")
-    return text

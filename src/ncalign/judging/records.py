@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
+
+from ncalign.data.groups import Message
 
 LABELS: Mapping[str, float] = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 """Arena-Hard's verdicts, with the preference for A that each stands for."""
@@ -35,6 +37,17 @@ class Question:
     references: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    def conversation(self, answers: Sequence[str]) -> list[Message]:
+        """The messages up to the turn that follows these answers.
+
+        >>> [message["content"] for message in Question("q", ("2 + 2?", "And 3 + 3?")).conversation(["4"])]
+        ['2 + 2?', '4', 'And 3 + 3?']
+        """
+        messages: list[Message] = []
+        for asked, answer in zip(self.turns, answers, strict=False):
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -51,3 +64,7 @@ class Answer:
     model: str
     turns: tuple[str, ...]
     num_tokens: tuple[int, ...] = ()
+
+
+Answers: TypeAlias = Mapping[str, Answer]
+"""A model's answers by question."""

@@ -9,21 +9,16 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import TypeVar
+from functools import partial
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
-from ncalign.generation.client import Server
+from ncalign.generation.client import Choice, Server
 from ncalign.model.encoding import as_messages
 from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import JudgeConfig
-from ncalign.rewards.verdicts import ask_verdicts, concluded, fill
+from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, read_rating, the_one, transcript
 
-Verdict = TypeVar("Verdict")
-
-_RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
 _CHOICE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _WORTH = {"A": 1.0, "B": 0.0, "C": 0.5}
 
@@ -32,15 +27,15 @@ class JudgeReward:
     """Scores completions by a judge's verdicts.
 
     Pointwise, a reward is the rating. Pairwise, it is the share of comparisons won within the group, a tie counting half; each
-    pair is judged in both orders and counts the mean of the two, so that a judge who prefers the first answer says nothing.
+    pair is judged in both orders and counts the mean of the two, so that a judge who always prefers the first answer has no
+    effect.
 
     Args:
         config: where the judge is, and what it is asked.
         store: keeps verdicts by what was asked.
 
     Attributes:
-        num_asked: verdicts asked for.
-        num_missing: those that could not be had or read.
+        account: what judging took, and how many verdicts are missing.
         num_changed: pairs whose two orders contradict each other.
 
     Raises:
@@ -49,9 +44,11 @@ class JudgeReward:
 
     def __init__(self, config: JudgeConfig, store: Store | None = None) -> None:
         self._config = config
-        self._template = _template(config)
-        self.server = Server(config, store)
-        self.num_asked = self.num_missing = self.num_changed = 0
+        needed = ("prompt", "completion") if config.mode == "pointwise" else ("prompt", "completion_a", "completion_b")
+        self._template = load_template("ncalign.rewards", f"{config.mode}.txt", needed, config.template)
+        self._server = Server(config, store)
+        self.account = Account(config.mode)
+        self.num_changed = 0
 
     def score(self, group: Group) -> list[float | None]:
         """Score a group; see :class:`ncalign.rewards.RewardSource`."""
@@ -65,16 +62,8 @@ class JudgeReward:
         asked = [
             self._filled(prompt=prompt_text(group), completion=text) for group in groups for text in completion_texts(group)
         ]
-        ratings = iter(self._verdicts(asked, self._read_rating))
+        ratings = iter(self._verdicts(asked, partial(read_rating, lowest=self._config.lowest, highest=self._config.highest)))
         return [[next(ratings) for _ in group.candidates] for group in groups]
-
-    def _read_rating(self, text: str) -> float | None:
-        found = _RATING.findall(text)
-        # Several different ratings are no rating: a judge that repeats the scale has not said which it means.
-        if len(set(found)) != 1:
-            return None
-        rating = float(found[0])
-        return rating if self._config.lowest <= rating <= self._config.highest else None
 
     def _win_shares(self, groups: Sequence[Group]) -> list[list[float | None]]:
         pairs = [(g, a, b) for g, group in enumerate(groups) for a, b in self._pairs(group)]
@@ -114,17 +103,9 @@ class JudgeReward:
         scale = {"lowest": f"{self._config.lowest:g}", "highest": f"{self._config.highest:g}"}
         return fill(self._template, {**scale, **texts})
 
-    def _verdicts(self, prompts: Sequence[str], read: Callable[[str], Verdict | None]) -> list[Verdict | None]:
-        found = ask_verdicts(
-            self.server,
-            prompts,
-            lambda choice: read(concluded(choice.text)),
-            attempts=self._config.attempts,
-            body={"max_tokens": self._config.max_tokens},
-        )
-        self.num_asked += len(prompts)
-        self.num_missing += sum(found.missing.values())
-        return found.values
+    def _verdicts(self, prompts: Sequence[str], read: Callable[[Choice], float | None]) -> list[float | None]:
+        body = {"max_tokens": self._config.max_tokens}
+        return ask_verdicts(self._server, prompts, read, attempts=self._config.attempts, body=body, account=self.account)
 
 
 def prompt_text(group: Group) -> str:
@@ -132,33 +113,9 @@ def prompt_text(group: Group) -> str:
     messages = as_messages(group.prompt)
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+    return transcript(messages)
 
 
-def _read_choice(text: str) -> float | None:
-    found = set(_CHOICE.findall(text))
-    return _WORTH[found.pop()] if len(found) == 1 else None
-
-
-def _template(config: JudgeConfig) -> str:
-    needed = ("prompt", "completion") if config.mode == "pointwise" else ("prompt", "completion_a", "completion_b")
-    if config.template is None:
-        return (resources.files("ncalign.rewards") / "prompts" / f"{config.mode}.txt").read_text(encoding="utf-8")
-    text = read_template(config.template)
-    lacking = [name for name in needed if f"{{{name}}}" not in text]
-    if lacking:
-        names = ", ".join(f"{{{name}}}" for name in lacking)
-        raise ValueError(f"judge.template {config.template} lacks {names}: a {config.mode} judge sees nothing without")
-    return text
-
-
-def read_template(path: Path) -> str:
-    """A template file's text.
-
-    Raises:
-        ValueError: it can't be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"judge.template {path} can't be read: {getattr(error, 'strerror', None) or error}") from error
+def _read_choice(choice: Choice) -> float | None:
+    found = the_one(_CHOICE, choice)
+    return None if found is None else _WORTH[found]

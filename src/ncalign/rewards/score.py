@@ -138,8 +138,8 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         if isinstance(part, ReasoningGymReward):
             result["refused_by_verifier"] = part.num_refused
         if isinstance(part, JudgeReward):
-            usage = part.server.usage
-            result |= {"verdicts": part.num_asked, "verdicts_missing": part.num_missing, "order_decided": part.num_changed}
-            result |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+            account, missing = part.account, sum(part.account.missing.values())
+            result |= {"verdicts": account.asked, "verdicts_missing": missing, "order_decided": part.num_changed}
+            result |= {"prompt_tokens": account.prompt_tokens, "completion_tokens": account.completion_tokens}
     result["failed_rewards"] = check_failures(source)
     return result

@@ -1,6 +1,6 @@
-"""Verdicts of a language model on a server: asked for, asked for again where they can't be read, and then missing.
+"""Verdicts of a language model on a server: how a prompt is made, asked, and its answer read.
 
-A missing verdict has a reason and no value: it is neither zero nor a tie.
+A verdict that can't be read is asked for again, and then missing: it has a reason and no value, and is neither zero nor a tie.
 """
 
 from __future__ import annotations
@@ -8,12 +8,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
 
+from ncalign.data.groups import Message
 from ncalign.generation.client import Choice, Request, Server, ServerError
 
 Verdict = TypeVar("Verdict")
+
+_RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
 
 # What servers say of a prompt that does not fit: OpenAI, vLLM, SGLang, TGI and llama.cpp word it differently.
 _TOO_LONG = re.compile(
@@ -24,18 +29,46 @@ _TOO_LONG = re.compile(
 
 
 @dataclass
-class Verdicts(Generic[Verdict]):
-    """What a judge said of each prompt.
+class Account:
+    """What judging took, and how many verdicts are missing.
 
     Attributes:
-        values: one for each prompt, in order; None where it is missing.
-        missing: how many are, by reason: ``unreadable``, ``prompt too long for the judge``, ``no answer``.
-        first_failure: what the server said last where it gave no answer; empty where it always did.
+        mode: the kind of verdict that was asked for.
+        asked: verdicts asked for.
+        identical: questions whose two answers are the same, which are ties and not asked about.
+        missing: verdicts that are missing, by reason (``unreadable``, ``prompt too long for the judge``, ``no answer``); they
+            count nowhere.
+        remembered: requests answered from disk.
+        requests: requests that the server answered now.
+        prompt_tokens: as the server counted them, now.
+        completion_tokens: as the server counted them, now.
+        cost: of these, where prices are known.
+        first_failure: what the server said the first time it gave no answer.
     """
 
-    values: list[Verdict | None]
+    mode: str
+    asked: int = 0
+    identical: int = 0
     missing: Counter[str] = field(default_factory=Counter)
+    remembered: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
     first_failure: str = ""
+
+    def text(self) -> str:
+        """One line."""
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.missing.most_common())
+        parts = [
+            f"{self.asked} verdicts by {self.mode}",
+            *([f"{self.identical} questions with equal answers, not asked about"] if self.identical else []),
+            f"{self.missing.total()} missing" + (f" ({reasons})" if reasons else ""),
+            f"{self.remembered} remembered",
+            f"{self.prompt_tokens} + {self.completion_tokens} tokens",
+            *([f"cost {self.cost:.4g}"] if self.cost is not None else []),
+        ]
+        return ", ".join(parts)
 
 
 def ask_verdicts(
@@ -45,8 +78,9 @@ def ask_verdicts(
     *,
     attempts: int,
     body: Mapping[str, Any],
+    account: Account,
     done: Callable[[int], None] = lambda index: None,
-) -> Verdicts[Verdict]:
+) -> list[Verdict | None]:
     """Ask for all verdicts at once.
 
     Args:
@@ -55,13 +89,18 @@ def ask_verdicts(
         read: the verdict in an answer; None where there is none.
         attempts: times that a verdict which can't be read is asked for.
         body: further fields of the requests.
+        account: what was asked, what is missing and what it took are added to it.
         done: told of each prompt that is answered at the first attempt, by its place.
+
+    Returns:
+        A verdict for each prompt, None where it is missing.
 
     Raises:
         ServerError: the server answers nothing at all, as when it is down; prompts that are all too long are missing
             verdicts.
     """
-    found = Verdicts[Verdict]([None] * len(prompts))
+    before = replace(server.usage)
+    values: list[Verdict | None] = [None] * len(prompts)
     reasons = ["unreadable"] * len(prompts)
     open_ = list(range(len(prompts)))
     for attempt in range(attempts):
@@ -73,15 +112,15 @@ def ask_verdicts(
         down: list[ServerError] = []
         for index, answer in zip(open_, answers, strict=True):
             if isinstance(answer, ServerError):
-                found.first_failure = found.first_failure or str(answer)
+                account.first_failure = account.first_failure or str(answer)
                 too_long = answer.refused and _TOO_LONG.search(str(answer)) is not None
                 reasons[index] = "prompt too long for the judge" if too_long else "no answer"
                 if not too_long:
                     down.append(answer)
                     again.append(index)
                 continue
-            found.values[index] = read(answer[0])
-            if found.values[index] is None:
+            values[index] = read(answer[0])
+            if values[index] is None:
                 reasons[index] = "unreadable"
                 again.append(index)
         if all(isinstance(answer, ServerError) for answer in answers):
@@ -90,24 +129,47 @@ def ask_verdicts(
                 raise down[0]
             break
         open_ = again
-    found.missing.update(reason for reason, value in zip(reasons, found.values, strict=True) if value is None)
-    return found
+    account.asked += len(prompts)
+    account.missing.update(reason for reason, value in zip(reasons, values, strict=True) if value is None)
+    for name in ("remembered", "requests", "prompt_tokens", "completion_tokens"):
+        setattr(account, name, getattr(account, name) + getattr(server.usage, name) - getattr(before, name))
+    return values
 
 
 def _request(prompt: str, attempt: int, body: Mapping[str, Any]) -> Request:
-    # The same question at temperature 0 has the same answer: one that could not be read is asked for otherwise.
+    # The same question at temperature 0 has the same answer: one that could not be read is asked for at another temperature.
     sampling = {"temperature": 0.0 if attempt == 0 else 0.7, "seed": attempt}
     return Request("chat", {"messages": [{"role": "user", "content": prompt}], **sampling, **body})
 
 
 def concluded(text: str) -> str:
-    """What a judge says after thinking aloud, where it weighs verdicts that it does not give; nothing where it was cut there.
+    """What a judge says after its thoughts, which may hold verdicts that it weighs; nothing where it was cut off in them.
 
     >>> concluded("<think>[[3]] or [[4]]?</think>[[4]]"), concluded("[[4]]"), concluded("<think>[[3]]")
     ('[[4]]', '[[4]]', '')
     """
     _, closed, said = text.rpartition("</think>")
     return said if closed or "<think>" not in said else ""
+
+
+def the_one(pattern: re.Pattern[str], choice: Choice) -> str | None:
+    """What a pattern finds in a judge's conclusion; None where it finds nothing, or several different things.
+
+    A judge that repeats the scale or weighs two labels has not said which it means.
+    """
+    found = set(pattern.findall(concluded(choice.text)))
+    return str(found.pop()) if len(found) == 1 else None
+
+
+def read_rating(choice: Choice, *, lowest: float, highest: float) -> float | None:
+    """The rating that a judge gives, as in ``[[7.5]]``; None where there is none within the scale."""
+    found = the_one(_RATING, choice)
+    return float(found) if found is not None and lowest <= float(found) <= highest else None
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as a judge reads it, each turn after who said it."""
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
 def fill(template: str, texts: Mapping[str, str]) -> str:
@@ -117,3 +179,27 @@ def fill(template: str, texts: Mapping[str, str]) -> str:
     '{b} and 2'
     """
     return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), template)
+
+
+def load_template(package: str, name: str, needed: Sequence[str], file: Path | None) -> str:
+    """The text of a judge's prompt, with a place for each text that is filled in.
+
+    Args:
+        package: whose folder ``prompts`` holds our own.
+        name: of our own file.
+        needed: names of the places that the user's own file must have.
+        file: the user's own, in place of ours.
+
+    Raises:
+        ValueError: the user's file can't be read, or lacks a place.
+    """
+    if file is None:
+        return (resources.files(package) / "prompts" / name).read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"judge.template {file} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    lacking = ", ".join(f"{{{place}}}" for place in needed if f"{{{place}}}" not in text)
+    if lacking:
+        raise ValueError(f"judge.template {file} lacks {lacking}: without it the judge does not see what it is to judge")
+    return text
