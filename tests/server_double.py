@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[dict[str, Any], int], str]
+Fault = str | int | bytes | None
 
 
 def echo(body: dict[str, Any], number: int) -> str:
@@ -23,20 +24,20 @@ def echo(body: dict[str, Any], number: int) -> str:
 class ServerDouble:
     """Records requests; ``faults`` says what to do wrong with the request of a given number, counted from 0.
 
-    A fault is ``drop``, ``half`` (half the JSON), ``few`` (one choice, whatever n is), ``many``, ``slow``, ``null`` (content is
-    null), ``too long`` (what servers say of a prompt that does not fit), or a status to answer with; ``fault_of`` says the
-    same of a request's body.
+    A fault is ``drop``, ``half`` (half the JSON), ``few`` (one choice, whatever n is), ``many``, ``slow``, ``trickle`` (a byte
+    now and then), ``null`` (content is null), ``too long`` (what servers say of a prompt that does not fit), a status to answer
+    with, or the bytes to answer with; ``fault_of`` says the same of a request's body.
     """
 
-    def __init__(self, answer: Answer = echo, faults: Callable[[int], str | int | None] = lambda number: None) -> None:
+    def __init__(self, answer: Answer = echo, faults: Callable[[int], Fault] = lambda number: None) -> None:
         self.answer, self.faults = answer, faults
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str | None] = []
         self.answered: Counter[str] = Counter()
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
-        self.delay = 0.0
-        self.fault_of: Callable[[dict[str, Any]], str | int | None] = lambda body: None
+        self.delay, self.slow_seconds = 0.0, 1.5
+        self.fault_of: Callable[[dict[str, Any]], Fault] = lambda body: None
 
     def choices(self, path: str, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
         found = []
@@ -70,16 +71,20 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 double.under_way += 1
                 double.most_under_way = max(double.most_under_way, double.under_way)
             try:
-                self.reply(body, double.faults(number) or double.fault_of(body))
+                fault = double.faults(number)
+                self.reply(body, double.fault_of(body) if fault is None else fault)
             finally:
                 with double.lock:
                     double.under_way -= 1
 
-        def reply(self, body: dict[str, Any], fault: str | int | None) -> None:
+        def reply(self, body: dict[str, Any], fault: Fault) -> None:
             time.sleep(double.delay)
             if fault == "drop":
                 self.close_connection = True
                 self.connection.shutdown(2)
+                return
+            if isinstance(fault, bytes):
+                self.send(fault, 200)
                 return
             if isinstance(fault, int):
                 self.send({"error": {"message": f"no, {self.headers.get('Authorization')}"}}, fault)
@@ -89,7 +94,7 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 self.send({"error": {"message": said, "code": "context_length_exceeded"}}, 400)
                 return
             if fault == "slow":
-                time.sleep(1.5)
+                time.sleep(double.slow_seconds)
             if "prompt" not in body and "messages" not in body:  # an order, such as to load weights
                 self.send({}, 200)
                 return
@@ -102,11 +107,11 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
             if fault not in ("half", "null", "slow"):
                 with double.lock:
                     double.answered[json.dumps(body.get("messages") or body.get("prompt"))] += n
-            self.send(answer, 200, half=fault == "half")
-
-        def send(self, answer: dict[str, Any], status: int, *, half: bool = False) -> None:
             data = json.dumps(answer).encode()
-            data = data[: len(data) // 2] if half else data
+            self.send(data[: len(data) // 2] if fault == "half" else data, 200, pause=0.05 if fault == "trickle" else 0.0)
+
+        def send(self, answer: dict[str, Any] | bytes, status: int, *, pause: float = 0.0) -> None:
+            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -114,7 +119,9 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 if status == 429:
                     self.send_header("Retry-After", "0.01")
                 self.end_headers()
-                self.wfile.write(data)
+                for part in [data[i : i + 1] for i in range(len(data))] if pause else [data]:
+                    self.wfile.write(part)
+                    time.sleep(pause)
             except (BrokenPipeError, ConnectionResetError):
                 pass
 

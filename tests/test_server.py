@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -94,6 +99,154 @@ def test_a_slow_server_is_asked_again() -> None:
         [found] = Server(config(url, timeout_seconds=0.3)).ask([chat("q")])
     assert isinstance(found, list)
     assert len(double.requests) == 2
+
+
+def test_a_server_that_trickles_is_held_to_the_deadline() -> None:
+    # Each byte comes in time; the whole would take many times timeout_seconds.
+    double = ServerDouble(faults=lambda number: "trickle" if number == 0 else None)
+    with serving(double) as url:
+        started = time.monotonic()
+        [found] = Server(config(url, timeout_seconds=0.5)).ask([chat("q")])
+        assert time.monotonic() - started < 4
+        assert isinstance(found, list)
+        double.faults = lambda number: "trickle"
+        [found] = Server(config(url, timeout_seconds=0.3, max_retries=1)).ask([chat("q")])
+    assert isinstance(found, ServerError)
+    assert "timed out" in str(found)
+    assert not found.refused
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    choice = {"message": {"content": "fine"}, "finish_reason": "stop", **changes.pop("choice", {})}
+    return {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}, **changes}
+
+
+def logprobs(value: object, token: object = "a") -> dict[str, Any]:
+    return {"choice": {"logprobs": {"content": [{"token": token, "logprob": value, "top_logprobs": []}]}}}
+
+
+MALFORMED = [
+    answer(usage=[]),
+    answer(usage="many"),
+    answer(usage={"prompt_tokens": -1}),
+    answer(usage={"completion_tokens": 10**400}),
+    answer(choices=None),
+    answer(choices={"a": 1}),
+    answer(choices=[]),
+    answer(choices=[None]),
+    answer(choice={"message": {"content": 7}}),
+    answer(choice={"message": {"content": "\ud800"}}),
+    answer(choice={"finish_reason": ["stop"]}),
+    answer(choice={"logprobs": [1]}),
+    answer(**logprobs(float("nan"))),
+    answer(**logprobs(float("-inf"))),
+    answer(**logprobs(1000.0)),
+    answer(**logprobs(None)),
+    answer(**logprobs(-1.0, token=None)),
+    answer(
+        choice={"logprobs": {"content": [{"token": "a", "logprob": -1.0, "top_logprobs": [{"token": "b", "logprob": 3.0}]}]}}
+    ),
+    [1],
+    None,
+]
+
+
+@pytest.mark.parametrize(
+    "body", [*(json.dumps(one) for one in MALFORMED), "", "<html>", "[" * 200_000, json.dumps(answer())[:60]]
+)
+def test_a_malformed_answer_is_asked_for_again_then_missing_and_never_kept(body: str, tmp_path: Path) -> None:
+    double = ServerDouble(faults=lambda number: body.encode() if number in (0, 2, 3) else None)
+    with serving(double) as url:
+        server = Server(config(url, max_retries=1), Store(tmp_path / "answers"))
+        [found] = server.ask([chat("q")])
+        assert found == [Choice(f"answer 0 of {5 + 7919} to q", True, 3)]
+        [found] = server.ask([chat("other")])
+        assert isinstance(found, ServerError)
+        assert "no usable answer 2 times" in str(found)
+        assert (server.usage.malformed, len(double.requests)) == (3, 4)
+        again = Server(config(url), Store(tmp_path / "answers"))
+        assert [isinstance(one, list) for one in again.ask([chat("q"), chat("other")])] == [True, True]
+        assert len(double.requests) == 5
+
+
+def test_what_other_servers_leave_out_or_add_is_no_fault() -> None:
+    bodies = [
+        {
+            "choices": [{"message": {"content": "a", "tool_calls": None}, "logprobs": None, "finish_reason": "eos"}],
+            "usage": None,
+        },
+        answer(choice={"logprobs": {"content": [{"token": "a", "logprob": 1e-6}]}}, extra=float("nan")),
+        {"choices": [{"text": "a", "logprobs": {"token_logprobs": [None, -1.0], "tokens": ["x", "y"]}}]},
+        {"choices": [{"text": "a", "logprobs": {"content": [{"token": "a", "logprob": -2.0, "top_logprobs": []}]}}]},
+    ]
+    kinds: list[Any] = ["chat", "chat", "completions", "completions"]
+    double = ServerDouble(faults=lambda number: json.dumps(bodies[number]).encode())
+    with serving(double) as url:
+        server = Server(config(url, max_concurrency=1))
+        found = server.ask([Request(kind, {"prompt": str(i)}) for i, kind in enumerate(kinds)])
+    assert [one[0] if isinstance(one, list) else one for one in found] == [
+        Choice("a", True),
+        Choice("fine", True, 1, 1e-6),
+        Choice("a", True, 2, -1.0),
+        Choice("a", True, 1, -2.0),
+    ]
+
+
+def test_answers_kept_by_earlier_versions_are_found(tmp_path: Path) -> None:
+    store, url = Store(tmp_path / "answers"), "http://127.0.0.1:9/v1"
+    body = {"messages": [{"role": "user", "content": "q"}], "seed": 5}
+    kept = {"text": "yes", "finished": True, "num_tokens": 1, "logprob": -0.5, "top": [{"yes": -0.5, "no": -1.0}]}
+    key = Store.key(url, "m", "", "chat", body)
+    assert key == Store.key("http://127.0.0.1:9/v1", "m", "", "chat", dict(chat("q").body))
+    store.put(key, [kept])
+    assert Server(config(url), store).ask([chat("q")]) == [[Choice("yes", True, 1, -0.5, ({"yes": -0.5, "no": -1.0},))]]
+    # One that would never be kept now is asked for again.
+    store.put(key, [{**kept, "top": [{"yes": 1000.0}]}])
+    [found] = Server(config(url, max_retries=0), store).ask([chat("q")])
+    assert isinstance(found, ServerError)
+
+
+def test_ctrl_c_cancels_what_is_under_way_and_keeps_what_is_done(tmp_path: Path) -> None:
+    double = ServerDouble(faults=lambda number: None if number < 6 else "slow")
+    double.slow_seconds = 60.0
+
+    def interrupt() -> None:
+        while len(double.requests) < 8:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with serving(double) as url:
+        threading.Thread(target=interrupt, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            Server(config(url, max_concurrency=2), Store(tmp_path / "answers")).ask([chat(f"q{i}") for i in range(50)])
+        assert time.monotonic() - started < 30
+        double.faults = lambda number: None
+        again = Server(config(url), Store(tmp_path / "answers"))
+        assert all(isinstance(one, list) for one in again.ask([chat(f"q{i}") for i in range(50)]))
+    assert again.usage.remembered == 6
+
+
+def test_a_caller_may_have_a_running_loop_or_be_a_thread() -> None:
+    async def notebook(server: Server) -> Any:
+        return server.ask([chat("q")])
+
+    with serving(ServerDouble()) as url, ThreadPoolExecutor(1) as pool:
+        server = Server(config(url))
+        [[expected]] = server.ask([chat("q")])
+        assert asyncio.run(notebook(server)) == [[expected]]
+        assert pool.submit(server.ask, [chat("q")]).result() == [[expected]]
+
+
+def test_a_short_key_is_no_secret_that_answers_may_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "test")
+    with serving(ServerDouble(answer=lambda body, number: "a test")) as url:
+        [[found]] = Server(config(url, api_key_env="TEST_KEY")).ask([chat("q")])
+        assert found.text == "a test"
+        monkeypatch.setenv("TEST_KEY", KEY)
+    with serving(ServerDouble(answer=lambda body, number: f"it is {KEY}")) as url:
+        [[found]] = Server(config(url, api_key_env="TEST_KEY")).ask([chat("q")])
+        assert found.text == "it is ***"
 
 
 def test_what_fails_for_good_is_said_for_each_and_the_rest_is_kept(tmp_path: Path) -> None:

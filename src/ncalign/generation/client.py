@@ -1,29 +1,41 @@
 """Any server that speaks OpenAI's chat and completions API: asked many things at once, and never the same thing twice.
 
-The `openai` library sends and retries what the network or the server refuses (backoff with jitter, Retry-After). Here is what
-is left: how many are under way, how many a minute, answers that are no answers (half JSON, fewer choices than asked), and an
-account on disk of what was answered.
+The `openai` library sends requests and repeats those that the network or the server refuses (backoff with jitter, Retry-After).
+Added here: how many are under way, how many begin in a minute, a deadline for each, the check of what comes back (half JSON,
+fewer choices than asked for, impossible log-probs), and a store on disk of what was answered.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import threading
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from asyncio import gather, sleep
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import AliasChoices, AliasPath, BaseModel, Field, TypeAdapter, ValidationError
 
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+Result = TypeVar("Result")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 _ABOUT_THE_REQUEST = frozenset({400, 404, 413, 422})
 # Requests in a row without an answer after which no more are sent, as a multiple of those under way at a time.
 _GIVE_UP_AFTER = 2
+# Keys of fewer characters are placeholders for servers without keys ("EMPTY", "ollama"), and words that a model may say.
+_SECRET_LENGTH = 16
+
+# In nats. Rounding may put the log-prob of a certain token a little above 0.
+Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,8 @@ class Choice:
     text: str
     finished: bool
     num_tokens: int | None = None
-    logprob: float | None = None
-    top: tuple[Mapping[str, float], ...] = ()
+    logprob: Logprob | None = None
+    top: tuple[Mapping[str, Logprob], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +77,8 @@ class Usage:
     """What was asked and answered, this process's share.
 
     Attributes:
-        requests: HTTP requests that came to an answer.
-        malformed: answers that were none, and were asked for again.
+        requests: HTTP requests that were answered.
+        malformed: answers that could not be used, and were asked for again.
         remembered: requests whose answers were on disk.
         prompt_tokens: as the server counted them.
         completion_tokens: as the server counted them.
@@ -77,13 +89,6 @@ class Usage:
     remembered: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, **counts: int) -> None:
-        """Count, from any thread."""
-        with self.lock:
-            for name, count in counts.items():
-                setattr(self, name, getattr(self, name) + count)
 
 
 class ServerError(RuntimeError):
@@ -95,13 +100,15 @@ class ServerError(RuntimeError):
     """
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
-        """Keep the message and whose fault it is."""
         super().__init__(message)
         self.refused = refused
 
 
 class Server:
     """A client of one model on one server.
+
+    Requests run on an event loop in a thread of its own, so that callers may have a loop of theirs (a notebook), and Ctrl-C
+    cancels what is under way.
 
     Args:
         config: where it is, and how it may be asked.
@@ -118,7 +125,7 @@ class Server:
 
     def __init__(self, config: ServerConfig, store: Store | None = None) -> None:
         try:
-            import openai
+            import openai  # noqa: F401
         except ImportError:
             raise ValueError("a server needs the package openai: pip install 'ncalign[server]'") from None
         self.config, self.usage, self._store = config, Usage(), store
@@ -128,14 +135,7 @@ class Server:
                 f"server {config.base_url}: the environment variable {config.api_key_env} is not set; export it, or set "
                 "api_key_env: none for a server without keys"
             )
-        self._client = openai.OpenAI(
-            base_url=config.base_url,
-            api_key=self._key or "none",
-            timeout=config.timeout_seconds,
-            max_retries=config.max_retries,
-        )
-        self._failures: tuple[type[Exception], ...] = (openai.OpenAIError,)
-        self._pace = _Pace(config.requests_per_minute)
+        self._next_start = 0.0
         self.model, self.version = config.model, ""
 
     def ask(
@@ -147,39 +147,13 @@ class Server:
 
         Args:
             requests: what to ask.
-            done: told of each request that came to its end, by its place; called from this thread.
+            done: told of each request that came to its end, by its place; called from the event loop's thread.
 
         Returns:
             For each request, in order, its answers: ``n`` or, where the server stopped giving more, fewer; or why there are
             none.
         """
-        found: list[list[Choice] | ServerError] = [[] for _ in requests]
-        pool = ThreadPoolExecutor(self.config.max_concurrency, thread_name_prefix="server")
-        most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0
-        try:
-            futures: dict[Future[list[Choice]], int] = {pool.submit(self._answers, r): i for i, r in enumerate(requests)}
-            for future in as_completed(futures):
-                index = futures[future]
-                try:
-                    found[index] = future.result()
-                    in_a_row = 0
-                except CancelledError:
-                    found[index] = ServerError(
-                        f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer"
-                    )
-                except ServerError as error:
-                    found[index] = error
-                    in_a_row += not error.refused
-                    if in_a_row >= most:
-                        for other in futures:
-                            other.cancel()
-                done(index)
-        except BaseException:
-            # Ctrl-C: what is under way ends by itself, and is kept; nothing more is asked.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        pool.shutdown()
-        return found
+        return _run(self._ask, requests, done)
 
     def post(self, path: str, body: Mapping[str, Any]) -> None:
         """Tell the server something that has no answer, such as to load an adapter.
@@ -193,139 +167,193 @@ class Server:
         """
         if path.startswith("//"):
             path = self.config.base_url.rstrip("/").removesuffix("/v1") + path[1:]
-        try:
-            self._client.post(path, body=dict(body), cast_to=str)
-        except self._failures as error:
-            raise self._failed(error) from None
+        _run(self._post, path, body)
 
-    def _answers(self, request: Request) -> list[Choice]:
+    async def _ask(self, requests: Sequence[Request], done: Callable[[int], None]) -> list[list[Choice] | ServerError]:
+        most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0
+        not_asked = f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer"
+        found: list[list[Choice] | ServerError] = [ServerError(not_asked) for _ in requests]
+        waiting = iter(enumerate(requests))
+
+        async def work(client: AsyncOpenAI) -> None:
+            nonlocal in_a_row
+            for index, request in waiting:
+                if in_a_row < most:
+                    try:
+                        found[index], in_a_row = await self._answers(client, request), 0
+                    except ServerError as error:
+                        found[index] = error
+                        in_a_row += not error.refused
+                done(index)
+
+        async with self._client() as client:
+            await gather(*(work(client) for _ in range(min(self.config.max_concurrency, len(requests)))))
+        return found
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> None:
+        async with self._client() as client:
+            await self._sent(client, path, body)
+
+    def _client(self) -> AsyncOpenAI:
+        import openai
+        from anyio import fail_after
+
+        seconds = self.config.timeout_seconds
+
+        class WithDeadline(openai.DefaultAsyncHttpxClient):
+            """Bounds the whole request: the library's own limits bound each wait for bytes, however many there are."""
+
+            async def send(self, request: Any, **options: Any) -> Any:
+                try:
+                    with fail_after(seconds):
+                        return await super().send(request, **options)
+                except TimeoutError as error:
+                    # What openai repeats a request for: an error of httpx or of httpx2, whichever this version of it uses.
+                    raise sys.modules[type(request).__module__].ReadTimeout(str(error)) from error
+
+        return openai.AsyncOpenAI(
+            base_url=self.config.base_url,
+            api_key=self._key or "none",
+            timeout=None,
+            max_retries=self.config.max_retries,
+            http_client=WithDeadline(),
+        )
+
+    async def _answers(self, client: AsyncOpenAI, request: Request) -> list[Choice]:
         """The answers to one request, those on disk first; each is kept as it comes."""
         key = Store.key(self.config.base_url, self.model, self.version, request.kind, dict(request.body))
-        kept = [] if self._store is None else self._store.get(key) or []
-        choices = [_restored(entry) for entry in kept][: request.n]
-        self.usage.add(remembered=len(choices) == request.n)
-        fruitless = 0
+        choices = self._kept(key)[: request.n]
+        self.usage.remembered += len(choices) == request.n
+        malformed = 0
         while len(choices) < request.n:
             try:
-                got = self._send(request, request.n - len(choices), number=len(choices) + fruitless)
+                found = await self._choices(client, request, request.n - len(choices), number=len(choices) + malformed)
             except _Malformed as error:
-                fruitless += 1
-                self.usage.add(malformed=1)
-                if fruitless > self.config.max_retries:
+                malformed += 1
+                self.usage.malformed += 1
+                if malformed > self.config.max_retries:
                     if choices:
                         return choices
                     raise ServerError(
-                        f"server {self.config.base_url} gave no usable answer {fruitless} times: {error}", refused=True
+                        f"server {self.config.base_url} gave no usable answer {malformed} times: {error}", refused=True
                     ) from None
-                time.sleep(min(_FIRST_PAUSE * 2**fruitless, _LONGEST_PAUSE) * (1 - 0.25 * random.random()))
+                await sleep(min(_FIRST_PAUSE * 2**malformed, _LONGEST_PAUSE) * (1 - 0.25 * random.random()))
                 continue
-            choices += got[: request.n - len(choices)]
+            choices += found[: request.n - len(choices)]
             if self._store is not None:
                 self._store.put(key, [asdict(choice) for choice in choices])
         return choices
 
-    def _send(self, request: Request, n: int, *, number: int) -> list[Choice]:
+    def _kept(self, key: str) -> list[Choice]:
+        try:
+            return _CHOICES.validate_python(None if self._store is None else self._store.get(key) or [])
+        except ValidationError:  # kept by a version that checked less
+            return []
+
+    async def _choices(self, client: AsyncOpenAI, request: Request, n: int, *, number: int) -> list[Choice]:
+        """What the server answers to one HTTP request; ``number`` tells those apart that ask the same."""
         body = {**request.body, "model": self.model}
         if n > 1:
             body["n"] = n
         if number and "seed" in body:
             # The same seed would answer the same again.
             body["seed"] = (body["seed"] + 7919 * number) % 2**31
-        path = "/chat/completions" if request.kind == "chat" else "/completions"
-        self._pace.wait()
+        if self.config.requests_per_minute:
+            now = time.monotonic()
+            start = max(self._next_start, now)
+            self._next_start = start + 60 / self.config.requests_per_minute
+            await sleep(start - now)
+        text = await self._sent(client, "/chat/completions" if request.kind == "chat" else "/completions", body)
+        self.usage.requests += 1
+        if len(self._key) >= _SECRET_LENGTH:
+            text = self._without_key(text)
         try:
-            text = self._client.post(path, body=body, cast_to=str)
-        except self._failures as error:
-            raise self._failed(error) from None
-        self.usage.add(requests=1)
-        return list(self._parsed(request.kind, self._without_key(text)))
+            answer = _Answer.model_validate_json(text)
+        except ValidationError as error:
+            [first, *_] = error.errors(include_url=False, include_input=False)
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise _Malformed(self._without_key(f"{place}{first['msg']} in {text[:200]!r}")) from None
+        counted = answer.usage or _Usage()
+        self.usage.prompt_tokens += counted.prompt_tokens or 0
+        self.usage.completion_tokens += counted.completion_tokens or 0
+        found = [choice.read() for choice in answer.choices]
+        if len(found) == 1 and found[0].num_tokens is None:
+            found = [replace(found[0], num_tokens=counted.completion_tokens or None)]
+        return found
 
-    def _parsed(self, kind: str, text: str) -> Iterator[Choice]:
+    async def _sent(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any]) -> str:
+        from openai import APIStatusError, OpenAIError
+
         try:
-            answer = json.loads(text)
-            choices = answer["choices"]
-            usage = answer.get("usage") or {}
-            found = [(_chat_choice if kind == "chat" else _text_choice)(choice) for choice in choices]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise _Malformed(f"{type(error).__name__} in {text[:200]!r}") from None
-        if not found:
-            raise _Malformed("an answer without choices")
-        self.usage.add(
-            prompt_tokens=int(usage.get("prompt_tokens") or 0), completion_tokens=int(usage.get("completion_tokens") or 0)
-        )
-        if len(found) == 1 and found[0].num_tokens is None and usage.get("completion_tokens"):
-            found = [Choice(**{**asdict(found[0]), "num_tokens": int(usage["completion_tokens"])})]
-        yield from found
-
-    def _failed(self, error: Exception) -> ServerError:
-        return ServerError(self._worded(error), refused=getattr(error, "status_code", None) in _ABOUT_THE_REQUEST)
-
-    def _worded(self, error: Exception) -> str:
-        """What the server said, without the key that it may repeat."""
-        status = getattr(error, "status_code", None)
-        said = self._without_key(str(error)).strip().split("\n", 1)[0][:300]
-        advice = {
-            401: f"; is the key in {self.config.api_key_env} right?",
-            404: f"; does it serve the model {self.model!r}?",
-            429: "; lower max_concurrency or set requests_per_minute",
-        }.get(status or 0, "")
-        return f"server {self.config.base_url}: {said}{advice}"
+            return await client.post(path, body=dict(body), cast_to=str)
+        except OpenAIError as error:
+            status = error.status_code if isinstance(error, APIStatusError) else 0
+            said = self._without_key(str(error)).strip().split("\n", 1)[0][:300]
+            advice = {
+                401: f"; is the key in {self.config.api_key_env} right?",
+                404: f"; does it serve the model {self.model!r}?",
+                429: "; lower max_concurrency or set requests_per_minute",
+            }.get(status, "")
+            message = f"server {self.config.base_url}: {said}{advice}"
+            raise ServerError(message, refused=status in _ABOUT_THE_REQUEST) from None
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
 
+def _run(work: Callable[..., Awaitable[Result]], *arguments: Any) -> Result:
+    from anyio.from_thread import start_blocking_portal
+
+    with start_blocking_portal() as portal:
+        return portal.call(work, *arguments)
+
+
 class _Malformed(ValueError):
-    """An answer that is none."""
+    """An answer that can't be used."""
 
 
-class _Pace:
-    """At most so many a minute, evenly."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self._interval = 60.0 / per_minute if per_minute else 0.0
-        self._next, self._lock = 0.0, threading.Lock()
-
-    def wait(self) -> None:
-        if not self._interval:
-            return
-        with self._lock:
-            now = time.monotonic()
-            turn = max(self._next, now)
-            self._next = turn + self._interval
-        time.sleep(turn - now)
+# --- What is read of a server's answer: fields that one API or another names, whatever else it holds ------------------------
 
 
-def _restored(entry: Mapping[str, Any]) -> Choice:
-    return Choice(**{**entry, "top": tuple(entry["top"])})
+class _Token(BaseModel):
+    token: str
+    logprob: Logprob
+    top_logprobs: list[_Token] | None = None
 
 
-def _chat_choice(choice: Mapping[str, Any]) -> Choice:
-    content = choice["message"]["content"]
-    if not isinstance(content, str):
-        raise TypeError("the message has no content")
-    tokens = (choice.get("logprobs") or {}).get("content")
-    return Choice(
-        text=content,
-        finished=choice.get("finish_reason") != "length",
-        num_tokens=None if tokens is None else len(tokens),
-        logprob=None if tokens is None else float(sum(token["logprob"] for token in tokens)),
-        top=tuple({t["token"]: float(t["logprob"]) for t in token.get("top_logprobs") or ()} for token in tokens or ())
-        if tokens and tokens[0].get("top_logprobs")
-        else (),
-    )
+class _Logprobs(BaseModel):
+    content: list[_Token] | None = None  # the chat API's; llama.cpp gives it in the completions API too
+    token_logprobs: list[Logprob | None] | None = None  # the completions API's; None where a token has no left context
 
 
-def _text_choice(choice: Mapping[str, Any]) -> Choice:
-    if not isinstance(choice["text"], str):
-        raise TypeError("the text is none")
-    found = choice.get("logprobs") or {}
-    values = found.get("token_logprobs")
-    if values is None and found.get("content") is not None:  # llama.cpp gives the chat API's form
-        values = [token["logprob"] for token in found["content"]]
-    return Choice(
-        text=choice["text"],
-        finished=choice.get("finish_reason") != "length",
-        num_tokens=None if values is None else len(values),
-        logprob=None if values is None else float(sum(value for value in values if value is not None)),
-    )
+class _Usage(BaseModel):
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
+
+
+class _WireChoice(BaseModel):
+    text: str = Field(validation_alias=AliasChoices(AliasPath("message", "content"), "text"))
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+    def read(self) -> Choice:
+        given = self.logprobs or _Logprobs()
+        tokens, values = given.content, given.token_logprobs
+        if values is None and tokens is not None:
+            values = [token.logprob for token in tokens]
+        top = tuple({one.token: one.logprob for one in token.top_logprobs or ()} for token in tokens or ())
+        return Choice(
+            self.text,
+            finished=self.finish_reason != "length",
+            num_tokens=None if values is None else len(values),
+            logprob=None if values is None else float(sum(value for value in values if value is not None)),
+            top=top if any(top) else (),
+        )
+
+
+class _Answer(BaseModel):
+    choices: list[_WireChoice] = Field(min_length=1)
+    usage: _Usage | None = None
+
+
+_CHOICES = TypeAdapter(list[Choice])
