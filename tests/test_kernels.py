@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from ncalign.objectives import rnce_loss
 from ncalign.objectives.config import Strategy
 from ncalign.objectives.kernels import (
+    KernelSettings,
+    build_kernel,
     effective_sample_size,
     eligible_negatives,
     importance_log_weights,
@@ -48,6 +51,20 @@ def zeros(size: int = DRAWS) -> Tensor:
     return torch.zeros(size, dtype=torch.long)
 
 
+def draw(
+    scores: Tensor,
+    positive: Tensor,
+    mask: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    rewards: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """A draw with every setting of the kernel, of which `sample_negatives` has the usual ones."""
+    kernel = build_kernel(KernelSettings(**settings))
+    return kernel.draw(scores, torch.zeros_like(scores) if rewards is None else rewards, positive, mask, mask, generator)
+
+
 def assert_drawn_from(drawn: Tensor, probabilities: Sequence[float]) -> None:
     """Chi-square test of the columns drawn; a column of probability 0 must not be drawn at all."""
     counts = torch.bincount(drawn.flatten(), minlength=len(probabilities)).tolist()
@@ -67,7 +84,7 @@ def weights_of(scores: Sequence[float], temperature: float = 1.0) -> list[float]
 @pytest.mark.parametrize("include_positive", [False, True])
 def test_mc_draws_from_the_softmax(include_positive: bool, temperature: float) -> None:
     scores = (0.4, -0.7, 1.1, 0.0)
-    drawn = sample_negatives(
+    drawn = draw(
         repeated(*scores),
         zeros(),
         real(DRAWS, 4),
@@ -105,7 +122,7 @@ def test_draws_without_replacement_have_the_exact_probabilities(num_proposals: i
     scores = (0.4, -0.7, 1.1, 0.0)
     table = without_replacement(weights_of(scores), 2)
     assert sum(table.values()) == pytest.approx(1, abs=1e-12)
-    drawn = sample_negatives(
+    drawn = draw(
         repeated(*scores),
         torch.full((DRAWS,), -1),
         real(DRAWS, 4),
@@ -138,6 +155,18 @@ def test_draws_with_replacement_are_independent() -> None:
     assert_drawn_from(drawn[:, 0] * 3 + drawn[:, 1], [one * other for one in weights for other in weights])
 
 
+@pytest.mark.parametrize("strategy", ["mc", "max", "min", "uniform", "all"])
+@pytest.mark.parametrize(("include_positive", "replacement"), [(False, False), (True, False), (False, True), (True, True)])
+def test_sample_negatives_is_the_kernel_with_the_same_settings(
+    strategy: Strategy, include_positive: bool, replacement: bool
+) -> None:
+    scores, positive = torch.randn(64, 5, generator=seeded(4)), torch.randint(0, 5, (64,), generator=seeded(5))
+    settings = {"num_negatives": 3, "strategy": strategy, "include_positive": include_positive, "replacement": replacement}
+    simple = sample_negatives(scores, positive, real(64, 5), generator=seeded(), **settings)
+    assert torch.equal(simple, draw(scores, positive, real(64, 5), generator=seeded(), **settings))
+    assert ((simple == positive.unsqueeze(1)).any()) == include_positive
+
+
 def test_max_and_min_are_exact_and_take_the_first_of_tied_ones() -> None:
     scores = torch.tensor([[9.0, 1.0, 2.0, 2.0, 0.0]])
     for strategy, expected in (("max", [2, 3, 1]), ("min", [4, 1, 2])):
@@ -151,7 +180,7 @@ def test_max_and_min_are_exact_and_take_the_first_of_tied_ones() -> None:
 @pytest.mark.parametrize("chain_steps", [1, 2, 5])
 def test_the_chain_follows_the_powers_of_its_transition_matrix(num_proposals: int, chain_steps: int) -> None:
     scores = (1.5, -0.7, 0.6, -0.2)
-    drawn = sample_negatives(
+    drawn = draw(
         repeated(*scores),
         zeros(),
         real(DRAWS, 4),
@@ -169,7 +198,7 @@ def test_the_chain_follows_the_powers_of_its_transition_matrix(num_proposals: in
 @pytest.mark.parametrize("chain_steps", [1, 3])
 def test_the_chain_without_the_positive_starts_from_its_proposals(chain_steps: int) -> None:
     scores = (0.9, -0.8, 0.3)
-    drawn = sample_negatives(
+    drawn = draw(
         repeated(5.0, *scores),
         zeros(),
         real(DRAWS, 4),
@@ -219,9 +248,7 @@ def test_every_kernel_is_reversible(scores: list[float], num_proposals: int, tem
 def test_a_group_with_too_few_candidates_ends_in_minus_one(strategy: Strategy, num_proposals: int | None) -> None:
     mask = torch.tensor([[True, True, True, False], [True, True, False, False], [True, False, False, False], [False] * 4])
     scores = torch.where(mask, torch.tensor([0.0, 2.0, -1.0, 0.5]), math.nan)
-    drawn = sample_negatives(
-        scores, zeros(4), mask, num_negatives=5, strategy=strategy, num_proposals=num_proposals, generator=seeded()
-    )
+    drawn = draw(scores, zeros(4), mask, num_negatives=5, strategy=strategy, num_proposals=num_proposals, generator=seeded())
     assert drawn.shape == (4, 5)
     assert sorted(drawn[0, :2].tolist()) == [1, 2]
     assert drawn[0, 2:].tolist() == [-1] * 3
@@ -233,7 +260,7 @@ def test_a_group_with_too_few_candidates_ends_in_minus_one(strategy: Strategy, n
 @pytest.mark.parametrize("strategy", ["mc", "uniform"])
 def test_with_replacement_only_an_empty_group_has_minus_one(strategy: Strategy, num_proposals: int | None) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    drawn = sample_negatives(
+    drawn = draw(
         torch.zeros(2, 3),
         zeros(2),
         mask,
@@ -256,7 +283,7 @@ def test_draws_are_always_eligible_and_distinct_without_replacement(data: st.Dat
     extremes = st.sampled_from([0.0, 1e4, -1e4, 1e38, -1e38, -math.inf])
     scores = torch.tensor(data.draw(st.lists(extremes, min_size=groups * size, max_size=groups * size))).reshape(groups, size)
     included = data.draw(st.booleans())
-    drawn = sample_negatives(
+    drawn = draw(
         torch.where(mask, scores, math.nan),
         positive,
         mask,
@@ -282,8 +309,8 @@ def test_draws_are_always_eligible_and_distinct_without_replacement(data: st.Dat
 def test_draws_depend_on_the_generator_alone(strategy: Strategy, replacement: bool, num_proposals: int | None) -> None:
     scores = torch.randn(64, 6, generator=seeded(9))
 
-    def draw(generator: torch.Generator) -> Tensor:
-        return sample_negatives(
+    def drawn(generator: torch.Generator) -> Tensor:
+        return draw(
             scores,
             zeros(64),
             real(64, 6),
@@ -296,8 +323,8 @@ def test_draws_depend_on_the_generator_alone(strategy: Strategy, replacement: bo
 
     generator = seeded(3)
     state_before = torch.get_rng_state()
-    first, second = draw(generator), draw(generator)
-    assert torch.equal(first, draw(seeded(3)))
+    first, second = drawn(generator), drawn(generator)
+    assert torch.equal(first, drawn(seeded(3)))
     assert not torch.equal(first, second), "the generator moves on"
     assert torch.equal(state_before, torch.get_rng_state()), "torch's global generator is left alone"
 
@@ -306,7 +333,7 @@ def test_draws_depend_on_the_generator_alone(strategy: Strategy, replacement: bo
 def test_half_precision_scores_are_drawn_from_in_float32(dtype: torch.dtype) -> None:
     scores = torch.tensor([[0.0, 0.5, -1.25, 2.0]]).expand(500, 4)
     one, other = (
-        sample_negatives(s, zeros(500), real(500, 4), num_negatives=2, strategy="mc", temperature=0.3, generator=seeded())
+        draw(s, zeros(500), real(500, 4), num_negatives=2, strategy="mc", temperature=0.3, generator=seeded())
         for s in (scores, scores.to(dtype))
     )
     assert torch.equal(one, other)
@@ -333,7 +360,7 @@ def test_no_gradient_passes_through_the_draw() -> None:
 def test_arguments_out_of_range_are_refused(changed: dict[str, float | None], message: str) -> None:
     arguments = {"num_negatives": 1, "strategy": "mc", "generator": seeded(), **changed}
     with pytest.raises(ValueError, match=message):
-        sample_negatives(torch.zeros(1, 2), zeros(1), real(1, 2), **arguments)
+        draw(torch.zeros(1, 2), zeros(1), real(1, 2), **arguments)
 
 
 def test_kernel_probabilities_by_hand() -> None:
@@ -411,7 +438,7 @@ def test_sweet_spot_is_two_standard_deviations_below_the_mean_reward() -> None:
     # Mean 10, population variance (4 + 0 + 0 + 0 + 0 + 4) / 6 = 4/3: the spot is 10 - 2 * sqrt(4/3) = 7.69.
     rewards = torch.tensor([[12.0, 10.0, 10.0, 10.0, 10.0, 8.0, 7.69]])
     mask = torch.tensor([[True] * 6 + [False]])
-    drawn = sample_negatives(torch.zeros(1, 7), zeros(1), mask, num_negatives=2, strategy="sweet_spot", rewards=rewards)
+    drawn = draw(torch.zeros(1, 7), zeros(1), mask, num_negatives=2, strategy="sweet_spot", rewards=rewards)
     assert drawn.tolist() == [[5, 1]], "the nearest, then the first of those tied; a masked candidate is no candidate"
     found = kernel_probabilities(torch.zeros(1, 7), zeros(1), mask, strategy="sweet_spot", rewards=rewards)
     assert found.tolist() == [[0, 0, 0, 0, 0, 1, 0]]
@@ -424,9 +451,7 @@ def test_sweet_spot_is_not_always_the_worst() -> None:
     # With one of -40: mean 60/21, variance 2600/21 - (60/21)^2 = 115.6, spot -18.65: nearer to 0 (18.65) than to -40 (21.35).
     for worst, nearest in ((-10.0, 20), (-20.0, 20), (-40.0, 10)):
         rewards = torch.tensor([[10.0] * 10 + [0.0] * 10 + [worst]], dtype=torch.float64)
-        drawn = sample_negatives(
-            torch.zeros(1, 21), zeros(1), real(1, 21), num_negatives=1, strategy="sweet_spot", rewards=rewards
-        )
+        drawn = draw(torch.zeros(1, 21), zeros(1), real(1, 21), num_negatives=1, strategy="sweet_spot", rewards=rewards)
         assert drawn.tolist() == [[nearest]]
 
 
@@ -434,14 +459,14 @@ def test_sweet_spot_is_not_always_the_worst() -> None:
 def test_sweet_spot_holds_at_any_scale_and_leaves_out_the_unrated(scale: float) -> None:
     rewards = torch.tensor([[2.0, 1.0, 0.0, math.nan, math.inf, math.nan]]) * scale
     mask = torch.tensor([[True, True, True, True, True, False]])
-    drawn = sample_negatives(torch.zeros(1, 6), zeros(1), mask, num_negatives=4, strategy="sweet_spot", rewards=rewards)
+    drawn = draw(torch.zeros(1, 6), zeros(1), mask, num_negatives=4, strategy="sweet_spot", rewards=rewards)
     assert drawn.tolist() == [[2, 1, -1, -1]]
     empty = kernel_probabilities(torch.zeros(1, 6), zeros(1), mask & False, strategy="sweet_spot", rewards=rewards)
     assert empty.tolist() == [[0.0] * 6]
 
 
 def test_sweet_spot_needs_rewards() -> None:
-    with pytest.raises(ValueError, match="pass rewards="):
+    with pytest.raises(ValueError, match="reads the rewards"):
         sample_negatives(torch.zeros(1, 2), zeros(1), real(1, 2), num_negatives=1, strategy="sweet_spot")
     with pytest.raises(ValueError, match="pass rewards="):
         kernel_probabilities(torch.zeros(1, 2), zeros(1), real(1, 2), strategy="sweet_spot")

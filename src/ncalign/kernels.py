@@ -2,6 +2,7 @@
 
 from ncalign.objectives.kernels import (
     Kernel,
+    KernelSettings,
     build_kernel,
     effective_sample_size,
     eligible_negatives,
@@ -15,6 +16,7 @@ from ncalign.objectives.kernels import (
 
 __all__ = [
     "Kernel",
+    "KernelSettings",
     "build_kernel",
     "effective_sample_size",
     "eligible_negatives",

@@ -13,7 +13,8 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-Strategy = Literal["mc", "max", "min", "uniform", "sweet_spot", "all"]
+DrawnStrategy = Literal["mc", "max", "min", "uniform", "sweet_spot"]
+Strategy = DrawnStrategy | Literal["all"]
 
 
 Pairing = Annotated[

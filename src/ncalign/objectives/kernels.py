@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ncalign.objectives.config import Strategy
+from ncalign.objectives.targets import working_precision
 
 
 def pick_positive(
@@ -67,6 +68,48 @@ def eligible_negatives(
     return mask & present & (rewards < rewards.gather(1, column))
 
 
+@dataclass(frozen=True)
+class KernelSettings:
+    """How negatives are chosen: everything that `build_kernel` needs to know.
+
+    Attributes:
+        strategy: ``mc`` draws from the softmax of the scores, ``uniform`` draws blindly, ``max`` and ``min`` take the
+            highest and the lowest scores, ``sweet_spot`` the rewards nearest to two standard deviations below the mean (the
+            first of tied ones each), and ``all`` takes the candidates in the group's order.
+        num_negatives: M.
+        include_positive: Whether the positive is itself a state of the kernel. Drawn, it makes a pair without gradient.
+        replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. The others never do.
+        temperature: Divides the scores of ``mc``.
+        chain_steps: Steps k of the ``mc`` chain; its last state is the draw.
+        num_proposals: L, the fresh candidates that a step of the ``mc`` chain chooses among beside its own state. None: all
+            of them; the next state then does not depend on the last, and more steps draw from the same distribution.
+
+    Raises:
+        ValueError: A number out of range, or an unknown strategy.
+    """
+
+    strategy: Strategy
+    num_negatives: int = 1
+    include_positive: bool = False
+    replacement: bool = False
+    temperature: float = 1.0
+    chain_steps: int = 1
+    num_proposals: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, saying what is needed."""
+        for name in ("num_negatives", "chain_steps", "num_proposals"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give a whole number of at least 1")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}: it divides the scores and must be above 0 (1 leaves them as they are)"
+            )
+        if self.strategy not in _RULES:
+            raise ValueError(f"strategy is {self.strategy!r}: choose one of {', '.join(_RULES)}")
+
+
 @torch.no_grad()
 def sample_negatives(
     scores: Float[Tensor, "B K"],
@@ -77,40 +120,29 @@ def sample_negatives(
     strategy: Strategy,
     include_positive: bool = False,
     replacement: bool = False,
-    temperature: float = 1.0,
-    chain_steps: int = 1,
-    num_proposals: int | None = None,
     generator: torch.Generator | None = None,
-    rewards: Float[Tensor, "B K"] | None = None,
 ) -> Int[Tensor, "B M"]:
     r"""Columns of the M candidates that estimate the normalising constant.
 
-    With ``strategy="mc"`` the draw is $z \sim \mathrm{softmax}(r / \text{temperature})$ over the eligible candidates.
+    With ``strategy="mc"`` the draw is $z \sim \mathrm{softmax}(r)$ over the eligible candidates. `build_kernel` has the
+    strategy that reads rewards, a temperature, and chains of several steps.
 
     Args:
         scores: Implicit rewards $r$ under the current policy. Masked entries may hold anything, NaN and inf too.
         positive: Column of each group's positive; -1 where there is none.
-        mask: True for the candidates that the kernel may see; the positive is left out by itself.
-        num_negatives: M.
-        strategy: ``mc`` draws from the softmax of the scores, ``uniform`` draws blindly, ``max`` and ``min`` take the
-            highest and the lowest scores, ``sweet_spot`` the rewards nearest to two standard deviations below the mean (the
-            first of tied ones each), and ``all`` takes the candidates in the group's order.
-        include_positive: Whether the positive is itself a state of the kernel. Drawn, it makes a pair without gradient.
-        replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. The others never do.
-        temperature: Divides the scores of ``mc``.
-        chain_steps: Steps k of the ``mc`` chain; its last state is the draw.
-        num_proposals: L, the fresh candidates that a step of the ``mc`` chain chooses among beside its own state. None: all
-            of them; a step then forgets where it started, and more steps draw from the same distribution.
+        mask: True for the candidates that the kernel may see; the positive is excluded unless `include_positive` is set.
+        num_negatives: M; this and the next three are as in `KernelSettings`.
+        strategy: How they are chosen.
+        include_positive: Whether the positive can be drawn.
+        replacement: Whether a candidate can be drawn more than once.
         generator: Source of randomness; ``mc`` and ``uniform`` need it.
-        rewards: Rewards, which ``sweet_spot`` needs and the others don't read. Their mean and their standard deviation (that of
-            the population) are taken over the mask, the positive included; a candidate without a finite reward is not chosen.
 
     Returns:
         M columns a group; -1 in the last ones of a group with fewer eligible candidates than M (with replacement: without
         any). The loss masks those.
 
     Raises:
-        ValueError: A number out of range, a random strategy without a generator, or ``sweet_spot`` without rewards.
+        ValueError: A number out of range, a random strategy without a generator, or ``sweet_spot``, which needs rewards.
 
     Example:
         >>> scores, mask = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
@@ -121,24 +153,13 @@ def sample_negatives(
 
     Source:
         MC-PO, arXiv 2502.04567, Algorithm 1 (``mc``, one step). Draws without replacement use the Gumbel top-M trick.
-        ``sweet_spot``: arXiv 2502.16825, the rejected completion at the mean minus two standard deviations.
     """
-    kernel = build_kernel(
-        strategy=strategy,
-        num_negatives=num_negatives,
-        include_positive=include_positive,
-        replacement=replacement,
-        temperature=temperature,
-        chain_steps=chain_steps,
-        num_proposals=num_proposals,
-    )
-    if kernel.is_random and generator is None:
+    settings = KernelSettings(strategy, num_negatives, include_positive, replacement)
+    if strategy == "sweet_spot":
         raise ValueError(
-            f"strategy {strategy!r} draws at random and no generator was given: pass generator=torch.Generator().manual_seed(0)"
+            "strategy 'sweet_spot' reads the rewards: draw with build_kernel(KernelSettings(...)).draw, which takes them"
         )
-    _check_rewards(strategy, rewards)
-    rewards = torch.zeros_like(scores) if rewards is None else rewards
-    return kernel.draw(scores, rewards, positive, mask, mask, generator)
+    return build_kernel(settings).draw(scores, torch.zeros_like(scores), positive, mask, mask, generator)
 
 
 def kernel_probabilities(
@@ -157,11 +178,11 @@ def kernel_probabilities(
         scores: Implicit rewards under the current policy.
         positive: Column of each group's positive; -1 where there is none.
         mask: True for the candidates that the kernel may see.
-        strategy: As in `sample_negatives`; ``max``, ``min`` and ``sweet_spot`` give all the probability to one candidate, and
+        strategy: As in `KernelSettings`; ``max``, ``min`` and ``sweet_spot`` give all the probability to one candidate, and
             ``all`` gives each the same.
-        include_positive: As in `sample_negatives`.
-        temperature: As in `sample_negatives`.
-        rewards: As in `sample_negatives`.
+        include_positive: As in `KernelSettings`.
+        temperature: As in `KernelSettings`.
+        rewards: Rewards, which ``sweet_spot`` needs and the others don't read.
 
     Returns:
         Probabilities that sum to 1 over a group; all 0 in a group without eligible candidates.
@@ -175,77 +196,73 @@ def kernel_probabilities(
         >>> kernel_probabilities(scores, torch.tensor([0]), mask, strategy="mc")
         tensor([[0.0000, 0.7500, 0.2500]])
     """
-    _check_rewards(strategy, rewards)
-    kernel = build_kernel(strategy=strategy, include_positive=include_positive, temperature=temperature)
+    if strategy == "sweet_spot" and rewards is None:
+        raise ValueError("strategy 'sweet_spot' reads the rewards and got none: pass rewards=")
+    kernel = build_kernel(KernelSettings(strategy, include_positive=include_positive, temperature=temperature))
     return kernel.probabilities(scores, torch.zeros_like(scores) if rewards is None else rewards, positive, mask, mask)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way of drawing negatives, put together once by `build_kernel`: calling it looks up nothing.
+    """A way of choosing negatives, made by `build_kernel`.
 
     Attributes:
-        draw: ``(scores, rewards, positive, visible, mask, generator) -> [B, M]``, as `sample_negatives`. The positive and the
-            candidates that may be drawn are visible; the mask holds all of the group's, whose rewards make its mean.
+        draw: ``(scores, rewards, positive, visible, mask, generator) -> columns [B, M]``. ``visible`` is True for the positive
+            and the candidates that may be drawn, ``mask`` for all of the group's. Only ``sweet_spot`` reads the rewards: it
+            takes their mean and standard deviation (the population's) over the mask and chooses no candidate without a finite
+            one. ``mc`` and ``uniform`` raise ValueError without a generator. Columns are -1 as in `sample_negatives`.
         probabilities: ``(scores, rewards, positive, visible, mask) -> [B, K]``, as `kernel_probabilities`.
-        is_random: whether `draw` needs a generator.
+        reads_scores: whether the scores decide the draw.
     """
 
     draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, torch.Generator | None], Tensor]
     probabilities: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    is_random: bool
+    reads_scores: bool
 
 
-def build_kernel(
-    *,
-    strategy: Strategy,
-    num_negatives: int = 1,
-    include_positive: bool = False,
-    replacement: bool = False,
-    temperature: float = 1.0,
-    chain_steps: int = 1,
-    num_proposals: int | None = None,
-) -> Kernel:
-    """The kernel with these settings, whose meaning is that of `sample_negatives`'s arguments.
-
-    Raises:
-        ValueError: A number out of range, or an unknown strategy.
+def build_kernel(settings: KernelSettings) -> Kernel:
+    """The kernel with these settings.
 
     Example:
-        >>> kernel = build_kernel(strategy="max", num_negatives=2)
+        >>> kernel = build_kernel(KernelSettings("max", num_negatives=2))
         >>> scores, mask = torch.tensor([[9.0, 1.0, 3.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
         >>> kernel.draw(scores, scores, torch.tensor([0]), mask, mask, None)
         tensor([[2, 3]])
+
+    Source:
+        ``mc``: MC-PO, arXiv 2502.04567, Algorithm 1. ``sweet_spot``: arXiv 2502.16825, the rejected completion at the mean
+        minus two standard deviations.
     """
-    _check(num_negatives, temperature, chain_steps, num_proposals)
-    if strategy not in _KEYS:
-        raise ValueError(f"strategy is {strategy!r}: choose one of {', '.join(_KEYS)}")
-    keys, is_random = _KEYS[strategy], strategy in ("mc", "uniform")
-    if not is_random:
-        pick = partial(_top_of, num_negatives)
-    elif strategy == "mc" and num_proposals is not None:
-        pick = partial(_chains, num_negatives, replacement, chain_steps, num_proposals)
-    else:
-        pick = partial(_draws if replacement else _gumbel_top, num_negatives)
-    # `all` takes each candidate in turn, and is as likely to come upon one as upon another.
-    share = _softmax if is_random or strategy == "all" else _one_hot
+    rule = _RULES[settings.strategy]
+    chained = settings.strategy == "mc" and settings.num_proposals is not None
+    random_pick = _chains if chained else _draws if settings.replacement else _gumbel_top
 
     def prepared(
         scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor
     ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
-        available = visible if include_positive else _without(visible, positive)
-        return keys(scores.detach(), rewards, mask, available, temperature)
+        available = visible if settings.include_positive else _without(visible, positive)
+        if rule.reads == "rewards":
+            available = available & mask & rewards.isfinite()
+        keys = rule.keys(working_precision(scores.detach()), rewards, mask, settings.temperature)
+        return _finite(keys, available), available
 
     def draw(
         scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor, generator: torch.Generator | None
     ) -> Int[Tensor, "B M"]:
-        found, available = prepared(scores, rewards, positive, visible, mask)
-        return pick(found, positive, available, generator)
+        keys, available = prepared(scores, rewards, positive, visible, mask)
+        if not rule.is_random:
+            return _top(keys, available, settings.num_negatives)
+        if generator is None:
+            raise ValueError(
+                f"strategy {settings.strategy!r} draws at random and no generator was given: "
+                "pass generator=torch.Generator().manual_seed(0)"
+            )
+        return random_pick(settings, keys, positive, available, generator)
 
     def probabilities(scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Float[Tensor, "B K"]:
-        return share(*prepared(scores, rewards, positive, visible, mask))
+        return rule.share(*prepared(scores, rewards, positive, visible, mask))
 
-    return Kernel(draw, probabilities, is_random)
+    return Kernel(draw, probabilities, rule.reads == "scores")
 
 
 @torch.no_grad()
@@ -271,7 +288,7 @@ def importance_log_weights(probabilities: Float[Tensor, "B K"], negatives: Int[T
         Importance sampling of the normalising constant; arXiv 2502.04567 draws from the kernel without it.
     """
     drawn = negatives >= 0
-    q = _working(probabilities).gather(1, negatives.clamp(min=0))
+    q = working_precision(probabilities).gather(1, negatives.clamp(min=0))
     # A draw whose probability underflows still has a finite logarithm.
     logs = q.clamp(min=torch.finfo(q.dtype).tiny).log() + drawn.sum(dim=1, keepdim=True).clamp(min=1).to(q.dtype).log()
     return torch.where(drawn, -logs, 0.0)
@@ -341,9 +358,9 @@ def transition_matrix(
     Source:
         Conditional importance sampling: the kernel of MC-PO's Algorithm 1 with the current state among its proposals.
     """
-    _check(1, temperature, 1, num_proposals)
+    KernelSettings("mc", temperature=temperature, num_proposals=num_proposals)  # refuses numbers out of range
     size = scores.shape[0]
-    logits = _working(scores.detach()) / temperature
+    logits = working_precision(scores.detach()) / temperature
     proposed = size - 1 if num_proposals is None else min(num_proposals, size - 1)
     matrix = logits.new_zeros(size, size)
     for state in range(size):
@@ -354,64 +371,16 @@ def transition_matrix(
     return matrix
 
 
-def _check(num_negatives: int, temperature: float, chain_steps: int, num_proposals: int | None) -> None:
-    """Refuse arguments out of range, saying what is needed."""
-    counts = (("num_negatives", num_negatives), ("chain_steps", chain_steps), ("num_proposals", num_proposals))
-    for name, value in counts:
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: give a whole number of at least 1")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it divides the scores and must be above 0 (1 leaves them as they are)")
-
-
-def _check_rewards(strategy: str, rewards: Tensor | None) -> None:
-    if strategy == "sweet_spot" and rewards is None:
-        raise ValueError("strategy 'sweet_spot' looks at the rewards and got none: pass rewards=")
-
-
-# Keys by which a strategy draws or takes candidates, and the candidates that it can take.
-_Keys = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-
-
-def _tempered(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return _finite(_working(scores) / temperature, available), available
-
-
-def _alike(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return _finite(torch.zeros_like(scores), available), available
-
-
-def _highest(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return _finite(scores, available), available
-
-
-def _lowest(scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return _finite(-scores, available), available
-
-
-def _near_sweet_spot(
-    scores: Tensor, rewards: Tensor, mask: Tensor, available: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _near_sweet_spot(scores: Tensor, rewards: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """The nearer a reward to two standard deviations below the group's mean, the higher the key."""
     rated = mask & rewards.isfinite()
-    values = torch.where(rated, _working(rewards), 0.0)
+    values = torch.where(rated, working_precision(rewards), 0.0)
     # In units of the largest reward, so that squares don't overflow.
     values = values / values.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     count = rated.sum(dim=1, keepdim=True).clamp(min=1)
     mean = values.sum(dim=1, keepdim=True) / count
     deviation = (torch.where(rated, values - mean, 0.0).square().sum(dim=1, keepdim=True) / count).sqrt()
-    available = available & rated
-    return _finite(-(values - (mean - 2 * deviation)).abs(), available), available
-
-
-_KEYS: Mapping[str, _Keys] = {
-    "mc": _tempered,
-    "max": _highest,
-    "min": _lowest,
-    "uniform": _alike,
-    "sweet_spot": _near_sweet_spot,
-    "all": _alike,
-}
+    return -(values - (mean - 2 * deviation)).abs()
 
 
 def _softmax(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
@@ -425,14 +394,36 @@ def _one_hot(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
     return (columns == _top(keys, available, 1)).to(keys.dtype)
 
 
-def _working(values: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return values if values.dtype == torch.float64 else values.float()
+class _Rule(NamedTuple):
+    """What distinguishes a strategy: a new one is an entry of `_RULES`, and a name in `Strategy`.
+
+    Attributes:
+        keys: ``(scores, rewards, mask, temperature) -> [B, K]``, by which candidates are drawn or taken.
+        share: ``(keys, available) -> [B, K]``, the probabilities of the first draw.
+        is_random: whether candidates are drawn from the softmax of the keys; otherwise the highest keys are taken.
+        reads: what the keys are made of.
+    """
+
+    keys: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    share: Callable[[Tensor, Tensor], Tensor]
+    is_random: bool
+    reads: Literal["scores", "rewards", "nothing"]
+
+
+_RULES: Mapping[str, _Rule] = {
+    "mc": _Rule(lambda scores, rewards, mask, temperature: scores / temperature, _softmax, True, "scores"),
+    "max": _Rule(lambda scores, rewards, mask, temperature: scores, _one_hot, False, "scores"),
+    "min": _Rule(lambda scores, rewards, mask, temperature: -scores, _one_hot, False, "scores"),
+    "uniform": _Rule(lambda scores, rewards, mask, temperature: torch.zeros_like(scores), _softmax, True, "nothing"),
+    "sweet_spot": _Rule(_near_sweet_spot, _one_hot, False, "rewards"),
+    # Each candidate in turn: as probabilities, every one is as likely as another.
+    "all": _Rule(lambda scores, rewards, mask, temperature: torch.zeros_like(scores), _softmax, False, "nothing"),
+}
 
 
 def _finite(values: Tensor, available: Tensor) -> Tensor:
     """Keys to sort by: real candidates keep a finite key, so that even one scored -inf stays above those left out."""
-    values = _working(values)
+    values = working_precision(values)
     bound = torch.finfo(values.dtype).max / 4
     return torch.where(available, values.clamp(min=-bound, max=bound), -torch.inf)
 
@@ -442,15 +433,13 @@ def _without(mask: Tensor, column: Tensor) -> Tensor:
     return mask & (torch.arange(mask.shape[1], device=mask.device) != column.unsqueeze(1))
 
 
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent uniform numbers in [0, 1) in this tensor's shape."""
-    assert generator is not None
     return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard Gumbel noise in this tensor's shape and type: minus the log of exponential numbers."""
-    assert generator is not None
     noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device).exponential_(generator=generator)
     return -noise.clamp_(min=torch.finfo(like.dtype).tiny).log_().to(like.device)
 
@@ -468,49 +457,40 @@ def _top(keys: Tensor, available: Tensor, num: int) -> Tensor:
     return torch.where(places < available.sum(dim=1, keepdim=True), order, -1)
 
 
-def _top_of(num: int, keys: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None) -> Int[Tensor, "B M"]:
-    """The M highest keys."""
-    return _top(keys, available, num)
-
-
-def _draws(num: int, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None) -> Int[Tensor, "B M"]:
-    """M draws from the softmax over the available candidates that know nothing of each other."""
-    noisy = logits.unsqueeze(1) + _gumbel(logits.unsqueeze(1).expand(-1, num, -1), generator)
-    return _first_true(noisy, available.unsqueeze(1).expand_as(noisy))
+def _draws(
+    settings: KernelSettings, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator
+) -> Int[Tensor, "B M"]:
+    """M independent draws from the softmax over the available candidates."""
+    noise = _gumbel(logits.unsqueeze(1).expand(-1, settings.num_negatives, -1), generator)
+    return _first_true(logits.unsqueeze(1) + noise, available.unsqueeze(1).expand_as(noise))
 
 
 def _gumbel_top(
-    num: int, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator | None
+    settings: KernelSettings, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator
 ) -> Int[Tensor, "B M"]:
     """M draws from the softmax over the available candidates without replacement: the Gumbel top M."""
-    return _top(_finite(logits + _gumbel(logits, generator), available), available, num)
+    return _top(_finite(logits + _gumbel(logits, generator), available), available, settings.num_negatives)
 
 
 def _chains(
-    num_negatives: int,
-    replacement: bool,
-    chain_steps: int,
-    num_proposals: int,
-    logits: Tensor,
-    start: Tensor,
-    available: Tensor,
-    generator: torch.Generator | None,
+    settings: KernelSettings, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator
 ) -> Int[Tensor, "B M"]:
     """Last states of M chains of conditional importance sampling that propose some of the candidates at each step.
 
-    A chain without a state (its start is left out, or an earlier chain ended there) draws its first one from the proposals
+    A chain without a state (its start is not available, or an earlier chain ended there) draws its first one from the proposals
     alone. Without replacement the chains run one after the other, each on the candidates where none before it ended.
     """
+    assert settings.num_proposals is not None
     columns = torch.arange(logits.shape[1], device=logits.device)
     drawn = []
-    for _ in range(num_negatives):
+    for _ in range(settings.num_negatives):
         reachable = available.gather(1, start.clamp(min=0).unsqueeze(1)).squeeze(1)
         state = torch.where(reachable, start, -1)
-        for _ in range(chain_steps):
+        for _ in range(settings.chain_steps):
             others = _without(available, state)
-            order = _top(torch.where(others, _uniform(logits, generator), -1.0), others, num_proposals)
+            order = _top(torch.where(others, _uniform(logits, generator), -1.0), others, settings.num_proposals)
             proposed = (columns == order.unsqueeze(2)).any(dim=1) | (columns == state.unsqueeze(1))
             state = _first_true(logits + _gumbel(logits, generator), proposed)
         drawn.append(state)
-        available = available if replacement else _without(available, state)
+        available = available if settings.replacement else _without(available, state)
     return torch.stack(drawn, dim=1)

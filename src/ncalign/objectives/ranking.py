@@ -8,14 +8,15 @@ number a group, in nats; the caller reduces. Masked entries may hold anything an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.objectives.config import Beta, Frozen
+from ncalign.objectives.config import Beta, DrawnStrategy, Frozen
+from ncalign.objectives.kernels import KernelSettings
 from ncalign.objectives.method import Method, compose, implicit_reward, needs_candidates, needs_preference
 from ncalign.objectives.samplers import all_below, log_policy, log_ratio, mc_sampler, some_below
 from ncalign.objectives.targets import TargetConfig, target_weights, working_precision
@@ -163,6 +164,12 @@ def _linear_contrast_of_first(
     return linear_contrast_loss(values, torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device), mask)
 
 
+NumProposals = Annotated[
+    int | None,
+    Field(ge=1, description="Candidates that a step of the chain proposes; none: all of them, and one step is exact."),
+]
+
+
 class RNCE(Frozen):
     """RNCE: the best completion against lower-scored ones, all of them or a random few (S-DPO, arXiv 2406.09215)."""
 
@@ -223,7 +230,7 @@ class MCPO(Frozen):
     name: Literal["mc_po"] = "mc_po"
     beta: Beta = 0.1
     num_negatives: int = Field(1, ge=1, description="M, the negatives that enter the loss.")
-    strategy: Literal["mc", "max", "min", "uniform", "sweet_spot"] = Field(
+    strategy: DrawnStrategy = Field(
         "mc", description="How negatives are drawn; mc, max and min read the kernel's scores, the others don't."
     )
     kernel_score: Literal["implicit_reward", "policy_logprob"] = Field(
@@ -233,9 +240,7 @@ class MCPO(Frozen):
     replacement: bool = Field(False, description="Whether the M negatives are drawn with replacement.")
     temperature: float = Field(1.0, gt=0, description="Divides the scores before the softmax of the kernel.")
     chain_steps: int = Field(1, ge=1, description="Steps k of the kernel's chain; the last state is the draw.")
-    num_proposals: int | None = Field(
-        None, ge=1, description="Candidates that a step of the chain proposes; none: all of them, and one step is exact."
-    )
+    num_proposals: NumProposals = None
     log_q_correction: bool = Field(
         False, description="Whether each negative's score is corrected for the probability with which it was drawn."
     )
@@ -258,13 +263,15 @@ class MCPO(Frozen):
             loss=_rnce_of_first,
             refuse=needs_preference,
             sampler=mc_sampler(
-                num_negatives=self.num_negatives,
-                strategy=self.strategy,
-                include_positive=self.include_positive,
-                replacement=self.replacement,
-                temperature=self.temperature,
-                chain_steps=self.chain_steps,
-                num_proposals=self.num_proposals,
+                KernelSettings(
+                    self.strategy,
+                    self.num_negatives,
+                    include_positive=self.include_positive,
+                    replacement=self.replacement,
+                    temperature=self.temperature,
+                    chain_steps=self.chain_steps,
+                    num_proposals=self.num_proposals,
+                ),
                 scores=log_policy if self.kernel_score == "policy_logprob" else log_ratio,
                 log_q_correction=self.log_q_correction,
                 acceptance=self.acceptance,
@@ -279,9 +286,7 @@ class ContrastiveDivergence(Frozen):
     beta: Beta = 0.1
     num_negatives: int = Field(1, ge=1, description="M, draws of the kernel, with replacement; they average its gradient.")
     chain_steps: int = Field(1, ge=1, description="Steps k of the kernel's chain, which starts at the positive.")
-    num_proposals: int | None = Field(
-        None, ge=1, description="Candidates that a step of the chain proposes; none: all of them, and one step is exact."
-    )
+    num_proposals: NumProposals = None
 
     def method(self) -> Method:
         """The method with these settings."""
@@ -292,12 +297,14 @@ class ContrastiveDivergence(Frozen):
             loss=_linear_contrast_of_first,
             refuse=needs_preference,
             sampler=mc_sampler(
-                num_negatives=self.num_negatives,
-                strategy="mc",
-                include_positive=True,
-                replacement=True,
-                chain_steps=self.chain_steps,
-                num_proposals=self.num_proposals,
+                KernelSettings(
+                    "mc",
+                    self.num_negatives,
+                    include_positive=True,
+                    replacement=True,
+                    chain_steps=self.chain_steps,
+                    num_proposals=self.num_proposals,
+                )
             ),
         )
 

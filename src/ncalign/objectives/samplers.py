@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ncalign.objectives.config import Strategy
-from ncalign.objectives.kernels import build_kernel, eligible_negatives, importance_log_weights, pick_positive
+from ncalign.objectives.kernels import KernelSettings, build_kernel, eligible_negatives, importance_log_weights, pick_positive
 
 Select = Callable[[Tensor | None, Tensor, Tensor, torch.Generator], Tensor]
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Probabilities = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 LogQ = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Scores = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +35,7 @@ class Sampler:
 
     select: Select
     scores: Scores | None = None
-    kernel: Kernel | None = None
+    kernel: Probabilities | None = None
     log_q: LogQ | None = None
     size: int | None = None
     reads: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -53,28 +52,12 @@ def log_policy(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def mc_sampler(
-    *,
-    num_negatives: int,
-    strategy: Strategy,
-    include_positive: bool = False,
-    replacement: bool = False,
-    temperature: float = 1.0,
-    chain_steps: int = 1,
-    num_proposals: int | None = None,
-    scores: Scores = log_ratio,
-    log_q_correction: bool = False,
-    acceptance: bool = False,
+    settings: KernelSettings, *, scores: Scores = log_ratio, log_q_correction: bool = False, acceptance: bool = False
 ) -> Sampler:
-    """The positive and M negatives that MC-PO's kernel draws among the candidates below it; arguments as `sample_negatives`.
+    """The positive, and M negatives that a kernel chooses among the candidates below it.
 
     Args:
-        num_negatives: M.
-        strategy: How they are drawn.
-        include_positive: Whether the positive is a state of the kernel.
-        replacement: Whether a candidate can be drawn more than once.
-        temperature: Divides the scores.
-        chain_steps: Steps of the chain.
-        num_proposals: Candidates that a step proposes.
+        settings: The kernel's.
         scores: What the kernel weighs by, before beta.
         log_q_correction: Whether each negative's score is corrected for the probability with which it was drawn.
         acceptance: Whether the draw is a proposal that moves on from the positive, and its score is corrected by
@@ -84,18 +67,10 @@ def mc_sampler(
         ValueError: A correction is asked for where the draw's probability is not known, or both are.
     """
     if log_q_correction:
-        _check_correction(num_negatives, strategy, include_positive, replacement, num_proposals)
+        _check_correction(settings)
     if acceptance:
-        _check_acceptance(num_negatives, strategy, include_positive, num_proposals, chain_steps, log_q_correction)
-    built = build_kernel(
-        strategy=strategy,
-        num_negatives=num_negatives,
-        include_positive=include_positive,
-        replacement=replacement,
-        temperature=temperature,
-        chain_steps=chain_steps,
-        num_proposals=num_proposals,
-    )
+        _check_acceptance(settings, log_q_correction)
+    built = build_kernel(settings)
 
     def select(
         scores: Float[Tensor, "B K"] | None,
@@ -115,15 +90,15 @@ def mc_sampler(
 
     return Sampler(
         select,
-        None if strategy in ("uniform", "sweet_spot", "all") else scores,
+        scores if built.reads_scores else None,
         kernel,
-        accepting(temperature) if acceptance else dividing(kernel) if log_q_correction else None,
-        1 + num_negatives,
-        None if include_positive or acceptance else _below_best,
+        accepting(settings.temperature) if acceptance else dividing(kernel) if log_q_correction else None,
+        1 + settings.num_negatives,
+        None if settings.include_positive or acceptance else _below_best,
     )
 
 
-def dividing(kernel: Kernel) -> LogQ:
+def dividing(kernel: Probabilities) -> LogQ:
     """The log q correction by which each negative is divided by the probability of its draw."""
 
     def log_q(
@@ -186,22 +161,20 @@ def proposal_log_ratio(
     return torch.where(drawn, ratio, 0.0)
 
 
-def _check_acceptance(
-    num_negatives: int, strategy: str, include_positive: bool, num_proposals: int | None, chain_steps: int, log_q: bool
-) -> None:
+def _check_acceptance(settings: KernelSettings, log_q_correction: bool) -> None:
     """Refuse settings in which a draw is not one proposal from the positive."""
-    if strategy not in ("mc", "uniform") or num_negatives > 1 or include_positive or num_proposals or chain_steps > 1 or log_q:
+    several = settings.num_negatives > 1 or settings.chain_steps > 1 or settings.num_proposals is not None
+    if settings.strategy not in ("mc", "uniform") or several or settings.include_positive or log_q_correction:
         raise ValueError(
             "acceptance needs one proposal of another candidate: strategy mc or uniform, num_negatives and chain_steps 1, "
             "without include_positive, num_proposals and log_q_correction"
         )
 
 
-def _check_correction(
-    num_negatives: int, strategy: str, include_positive: bool, replacement: bool, num_proposals: int | None
-) -> None:
+def _check_correction(settings: KernelSettings) -> None:
     """Refuse the log q correction for draws whose probability is not the kernel's."""
-    if strategy != "mc" or include_positive or num_proposals is not None or (num_negatives > 1 and not replacement):
+    chained = settings.include_positive or settings.num_proposals is not None
+    if settings.strategy != "mc" or chained or (settings.num_negatives > 1 and not settings.replacement):
         raise ValueError(
             "log_q_correction needs negatives whose probability is known: strategy mc without include_positive and "
             "num_proposals, and replacement: true where num_negatives is above 1"
@@ -222,7 +195,7 @@ def _visible(rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: B
 
 def some_below(num_negatives: int) -> Sampler:
     """The positive and M random candidates below it."""
-    return mc_sampler(num_negatives=num_negatives, strategy="uniform")
+    return mc_sampler(KernelSettings("uniform", num_negatives))
 
 
 def one_below() -> Sampler:
@@ -263,8 +236,8 @@ PAIRINGS: Mapping[str, Sampler | None] = {
     "best_vs_one": one_below(),
     "best_vs_each": all_below(),
     "best_vs_worst": worst_below(),
-    "best_vs_hard": mc_sampler(num_negatives=1, strategy="mc"),
-    "best_vs_sweet_spot": mc_sampler(num_negatives=1, strategy="sweet_spot"),
+    "best_vs_hard": mc_sampler(KernelSettings("mc")),
+    "best_vs_sweet_spot": mc_sampler(KernelSettings("sweet_spot")),
     "all_pairs": None,
 }
 """What each pairing lets enter; with None all candidates do, and the loss forms the pairs."""
