@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
-from ncalign.stats.power import detectable_difference, minimum_detectable_difference, paired_deviation, questions_needed
+from ncalign.stats.power import detectable_difference, minimum_detectable_difference, questions_needed
 from ncalign.stats.preferences import question_preferences
 from ncalign.stats.records import Game
 from ncalign.stats.win_rate import win_rate
@@ -171,12 +171,6 @@ def test_difference_from_a_win_rates_error_is_that_from_its_spread() -> None:
     assert detectable_difference(win_rate(preferences).standard_error) == pytest.approx(expected, abs=1e-12)
 
 
-def test_paired_deviation_leaves_missing_values_out() -> None:
-    before = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
-    after = np.array([2.0, 5.0, 1.0, np.nan, 5.0])
-    assert paired_deviation(before, after) == pytest.approx(np.std([1.0, 3.0, 0.0], ddof=1), abs=1e-12)
-
-
 def test_power_refuses_numbers_out_of_range() -> None:
     for call, message in (
         (lambda: minimum_detectable_difference(-1.0, 10), "standard deviation or error is -1"),
@@ -185,8 +179,6 @@ def test_power_refuses_numbers_out_of_range() -> None:
         (lambda: minimum_detectable_difference(1.0, 5, power=1.0), "power 1"),
         (lambda: minimum_detectable_difference(1.0, 5, significance=0.0), "significance is 0"),
         (lambda: questions_needed(1.0, 0.0), "the difference is 0"),
-        (lambda: paired_deviation(np.zeros(3), np.zeros(2)), "one pair for each"),
-        (lambda: paired_deviation(np.array([np.nan, 1.0]), np.ones(2)), "1 questions have both"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

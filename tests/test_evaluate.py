@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,20 @@ def test_other_tools_verdicts_give_their_numbers(name: str, tmp_path: Path) -> N
         assert found["win_rates"][model]["win_rate"] == pytest.approx(expected, abs=1e-6)
         expected = length_controlled(rows, variant, table)["length_controlled_winrate"]
         assert found["length_controlled"][model]["win_rate"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_scikit_learn_the_numbers_that_need_it_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    rows = [
+        {"instruction": f"{k}", "output_1": "x" * (k + 1), "output_2": "y" * (2 * k + 1), "preference": 1 + k % 2}
+        | {"generator_1": "old", "generator_2": "new"}
+        for k in range(24)
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps(rows))
+    found = evaluate(tmp_path, judgements=[tmp_path / "annotations.json"])
+    assert found["win_rates"]["new"]["win_rate"] == pytest.approx(50.0)
+    assert found["length_controlled"] == {}
+    assert any(re.match(r"no length-controlled win rates: .* pip install 'ncalign\[eval\]'", line) for line in found["notes"])
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

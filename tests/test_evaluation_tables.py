@@ -30,6 +30,7 @@ from ncalign.report.tables import Column, Table, escape_latex, to_csv, to_json, 
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
 from ncalign.stats.bradley_terry import bradley_terry
+from ncalign.stats.intervals import Bootstrap
 from ncalign.stats.length_control import length_controlled_win_rate
 from ncalign.stats.mt_bench import mt_bench
 from ncalign.stats.paired import paired_comparison
@@ -131,12 +132,12 @@ def test_summaries_hold_the_results_numbers() -> None:
     assert rows[0]["LC (%)"] is None
     assert (rows[0]["low"], rows[0]["high"]) == rates["high"].ci
 
-    found = bradley_terry(games(), anchor="base", num_rounds=20)
+    found = bradley_terry(games(), anchor="base", bootstrap=Bootstrap(num_rounds=20))
     table = strength_table(found)
     assert [row["rating"] for row in to_json(table)["rows"]] == [strength.rating for strength in found.strengths]
     assert f"{found.num_missing} games have no verdict" in table.caption
 
-    scores = arena_hard_scores(games(), num_rounds=20)
+    scores = arena_hard_scores(games(), bootstrap=Bootstrap(num_rounds=20))
     assert [row["score (%)"] for row in to_json(arena_table(scores))["rows"]] == [score.score for score in scores]
 
     matrix = win_matrix(games())
@@ -172,7 +173,7 @@ def test_judge_table_tells_what_was_measured() -> None:
 
 
 def test_results_become_json_whole() -> None:
-    matrix, strengths = win_matrix(games()), bradley_terry(games(), anchor="base", num_rounds=5)
+    matrix, strengths = win_matrix(games()), bradley_terry(games(), anchor="base", bootstrap=Bootstrap(num_rounds=5))
     read = json.loads(json.dumps(json_ready({"matrix": matrix, "strengths": strengths}), allow_nan=False))
     assert read["matrix"]["models"] == list(matrix.models)
     assert read["matrix"]["rates"][0][0] is None

@@ -37,6 +37,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
 
 
+class MissingPackageError(ValueError):
+    """An optional package is not installed: the message names it, and the extra of ncalign that brings it."""
+
+
 def shown(value: object) -> str:
     """Return a value and its kind as JSON calls it, cut to a length that fits an error message."""
     if value is None:

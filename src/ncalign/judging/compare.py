@@ -237,7 +237,7 @@ def read_games(path: Path) -> list[Game]:
     for place, row in rows_of(path):
         try:
             games.append(Game(**row))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{place} is no game of ours: {error}") from None
     return games
 

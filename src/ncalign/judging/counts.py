@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.core.errors import MissingPackageError
 from ncalign.core.json import json_ready
 from ncalign.judging.records import Answers
 from ncalign.judging.summaries import (
@@ -27,6 +28,7 @@ from ncalign.rewards.verdicts import Account
 from ncalign.stats.agreement import PositionBias, judge_agreement, length_bias, position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
 from ncalign.stats.bradley_terry import BradleyTerry, bradley_terry
+from ncalign.stats.intervals import Bootstrap
 from ncalign.stats.length_control import DifficultyTable, LengthControlled, length_controlled_win_rate
 from ncalign.stats.mt_bench import mt_bench, question_scores
 from ncalign.stats.paired import PairedComparison, paired_comparison, paired_values
@@ -109,7 +111,11 @@ def count_games(
     if not rates:
         raise ValueError("there is no verdict in both orders of any question: nothing can be said")
     baseline = ", ".join(dict.fromkeys(other for _, other in pairs))
-    controlled = {} if answers is None else _controlled(preferences, answers, counting)
+    controlled = {}
+    try:
+        controlled = {} if answers is None else _controlled(preferences, answers, counting)
+    except MissingPackageError as error:
+        results.lines.append(f"no length-controlled win rates: {error}")
     results.tables["win_rates"] = win_rate_table(rates, controlled, baseline=baseline)
     results.lines += [
         f"{name}: the penalty of the length-controlled fit leaves no effect of the model, for want of questions or of a "
@@ -202,7 +208,7 @@ def _strengths(
 ) -> None:
     """Arena-Hard's score and Bradley-Terry strengths, with and without style control."""
     complete, _ = complete_games(games)
-    arena = arena_hard_scores(complete, seed=seed)
+    arena = arena_hard_scores(complete, bootstrap=Bootstrap(seed=seed))
     results.tables["arena_hard"] = arena_table(arena)
     results.values["arena_hard"] = json_ready(arena)
     styles: dict[tuple[str, str], Style] = {
@@ -212,7 +218,9 @@ def _strengths(
     }
     for name, style in (("strengths", None), *((("strengths_style_controlled", styles),) if styles else ())):
         try:
-            found: BradleyTerry = bradley_terry(games, anchor=baseline, styles=style, centered=False, seed=seed)
+            found: BradleyTerry = bradley_terry(
+                games, anchor=baseline, styles=style, centered=False, bootstrap=Bootstrap(seed=seed)
+            )
         except ValueError as error:
             results.lines.append(f"{name.replace('_', ' ')}: {error}")
             continue

@@ -1,21 +1,20 @@
-"""What a judge is like: whether the place of an answer or its length sways it, and whether two judges agree."""
+"""Biases of a judge towards a position or towards long answers, and the agreement of two judges."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from ncalign.stats.intervals import Interval
+from ncalign.stats.intervals import NO_INTERVAL, SIGNIFICANCE, Interval
 from ncalign.stats.paired import paired_comparison
-from ncalign.stats.preferences import checked_preference
+from ncalign.stats.preferences import mean_preferences, order_preferences
 from ncalign.stats.records import Game
 
-SIGNIFICANCE = 0.05
-# Points away from 50 from which a bias is called by these words.
+# Points away from 50 from which a bias is called clear, and strong.
 _CLEAR, _STRONG = 5.0, 20.0
 _NAN = float("nan")
 
@@ -51,10 +50,10 @@ class PositionBias:
 def position_bias(games: Iterable[Game], *, seed: int = 0, num_resamples: int = 10_000) -> PositionBias:
     """Compare the two orders of each question.
 
-    With p the preference for the model shown first and q that shown second, the first place got ``(p + 1 - q) / 2``. A judge
-    who sees only the answers has p = q, so 1/2 for every question. Where one place wins every game, the p-value is the smaller
-    of the permutation test's and ``2 / 4^n``, the most that a judge without bias whose two verdicts are independent can reach:
-    with few questions the permutation test alone could not tell.
+    Let p be the preference for the model when it is shown first, and q when it is shown second: the answer shown first got
+    ``(p + 1 - q) / 2``. A judge whose verdicts don't depend on the position has p = q, so 1/2 for every question. Where one
+    position wins every game, the p-value is the smaller of the permutation test's and ``2 / 4^n``, the largest probability of
+    that for an unbiased judge whose two verdicts are independent: with few questions the permutation test has no power.
 
     Args:
         games: of any models, all by one judge. Several of one order are averaged.
@@ -62,22 +61,16 @@ def position_bias(games: Iterable[Game], *, seed: int = 0, num_resamples: int = 
         num_resamples: of both.
 
     Raises:
-        ValueError: there are no games, or a preference is outside [0, 1].
+        ValueError: there are no games.
     """
-    orders: dict[tuple[str, str, str], dict[bool, list[float]]] = defaultdict(lambda: {True: [], False: []})
-    for game in games:
-        verdicts = orders[game.question, game.model, game.baseline][game.model_first]
-        if game.preference is not None:
-            verdicts.append(checked_preference(game))
-    if not orders:
+    orders = np.array(list(order_preferences(games).values()))
+    if not len(orders):
         raise ValueError("there are no games: a judge's bias needs its verdicts")
-    pairs = np.array(
-        [(np.mean(both[True]), np.mean(both[False])) for both in orders.values() if both[True] and both[False]]
-    ).reshape(-1, 2)
+    pairs = orders[~np.isnan(orders).any(axis=1)]
     incomplete = len(orders) - len(pairs)
     if len(pairs) < 2:
         words = f"{len(pairs)} questions were judged in both orders: position bias can't be told"
-        return PositionBias(_NAN, (_NAN, _NAN), _NAN, len(pairs), incomplete, _NAN, _NAN, False, words)
+        return PositionBias(_NAN, NO_INTERVAL, _NAN, len(pairs), incomplete, _NAN, _NAN, False, words)
     first_place = 50 * (pairs[:, 0] + 1 - pairs[:, 1])
     test = paired_comparison(np.full(len(pairs), 50.0), first_place, seed=seed, num_resamples=num_resamples)
     leaning = np.sign(pairs - 0.5)
@@ -112,7 +105,7 @@ def _position_words(first_place: float, ci: Interval, biased: bool) -> str:
 
 @dataclass(frozen=True)
 class LengthBias:
-    """How a judge's verdicts go with the answers' lengths.
+    """How a judge's verdicts depend on the answers' lengths.
 
     Attributes:
         correlation: Pearson's, of the preference with the difference in length; NaN where either is constant.
@@ -141,29 +134,24 @@ class LengthBias:
 def length_bias(games: Iterable[Game], lengths: Mapping[tuple[str, str], int]) -> LengthBias:
     """Correlate each question's mean preference with how much longer the model's answer is.
 
-    Longer answers may be better: this says what goes together, the length-controlled win rate what is left without it.
+    Longer answers may be better ones: this is a correlation. The length-controlled win rate says what is left without length.
 
     Args:
         games: of any models, all by one judge.
         lengths: of each answer, by question and model.
 
     Raises:
-        ValueError: an answer's length is missing, or a preference is outside [0, 1].
+        ValueError: an answer's length is missing.
     """
-    verdicts: dict[tuple[str, str, str], list[float]] = {}
-    for game in games:
-        values = verdicts.setdefault((game.question, game.model, game.baseline), [])
-        if game.preference is not None:
-            values.append(checked_preference(game))
-    differences, preferences = [], []
-    for (question, model, baseline), values in verdicts.items():
-        for name in (model, baseline):
+    means = mean_preferences(games, lambda game: (game.question, game.model, game.baseline))
+    for question, *pair in means:
+        for name in pair:
             if (question, name) not in lengths:
                 raise ValueError(f"question {question!r}: the length of {name}'s answer is not known")
-        if values:
-            differences.append(lengths[question, model] - lengths[question, baseline])
-            preferences.append(float(np.mean(values)))
-    longer, wins = np.array(differences, dtype=np.float64), np.array(preferences)
+    differences = [lengths[question, model] - lengths[question, baseline] for question, model, baseline in means]
+    preferences = np.array(list(means.values()), dtype=np.float64)
+    judged = ~np.isnan(preferences)
+    longer, wins = np.array(differences, dtype=np.float64)[judged], preferences[judged]
     correlation = rank = p_value = _NAN
     if len(wins) > 2 and np.ptp(longer) > 0 and np.ptp(wins) > 0:
         correlation = float(stats.pearsonr(longer, wins).statistic)
@@ -183,7 +171,7 @@ def length_bias(games: Iterable[Game], lengths: Mapping[tuple[str, str], int]) -
         related=related,
         summary=_length_words(share, rank, num_decided, related),
         num_counted=len(wins),
-        num_missing=len(verdicts) - len(wins),
+        num_missing=len(means) - len(wins),
     )
 
 
@@ -207,8 +195,8 @@ class Agreement:
         kappa: Cohen's, agreement beyond chance; NaN where both give one and the same verdict throughout.
         correlation: Pearson's, of the preferences; NaN where either is constant.
         num_counted: games with a verdict of both.
-        num_missing: common games that lack either's verdict.
-        num_unmatched: games that one judge alone was asked.
+        num_missing: common games that lack the verdict of either.
+        num_unmatched: games that only one judge was asked.
     """
 
     agreement: float
@@ -223,18 +211,21 @@ class Agreement:
 def judge_agreement(one: Iterable[Game], other: Iterable[Game]) -> Agreement:
     """Compare two judges on the games both were asked: same question, models and order.
 
-    Kappa is ``(a - c) / (1 - c)``, with a the agreement and c what two judges of these habits would reach by chance. Games that
-    were judged several times are averaged.
+    Kappa is ``(a - c) / (1 - c)``, with a the agreement and c the agreement by chance of two judges who give wins, ties and
+    losses as often as these. Games that were judged several times are averaged.
 
     Raises:
         ValueError: the judges have no game in common with a verdict of both.
     """
-    first, second = _verdicts(one), _verdicts(other)
-    common = first.keys() & second.keys()
-    both = [(first[key], second[key]) for key in sorted(common) if first[key] is not None and second[key] is not None]
-    if not both:
+    first, second = (
+        mean_preferences(games, lambda game: (game.question, game.model, game.baseline, game.model_first))
+        for games in (one, other)
+    )
+    common = sorted(first.keys() & second.keys())
+    both = np.array([(first[key], second[key]) for key in common], dtype=np.float64).reshape(-1, 2)
+    values = both[~np.isnan(both).any(axis=1)]
+    if not len(values):
         raise ValueError(f"the judges have {len(common)} games in common and none with a verdict of both: nothing to compare")
-    values = np.array(both, dtype=np.float64)
     signs = np.sign(values - 0.5).astype(int)
     same = signs[:, 0] == signs[:, 1]
     habits = [Counter(column.tolist()) for column in signs.T]
@@ -250,12 +241,3 @@ def judge_agreement(one: Iterable[Game], other: Iterable[Game]) -> Agreement:
         num_missing=len(common) - len(values),
         num_unmatched=len(first.keys() ^ second.keys()),
     )
-
-
-def _verdicts(games: Iterable[Game]) -> dict[tuple[str, str, str, bool], float | None]:
-    grouped: dict[tuple[str, str, str, bool], list[float]] = {}
-    for game in games:
-        values = grouped.setdefault((game.question, game.model, game.baseline, game.model_first), [])
-        if game.preference is not None:
-            values.append(checked_preference(game))
-    return {key: float(np.mean(values)) if values else None for key, values in grouped.items()}

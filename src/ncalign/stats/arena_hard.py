@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ncalign.stats.intervals import Interval, Resample, quantile_interval, resampled_counts
-from ncalign.stats.preferences import checked_preference, question_places
+from ncalign.stats.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Interval, quantile_interval, resampled_counts
+from ncalign.stats.preferences import verdict_arrays
 from ncalign.stats.records import Game
 
 
@@ -33,25 +33,14 @@ class ArenaScore:
     num_missing: int
 
 
-def arena_hard_scores(
-    games: Iterable[Game],
-    *,
-    resample: Resample = "questions",
-    num_rounds: int = 100,
-    quantiles: tuple[float, float] = (0.05, 0.95),
-    seed: int = 0,
-) -> tuple[ArenaScore, ...]:
+def arena_hard_scores(games: Iterable[Game], *, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> tuple[ArenaScore, ...]:
     """Weighted mean preference of each model against its baseline, ``100 * sum(w p) / sum(w)``, best first.
 
     Arena-Hard leaves out a question that lacks a verdict in either order: pass what :func:`complete_games` keeps.
 
     Args:
         games: of any models, each against one baseline.
-        resample: as in :func:`bradley_terry`; with ``games`` each game is drawn as often as it counts, as Arena-Hard
-            does.
-        num_rounds: bootstrap rounds.
-        quantiles: of the rounds that bound the intervals.
-        seed: of the bootstrap.
+        bootstrap: how rounds are drawn; where they draw games, each game is drawn as often as it counts, as Arena-Hard does.
 
     Raises:
         ValueError: there are no games, a model has no verdict, or met two baselines.
@@ -61,37 +50,32 @@ def arena_hard_scores(
         by_model.setdefault(game.model, []).append(game)
     if not by_model:
         raise ValueError("there are no games: a score needs judged answers")
-    scores = [_arena_score(model, group, resample, num_rounds, quantiles, seed) for model, group in by_model.items()]
+    scores = [_arena_score(model, group, bootstrap) for model, group in by_model.items()]
     return tuple(sorted(scores, key=lambda score: -score.score))
 
 
-def _arena_score(
-    model: str, games: Sequence[Game], resample: Resample, num_rounds: int, quantiles: tuple[float, float], seed: int
-) -> ArenaScore:
+def _arena_score(model: str, games: Sequence[Game], bootstrap: Bootstrap) -> ArenaScore:
     baselines = {game.baseline for game in games}
-    judged = [game for game in games if game.preference is not None]
     if len(baselines) > 1:
         raise ValueError(f"{model} met the baselines {sorted(baselines)[:3]}: one baseline is needed for a score")
+    judged = [game for game in games if game.preference is not None]
     if not judged:
         raise ValueError(f"{model} has no game with a verdict out of {len(games)}")
-    weights = np.array([game.weight for game in judged], dtype=np.float64)
-    outcomes = np.array([checked_preference(game) for game in judged])
-    repeats = weights.astype(np.int64) if resample == "games" else np.ones(len(judged), dtype=np.int64)
-    rows = np.repeat(np.arange(len(judged)), repeats)
-    units = np.arange(len(rows)) if resample == "games" else question_places(judged)
-    rng = np.random.default_rng(seed)
-    row_weights = np.ones(len(rows)) if resample == "games" else weights
+    rows = judged if bootstrap.resample == "questions" else [game for game in judged for _ in range(game.weight)]
+    outcomes, weights, units = verdict_arrays(rows, bootstrap.resample)
+    if bootstrap.resample == "games":
+        weights = np.ones(len(rows))
     rounds = np.array(
         [
-            100 * np.average(outcomes[rows], weights=row_weights * resampled_counts(int(units.max()) + 1, rng)[units])
-            for _ in range(num_rounds)
+            100 * np.average(outcomes, weights=weights * counts)
+            for counts in resampled_counts(units, bootstrap.num_rounds, bootstrap.seed)
         ]
     )
     return ArenaScore(
         model=model,
         score=float(100 * np.average(outcomes, weights=weights)),
         bootstrap_mean=float(rounds.mean()),
-        ci=quantile_interval(rounds, quantiles),
+        ci=quantile_interval(rounds, bootstrap.quantiles),
         num_games=len(judged),
         num_missing=len(games) - len(judged),
     )

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
-from ncalign.stats.intervals import Interval, Resample, quantile_interval, resampled_counts
-from ncalign.stats.preferences import checked_preference, question_places
+from ncalign.stats.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Interval, quantile_interval, resampled_counts
+from ncalign.stats.logistic import fit_logistic
+from ncalign.stats.preferences import verdict_arrays
 from ncalign.stats.records import Game
 from ncalign.stats.style import FEATURES, Style, style_differences
 
 Array = NDArray[np.float64]
 
-ELO_SCALE = 400 / np.log(10)
+ELO_SCALE = 400 / math.log(10)
 ANCHOR_RATING = 1000.0
 # Log-odds that fewer than a million games can't tell from infinity.
 _LARGEST_LOG_ODDS = 15.0
-_MAX_NEWTON_STEPS = 100
-_MAX_HALVINGS = 30
 
 
 @dataclass(frozen=True)
 class Strength:
-    """One model's place.
+    """One model's strength.
 
     Attributes:
         model: its name.
@@ -77,19 +78,16 @@ def bradley_terry(
     styles: Mapping[tuple[str, str], Style] | None = None,
     centered: bool = True,
     ridge: float = 0.0,
-    resample: Resample = "questions",
-    num_rounds: int = 100,
-    quantiles: tuple[float, float] = (0.05, 0.95),
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> BradleyTerry:
     """Maximise ``sum_g w_g (p_g log s(z_g) + (1 - p_g) log s(-z_g)) - ridge / 2 |theta|^2`` over strengths.
 
     ``z = theta_model - theta_baseline + style_g . gamma`` and s is the sigmoid; a tie is a preference of 1/2, a strong verdict
     counts with its weight. The anchor's theta is 0. Ratings are ``1000 + 400 / ln 10 * theta``, win rates ``100 * s(theta)``.
 
-    Style differences (:func:`style_differences`) are divided by their standard deviation over games, and their mean is taken
-    away as Arena-Hard does. Then a win rate is that at the average difference: with few models, all of which write more than
-    the baseline, that hides what style is worth. ``centered=False`` keeps 0 where both answers look alike.
+    Style differences (:func:`style_differences`) are divided by their standard deviation over games, and their mean is
+    subtracted as in Arena-Hard: a win rate is then that at the average difference. With few models, all of which write more
+    than the baseline, that hides the effect of style. ``centered=False`` keeps 0 where both answers look alike.
 
     Args:
         games: of any pairs; those without a verdict are counted and left out.
@@ -97,57 +95,47 @@ def bradley_terry(
         styles: of each answer, by question and model; None for no style control.
         centered: see above.
         ridge: L2 penalty; needed where a model won all its games or lost them all.
-        resample: what a bootstrap round draws: questions, whose games stay together, or single games as Arena-Hard does.
-        num_rounds: bootstrap rounds; 0 for no intervals (NaN).
-        quantiles: of the rounds that bound the intervals. Arena-Hard takes 5 % and 95 %.
-        seed: of the bootstrap.
+        bootstrap: how the rounds behind the intervals are drawn.
 
     Raises:
-        ValueError: there are no verdicts, the anchor did not play, an answer's style is missing, or the games don't determine
-            finite strengths.
+        ValueError: the anchor has no verdict, a style is missing, scikit-learn is missing, or the games don't determine finite
+            strengths.
 
     Source: Bradley and Terry, 1952; Arena-Hard-Auto, ``utils/math_utils.py``.
     """
     every = list(games)
     judged = [game for game in every if game.preference is not None]
-    names = sorted({name for game in judged for name in (game.model, game.baseline)})
-    if anchor not in names:
-        raise ValueError(f"the anchor {anchor!r} has no game with a verdict; {len(judged)} games are of {names[:5]}")
-    first, second, outcomes, weights = _arrays(judged, names)
-    if ridge == 0:
-        _check_determined(names, first, second, outcomes, weights)
-    free = [i for i, name in enumerate(names) if name != anchor]
-    design = (_one_hot(first, len(names)) - _one_hot(second, len(names)))[:, free]
+    design, names = _pair_columns(judged, anchor)
+    outcomes, weights, units = verdict_arrays(judged, bootstrap.resample)
     controlled: list[str] = []
     if styles is not None:
         style_columns, controlled = _standardized(_style_rows(judged, styles), weights, centered)
         design = np.hstack([design, style_columns])
-    theta = fit_bradley_terry(design, outcomes, weights, ridge=ridge)
-    if theta is None:
-        raise ValueError(
-            "the games don't determine finite strengths: style tells all verdicts apart, or can't be told from the models; "
-            "give a ridge above 0, or leave out style control"
-        )
-    rounds = _bootstrap(judged, design, outcomes, weights, ridge, resample, num_rounds, seed)
-    appearances = np.bincount(np.concatenate([first, second]), minlength=len(names))
-    places = {name: i for i, name in enumerate(names[i] for i in free)}
+    if ridge == 0:
+        _check_connected(judged)
+    theta = _finite_fit(design, outcomes, weights, ridge)
+    draws = resampled_counts(units, bootstrap.num_rounds, bootstrap.seed)
+    rounds = _fitted_rounds(design, outcomes, (weights * counts for counts in draws), ridge)
+    num_games = Counter(name for game in judged for name in (game.model, game.baseline))
+    # The anchor, which has no column, is 0 in every round.
+    fitted = {anchor: (0.0, np.zeros(len(rounds)))} | {name: (theta[i], rounds[:, i]) for i, name in enumerate(names)}
     strengths = [
-        _strength(name, places.get(name), theta, rounds, quantiles, int(appearances[i])) for i, name in enumerate(names)
+        _strength(name, value, drawn, bootstrap.quantiles, num_games[name]) for name, (value, drawn) in sorted(fitted.items())
     ]
     return BradleyTerry(
         strengths=tuple(sorted(strengths, key=lambda strength: -strength.rating)),
         anchor=anchor,
-        style=dict(zip(controlled, theta[len(free) :].tolist(), strict=True)),
+        style=dict(zip(controlled, theta[len(names) :].tolist(), strict=True)),
         num_games=len(judged),
         num_missing=len(every) - len(judged),
-        num_failed_rounds=num_rounds - len(rounds),
+        num_failed_rounds=bootstrap.num_rounds - len(rounds),
     )
 
 
 def fit_bradley_terry(
     design: Float[Array, "N P"], outcomes: Float[Array, " N"], weights: Float[Array, " N"], *, ridge: float = 0.0
 ) -> Float[Array, " P"] | None:
-    """Maximum likelihood of a logistic regression without intercept, by Newton steps; None where no finite one exists.
+    """Maximum likelihood of a logistic regression without intercept; None where no finite one exists.
 
     Args:
         design: a row for each game.
@@ -155,73 +143,53 @@ def fit_bradley_terry(
         weights: not negative.
         ridge: L2 penalty.
     """
-    theta = np.zeros(design.shape[1])
-    tolerance = 1e-11 * max(1.0, float(weights.sum()))
-
-    def objective(at: Array) -> float:
-        logits = design @ at
-        return float(weights @ (np.logaddexp(0, logits) - outcomes * logits) + ridge / 2 * at @ at)
-
-    value = objective(theta)
-    for _ in range(_MAX_NEWTON_STEPS):
-        chances = expit(design @ theta)
-        gradient = design.T @ (weights * (chances - outcomes)) + ridge * theta
-        if np.abs(gradient).max(initial=0) <= tolerance:
-            break
-        hessian = (design.T * (weights * chances * (1 - chances))) @ design + ridge * np.eye(len(theta))
+    with warnings.catch_warnings():
+        # scikit-learn warns of a singular Hessian and of a fit that does not converge, and goes on with another solver.
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("error", UserWarning)
         try:
-            step = np.linalg.solve(hessian, gradient)
-        except np.linalg.LinAlgError:
+            theta = fit_logistic(design, outcomes, weights, penalty="l2", inverse_penalty=1 / ridge if ridge else math.inf)
+        except (RuntimeWarning, UserWarning):
             return None
-        for halving in range(_MAX_HALVINGS):
-            candidate = theta - 0.5**halving * step
-            reached = objective(candidate)
-            # Rounding may raise the objective in its last digits near the minimum.
-            if reached <= value + 1e-14 * abs(value):
-                break
-        else:
-            break
-        theta, value = candidate, reached
-        if ridge == 0 and np.abs(theta).max() > 2 * _LARGEST_LOG_ODDS:
-            return None
-    if not np.isfinite(theta).all() or (ridge == 0 and np.abs(theta).max(initial=0) > _LARGEST_LOG_ODDS):
-        return None
+    return None if ridge == 0 and np.abs(theta).max() > _LARGEST_LOG_ODDS else theta
+
+
+def _finite_fit(design: Array, outcomes: Array, weights: Array, ridge: float) -> Array:
+    theta = fit_bradley_terry(design, outcomes, weights, ridge=ridge)
+    if theta is None:
+        raise ValueError(
+            "the games don't determine finite strengths: style separates all verdicts, or can't be told from the models; "
+            "give a ridge above 0, or leave out style control"
+        )
     return theta
 
 
-def _arrays(
-    games: Sequence[Game], names: Sequence[str]
-) -> tuple[Int[NDArray[np.int64], " N"], Int[NDArray[np.int64], " N"], Array, Array]:
-    place = {name: i for i, name in enumerate(names)}
+def _pair_columns(games: Sequence[Game], anchor: str) -> tuple[Float[Array, "N M"], list[str]]:
+    """A column for each model but the anchor, by name: 1 in its games as the model, -1 as the baseline."""
+    names = sorted({name for game in games for name in (game.model, game.baseline)})
+    if anchor not in names:
+        raise ValueError(f"the anchor {anchor!r} has no game with a verdict; {len(games)} games are of {names[:5]}")
     for game in games:
         if game.model == game.baseline:
             raise ValueError(f"question {game.question!r}: {game.model} is compared with itself")
-    return (
-        np.array([place[game.model] for game in games], dtype=np.int64),
-        np.array([place[game.baseline] for game in games], dtype=np.int64),
-        np.array([checked_preference(game) for game in games]),
-        np.array([game.weight for game in games], dtype=np.float64),
-    )
+    names.remove(anchor)
+    columns = [[(game.model == name) - (game.baseline == name) for game in games] for name in names]
+    return np.array(columns, dtype=np.float64).T, names
 
 
-def _one_hot(places: NDArray[np.int64], size: int) -> Array:
-    rows = np.zeros((len(places), size))
-    rows[np.arange(len(places)), places] = 1
-    return rows
-
-
-def _check_determined(
-    names: Sequence[str], first: NDArray[np.int64], second: NDArray[np.int64], outcomes: Array, weights: Array
-) -> None:
+def _check_connected(games: Sequence[Game]) -> None:
     """Ford's condition: from every model a chain of games not wholly lost leads to every other."""
-    gains = np.concatenate([weights * outcomes, weights * (1 - outcomes)])
-    ends = (np.concatenate([first, second]), np.concatenate([second, first]))
-    graph = coo_array((gains, ends), shape=(len(names), len(names))).tocsr()
-    graph.eliminate_zeros()
-    num_parts, parts = connected_components(graph, directed=True, connection="strong")
+    names = sorted({name for game in games for name in (game.model, game.baseline)})
+    place = {name: i for i, name in enumerate(names)}
+    gains = np.zeros((len(names), len(names)))
+    for game in games:
+        assert game.preference is not None
+        gains[place[game.model], place[game.baseline]] += game.weight * game.preference
+        gains[place[game.baseline], place[game.model]] += game.weight * (1 - game.preference)
+    num_parts, parts = connected_components(gains > 0, directed=True, connection="strong")
     if num_parts > 1:
-        sizes = np.bincount(parts)
-        odd = [name for name, part in zip(names, parts, strict=True) if part != sizes.argmax()] or list(names)
+        largest = np.bincount(parts).argmax()
+        odd = [name for name, part in zip(names, parts, strict=True) if part != largest]
         raise ValueError(
             f"the games don't determine finite strengths: {', '.join(odd[:5])} won everything or nothing against the rest, or "
             "never met them; give a ridge above 0, or more games"
@@ -250,28 +218,17 @@ def _standardized(rows: Float[Array, "N 4"], weights: Array, centered: bool) -> 
     return np.asarray(shifted[:, varied] / spread[varied]), names
 
 
-def _bootstrap(
-    games: Sequence[Game],
-    design: Array,
-    outcomes: Array,
-    weights: Array,
-    ridge: float,
-    resample: Resample,
-    num_rounds: int,
-    seed: int,
+def _fitted_rounds(
+    design: Float[Array, "N P"], outcomes: Float[Array, " N"], draws: Iterable[Float[Array, " N"]], ridge: float
 ) -> Float[Array, "R P"]:
-    """Coefficients of the rounds that allowed a fit."""
-    units = question_places(games) if resample == "questions" else np.arange(len(games))
-    num_units = int(units.max()) + 1
-    rng = np.random.default_rng(seed)
+    """Coefficients of the bootstrap rounds that allowed a fit, from each round's weights."""
     # Games with equal rows are one row for the fit.
     rows, place = np.unique(design, axis=0, return_inverse=True)
     place = place.reshape(-1)
     found = []
-    for _ in range(num_rounds):
-        drawn = weights * resampled_counts(num_units, rng)[units].astype(np.float64)
-        total = np.asarray(np.bincount(place, weights=drawn, minlength=len(rows)), dtype=np.float64)
-        won = np.bincount(place, weights=drawn * outcomes, minlength=len(rows))
+    for weights in draws:
+        total = np.asarray(np.bincount(place, weights=weights, minlength=len(rows)), dtype=np.float64)
+        won = np.bincount(place, weights=weights * outcomes, minlength=len(rows))
         met = total > 0
         theta = fit_bradley_terry(rows[met], won[met] / total[met], total[met], ridge=ridge)
         if theta is not None:
@@ -279,23 +236,13 @@ def _bootstrap(
     return np.array(found).reshape(len(found), design.shape[1])
 
 
-def _strength(
-    name: str,
-    column: int | None,
-    theta: Array,
-    rounds: Float[Array, "R P"],
-    quantiles: tuple[float, float],
-    num_games: int,
-) -> Strength:
-    """The anchor, which has no column, is 0 in every round."""
-    value = 0.0 if column is None else float(theta[column])
-    drawn = np.zeros(len(rounds)) if column is None else rounds[:, column]
-    low, high = quantile_interval(drawn, quantiles) if len(drawn) else (float("nan"), float("nan"))
+def _strength(name: str, theta: float, rounds: Float[Array, " R"], quantiles: tuple[float, float], num_games: int) -> Strength:
+    low, high = quantile_interval(rounds, quantiles)
     return Strength(
         model=name,
-        rating=ANCHOR_RATING + float(ELO_SCALE) * value,
-        rating_ci=(ANCHOR_RATING + float(ELO_SCALE) * low, ANCHOR_RATING + float(ELO_SCALE) * high),
-        win_rate=100 * float(expit(value)),
+        rating=ANCHOR_RATING + ELO_SCALE * float(theta),
+        rating_ci=(ANCHOR_RATING + ELO_SCALE * low, ANCHOR_RATING + ELO_SCALE * high),
+        win_rate=100 * float(expit(theta)),
         win_rate_ci=(100 * float(expit(low)), 100 * float(expit(high))),
         num_games=num_games,
     )

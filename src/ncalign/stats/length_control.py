@@ -1,4 +1,4 @@
-"""Length-controlled win rate: what the win rate would be if both answers were as long, by AlpacaEval 2's regression."""
+"""Length-controlled win rate: what the win rate would be if both answers were equally long, by AlpacaEval 2's regression."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from scipy.special import expit
 
 from ncalign.core.errors import DataError
 from ncalign.stats.intervals import Interval, quantile_interval, resampled_counts
-from ncalign.stats.l1_logistic import fit_l1_logistic
+from ncalign.stats.logistic import fit_logistic
 from ncalign.stats.preferences import checked_preferences
 
 Array = NDArray[np.float64]
 
 NUM_FOLDS = 5
-# AlpacaEval leaves the grid, the tolerance and the seed of the solver to scikit-learn's defaults and this seed.
-_STRENGTHS = np.logspace(-4, 4, 10)
-_TOLERANCE = 1e-4
+# AlpacaEval takes scikit-learn's default grid of C, the inverse penalty, and this seed.
+_INVERSE_PENALTIES = np.logspace(-4, 4, 10)
 _SEED = 123
 # Two gamed baselines share this weight.
 _BASELINE_WEIGHT = 0.2 / 2
@@ -31,14 +30,14 @@ _COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "n
 
 @dataclass(frozen=True)
 class DifficultyTable:
-    """AlpacaEval's ``df_gamed.csv``: how hard each question is, and how baselines told to be brief or wordy fared.
+    """AlpacaEval's ``df_gamed.csv``: how hard each question is, and the verdicts on baselines told to be brief or wordy.
 
     Attributes:
         questions: each row's question, counted from 0 in the set's order.
-        preferences: of the row, 0 to 1; NaN where there is none, and then it only tells the difficulty.
+        preferences: of the row, 0 to 1; NaN where there is none, and only the row's difficulty is used.
         length_differences: of the row, in standard deviations.
         difficulties: of the row's question.
-        not_gamed: whether the row is of no gamed baseline.
+        not_gamed: False for the rows of gamed baselines.
     """
 
     questions: Int[NDArray[np.int64], " R"]
@@ -54,11 +53,11 @@ class LengthControlled:
 
     Attributes:
         win_rate: in percent.
-        standard_error: of the predictions' mean over questions, in points, as AlpacaEval gives it. It doesn't hold the
+        standard_error: of the predictions' mean over questions, in points, as AlpacaEval gives it. It leaves out the
             uncertainty of the regression: it is 0 without difficulties, where all predictions are the same.
         ci: 95 % bootstrap interval of ``win_rate``: questions are resampled and the regression is fitted anew.
         coefficients: of ``length``, ``difficulty`` (where a table was given) and ``model``.
-        strength: C, the inverse of the penalty, that cross-validation chose.
+        strength: C, the inverse of the penalty, as cross-validation chose it.
         num_fitted: questions with a verdict.
         num_missing: questions without, for which the regression predicts a preference.
     """
@@ -102,47 +101,35 @@ def length_controlled_win_rate(
         num_resamples: of the bootstrap.
 
     Raises:
-        ValueError: lengths don't match, are the same difference throughout, or fewer than 5 questions have a verdict; the
-            table lacks a question.
+        ValueError: the lengths don't match or all differ by the same number, fewer than 5 questions have a verdict, the table
+            lacks a question, or scikit-learn is not installed.
 
     Source: Dubois et al., "Length-Controlled AlpacaEval", 2024, eq. 2; ``alpaca_eval.metrics.get_length_controlled_winrate``,
-    whose numbers these are, its solver's early stop included.
+    whose solver, settings and numbers these are.
     """
     targets = checked_preferences(preferences)
-    known = ~np.isnan(targets)
-    if known.sum() < NUM_FOLDS:
-        raise ValueError(f"{known.sum()} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
+    num_known = _enough_for_folds(targets)
     features = _features(model_lengths, baseline_lengths, len(targets), table, questions)
-    test = features.copy()
-    test[:, 0] = 0
-    gamed = np.zeros((0, features.shape[1]))
-    gamed_targets = np.zeros(0)
-    if table is not None and regularized:
-        judged = ~np.isnan(table.preferences)
-        gamed = np.column_stack([np.tanh(table.length_differences), table.difficulties, table.not_gamed])[judged]
-        gamed_targets = table.preferences[judged]
-    gamed_weights = np.where(gamed[:, -1] == 1, 1.0, _BASELINE_WEIGHT)
-    weights = np.concatenate([gamed_weights, np.ones(known.sum())])
-    rows = np.concatenate([gamed, features[known]])
-    labels = np.concatenate([gamed_targets, targets[known]])
-    strength = _chosen_strength(rows, labels, weights)
-    coefficients = _fit(rows, labels, weights, strength)
-    predicted = expit(test @ coefficients)
-    rng = np.random.default_rng(seed)
-    rounds = np.empty(num_resamples)
-    for i in range(num_resamples):
-        counts = resampled_counts(len(targets), rng)
-        drawn = np.concatenate([weights[: len(gamed)], counts[known]])
-        rounds[i] = 100 * np.average(expit(test @ _fit(rows, labels, drawn, strength)), weights=counts)
+    gamed = _gamed_rows(table if regularized else None, features.shape[1])
+    inverse_penalty = _chosen_inverse_penalty(*_training_rows(gamed, features, targets, np.ones(len(targets))))
+
+    def predicted(counts: Array) -> tuple[Array, Array]:
+        """Coefficients, and each question's preference at equal lengths, where questions count this often."""
+        fitted = _fit(*_training_rows(gamed, features, targets, counts), inverse_penalty, np.random.RandomState(_SEED))
+        return fitted, expit(features[:, 1:] @ fitted[1:])
+
+    coefficients, even = predicted(np.ones(len(targets)))
+    draws = resampled_counts(np.arange(len(targets)), num_resamples, seed)
+    rounds = [100 * np.average(predicted(counts)[1], weights=counts) for counts in draws]
     names = ("length", "model") if table is None else ("length", "difficulty", "model")
     return LengthControlled(
-        win_rate=float(predicted.mean() * 100),
-        standard_error=float(predicted.std(ddof=1) / np.sqrt(len(predicted)) * 100),
+        win_rate=float(even.mean() * 100),
+        standard_error=float(even.std(ddof=1) / np.sqrt(len(even)) * 100),
         ci=quantile_interval(rounds, (0.025, 0.975)),
-        coefficients={name: float(value) for name, value in zip(names, coefficients, strict=True)},
-        strength=strength,
-        num_fitted=int(known.sum()),
-        num_missing=int((~known).sum()),
+        coefficients=dict(zip(names, coefficients.tolist(), strict=True)),
+        strength=inverse_penalty,
+        num_fitted=num_known,
+        num_missing=len(targets) - num_known,
     )
 
 
@@ -234,33 +221,52 @@ def _difficulties(table: DifficultyTable, questions: Sequence[int]) -> Array:
     return np.array([known[question] for question in questions])
 
 
-def _chosen_strength(rows: Array, targets: Array, weights: Array) -> float:
-    """The grid's strength with the least mean weighted log loss over folds; the smallest of equals."""
+def _enough_for_folds(targets: Array) -> int:
+    """How many questions have a verdict, which must be enough for cross-validation."""
+    num_known = int(np.isfinite(targets).sum())
+    if num_known < NUM_FOLDS:
+        raise ValueError(f"{num_known} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
+    return num_known
+
+
+def _gamed_rows(table: DifficultyTable | None, num_features: int) -> tuple[Array, Array, Array]:
+    """Features, preferences and weights of the table's rows with a verdict; none without a table."""
+    if table is None:
+        return np.zeros((0, num_features)), np.zeros(0), np.zeros(0)
+    judged = ~np.isnan(table.preferences)
+    features = np.column_stack([np.tanh(table.length_differences), table.difficulties, table.not_gamed])[judged]
+    return features, table.preferences[judged], np.where(table.not_gamed[judged], 1.0, _BASELINE_WEIGHT)
+
+
+def _training_rows(
+    gamed: tuple[Array, Array, Array], features: Array, targets: Array, counts: Array
+) -> tuple[Array, Array, Array]:
+    """Features, preferences and weights of the gamed baselines' rows and of the questions with a verdict."""
+    known = ~np.isnan(targets)
+    rows, labels, weights = gamed
+    return (
+        np.concatenate([rows, features[known]]),
+        np.concatenate([labels, targets[known]]),
+        np.concatenate([weights, counts[known]]),
+    )
+
+
+def _fit(rows: Array, targets: Array, weights: Array, inverse_penalty: float, seeds: np.random.RandomState) -> Array:
+    return fit_logistic(rows, targets, weights, penalty="l1", inverse_penalty=inverse_penalty, seeds=seeds)
+
+
+def _chosen_inverse_penalty(rows: Array, targets: Array, weights: Array) -> float:
+    """The C of the grid with the least mean weighted log loss over folds; the smallest of equals."""
     # scikit-learn's GroupKFold deals the groups out from the last.
     folds = (len(targets) - 1 - np.arange(len(targets))) % NUM_FOLDS
-    losses = np.zeros(len(_STRENGTHS))
+    losses = np.zeros(len(_INVERSE_PENALTIES))
     for fold in range(NUM_FOLDS):
         train, held_out = folds != fold, folds == fold
+        # LogisticRegressionCV seeds each fold anew, and draws from one generator along the grid.
         seeds = np.random.RandomState(_SEED)
-        for i, strength in enumerate(_STRENGTHS):
-            coefficients = fit_l1_logistic(
-                rows[train],
-                targets[train],
-                weights[train],
-                strength=float(strength),
-                tolerance=_TOLERANCE,
-                seed=_solver_seed(seeds),
-            )
+        for i, inverse_penalty in enumerate(_INVERSE_PENALTIES):
+            coefficients = _fit(rows[train], targets[train], weights[train], inverse_penalty, seeds)
             guess = np.clip(expit(rows[held_out] @ coefficients), 1e-15, 1 - 1e-15)
             gains = targets[held_out] * np.log(guess) + (1 - targets[held_out]) * np.log(1 - guess)
             losses[i] -= np.mean(weights[held_out] * gains)
-    return float(_STRENGTHS[int(np.argmin(losses))])
-
-
-def _fit(rows: Array, targets: Array, weights: Array, strength: float) -> Array:
-    seed = _solver_seed(np.random.RandomState(_SEED))
-    return fit_l1_logistic(rows, targets, weights, strength=strength, tolerance=_TOLERANCE, seed=seed)
-
-
-def _solver_seed(seeds: np.random.RandomState) -> int:
-    return int(seeds.randint(np.iinfo(np.int32).max))
+    return float(_INVERSE_PENALTIES[int(np.argmin(losses))])

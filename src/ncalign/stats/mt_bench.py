@@ -1,4 +1,4 @@
-"""MT-Bench: mean ratings by turn and by category, and wins read off two models' ratings."""
+"""MT-Bench: mean ratings by turn and by category, and wins and losses of one model's ratings against another's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ncalign.stats.intervals import Interval, ratio_interval
 from ncalign.stats.records import Rating
 
-# MT-Bench asks for 1 to 10; judges give 0 now and then, and FastChat counts it.
+# MT-Bench asks for 1 to 10; some judges give 0, and FastChat counts it.
 LOWEST, HIGHEST = 0.0, 10.0
 TIE_DELTA = 0.1
 
@@ -24,7 +24,7 @@ class MeanScore:
         mean: NaN where none has a score.
         ci: 95 % bootstrap interval of ``mean``; questions are resampled, their turns stay together. NaN for one question.
         num_counted: ratings with a score.
-        num_missing: ratings without, which count nowhere.
+        num_missing: ratings without, which are left out.
     """
 
     mean: float
@@ -186,7 +186,7 @@ def _mean_score(ratings: Sequence[Rating], num_resamples: int, rng: np.random.Ge
     sizes = np.array([len(scores) for scores in by_question.values()], dtype=np.float64)
     return MeanScore(
         mean=float(totals.sum() / num_counted) if num_counted else float("nan"),
-        ci=ratio_interval(totals, sizes, num_resamples, rng) if len(totals) > 1 else (float("nan"), float("nan")),
+        ci=ratio_interval(totals, sizes, num_resamples, rng),
         num_counted=num_counted,
         num_missing=len(ratings) - num_counted,
     )

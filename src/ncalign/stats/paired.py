@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from ncalign.stats.intervals import mean_interval
+from ncalign.stats.intervals import Interval, mean_interval
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class PairedComparison:
 
     mean_before: float
     mean_after: float
-    ci_before: tuple[float, float]
-    ci_after: tuple[float, float]
+    ci_before: Interval
+    ci_after: Interval
     difference: float
-    ci_difference: tuple[float, float]
+    ci_difference: Interval
     p_value: float
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-from jaxtyping import Float
-from numpy.typing import NDArray
 from scipy import stats
 
-SIGNIFICANCE = 0.05
+from ncalign.stats.intervals import SIGNIFICANCE
+
 POWER = 0.8
 
 
@@ -19,7 +17,7 @@ def minimum_detectable_difference(
     """``(z_{1 - a/2} + z_{power}) * sd / sqrt(n)``: the true mean that a two-sided test finds with the given chance.
 
     For a win rate in points, ``sd`` is the preferences' standard deviation times 100 and the difference is that from 50. For
-    two models on the same questions it is the standard deviation of their paired differences (:func:`paired_deviation`).
+    two models on the same questions it is the standard deviation of their paired differences.
     The normal approximation holds from a few dozen questions on.
 
     Args:
@@ -64,21 +62,6 @@ def questions_needed(
     if not difference > 0:
         raise ValueError(f"the difference is {difference}; a number above 0 is needed")
     return max(1, math.ceil((factor * standard_deviation / difference) ** 2))
-
-
-def paired_deviation(before: Float[NDArray[np.float64], " n"], after: Float[NDArray[np.float64], " n"]) -> float:
-    """Standard deviation of the differences of two models' values on the same questions; NaN on either side is left out.
-
-    Raises:
-        ValueError: the arrays don't match, or fewer than 2 questions have both values.
-    """
-    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if first.ndim != 1 or first.shape != second.shape:
-        raise ValueError(f"the values have the shapes {first.shape} and {second.shape}: one pair for each question is needed")
-    differences = (second - first)[~(np.isnan(first) | np.isnan(second))]
-    if len(differences) < 2:
-        raise ValueError(f"{len(differences)} questions have both values; at least 2 are needed for a spread")
-    return float(differences.std(ddof=1))
 
 
 def _checked_factor(standard_deviation: float, significance: float, power: float) -> float:

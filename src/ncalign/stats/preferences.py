@@ -1,16 +1,40 @@
-"""From judged games to a preference for each question: orders put together, missing verdicts counted and left out."""
+"""From judged games to one preference for each question: both orders are averaged, missing verdicts counted and left out."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from ncalign.stats.records import Game
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def mean_preferences(games: Iterable[Game], key: Callable[[Game], Key]) -> dict[Key, float]:
+    """Mean preference of the games that share a key; NaN where none of them has a verdict."""
+    verdicts: dict[Key, list[float]] = {}
+    for game in games:
+        found = verdicts.setdefault(key(game), [])
+        if game.preference is not None:
+            found.append(game.preference)
+    return {shared: float(np.mean(found)) if found else float("nan") for shared, found in verdicts.items()}
+
+
+def order_preferences(games: Iterable[Game]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """By question, model and baseline: the mean preference where the model was shown first, and where it was shown second.
+
+    NaN where an order has no verdict.
+    """
+    means = mean_preferences(games, lambda game: (game.question, game.model, game.baseline, game.model_first))
+    pairs = dict.fromkeys(key[:3] for key in means)
+    nan = float("nan")
+    return {pair: (means.get((*pair, True), nan), means.get((*pair, False), nan)) for pair in pairs}
 
 
 @dataclass(frozen=True)
@@ -49,35 +73,34 @@ def question_preferences(games: Iterable[Game], *, both_orders: bool = True) -> 
         both_orders: a question counts where there is a verdict in each order; else one order is enough.
 
     Raises:
-        ValueError: there are no games, they are of more than one pair, or a preference is outside [0, 1].
+        ValueError: there are no games, or they are of more than one pair.
 
     >>> forth = Game("q1", "new", "old", model_first=True, preference=1.0)
     >>> back = Game("q1", "new", "old", model_first=False, preference=0.0)
     >>> question_preferences([forth, back]).preferences.tolist()  # the first place won twice
     [0.5]
     """
-    by_question: dict[str, dict[bool, list[float]]] = {}
-    pairs = set()
-    for game in games:
-        pairs.add((game.model, game.baseline))
-        orders = by_question.setdefault(game.question, {True: [], False: []})
-        if game.preference is not None:
-            orders[game.model_first].append(checked_preference(game))
+    orders = order_preferences(games)
+    pairs = {key[1:] for key in orders}
     if len(pairs) != 1:
         raise ValueError(
             f"games of one model against one baseline are needed; there are {len(pairs)} pairs: {sorted(pairs)[:3]}"
         )
-    preferences, one_order, missing = [], [], []
-    for question, orders in by_question.items():
-        means = [float(np.mean(values)) for values in orders.values() if values]
-        if not means:
-            missing.append(question)
-        elif both_orders and len(means) == 1:
-            one_order.append(question)
-        counts = len(means) == 2 or (means and not both_orders)
-        preferences.append(float(np.mean(means)) if counts else float("nan"))
+    values = np.array(list(orders.values()))
+    questions = [question for question, _, _ in orders]
+    num_orders = (~np.isnan(values)).sum(axis=1)
+    counts = num_orders >= (2 if both_orders else 1)
+    preferences = np.full(len(values), np.nan)
+    preferences[counts] = np.nanmean(values[counts], axis=1)
     ((model, baseline),) = pairs
-    return QuestionPreferences(model, baseline, tuple(by_question), np.array(preferences), tuple(one_order), tuple(missing))
+    return QuestionPreferences(
+        model,
+        baseline,
+        tuple(questions),
+        preferences,
+        one_order=tuple(q for q, num in zip(questions, num_orders, strict=True) if num == 1 and both_orders),
+        missing=tuple(q for q, num in zip(questions, num_orders, strict=True) if num == 0),
+    )
 
 
 def from_alpaca_eval(values: Sequence[float | None]) -> Float[NDArray[np.float64], " Q"]:
@@ -119,20 +142,6 @@ def complete_games(games: Iterable[Game]) -> tuple[list[Game], int]:
     return kept, dropped
 
 
-def checked_preference(game: Game) -> float:
-    """The game's preference.
-
-    Raises:
-        ValueError: it is missing or outside [0, 1].
-    """
-    if game.preference is None or not 0 <= game.preference <= 1:
-        raise ValueError(
-            f"question {game.question!r}, {game.model} against {game.baseline}: the preference is {game.preference}; "
-            "a number from 0 (the baseline is better) to 1 (the model is) is needed"
-        )
-    return float(game.preference)
-
-
 def checked_preferences(values: Float[NDArray[np.float64], " Q"]) -> Float[NDArray[np.float64], " Q"]:
     """One preference for each question, NaN where it is missing.
 
@@ -153,7 +162,19 @@ def checked_preferences(values: Float[NDArray[np.float64], " Q"]) -> Float[NDArr
     return array
 
 
-def question_places(games: Sequence[Game]) -> Int[NDArray[np.int64], " N"]:
-    """For each game the number of its question, in the order in which questions are met."""
+def verdict_arrays(
+    games: Sequence[Game], resample: Literal["questions", "games"]
+) -> tuple[Float[NDArray[np.float64], " N"], Float[NDArray[np.float64], " N"], Int[NDArray[np.int64], " N"]]:
+    """Preferences, weights, and the number of what a bootstrap round draws: the game's question, or the game itself.
+
+    Args:
+        games: with a verdict.
+        resample: what a round draws.
+    """
     places: dict[str, int] = {}
-    return np.array([places.setdefault(game.question, len(places)) for game in games], dtype=np.int64)
+    questions = [places.setdefault(game.question, len(places)) for game in games]
+    return (
+        np.array([game.preference for game in games], dtype=np.float64),
+        np.array([game.weight for game in games], dtype=np.float64),
+        np.array(questions if resample == "questions" else range(len(games)), dtype=np.int64),
+    )

@@ -27,8 +27,8 @@ class WinRate:
         num_wins: questions with a preference above 1/2.
         num_losses: questions with a preference below 1/2.
         num_ties: questions with a preference of exactly 1/2.
-        num_counted: questions that the numbers rest on.
-        num_missing: questions without a verdict, which count nowhere.
+        num_counted: questions with a verdict, which the numbers are computed from.
+        num_missing: questions without a verdict, which are left out.
     """
 
     win_rate: float
@@ -65,12 +65,10 @@ def win_rate(preferences: Float[NDArray[np.float64], " Q"], *, seed: int = 0, nu
     counted = checked[~np.isnan(checked)]
     wins, losses = int((counted > 0.5).sum()), int((counted < 0.5).sum())
     ties = len(counted) - wins - losses
-    several = len(counted) > 1
-    percent = 100 * counted
     return WinRate(
         win_rate=float(counted.mean() * 100),
-        standard_error=float(counted.std(ddof=1) / np.sqrt(len(counted)) * 100) if several else float("nan"),
-        ci=mean_interval(percent, num_resamples, np.random.default_rng(seed)) if several else (float("nan"), float("nan")),
+        standard_error=float(counted.std(ddof=1) / np.sqrt(len(counted)) * 100) if len(counted) > 1 else float("nan"),
+        ci=mean_interval(100 * counted, num_resamples, np.random.default_rng(seed)),
         discrete_win_rate=100 * (wins + ties / 2) / len(counted),
         num_wins=wins,
         num_losses=losses,
@@ -108,7 +106,7 @@ def win_matrix(games: Iterable[Game], *, both_orders: bool = True) -> WinMatrix:
         both_orders: as in :func:`question_preferences`.
 
     Raises:
-        ValueError: there are no games, a model meets itself, or a preference is outside [0, 1].
+        ValueError: there are no games, or a model meets itself.
     """
     by_pair: dict[tuple[str, str], list[Game]] = defaultdict(list)
     for game in games:
@@ -139,6 +137,6 @@ def win_matrix(games: Iterable[Game], *, both_orders: bool = True) -> WinMatrix:
 
 
 def _turned(game: Game) -> Game:
-    """The same judgement, told of the other model; its label would no longer say who won, so it has none."""
+    """The same judgement with model and baseline exchanged, and without its label, which names the places of before."""
     preference = None if game.preference is None else 1 - game.preference
     return Game(game.question, game.baseline, game.model, not game.model_first, preference, game.weight)
