@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncalign.audit import measure_group, run_audit
-from ncalign.audit.audit import length_regression
 from ncalign.audit.config import AuditConfig
-from ncalign.audit.copies import clusters_across
-from ncalign.audit.measures import agreement, best_of, clusters_of, likeness, words
+from ncalign.audit.copies import clusters_across, clusters_of
+from ncalign.audit.measures import agreement, best_of, length_regression
 from ncalign.audit.ranges import alpha_range, beta_range, effective_number, sample_size
+from ncalign.audit.texts import likeness, words
 from ncalign.cli.app import main
 from ncalign.data.groups import Candidate, Group
 
@@ -220,8 +220,8 @@ def test_length_is_taken_within_groups() -> None:
         return Group(id="g", prompt="P", candidates=[Candidate(" ".join("x" * n), reward=r) for n, r in pairs])
 
     # Each group's rewards are a line in length, on levels of their own.
-    measured = [measure_group(group((1, 10.0), (3, 11.0), (5, 12.0)), compare=False)]
-    measured += [measure_group(group((2, -1.0), (4, 0.0)), compare=False)]
+    measured = [measure_group(group((1, 10.0), (3, 11.0), (5, 12.0)))]
+    measured += [measure_group(group((2, -1.0), (4, 0.0)))]
     assert length_regression(measured) == (pytest.approx(1.0), pytest.approx(0.5))
     assert measured[0].length_pairs == (3, 0, 3)
     assert measured[1].length_pairs == (1, 0, 1)

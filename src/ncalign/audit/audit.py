@@ -1,11 +1,11 @@
-"""`ncalign audit`: one pass over the groups, numbers in audit.json and a page with pictures in audit.html."""
+"""`ncalign audit`: one pass over the groups, numbers in audit.json and a page with charts in audit.html."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,21 @@ import numpy as np
 
 from ncalign.audit.config import AuditConfig
 from ncalign.audit.copies import clusters_across
-from ncalign.audit.findings import Finding, findings
-from ncalign.audit.kernel import KernelAudit, audit_kernel
+from ncalign.audit.findings import findings
+from ncalign.audit.kernel import KernelAudit, audit_kernel, kernel_scores
 from ncalign.audit.measures import (
     GroupMeasures,
-    best_of,
+    length_regression,
     mean,
     measure_group,
-    prompt_key,
     random_baseline,
     share_of_agreement,
-    words,
+    worth_keeping,
 )
 from ncalign.audit.page import write_page
 from ncalign.audit.ranges import alpha_range, beta_range
-from ncalign.audit.semantic import Meaning, by_bertscore, by_embeddings
+from ncalign.audit.semantic import Meaning, bertscore_f1, embedding_cosine, measure_meaning
+from ncalign.audit.texts import prompt_key, words
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.json import json_ready
 from ncalign.core.parallel import map_chunks, num_workers
@@ -37,10 +37,12 @@ from ncalign.data.formats.seen import Seen
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.model.encoding import completion_text
 
+_MOST_SOURCES = 50
+
 
 @dataclass
 class Totals:
-    """Sums over all groups, whatever their number: memory does not grow with it.
+    """Sums over all groups; only the sample keeps their texts.
 
     Attributes:
         groups: groups read.
@@ -71,7 +73,7 @@ class Totals:
         self.candidates += len(group.candidates)
         self.missing += len(group.candidates) - len(rewards)
         self.with_spread += len(set(rewards)) > 1
-        self.tied_best += bool(rewards) and rewards.count(max(rewards)) > 1 and len(set(rewards)) > 1
+        self.tied_best += len(set(rewards)) > 1 and rewards.count(max(rewards)) > 1
         self.sizes[len(group.candidates)] += 1
         self.sources.update(candidate.source for candidate in group.candidates if candidate.source)
         self.prompts.add(prompt_key(group))
@@ -92,75 +94,88 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     """
     json_file, page = config.output_dir / "audit.json", config.output_dir / "audit.html"
     check_writable(json_file)
-    totals, report, chance = Totals(), ReadReport(), random.Random(config.seed)
-    with Bar("Reading groups", None) as bar:
-        for group in read_groups(config.data, schema=config.schema_name, on_bad_row=config.on_bad_row, report=report):
-            totals.add(group, size=config.sample, chance=chance)
-            bar.advance()
+    report = ReadReport()
+    groups = read_groups(config.data, schema=config.schema_name, on_bad_row=config.on_bad_row, report=report)
+    totals = _read(groups, config.sample, seed=config.seed)
     if not totals.groups:
         raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
     if report.skipped:
         say(report.notice(config.data))
-    measured = _measured(totals.sample)
-    texts = [words(completion_text(candidate, group)) for group in totals.sample for candidate in group.candidates]
-    across = clusters_across(texts, [number for number, group in enumerate(totals.sample) for _ in group.candidates])
-    numbers = numbers_of(totals, measured, across, seed=config.seed)
-    meanings = _meanings(totals.sample, config)
+    sample, measured = totals.sample, _measured(totals.sample)
+    texts = [words(completion_text(candidate, group)) for group in sample for candidate in group.candidates]
+    across = clusters_across(texts, [number for number, group in enumerate(sample) for _ in group.candidates])
+    numbers = _numbers(totals, measured, across, seed=config.seed)
+    meanings = _meanings(sample, config.embedder, config.bertscore, seed=config.seed)
     for name, meaning in meanings.items():
-        numbers[f"{name}/best_to_others"] = mean([value for row in meaning.to_best.values() for value in row])
+        numbers[f"{name}/best_to_others"] = mean([value for row in meaning.to_best for value in row])
         numbers[f"{name}/random"] = mean(meaning.random)
+    to_best = {"words": [[one.edit for one in group.likeness] for group in measured]}
+    to_best |= {name: meaning.to_best for name, meaning in meanings.items()}
     kernel = KernelAudit()
     if config.model is not None:
-        kernel = audit_kernel(totals.sample, measured, meanings, config)
+        scores = kernel_scores(
+            sample,
+            measured,
+            model=config.model,
+            reference_model=config.reference_model,
+            dtype=config.dtype,
+            max_length=config.max_length,
+            string_prompts=config.string_prompts,
+        )
+        kernel = audit_kernel(sample, measured, to_best, scores, beta=config.beta, seed=config.seed)
         numbers |= kernel.numbers
-        numbers["beta/low"], numbers["beta/high"] = beta_range(kernel.scores) or (math.nan, math.nan)
-    found = findings(numbers)
+        numbers["beta/low"], numbers["beta/high"] = beta_range(list(scores.values())) or (math.nan, math.nan)
+    found = [asdict(finding) for finding in findings(numbers)]
     result: dict[str, Any] = {
         "data": config.data,
         "numbers": json_ready(numbers),
-        "findings": [asdict(finding) for finding in found],
-        "tables": {name: table for name, table in tables(measured, meanings, kernel, across).items() if table},
+        "findings": found,
+        "tables": {name: table for name, table in _tables(measured, to_best, kernel, across).items() if table},
         "sizes": dict(sorted(totals.sizes.items())),
-        "sources": dict(totals.sources.most_common(50)),
+        "sources": dict(totals.sources.most_common(_MOST_SOURCES)),
         "rows_skipped": report.skipped,
-        "sampled": len(totals.sample),
+        "sampled": len(sample),
     }
     write_json_atomic(result, json_file)
-    write_page(page, result, measured, totals.sample)
+    write_page(page, result, measured, sample)
     return {**result, "text": _text(config.data, numbers, found, page)}
+
+
+def _read(groups: Iterable[Group], size: int, *, seed: int) -> Totals:
+    totals, chance = Totals(), random.Random(seed)
+    with Bar("Reading groups", None) as bar:
+        for group in groups:
+            totals.add(group, size=size, chance=chance)
+            bar.advance()
+    return totals
 
 
 def _measured(sample: Sequence[Group]) -> list[GroupMeasures]:
     measured = []
     with Bar("Comparing candidates", len(sample)) as bar:
-        for rows in map_chunks(_measure_some, sample, workers=num_workers()):
+        for rows in map_chunks(lambda groups: [measure_group(group) for group in groups], sample, workers=num_workers()):
             measured += rows
             bar.advance(len(rows))
     return measured
 
 
-def _measure_some(groups: Sequence[Group]) -> list[GroupMeasures]:
-    return [measure_group(group, compare=True) for group in groups]
-
-
-def _meanings(sample: Sequence[Group], config: AuditConfig) -> dict[str, Meaning]:
+def _meanings(sample: Sequence[Group], embedder: str | None, bertscore: str | None, *, seed: int) -> dict[str, Meaning]:
     found = {}
-    if config.embedder is not None:
-        found["meaning"] = by_embeddings(sample, config.embedder, seed=config.seed)
-    if config.bertscore is not None:
-        found["bertscore"] = by_bertscore(sample, config.bertscore, seed=config.seed)
+    if embedder is not None:
+        found["meaning"] = measure_meaning(sample, embedding_cosine(embedder), seed=seed)
+    if bertscore is not None:
+        found["bertscore"] = measure_meaning(sample, bertscore_f1(bertscore), seed=seed)
     return found
 
 
-def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence[int], *, seed: int) -> dict[str, float]:
+def _numbers(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence[int], *, seed: int) -> dict[str, float]:
     """All numbers that need no model."""
     compared = sum(group.num_candidates for group in measured)
     likeness = [one for group in measured for one in group.likeness]
-    baseline = random_baseline(totals.sample, seed=seed)
     spread = [group for group in measured if group.num_distinct > 1]
     noise = [difference for group in measured for difference in group.noise]
     alphas = alpha_range([group.rewards for group in spread]) or (math.nan, math.nan)
-    winners = Counter(group.best_source for group in measured if group.best_source)
+    winners = _winners(measured)
     return {
         "groups": totals.groups,
         "groups/with_spread": totals.with_spread / totals.groups,
@@ -180,17 +195,22 @@ def numbers_of(totals: Totals, measured: Sequence[GroupMeasures], across: Sequen
         "alpha/high": alphas[1],
         "likeness/best_to_others": mean([one.edit for one in likeness]),
         "likeness/trigrams": mean([one.trigrams for one in likeness]),
-        "likeness/random": mean([one.edit for one in baseline]),
+        "likeness/random": mean([one.edit for one in random_baseline(totals.sample, seed=seed)]),
         "likeness/swapped": mean([float(one.swapped) for one in likeness]) if likeness else 0.0,
         "likeness/duplicates": sum(group.copies for group in measured) / max(1, compared),
         "copies/across": sum(across) / max(1, compared),
         "sources/number": len(totals.sources),
-        "sources/most_best": max(winners.values(), default=0) / max(1, sum(winners.values())),
-        **length_numbers(measured),
+        "sources/most_best": max(winners.values(), default=0) / max(1, winners.total()),
+        **_length_numbers(measured),
     }
 
 
-def length_numbers(measured: Sequence[GroupMeasures]) -> dict[str, float]:
+def _winners(measured: Sequence[GroupMeasures]) -> Counter[str]:
+    """Groups by who wrote their best candidate."""
+    return Counter(group.best_source for group in measured if group.best_source)
+
+
+def _length_numbers(measured: Sequence[GroupMeasures]) -> dict[str, float]:
     """How rewards follow length within groups; by words or by characters, whichever they follow more."""
     by_words = share_of_agreement([group.length_pairs for group in measured])
     by_characters = share_of_agreement([group.character_pairs for group in measured])
@@ -203,73 +223,42 @@ def length_numbers(measured: Sequence[GroupMeasures]) -> dict[str, float]:
     }
 
 
-def tables(
-    measured: Sequence[GroupMeasures], meanings: Mapping[str, Meaning], kernel: KernelAudit, across: Sequence[int]
+def _tables(
+    measured: Sequence[GroupMeasures],
+    to_best: Mapping[str, Sequence[Sequence[float]]],
+    kernel: KernelAudit,
+    across: Sequence[int],
 ) -> dict[str, list[dict[str, Any]]]:
-    """What is no single number: by rank, by source, by beta, and the sizes of clusters."""
-    by_rank: dict[str, list[list[float]]] = {"words": [[one.edit for one in group.likeness] for group in measured]}
-    by_rank |= {name: list(meaning.to_best.values()) for name, meaning in meanings.items()}
-    most = max((len(row) for row in by_rank["words"]), default=0)
+    """What is not a single number: by rank, by source, by beta, and the sizes of sets of near-copies."""
+    ranks = range(max((len(row) for row in to_best["words"]), default=0))
     rewards: dict[str, list[float]] = {}
     for group in measured:
         if len(group.sources) == len(group.rewards):
             for source, reward in zip(group.sources, group.rewards, strict=True):
                 rewards.setdefault(source, []).append(reward)
-    winners = Counter(group.best_source for group in measured if group.best_source)
-    clusters = Counter(size for group in measured for size in group.clusters)
+    winners = _winners(measured)
+    by_reward = sorted(((mean(values), source) for source, values in rewards.items() if source), key=lambda pair: -pair[0])
+    within = Counter(size for group in measured for size in group.clusters)
     return {
         "likeness_by_rank": [
-            {
-                "rank": place + 2,
-                **{name: mean([row[place] for row in rows if len(row) > place]) for name, rows in by_rank.items()},
-            }
-            for place in range(most)
+            {"rank": k + 2, **{name: mean([row[k] for row in rows if len(row) > k]) for name, rows in to_best.items()}}
+            for k in ranks
         ],
         "sources": [
-            {"source": source, "candidates": len(values), "mean_reward": mean(values), "best": winners[source]}
-            for source, values in sorted(rewards.items(), key=lambda item: -mean(item[1]))
-            if source
-        ][:50],
-        "copies_within_groups": [{"size": size, "sets": clusters[size]} for size in sorted(clusters)],
-        "copies_across_groups": [{"size": size, "sets": number} for size, number in sorted(Counter(across).items())],
-        "kernel_by_rank": [
-            {"rank": place + 2, "drawn": drawn, "random": uniform} for place, (drawn, uniform) in enumerate(kernel.by_rank)
+            {"source": source, "candidates": len(rewards[source]), "mean_reward": reward, "best": winners[source]}
+            for reward, source in by_reward[:_MOST_SOURCES]
         ],
+        "copies_within_groups": [{"size": size, "sets": number} for size, number in sorted(within.items())],
+        "copies_across_groups": [{"size": size, "sets": number} for size, number in sorted(Counter(across).items())],
+        "kernel_by_rank": [{"rank": k, "drawn": drawn, "random": even} for k, (drawn, even) in enumerate(kernel.by_rank, 2)],
         "kernel_by_source": [
-            {"source": name, "drawn": drawn, "random": uniform} for name, (drawn, uniform) in kernel.by_source.items()
+            {"source": source, "drawn": drawn, "random": even} for source, (drawn, even) in kernel.by_source.items()
         ],
         "kernel_by_beta": [{"beta": beta, "effective_share": share} for beta, share in kernel.by_beta.items()],
     }
 
 
-def length_regression(measured: Sequence[GroupMeasures]) -> tuple[float, float]:
-    """Share of the rewards' variance within groups that length explains, and the reward a word."""
-    x, y = [], []
-    for group in measured:
-        if group.num_distinct > 1:
-            x += list(np.asarray(group.lengths, dtype=np.float64) - np.mean(group.lengths))
-            y += list(np.asarray(group.rewards) - np.mean(group.rewards))
-    if len(x) < 3 or not np.any(x) or not np.any(y):
-        return 0.0, 0.0
-    lengths, rewards = np.asarray(x), np.asarray(y)
-    slope = float((lengths * rewards).sum() / (lengths**2).sum())
-    left = float(((rewards - slope * lengths) ** 2).sum() / (rewards**2).sum())
-    return 1 - left, slope
-
-
-def worth_keeping(measured: Sequence[GroupMeasures]) -> float:
-    """Fewest candidates that give 95 % of the gain of the best of all over one at random; NaN without spread."""
-    usable = [group.rewards for group in measured if group.num_distinct > 1]
-    if not usable:
-        return math.nan
-    size = round(float(np.median([len(rewards) for rewards in usable])))
-    usable = [rewards for rewards in usable if len(rewards) >= size]
-    means = [mean([best_of(rewards, k) for rewards in usable]) for k in range(1, size + 1)]
-    wanted = means[0] + 0.95 * (means[-1] - means[0])
-    return float(next(k for k, value in enumerate(means, start=1) if value >= wanted - 1e-12))
-
-
-def _text(data: str, numbers: dict[str, float], found: Sequence[Finding], page: Path) -> str:
+def _text(data: str, numbers: Mapping[str, float], found: Sequence[Mapping[str, str]], page: Path) -> str:
     lines = [
         f"{data}: {numbers['groups']:.0f} groups, {numbers['candidates/mean']:.1f} candidates each; rewards differ in "
         f"{numbers['groups/with_spread']:.0%} of them",
@@ -282,7 +271,7 @@ def _text(data: str, numbers: dict[str, float], found: Sequence[Finding], page: 
         ),
         f"  of two candidates the longer has the higher reward in {(1 + numbers['length/agreement']) / 2:.0%} of the cases",
         "",
-        *(f"{finding.level}: {finding.text}" for finding in found),
+        *(f"{finding['level']}: {finding['text']}" for finding in found),
         "",
         f"Report: {page}",
     ]

@@ -1,4 +1,4 @@
-"""The audit as one HTML page that needs no network and no script; all text of the data is escaped."""
+"""The page of an audit: findings, charts, tables and some groups to read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ncalign.audit.measures import GroupMeasures, ranked
+from ncalign.audit.measures import GroupMeasures, within_groups
 from ncalign.core.atomic import write_text_atomic
 from ncalign.data.groups import Group
 from ncalign.model.encoding import as_messages, completion_text
-from ncalign.report.html import png, render
+from ncalign.report.html import label_axes, png, render
 
 _EXAMPLES, _SHOWN = 4, 600
 _TITLES = {
@@ -34,7 +34,7 @@ def write_page(path: Path, result: Mapping[str, Any], measured: Sequence[GroupMe
         "audit",
         data=result["data"],
         findings=result["findings"],
-        charts=picture(measured, result),
+        charts=_charts(measured, result),
         tables={_TITLES[name]: table for name, table in result["tables"].items()},
         sampled=result["sampled"],
         numbers=[{"number": name, "value": value} for name, value in result["numbers"].items()],
@@ -43,8 +43,8 @@ def write_page(path: Path, result: Mapping[str, Any], measured: Sequence[GroupMe
     write_text_atomic(text, path)
 
 
-def picture(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> bytes:
-    """A PNG with a panel for each thing that there is to see."""
+def _charts(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> bytes:
+    """A PNG with a panel for each distribution, and for what the kernel draws."""
     likeness = [one for group in measured for one in group.likeness]
     tables = result["tables"]
     panels: list[tuple[str, str, list[float]]] = [
@@ -54,12 +54,11 @@ def picture(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> byt
         ("Words that only moved", "share of the words", [one.bag - one.edit for one in likeness]),
         ("Length", "words", [float(length) for group in measured for length in group.lengths]),
     ]
-    extra = [name for name in ("kernel_by_rank", "kernel_by_beta") if name in tables]
-    rows = (len(panels) + 2 + len(extra) + 1) // 2
+    # Two more panels are always drawn, and one for each table of the kernel.
+    rows = (len(panels) + 2 + len({"kernel_by_rank", "kernel_by_beta"} & tables.keys()) + 1) // 2
     figure = Figure(figsize=(11, 3 * rows), layout="constrained")
     axes = iter(figure.subplots(rows, 2).flat)
-    for title, label, values in panels:
-        axis = next(axes)
+    for (title, label, values), axis in zip(panels, axes, strict=False):
         _histogram(axis, values)
         axis.set_title(title)
         axis.set_xlabel(label)
@@ -74,9 +73,7 @@ def picture(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> byt
         axis.plot(*zip(*((row["beta"], row["effective_share"]) for row in tables["kernel_by_beta"]), strict=True), marker="o")
         axis.set_xscale("log")
         axis.set_ylim(0, 1.05)
-        axis.set_title("Effective sample size of the kernel")
-        axis.set_xlabel("beta")
-        axis.set_ylabel("share of the candidates")
+        label_axes(axis, "Effective sample size of the kernel", "beta", "share of the candidates")
     for axis in axes:
         axis.set_visible(False)
     return png(figure)
@@ -94,17 +91,8 @@ def _histogram(axis: Axes, values: Sequence[float]) -> None:
 
 
 def _length_and_reward(axis: Axes, measured: Sequence[GroupMeasures]) -> None:
-    """Each candidate's length and reward, less its group's means."""
-    x: list[float] = []
-    y: list[float] = []
-    for group in measured:
-        if group.num_distinct > 1:
-            x += list(np.asarray(group.lengths) - np.mean(group.lengths))
-            y += list(np.asarray(group.rewards) - np.mean(group.rewards))
-    axis.scatter(x, y, s=4, alpha=0.4)
-    axis.set_title("Reward and length within groups")
-    axis.set_xlabel("words, less the group's mean")
-    axis.set_ylabel("reward, less the mean")
+    axis.scatter(*within_groups(measured), s=4, alpha=0.4)
+    label_axes(axis, "Reward and length within groups", "words, less the group's mean", "reward, less the group's mean")
 
 
 def _drawn(axis: Axes, table: Sequence[Mapping[str, Any]]) -> None:
@@ -112,10 +100,7 @@ def _drawn(axis: Axes, table: Sequence[Mapping[str, Any]]) -> None:
     axis.bar(places - 0.2, [row["drawn"] for row in table], width=0.4, label="kernel")
     axis.bar(places + 0.2, [row["random"] for row in table], width=0.4, label="random")
     axis.set_xticks(places, [str(row["rank"]) for row in table])
-    axis.set_title("Who gets drawn")
-    axis.set_xlabel("rank of reward (1 is the best)")
-    axis.set_ylabel("weight")
-    axis.legend()
+    label_axes(axis, "Whom the kernel draws", "rank of reward (1 is the best)", "weight")
 
 
 def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> list[dict[str, Any]]:
@@ -126,7 +111,7 @@ def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> lis
     )
     rows = []
     for number in order[:_EXAMPLES]:
-        group, places = sample[number], ranked(sample[number])
+        group, places = sample[number], measured[number].order
         assert places is not None
         shown = [group.candidates[k] for k in (places.best, *places.lower[:2])]
         rows.append(

@@ -1,4 +1,4 @@
-"""What the laboratory found, for people: a table, a plot for each curve, and one page that needs no network."""
+"""The laboratory's results for people: a table, a plot for each curve, and a page with all of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ncalign.report.html import label_axes, png, render
 
 
 def verdict(statement: Statement) -> str:
-    """In a word."""
+    """Whether a statement holds, as tables show it."""
     return "holds" if statement.holds else "DOES NOT HOLD"
 
 
