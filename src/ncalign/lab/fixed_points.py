@@ -1,4 +1,4 @@
-"""Where the expected gradient of a sampler and a loss leads: to the data's distribution, or somewhere else.
+"""Whether the expected gradient of a sampler and a loss leads to the data's distribution.
 
 The alphabet is its own group of candidates and the reference is uniform over it, so that the model is the softmax of the
 implicit rewards. The gradient is that of `rnce_loss` or `linear_contrast_loss` on pairs, weighted with the exact
@@ -12,22 +12,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ncalign.lab.policies import (
     GroupLoss,
     every,
     firsts,
-    group_gradients,
+    mean_gradient,
     numbers,
-    sequence_probabilities,
     share,
     total_variation,
-    tuples,
     value_and_gradient,
 )
-from ncalign.lab.results import EXACT, Curve, Findings, Statement, furthest, largest
+from ncalign.lab.results import Curve, Findings, Statement, furthest, largest, zero
 from ncalign.objectives import linear_contrast_loss, rnce_loss
 from ncalign.objectives.config import Strategy
 from ncalign.objectives.kernels import importance_log_weights, kernel_probabilities, transition_matrix
@@ -59,16 +57,21 @@ def from_kernel(
     r: Float[Tensor, "P V"], *, strategy: Strategy, include_positive: bool = False, corrected: bool = False
 ) -> tuple[Float[Tensor, "P V V"], Float[Tensor, "P V V"]]:
     """Negatives that the package's kernel draws in one step."""
-    problems, size = r.shape
-    scores = r.repeat_interleave(size, dim=0)
-    positives = torch.arange(size).repeat(problems)
+    size = r.shape[1]
+    scores, positives = _by_positive(r)
     q = kernel_probabilities(scores, positives, every(scores), strategy=strategy, include_positive=include_positive)
     added = torch.zeros_like(q)
     if corrected:
         # One draw a group: each of the candidates in turn.
         draws = torch.arange(size).repeat(q.shape[0]).unsqueeze(1)
         added = importance_log_weights(q.repeat_interleave(size, dim=0), draws).view_as(q)
-    return q.view(problems, size, size), added.view(problems, size, size)
+    return q.view(-1, size, size), added.view(-1, size, size)
+
+
+def _by_positive(scores: Float[Tensor, "P V"]) -> tuple[Float[Tensor, "R V"], Int[Tensor, " R"]]:
+    """Each problem's scores once for each candidate as the positive, and these positives."""
+    problems, size = scores.shape
+    return scores.repeat_interleave(size, dim=0), torch.arange(size).repeat(problems)
 
 
 def from_chain(
@@ -128,12 +131,10 @@ def consistency() -> Findings:
     flows = {name: flow(data, draws, loss) for name, (draws, loss) in (right | wrong).items()}
     source = "expected gradient; contrastive divergence"
     statements = [
-        Statement(
+        zero(
             f"{name}: the data is the fixed point, largest total variation of 10 problems",
             source,
-            0.0,
             largest(flows[name].distances[-1]),
-            EXACT,
         )
         for name in right
     ]
@@ -181,33 +182,23 @@ def rnce_recovers_the_data() -> Findings:
     proposal, data = numbers(SIZE, seed=31).softmax(dim=0), numbers(SIZE, seed=32).softmax(dim=0)
     statements = []
     for num_negatives in (1, 2, 3):
-        columns = tuples(SIZE, num_negatives + 1)
-        weights = data[columns[:, 0]] * sequence_probabilities(columns[:, 1:], proposal)
-
-        def gradient(r: Tensor, columns: Tensor = columns, weights: Tensor = weights) -> Tensor:
-            return (weights.unsqueeze(1) * group_gradients(rnce_loss, r, columns)).sum(dim=0)
-
         r = torch.zeros_like(data)
         for _ in range(3000):
-            slope = gradient(r)
+            slope = mean_gradient(rnce_loss, r, data, proposal, num_negatives)
             r = r - 4.0 * slope
             if largest(slope) < 1e-16:
                 break
         reached = (proposal.log() + r).softmax(dim=0)
         statements += [
-            Statement(
+            zero(
                 f"RNCE with M = {num_negatives}: expected gradient where the model is the data, largest entry",
                 "MC-PO section 2.3",
-                0.0,
-                largest(gradient(data.log() - proposal.log())),
-                EXACT,
+                largest(mean_gradient(rnce_loss, data.log() - proposal.log(), data, proposal, num_negatives)),
             ),
-            Statement(
+            zero(
                 f"RNCE with M = {num_negatives}: total variation of model and data at the end of the gradient flow",
                 "MC-PO section 2.3",
-                0.0,
                 float(total_variation(reached, data)),
-                EXACT,
             ),
         ]
     return Findings(statements)
@@ -225,10 +216,8 @@ def kernel_is_reversible() -> Findings:
     source = "conditional importance sampling; MC-PO Algorithm 1"
     return Findings(
         [
-            Statement("kernel including the positive: the model is invariant, largest change", source, 0.0, max(moved), EXACT),
-            Statement(
-                "kernel including the positive: reversible, largest difference of flows", source, 0.0, max(unbalanced), EXACT
-            ),
+            zero("kernel including the positive: the model is invariant, largest change", source, max(moved)),
+            zero("kernel including the positive: reversible, largest difference of flows", source, max(unbalanced)),
         ]
     )
 
@@ -252,22 +241,16 @@ def accepted_proposals() -> Findings:
     source = "Barker's acceptance; contrastive divergence"
     return Findings(
         [
-            Statement(
-                "accepted proposals by any scores: the model is invariant, largest change", source, 0.0, max(moved), EXACT
-            ),
-            Statement(
+            zero("accepted proposals by any scores: the model is invariant, largest change", source, max(moved)),
+            zero(
                 "accepted proposals: MC-PO's gradient is the linear contrast with the step's next state, largest difference",
                 source,
-                0.0,
                 max(slopes),
-                EXACT,
             ),
-            Statement(
+            zero(
                 "proposals from tempered scores, accepted, logistic loss: the data is the fixed point, total variation",
                 source,
-                0.0,
                 largest(flow(data, lambda at: from_proposals(0.5 * at), rnce_loss, num_steps=3 * NUM_STEPS).distances[-1]),
-                EXACT,
             ),
         ]
     )
@@ -275,11 +258,11 @@ def accepted_proposals() -> Findings:
 
 def from_proposals(scores: Float[Tensor, "P V"]) -> tuple[Float[Tensor, "P V V"], Float[Tensor, "P V V"]]:
     """Negatives proposed by some scores, with the correction that makes the loss accept them."""
-    problems, size = scores.shape
-    repeated, positives = scores.repeat_interleave(size, dim=0), torch.arange(size).repeat(problems)
+    size = scores.shape[1]
+    repeated, positives = _by_positive(scores)
     q = kernel_probabilities(repeated, positives, every(repeated), strategy="mc")
     ratio = proposal_log_ratio(repeated, positives, torch.arange(size).expand(len(repeated), -1), every(repeated))
-    return q.view(problems, size, size), -ratio.view(problems, size, size)
+    return q.view(-1, size, size), -ratio.view(-1, size, size)
 
 
 def chain_bias() -> Findings:
@@ -309,7 +292,7 @@ def chain_bias() -> Findings:
                 furthest(ratios, rate),
                 1e-9,
             ),
-            Statement(f"{kind}: bias above |lambda_2|^k times the start's distance, k = 1 to 8", source, 0.0, excess, EXACT),
+            zero(f"{kind}: bias above |lambda_2|^k times the start's distance, k = 1 to 8", source, excess),
         ]
         lines[proposals] = [(float(k), size) for k, size in enumerate(bias, start=1)]
         lines[f"{proposals}: bound |lambda_2|^k"] = [(float(k), rate**k * first) for k in range(1, 9)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncalign.lab.policies import Loss, every, firsts, numbers, value_and_gradient
-from ncalign.lab.results import EXACT, Findings, Statement, furthest, largest
+from ncalign.lab.results import EXACT, Findings, Statement, furthest, largest, zero
 from ncalign.objectives import (
     dpo_loss,
     info_nca_loss,
@@ -41,8 +41,8 @@ def _distances(left: Loss, right: Loss, at: Tensor) -> tuple[float, float]:
 def _same(statement: str, source: str, left: Loss, right: Loss, at: Tensor) -> list[Statement]:
     value, gradient = _distances(left, right, at)
     return [
-        Statement(f"{statement}: largest distance in value", source, 0.0, value, EXACT),
-        Statement(f"{statement}: largest distance in gradient", source, 0.0, gradient, EXACT),
+        zero(f"{statement}: largest distance in value", source, value),
+        zero(f"{statement}: largest distance in gradient", source, gradient),
     ]
 
 
@@ -176,19 +176,9 @@ def invariances() -> Findings:
     predicted = 2 * math.log1p(math.e) - 1 - 2 * math.log(2)
     return Findings(
         [
-            Statement(
-                "RNCE ignores r + c(x): largest change",
-                source,
-                0.0,
-                max(_distances(_rnce, lambda r: _rnce(r + shift), at)),
-                EXACT,
-            ),
-            Statement(
-                "InfoNCA ignores r + c(x): largest change",
-                source,
-                0.0,
-                max(_distances(info_nca, lambda r: info_nca(r + shift), at)),
-                EXACT,
+            zero("RNCE ignores r + c(x): largest change", source, max(_distances(_rnce, lambda r: _rnce(r + shift), at))),
+            zero(
+                "InfoNCA ignores r + c(x): largest change", source, max(_distances(info_nca, lambda r: info_nca(r + shift), at))
             ),
             Statement(
                 "NCA does not: from r = 0 to r = 1 it rises by 2 log(1 + e) - 1 - 2 log 2",
@@ -197,8 +187,8 @@ def invariances() -> Findings:
                 furthest(raised, predicted),
                 EXACT,
             ),
-            Statement("order of the candidates: largest change over all orders", source, 0.0, _permuted(at, rewards), EXACT),
-            Statement("padding that holds NaN: largest change", source, 0.0, _padded(at, rewards), EXACT),
+            zero("order of the candidates: largest change over all orders", source, _permuted(at, rewards)),
+            zero("padding that holds NaN: largest change", source, _padded(at, rewards)),
         ]
     )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ncalign.lab.policies import (
     LinearSoftmax,
+    Loss,
+    RewardLoss,
     every,
-    group_gradients,
+    mean_gradient,
     numbers,
     sequence_probabilities,
     share,
@@ -19,12 +19,9 @@ from ncalign.lab.policies import (
     tuples,
     value_and_gradient,
 )
-from ncalign.lab.results import EXACT, Curve, Findings, Statement, fitted_exponent, largest
+from ncalign.lab.results import EXACT, Curve, Findings, Statement, fitted_exponent, largest, zero
 from ncalign.objectives import DPO, RPO, LossInputs, Method, NCAPair, dpo_loss, info_nca_loss, nca_loss, rnce_loss
 from ncalign.objectives.kernels import eligible_negatives, pick_positive
-
-GroupObjective = Callable[[Tensor, Tensor], Tensor]
-"""``(implicit rewards [N, K], rewards [N, K]) -> [N]``."""
 
 
 def pair_gradient() -> Findings:
@@ -60,7 +57,6 @@ def beta_mismatch() -> Findings:
     """Completions of the policy follow the model only at beta = 1, which is what Proposition 3.3 needs of the positive."""
     reference, policy = numbers(4, seed=60).log_softmax(dim=0), numbers(4, seed=61, scale=2.0).log_softmax(dim=0)
     betas = (1.0, 0.5, 0.1, 0.01)
-    columns = tuples(4, 2)
     distances, biases, mixtures = [], [], []
     for beta in betas:
         r = beta * (policy - reference)
@@ -68,17 +64,14 @@ def beta_mismatch() -> Findings:
         mixture = reference.exp() ** (1 - beta) * policy.exp() ** beta
         mixtures.append(largest(model - mixture / mixture.sum()))
         distances.append(float(total_variation(model, policy.exp())))
-        weights = policy.exp()[columns[:, 0]] * reference.exp()[columns[:, 1]]
-        estimate = (weights.unsqueeze(1) * group_gradients(rnce_loss, r, columns)).sum(dim=0) + policy.exp()
+        estimate = mean_gradient(rnce_loss, r, policy.exp(), reference.exp(), 1) + policy.exp()
         biases.append(float((estimate - model).norm()))
     # At beta = 0 the model is the reference.
     limit = float(total_variation(reference.exp(), policy.exp()))
     source = "definition of the model"
     statements = [
-        Statement(
-            "the model is reference^(1-beta) policy^beta, normalised: largest distance", source, 0.0, max(mixtures), EXACT
-        ),
-        Statement("total variation of policy and model at beta = 1", source, 0.0, distances[0], EXACT),
+        zero("the model is reference^(1-beta) policy^beta, normalised: largest distance", source, max(mixtures)),
+        zero("total variation of policy and model at beta = 1", source, distances[0]),
         Statement(
             "total variation of policy and model at beta = 0.01: that of policy and reference",
             source,
@@ -86,12 +79,8 @@ def beta_mismatch() -> Findings:
             distances[-1],
             0.02,
         ),
-        Statement(
-            "bias of the gradient of log Z, M = 1 and positive from the policy, at beta = 1",
-            "MC-PO Proposition 3.3",
-            0.0,
-            biases[0],
-            EXACT,
+        zero(
+            "bias of the gradient of log Z, M = 1 and positive from the policy, at beta = 1", "MC-PO Proposition 3.3", biases[0]
         ),
         Statement(
             "positive from the policy at beta = 0.5, 0.1 and 0.01: share with a bias above 0.01",
@@ -128,7 +117,7 @@ def best_of_n() -> Findings:
     rewards = torch.tensor([0.0, 1.0, 0.4, -0.5], dtype=torch.float64)
     best = int(rewards.argmax())
     target = float((reference + rewards / ALPHA).softmax(dim=0)[best])
-    objectives: dict[str, GroupObjective] = {
+    objectives: dict[str, RewardLoss] = {
         "RNCE, best of 4 as the positive": _best_against_the_rest,
         "InfoNCA": lambda r, R: info_nca_loss(r, R, every(r), alpha=ALPHA),
         "NCA": lambda r, R: nca_loss(r, R, every(r), alpha=ALPHA),
@@ -159,9 +148,7 @@ def best_of_n() -> Findings:
             ends["InfoNCA"],
             1e-6,
         ),
-        Statement(
-            "online NCA: 1 if the best's probability is above 0.9 after 1000 rounds", source, 0.0, float(ends["NCA"] > 0.9), 0.0
-        ),
+        zero("online NCA: 1 if the best's probability is above 0.9 after 1000 rounds", source, float(ends["NCA"] > 0.9), 0.0),
     ]
     curve = Curve(
         "best_of_n",
@@ -182,7 +169,7 @@ def _best_against_the_rest(r: Float[Tensor, "N K"], rewards: Float[Tensor, "N K"
     return rnce_loss(r, positive, below.scatter(1, positive.unsqueeze(1), True))
 
 
-def _rounds(reference: Tensor, rewards: Tensor, best: int, objective: GroupObjective) -> list[tuple[float, float]]:
+def _rounds(reference: Tensor, rewards: Tensor, best: int, objective: RewardLoss) -> list[tuple[float, float]]:
     """Probability of the best after each round; what a round draws is data, so it carries no gradient."""
     columns = tuples(reference.shape[0], NUM_SAMPLES)
     groups = rewards[columns]
@@ -211,12 +198,12 @@ NUM_STEPS, LEARNING_RATE = 400, 0.2
 def displacement() -> Findings:
     """With a pair of similar completions DPO lowers the chosen one; an anchor brings it back."""
     policy = LinearSoftmax(torch.tensor(FEATURES, dtype=torch.float64))
-    methods = {
-        "DPO": DPO(beta=1.0).method(),
-        "DPO and chosen NLL (RPO)": RPO(beta=1.0).method(),
-        "NCA of the pair": NCAPair(beta=1.0).method(),
+    losses = {
+        "DPO": _pair_loss(policy, DPO(beta=1.0).method()),
+        "DPO and chosen NLL (RPO)": _pair_loss(policy, RPO(beta=1.0).method()),
+        "NCA of the pair": _pair_loss(policy, NCAPair(beta=1.0).method()),
     }
-    lines = {name: _chosen_change(policy, method) for name, method in methods.items()}
+    lines = {name: _chosen_change(policy, loss) for name, loss in losses.items()}
     source = "likelihood displacement, arXiv 2410.08847"
     features = policy.features
     lead = (features[CHOSEN] - features.mean(dim=0)) @ (features[CHOSEN] - features[REJECTED])
@@ -225,14 +212,14 @@ def displacement() -> Findings:
             "similar pair, DPO at the reference: rate of the chosen log-likelihood, (f_w - mean f)(f_w - f_l) / 2",
             source,
             float(lead) / 2,
-            _first_rate(policy, methods["DPO"]),
+            _rate(policy, losses["DPO"], CHOSEN),
             EXACT,
         ),
         Statement(
             "similar pair, NCA at the reference: half of DPO's rate, so that its first steps lower the chosen one too",
             "gradient of the losses at the reference",
             float(lead) / 4,
-            _first_rate(policy, methods["NCA of the pair"]),
+            _rate(policy, losses["NCA of the pair"], CHOSEN),
             EXACT,
         ),
     ]
@@ -257,34 +244,32 @@ def displacement() -> Findings:
     return Findings(statements, [curve])
 
 
-def _loss_inputs(policy: LinearSoftmax, parameters: Float[Tensor, " D"]) -> LossInputs:
-    """The pair as it enters a method's loss; the reference has all parameters 0."""
-    pair = [CHOSEN, REJECTED]
-    logprobs = policy.logprobs(parameters)[pair].unsqueeze(0)
-    reference = policy.logprobs(torch.zeros_like(parameters))[pair].unsqueeze(0)
-    rewards = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    ones = torch.ones_like(rewards)
-    return LossInputs(logprobs - reference, logprobs, rewards, ones, every(rewards))
+def _pair_loss(policy: LinearSoftmax, method: Method) -> Loss:
+    """A method's loss of the pair by the policy's parameters; the reference has all parameters 0."""
+    pair, rewards = [CHOSEN, REJECTED], torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+
+    def loss(parameters: Tensor) -> Tensor:
+        logprobs = policy.logprobs(parameters)[pair].unsqueeze(0)
+        reference = policy.logprobs(torch.zeros_like(parameters))[pair].unsqueeze(0)
+        return method.loss(LossInputs(logprobs - reference, logprobs, rewards, torch.ones_like(rewards), every(rewards)))
+
+    return loss
 
 
-def _descent(policy: LinearSoftmax, method: Method, parameters: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-    _, gradient = value_and_gradient(lambda at: method.loss(_loss_inputs(policy, at)), parameters)
-    return -gradient
-
-
-def _first_rate(policy: LinearSoftmax, method: Method) -> float:
-    """Rate at which the gradient flow changes the chosen log-likelihood at the reference."""
+def _rate(policy: LinearSoftmax, loss: Loss, completion: int) -> float:
+    """Rate at which a loss's gradient flow changes a completion's log-likelihood at the reference."""
     start = torch.zeros(policy.features.shape[1], dtype=torch.float64)
-    _, rise = value_and_gradient(lambda at: policy.logprobs(at)[CHOSEN], start)
-    return float(rise @ _descent(policy, method, start))
+    _, gradient = value_and_gradient(loss, start)
+    _, rise = value_and_gradient(lambda at: policy.logprobs(at)[completion], start)
+    return -float(gradient @ rise)
 
 
-def _chosen_change(policy: LinearSoftmax, method: Method) -> list[tuple[float, float]]:
+def _chosen_change(policy: LinearSoftmax, loss: Loss) -> list[tuple[float, float]]:
     parameters = torch.zeros(policy.features.shape[1], dtype=torch.float64)
     before = float(policy.logprobs(parameters)[CHOSEN])
     line = [(0.0, 0.0)]
     for step in range(1, NUM_STEPS + 1):
-        parameters = parameters + LEARNING_RATE * _descent(policy, method, parameters)
+        parameters = parameters - LEARNING_RATE * value_and_gradient(loss, parameters)[1]
         line.append((float(step), float(policy.logprobs(parameters)[CHOSEN]) - before))
     return line
 
@@ -300,10 +285,9 @@ def single_steps_of_nca() -> Findings:
     lowered = share(with_shared < 0)
     return Findings(
         [
-            Statement(
+            zero(
                 "first NCA step, tabular policy: share of 200 groups whose best candidate becomes less likely",
                 source,
-                0.0,
                 share(in_table < 0),
                 0.0,
             ),
@@ -320,15 +304,13 @@ def single_steps_of_nca() -> Findings:
 
 def _nca_rate(policy: LinearSoftmax, rewards: Float[Tensor, " K"]) -> float:
     """Rate at which NCA's gradient flow changes the best candidate's log-likelihood at the reference."""
-    start = torch.zeros(policy.features.shape[1], dtype=torch.float64)
-    group, best = rewards.shape[0], int(rewards.argmax())
+    group, start = rewards.shape[0], torch.zeros(policy.features.shape[1], dtype=torch.float64)
 
     def loss(at: Tensor) -> Tensor:
         r = (policy.logprobs(at) - policy.logprobs(start))[:group].unsqueeze(0)
         return nca_loss(r, rewards.unsqueeze(0), every(r), alpha=1.0)
 
-    (_, descent), (_, rise) = value_and_gradient(loss, start), value_and_gradient(lambda at: policy.logprobs(at)[best], start)
-    return -float(descent @ rise)
+    return _rate(policy, loss, int(rewards.argmax()))
 
 
 EXPERIMENTS = (pair_gradient, beta_mismatch, best_of_n, displacement, single_steps_of_nca)

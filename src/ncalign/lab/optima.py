@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ncalign.lab.policies import (
+    RewardLoss,
     every,
     minimum,
     multiset_probabilities,
@@ -20,13 +21,30 @@ from ncalign.lab.policies import (
     total_variation,
     tuples,
 )
-from ncalign.lab.results import EXACT, Curve, Findings, Statement, fitted_exponent, largest
+from ncalign.lab.results import Curve, Findings, Statement, fitted_exponent, largest, zero
 from ncalign.objectives import info_nca_loss, nca_loss, nca_pair_loss, nca_weighted_loss, normalized_weights, target_weights
 
 SIZE, GROUP = 4, 3
 FOUND = 1e-9
 """Tolerance of what a numerical minimum gives."""
-SOURCE_INFO_NCA, SOURCE_NCA = "InfoNCA section 3", "NCA section 4"
+SOURCE_INFO_NCA, SOURCE_NCA, SOURCE_FINITE = "InfoNCA section 3", "NCA section 4", "NCA section 4 at a finite K"
+
+
+def _optimum(
+    loss: RewardLoss, rewards: Float[Tensor, " V"], proposal: Float[Tensor, " V"], size: int, start: Float[Tensor, " V"]
+) -> Float[Tensor, " V"]:
+    """The implicit rewards with the smallest expected loss over all groups of a size that the proposal can draw."""
+    columns = tuples(SIZE, size)
+    weights, groups = sequence_probabilities(columns, proposal), rewards[columns]
+    return minimum(lambda r: (weights * loss(r[columns], groups)).sum(), start)
+
+
+def _info_nca(alpha: float) -> RewardLoss:
+    return lambda r, rewards: info_nca_loss(r, rewards, every(rewards), alpha=alpha)
+
+
+def _nca(alpha: float) -> RewardLoss:
+    return lambda r, rewards: nca_loss(r, rewards, every(rewards), alpha=alpha)
 
 
 def info_nca_optimum() -> Findings:
@@ -34,23 +52,9 @@ def info_nca_optimum() -> Findings:
     proposal, rewards, alpha = numbers(SIZE, seed=40).softmax(dim=0), numbers(SIZE, seed=41), 0.5
     statements = []
     for size in (2, GROUP):
-        columns = tuples(SIZE, size)
-        weights = sequence_probabilities(columns, proposal)
-        groups = rewards[columns]
-
-        def expected(r: Tensor, columns: Tensor = columns, groups: Tensor = groups, weights: Tensor = weights) -> Tensor:
-            return (weights * info_nca_loss(r[columns], groups, every(groups), alpha=alpha)).sum()
-
-        found = minimum(expected, numbers(SIZE, seed=42))
-        statements.append(
-            Statement(
-                f"InfoNCA's optimum is R/alpha + C, K = {size}: spread of r - R/alpha",
-                SOURCE_INFO_NCA,
-                0.0,
-                spread(found - rewards / alpha),
-                FOUND,
-            )
-        )
+        found = _optimum(_info_nca(alpha), rewards, proposal, size, numbers(SIZE, seed=42))
+        statement = f"InfoNCA's optimum is R/alpha + C, K = {size}: spread of r - R/alpha"
+        statements.append(zero(statement, SOURCE_INFO_NCA, spread(found - rewards / alpha), FOUND))
     return Findings(statements)
 
 
@@ -68,15 +72,8 @@ def info_nca_depends_on_alpha_times_beta() -> Findings:
             return (weights * info_nca_loss(r[columns], groups, every(groups), alpha=alpha)).sum()
 
         policy = minimum(expected, reference).softmax(dim=0)
-        statements.append(
-            Statement(
-                f"InfoNCA's optimal policy, alpha = {alpha} and beta = {beta}: total variation to that of alpha beta = 0.2",
-                "InfoNCA section 3",
-                0.0,
-                float(total_variation(policy, predicted)),
-                FOUND,
-            )
-        )
+        statement = f"InfoNCA's optimal policy, alpha = {alpha} and beta = {beta}: total variation to that of alpha beta = 0.2"
+        statements.append(zero(statement, SOURCE_INFO_NCA, float(total_variation(policy, predicted)), FOUND))
     return Findings(statements)
 
 
@@ -84,25 +81,16 @@ def nca_optimum_with_true_normalizer() -> Findings:
     """With the true normaliser NCA's optimum is exact at every group size."""
     proposal, rewards, alpha = numbers(SIZE, seed=45).softmax(dim=0), numbers(SIZE, seed=46), 0.7
     log_z = float((proposal.log() + rewards / alpha).logsumexp(dim=0))
+
+    def loss(r: Tensor, groups: Tensor) -> Tensor:
+        targets = normalized_weights(groups, every(groups), alpha=alpha, log_normalizer=log_z)
+        return nca_weighted_loss(r, targets, every(targets))
+
     statements = []
     for size in (1, 2, GROUP):
-        columns = tuples(SIZE, size)
-        weights, groups = sequence_probabilities(columns, proposal), rewards[columns]
-        targets = normalized_weights(groups, every(groups), alpha=alpha, log_normalizer=log_z)
-
-        def expected(r: Tensor, columns: Tensor = columns, targets: Tensor = targets, weights: Tensor = weights) -> Tensor:
-            return (weights * nca_weighted_loss(r[columns], targets, every(targets))).sum()
-
-        found = minimum(expected, torch.zeros(SIZE, dtype=torch.float64))
-        statements.append(
-            Statement(
-                f"NCA's optimum with the true normaliser is R/alpha - log Z, K = {size}: largest distance",
-                SOURCE_NCA,
-                0.0,
-                largest(found - (rewards / alpha - log_z)),
-                FOUND,
-            )
-        )
+        found = _optimum(loss, rewards, proposal, size, torch.zeros(SIZE, dtype=torch.float64))
+        statement = f"NCA's optimum with the true normaliser is R/alpha - log Z, K = {size}: largest distance"
+        statements.append(zero(statement, SOURCE_NCA, largest(found - (rewards / alpha - log_z)), FOUND))
     return Findings(statements)
 
 
@@ -119,24 +107,11 @@ def nca_optimum_of_a_group() -> Findings:
     proposal, rewards, alpha = numbers(SIZE, seed=47).softmax(dim=0), numbers(SIZE, seed=48), 0.5
     statements = []
     for size in (2, GROUP, 4):
-        columns = tuples(SIZE, size)
-        weights, groups = sequence_probabilities(columns, proposal), rewards[columns]
-
-        def expected(r: Tensor, columns: Tensor = columns, groups: Tensor = groups, weights: Tensor = weights) -> Tensor:
-            return (weights * nca_loss(r[columns], groups, every(groups), alpha=alpha)).sum()
-
-        found = minimum(expected, torch.zeros(SIZE, dtype=torch.float64))
+        found = _optimum(_nca(alpha), rewards, proposal, size, torch.zeros(SIZE, dtype=torch.float64))
         means = [mean_weight(rewards, proposal, completion, size, alpha) for completion in range(SIZE)]
-        predicted = (size * torch.tensor(means, dtype=torch.float64)).log()
-        statements.append(
-            Statement(
-                f"NCA's optimum with a group's own weights is log(K E[w|y]), K = {size}: largest distance",
-                "NCA section 4 at a finite K",
-                0.0,
-                largest(found - predicted),
-                FOUND,
-            )
-        )
+        off = largest(found - (size * torch.tensor(means, dtype=torch.float64)).log())
+        statement = f"NCA's optimum with a group's own weights is log(K E[w|y]), K = {size}: largest distance"
+        statements.append(zero(statement, SOURCE_FINITE, off, FOUND))
     return Findings(statements)
 
 
@@ -150,25 +125,20 @@ def nca_ceiling() -> Findings:
     heights = torch.tensor([[height for _, height in line] for line in lines.values()], dtype=torch.float64)
     exact = float(rewards[best]) - float((proposal.log() + rewards).logsumexp(dim=0))
     gap = [(size, exact - height) for size, height in lines["alpha = 1.0"]]
-    source = "NCA section 4 at a finite K"
     statements = [
-        Statement(
+        zero(
             "NCA's best completion at its optimum is at 0 or above: lowest below 0",
-            "NCA section 4",
-            0.0,
+            SOURCE_NCA,
             float(heights.clamp(max=0).min()),
-            EXACT,
         ),
-        Statement(
+        zero(
             "NCA's best completion at its optimum is at log K or below: highest above log K",
-            source,
-            0.0,
+            SOURCE_FINITE,
             float((heights - torch.tensor(ceiling, dtype=torch.float64)[:, 1]).clamp(min=0).max()),
-            EXACT,
         ),
         Statement(
             "a group's own weights, alpha = 1: exponent of K from 12 to 32 in the distance to R/alpha - log Z",
-            source,
+            SOURCE_FINITE,
             -1.0,
             fitted_exponent(gap, start=12),
             0.1,
@@ -190,36 +160,20 @@ def _at_optimum(rewards: Tensor, proposal: Tensor, completion: int, size: int, a
     return math.log(size * mean_weight(rewards, proposal, completion, size, alpha))
 
 
+def _of_one_group(loss: RewardLoss, rewards: Float[Tensor, " K"], start: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """The implicit rewards with the smallest loss of a single group."""
+    return minimum(lambda r: loss(r.unsqueeze(0), rewards.unsqueeze(0)).sum(), start)
+
+
 def nca_never_lowers_the_best() -> Findings:
     """At NCA's optimum the best candidate of a group is at least as likely as under the reference."""
-    rewards = numbers(50, 4, seed=49)
-    lows, tops = [], []
-    for group in rewards:
-        best = int(group.argmax())
-
-        def loss(r: Tensor, group: Tensor = group) -> Tensor:
-            return nca_loss(r.unsqueeze(0), group.unsqueeze(0), every(group).unsqueeze(0), alpha=0.8).sum()
-
-        found = minimum(loss, torch.zeros(4, dtype=torch.float64))
-        lows.append(found[best] < 0)
-        tops.append(found[best] > math.log(4))
+    rewards, start = numbers(50, 4, seed=49), torch.zeros(4, dtype=torch.float64)
+    found = torch.stack([_of_one_group(_nca(0.8), group, start) for group in rewards])
+    best = found.gather(1, rewards.argmax(dim=1, keepdim=True)).squeeze(1)
+    lowered = "NCA never lowers the best candidate at its optimum: share of 50 groups in which it does"
+    raised = "nor raises it above log K: share of 50 groups"
     return Findings(
-        [
-            Statement(
-                "NCA never lowers the best candidate at its optimum: share of 50 groups in which it does",
-                "NCA section 4",
-                0.0,
-                share(torch.stack(lows)),
-                0.0,
-            ),
-            Statement(
-                "nor raises it above log K: share of 50 groups",
-                "NCA section 4 at a finite K",
-                0.0,
-                share(torch.stack(tops)),
-                0.0,
-            ),
-        ]
+        [zero(lowered, SOURCE_NCA, share(best < 0), 0.0), zero(raised, SOURCE_FINITE, share(best > math.log(4)), 0.0)]
     )
 
 
@@ -233,11 +187,7 @@ def pair_cap() -> Findings:
     return Findings(
         [
             Statement(
-                "NCA of a pair caps the chosen one's implicit reward at log 2",
-                "NCA section 4 at a finite K",
-                math.log(2),
-                furthest_off,
-                1e-6,
+                "NCA of a pair caps the chosen one's implicit reward at log 2", SOURCE_FINITE, math.log(2), furthest_off, 1e-6
             )
         ]
     )
@@ -245,20 +195,16 @@ def pair_cap() -> Findings:
 
 def limits_of_alpha() -> Findings:
     """A high alpha makes both optima constant; a low one gives InfoNCA no limit and NCA's best candidate log K."""
-    rewards, zero = numbers(1, 4, seed=50), torch.zeros(4, dtype=torch.float64)
-    best = int(rewards.argmax())
-
-    def nca_at(alpha: float) -> Tensor:
-        return minimum(lambda r: nca_loss(r.unsqueeze(0), rewards, every(rewards), alpha=alpha).sum(), zero)
-
-    flat = minimum(lambda r: info_nca_loss(r.unsqueeze(0), rewards, every(rewards), alpha=math.inf).sum(), numbers(4, seed=51))
+    rewards, start = numbers(4, seed=50), torch.zeros(4, dtype=torch.float64)
+    flat = _of_one_group(_info_nca(math.inf), rewards, numbers(4, seed=51))
+    level, lowest = (_of_one_group(_nca(alpha), rewards, start) for alpha in (math.inf, 0.05))
     source = "follows from the optima"
     return Findings(
         [
-            Statement("InfoNCA's optimum at alpha = infinity is constant: spread", source, 0.0, spread(flat), FOUND),
-            Statement("NCA's optimum at alpha = infinity is 0: largest entry", source, 0.0, largest(nca_at(math.inf)), FOUND),
+            zero("InfoNCA's optimum at alpha = infinity is constant: spread", source, spread(flat), FOUND),
+            zero("NCA's optimum at alpha = infinity is 0: largest entry", source, largest(level), FOUND),
             Statement(
-                "NCA's best of K = 4 as alpha falls to 0.05: log K", source, math.log(4), float(nca_at(0.05)[best]), 1e-3
+                "NCA's best of K = 4 as alpha falls to 0.05: log K", source, math.log(4), float(lowest[rewards.argmax()]), 1e-3
             ),
         ]
     )

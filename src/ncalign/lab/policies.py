@@ -17,6 +17,8 @@ from torch import Tensor
 Loss = Callable[[Tensor], Tensor]
 GroupLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(implicit rewards [B, K], positive [B], mask [B, K]) -> [B]``, such as `rnce_loss`."""
+RewardLoss = Callable[[Tensor, Tensor], Tensor]
+"""``(implicit rewards [N, K], rewards [N, K]) -> [N]``."""
 
 
 def numbers(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -131,6 +133,15 @@ def group_gradients(
     added = torch.zeros(columns.shape, dtype=r.dtype) if log_weights is None else log_weights
     _, gradients = value_and_gradient(lambda values: loss(values, firsts(values), every(values)), r[columns] + added)
     return torch.zeros(columns.shape[0], r.shape[0], dtype=r.dtype).scatter_add(1, columns, gradients)
+
+
+def mean_gradient(
+    loss: GroupLoss, r: Float[Tensor, " V"], positives: Float[Tensor, " V"], negatives: Float[Tensor, " V"], num_negatives: int
+) -> Float[Tensor, " V"]:
+    """Expected gradient of a loss whose positive and M negatives are drawn independently from two distributions."""
+    columns = tuples(r.shape[0], num_negatives + 1)
+    weights = positives[columns[:, 0]] * sequence_probabilities(columns[:, 1:], negatives)
+    return (weights.unsqueeze(1) * group_gradients(loss, r, columns)).sum(dim=0)
 
 
 def spread(values: Float[Tensor, " V"]) -> float:

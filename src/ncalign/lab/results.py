@@ -1,4 +1,4 @@
-"""What an experiment of the laboratory finds: statements with what was predicted and measured, and curves."""
+"""The results of an experiment: statements with what was predicted and measured, and curves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Statement:
     """One statement of the theory as a number.
 
     Attributes:
-        statement: What is said, for people.
-        source: Where it is said.
+        statement: The statement in words.
+        source: Where the statement comes from.
         predicted: The number that follows from the statement.
         measured: The number that the package's own functions give.
         tolerance: The largest distance between the two with which the statement holds.
@@ -52,6 +52,11 @@ class Statement:
             "tolerance": self.tolerance,
             "holds": self.holds,
         }
+
+
+def zero(statement: str, source: str, measured: float, tolerance: float = EXACT) -> Statement:
+    """A statement that a number is 0."""
+    return Statement(statement, source, 0.0, measured, tolerance)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Findings:
 
 
 def furthest(values: Tensor, predicted: float) -> float:
-    """The one of some numbers that is furthest from what was predicted; a NaN is further than anything.
+    """The value that is furthest from what was predicted; a NaN is further than anything.
 
     Example:
         >>> furthest(torch.tensor([1.0, 1.5, 0.75]), 1.0)
