@@ -237,6 +237,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"model": a, "against": [str(tmp_path / "none")]}, "there is no such folder or file"),
         ({"model": a, "against": ["none.jsonl"]}, "there is no such folder or file"),
         ({"model": "m", "tasks": ["gsm8k"], "task_data": ["svamp"]}, "TASK=FILE is needed"),
+        ({"model": "m", "tasks": ["gsm8k"], "judgements": ["a.jsonl"]}, "tasks and judgements are two evaluations"),
+        ({"tasks": ["gsm8k"]}, "model is needed"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(tmp_path, **settings)

@@ -18,7 +18,8 @@ from ncalign.data.groups import Candidate, Group
 from ncalign.generation import SamplingParams
 from ncalign.generation.base import Completion, PromptError
 from ncalign.judging import answer as answering
-from ncalign.judging.answers import answer_questions, read_answers, write_answers
+from ncalign.judging.answer import Answering, answer_questions
+from ncalign.judging.answers import read_answers, write_answers
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import BUNDLED, WHERE, read_questions, read_references
 from ncalign.model.policy import load_tokenizer
@@ -138,8 +139,9 @@ QUESTIONS = [
 
 
 def ask(echo: Echo, store: Store, **changes: Any) -> list[Answer]:
-    settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": None, "at_a_time": 1, "seed": 0, "identity": "w"}
-    return answer_questions(QUESTIONS, echo, model="m", store=store, **{**settings, **changes})
+    identity = changes.pop("identity", "w")
+    answering = replace(Answering(max_new_tokens=9), **changes)
+    return answer_questions(QUESTIONS, echo, answering, model="m", identity=identity, store=store, at_a_time=1)
 
 
 def test_two_turns_and_temperatures_by_category(tmp_path: Path) -> None:
@@ -291,13 +293,12 @@ def test_vllm_gets_the_base_and_the_adapter(tmp_path: Path, tiny_model_dir: Path
             made.append(folder)
 
     monkeypatch.setattr(answering, "VLLMGenerator", Fake)
-    settings: dict[str, Any] = {"name": "m", "max_new_tokens": 4, "temperature": None, "batch_size": 2, "dtype": "float32"}
-    settings |= {"seed": 0, "trust_remote_code": False, "vllm": True, "store": Store(tmp_path / "answers")}
-    assert len(answering.answers_of_model(str(tiny_model_dir), QUESTIONS, **settings)) == 3
+    how, store = Answering(max_new_tokens=4, batch_size=2, vllm=True), Store(tmp_path / "answers")
+    assert len(answering.answers_of_model(str(tiny_model_dir), QUESTIONS, how, name="m", store=store)) == 3
     adapter = tmp_path / "adapter"
     load_tokenizer(str(tiny_model_dir), trust_remote_code=False).save_pretrained(adapter)
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model_dir), "r": 4}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    assert len(answering.answers_of_model(str(adapter), QUESTIONS, **settings)) == 3
+    assert len(answering.answers_of_model(str(adapter), QUESTIONS, how, name="m", store=store)) == 3
     plain, adapted = {"string_prompts": "user_turn"}, {"string_prompts": "user_turn", "adapter_rank": 4}
     assert made == [(str(tiny_model_dir), plain), (str(tiny_model_dir), adapted), adapter]

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Rust libraries (safetensors, tokenizers) raise classes of their own and give the system's number in the text.
@@ -110,6 +110,11 @@ def write_json_atomic(obj: object, path: str | Path) -> None:
         ValueError: The object holds NaN or an infinity, which JSON can't express.
     """
     write_text_atomic(json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def write_jsonl_atomic(rows: Iterable[object], path: str | Path) -> None:
+    """Write an object a line, whole or not at all; NaN and infinities are refused as in :func:`write_json_atomic`."""
+    write_text_atomic("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows), path)
 
 
 def _is_about(error: OSError, temporary: Path) -> bool:

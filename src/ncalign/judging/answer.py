@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
 from ncalign.core.store import Store
-from ncalign.generation import Generator, ServerGenerator, TransformersGenerator
+from ncalign.data.groups import Message
+from ncalign.generation import Generator, SamplingParams, ServerGenerator, TransformersGenerator
+from ncalign.generation.base import PromptError
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.vllm import VLLMGenerator
-from ncalign.judging.answers import answer_questions, check_form, write_answers
+from ncalign.judging.answers import check_form, write_answers
 from ncalign.judging.config import AnswerConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
@@ -24,39 +29,73 @@ from ncalign.model.policy import DTYPES, adapter_base, load_model, load_tokenize
 from ncalign.report.tables import model_name
 from ncalign.tasks.lm_backend import model_identity
 
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+"""MT-Bench's, by category; the others are greedy."""
 
-def make_generator(
-    model: str | None,
-    server: ServerConfig | None,
-    *,
-    vllm: bool,
-    dtype: DType,
-    batch_size: int,
-    store: Store,
-    trust_remote_code: bool,
-) -> tuple[Generator, str]:
-    """What answers, and what tells its weights from others'.
+
+@dataclass(frozen=True)
+class Answering:
+    """How models answer a question set.
+
+    Attributes:
+        max_new_tokens: of a turn's answer.
+        temperature: of all; None for MT-Bench's by category, and greedy elsewhere.
+        seed: of the sampling.
+        batch_size: answers that a transformers model samples at a time.
+        dtype: of a model in this process.
+        vllm: whether vLLM samples, in this process.
+        trust_remote_code: run code that comes with a model.
+    """
+
+    max_new_tokens: int
+    temperature: float | None = None
+    seed: int = 0
+    batch_size: int = 32
+    dtype: DType = "float32"
+    vllm: bool = False
+    trust_remote_code: bool = False
+
+
+def answers_of_model(
+    model: str | ServerConfig, questions: Sequence[Question], answering: Answering, *, name: str, store: Store
+) -> list[Answer]:
+    """The answers of a model in this process or on a server.
+
+    Args:
+        model: a folder, a hub id, or a server.
+        questions: of a set.
+        answering: how it answers.
+        name: of the model in the answers.
+        store: keeps answers, each batch as it comes: a run that is stopped goes on from there.
 
     Raises:
-        ValueError: the model can't be loaded, vLLM is not installed, or the server's client can't be made.
+        ValueError: the model can't be loaded, vLLM is not installed, the server's client can't be made, or a question does not
+            fit the model.
     """
-    if server is not None:
-        return ServerGenerator(server, store=store, string_prompts="user_turn"), f"{server.base_url} {server.model}"
-    assert model is not None
-    if vllm:
-        return _in_vllm(model, trust_remote_code=trust_remote_code), Store.key("vllm", model_identity(model))
-    loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    generator, identity = _generator(model, answering, store)
+    in_batches = isinstance(model, str) and not answering.vllm
+    size = answering.batch_size if in_batches else max(1, len(questions))
+    return answer_questions(questions, generator, answering, model=name, identity=identity, store=store, at_a_time=size)
+
+
+def _generator(model: str | ServerConfig, answering: Answering, store: Store) -> tuple[Generator, str]:
+    """What answers, and what tells its weights from others'."""
+    if isinstance(model, ServerConfig):
+        return ServerGenerator(model, store=store, string_prompts="user_turn"), f"{model.base_url} {model.model}"
+    trusted = answering.trust_remote_code
+    if answering.vllm:
+        return _in_vllm(model, load_tokenizer(model, trust_remote_code=trusted)), Store.key("vllm", model_identity(model))
+    loaded = load_model(model, dtype=DTYPES[answering.dtype], trust_remote_code=trusted)
+    tokenizer = load_tokenizer(model, trust_remote_code=trusted)
     # What is asked depends on the chat template too.
-    identity = Store.key(weights_fingerprint(loaded, computation=dtype), tokenizer.chat_template or "")
+    identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "")
     # nn.Module's own `to`: transformers' wrapper of it lost its type.
     torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
-    return TransformersGenerator(loaded, tokenizer, string_prompts="user_turn", batch_size=batch_size), identity
+    return TransformersGenerator(loaded, tokenizer, string_prompts="user_turn", batch_size=answering.batch_size), identity
 
 
-def _in_vllm(model: str, *, trust_remote_code: bool) -> VLLMGenerator:
+def _in_vllm(model: str, tokenizer: PreTrainedTokenizerBase) -> VLLMGenerator:
     """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     adapter = Path(model) / "adapter_config.json"
     if not adapter.is_file():
         return VLLMGenerator(model, tokenizer, string_prompts="user_turn")
@@ -66,36 +105,78 @@ def _in_vllm(model: str, *, trust_remote_code: bool) -> VLLMGenerator:
     return generator
 
 
-def answers_of_model(
-    model: str | None,
+def answer_questions(
     questions: Sequence[Question],
+    generator: Generator,
+    answering: Answering,
     *,
-    name: str,
+    model: str,
+    identity: str,
     store: Store,
-    max_new_tokens: int,
-    temperature: float | None,
-    batch_size: int,
-    dtype: DType,
-    seed: int,
-    trust_remote_code: bool,
-    vllm: bool = False,
-    server: ServerConfig | None = None,
+    at_a_time: int,
 ) -> list[Answer]:
-    """A model's answers to the questions; see :func:`ncalign.judging.answers.answer_questions`."""
-    generator, identity = make_generator(
-        model, server, vllm=vllm, dtype=dtype, batch_size=batch_size, store=store, trust_remote_code=trust_remote_code
-    )
-    return answer_questions(
-        questions,
-        generator,
-        model=name,
-        identity=identity,
-        store=store,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        at_a_time=batch_size if server is None and not vllm else max(1, len(questions)),
-        seed=seed,
-    )
+    """A generator's answer to each question, turn by turn; those that are in the store are not asked for again.
+
+    Args:
+        questions: of a set.
+        generator: what answers.
+        answering: how long its answers may be, and how they are sampled.
+        model: its name in the answers.
+        identity: of the weights; answers are kept by it, the conversation and the sampling.
+        store: keeps answers, each batch as it comes.
+        at_a_time: questions handed to the generator at a time.
+
+    Raises:
+        ValueError: a question does not fit the model.
+    """
+
+    def temperature(question: Question) -> float:
+        return TEMPERATURES.get(question.category, 0.0) if answering.temperature is None else answering.temperature
+
+    given: dict[str, list[tuple[str, int]]] = {question.id: [] for question in questions}
+    for turn in range(max((len(question.turns) for question in questions), default=0)):
+        ordered = sorted((question for question in questions if len(question.turns) > turn), key=temperature)
+        for degree, same in groupby(ordered, key=temperature):
+            talks = {question.id: question.conversation([text for text, _ in given[question.id]]) for question in same}
+            params = SamplingParams(answering.max_new_tokens, degree)
+            found = _answers_to(
+                talks, generator, params, identity=identity, store=store, at_a_time=at_a_time, seed=answering.seed
+            )
+            for question_id, answer in found.items():
+                given[question_id].append(answer)
+    return [
+        Answer(question.id, model, tuple(text for text, _ in given[question.id]), tuple(n for _, n in given[question.id]))
+        for question in questions
+    ]
+
+
+def _answers_to(
+    talks: Mapping[str, list[Message]],
+    generator: Generator,
+    params: SamplingParams,
+    *,
+    identity: str,
+    store: Store,
+    at_a_time: int,
+    seed: int,
+) -> dict[str, tuple[str, int]]:
+    """The answer to each question's conversation, and its number of tokens."""
+    sampling = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed if params.temperature else 0]
+    keys = {question: Store.key("answer", identity, talk, sampling) for question, talk in talks.items()}
+    kept = {question: store.get(key) for question, key in keys.items()}
+    asked = [question for question, answer in kept.items() if answer is None]
+    for start in range(0, len(asked), at_a_time):
+        part = asked[start : start + at_a_time]
+        # Of the questions: a part has draws of its own, and the same ones when a run goes on.
+        part_seed = (seed + int(keys[part[0]][:8], 16)) % 2**31
+        try:
+            found = generator.generate([talks[question] for question in part], num_samples=1, params=params, seed=part_seed)
+        except PromptError as error:
+            raise ValueError(f"question {part[error.index]!r}: {error.detail}") from error
+        for question, completions in zip(part, found, strict=True):
+            kept[question] = [completions[0].text.strip(), completions[0].num_tokens]
+            store.put(keys[question], kept[question])
+    return {question: (text, number) for question, (text, number) in kept.items()}
 
 
 def run_answer(config: AnswerConfig) -> dict[str, Any]:
@@ -110,21 +191,20 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     check_writable(config.output)
     questions = read_questions(config.set_name, file=config.set_file)[: config.limit]
     check_form(questions, config.form)
-    name = config.name or model_name(str(config.server.model if config.server is not None else config.model))
-    answers = answers_of_model(
-        config.model,
-        questions,
-        name=name,
-        store=Store((config.cache_dir or cache_folder()) / "answers.sqlite"),
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        batch_size=config.batch_size,
-        dtype=config.dtype,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-        vllm=config.vllm,
-        server=config.server,
+    model = config.server if config.server is not None else config.model
+    assert model is not None
+    name = config.name or model_name(model if isinstance(model, str) else model.model)
+    answering = Answering(
+        config.max_new_tokens,
+        config.temperature,
+        config.seed,
+        config.batch_size,
+        config.dtype,
+        config.vllm,
+        config.trust_remote_code,
     )
+    store = Store((config.cache_dir or cache_folder()) / "answers.sqlite")
+    answers = answers_of_model(model, questions, answering, name=name, store=store)
     write_answers(answers, questions, config.output, form=config.form)
     return {
         "output": str(config.output),

@@ -1,4 +1,4 @@
-"""Answers to a question set: asked of any generator, kept as they come, written and read in the original tools' forms."""
+"""Files of answers to a question set: our own, AlpacaEval's, FastChat's and Arena-Hard-Auto's."""
 
 from __future__ import annotations
 
@@ -6,110 +6,16 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ncalign.core.atomic import write_text_atomic
+from ncalign.core.atomic import write_json_atomic, write_jsonl_atomic
 from ncalign.core.errors import DataError, names
-from ncalign.core.store import Store
-from ncalign.data.groups import Message
-from ncalign.generation import Generator, SamplingParams
-from ncalign.generation.base import PromptError
+from ncalign.data.formats.sources import rows_of
 from ncalign.judging.records import Answer, Question
-from ncalign.judging.sets import rows_of
 from ncalign.stats.style import markdown_counts
 
 Form: TypeAlias = Literal["ncalign", "alpaca_eval", "fastchat", "arena_hard"]
-
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""MT-Bench's, by category; the others are greedy."""
-
-
-def answer_questions(
-    questions: Sequence[Question],
-    generator: Generator,
-    *,
-    model: str,
-    identity: str,
-    store: Store,
-    max_new_tokens: int,
-    temperature: float | None,
-    at_a_time: int,
-    seed: int,
-) -> list[Answer]:
-    """A model's answer to each question, turn by turn; those that are in the store are not asked for again.
-
-    Args:
-        questions: of a set.
-        generator: what answers.
-        model: what the answers are filed under for readers.
-        identity: of the weights; answers are kept by it, the conversation and the sampling.
-        store: keeps answers, each batch as it comes: a run that is stopped goes on from there.
-        max_new_tokens: of a turn's answer.
-        temperature: of all; None for MT-Bench's by category, and greedy elsewhere.
-        at_a_time: questions handed to the generator at a time.
-        seed: of the sampling.
-
-    Raises:
-        ValueError: a question does not fit the model.
-    """
-    given: dict[str, list[tuple[str, int]]] = {question.id: [] for question in questions}
-    for turn in range(max((len(question.turns) for question in questions), default=0)):
-        open_ = [question for question in questions if len(question.turns) > turn]
-        ordered = sorted(open_, key=lambda q: _temperature(q, temperature))
-        for degree, same in groupby(ordered, key=lambda q: _temperature(q, temperature)):
-            params = SamplingParams(max_new_tokens, degree)
-            _answer_turn(list(same), turn, given, generator, params, identity=identity, store=store, size=at_a_time, seed=seed)
-    return [
-        Answer(question.id, model, tuple(text for text, _ in given[question.id]), tuple(n for _, n in given[question.id]))
-        for question in questions
-    ]
-
-
-def _temperature(question: Question, temperature: float | None) -> float:
-    return TEMPERATURES.get(question.category, 0.0) if temperature is None else temperature
-
-
-def _answer_turn(
-    questions: Sequence[Question],
-    turn: int,
-    given: dict[str, list[tuple[str, int]]],
-    generator: Generator,
-    params: SamplingParams,
-    *,
-    identity: str,
-    store: Store,
-    size: int,
-    seed: int,
-) -> None:
-    """The answers to one turn, added to what was given before."""
-    talks = {question.id: _conversation(question, given[question.id]) for question in questions}
-    sampling = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed if params.temperature else 0]
-    keys = {key: Store.key("answer", identity, talk, sampling) for key, talk in talks.items()}
-    kept = {key: store.get(place) for key, place in keys.items()}
-    asked = [question for question in questions if kept[question.id] is None]
-    for start in range(0, len(asked), size):
-        part = asked[start : start + size]
-        # Of the questions: a part has draws of its own, and the same ones when a run goes on.
-        part_seed = (seed + int(keys[part[0].id][:8], 16)) % 2**31
-        try:
-            found = generator.generate([talks[q.id] for q in part], num_samples=1, params=params, seed=part_seed)
-        except PromptError as error:
-            raise ValueError(f"question {part[error.index].id!r}: {error.detail}") from error
-        for question, completions in zip(part, found, strict=True):
-            kept[question.id] = [completions[0].text.strip(), completions[0].num_tokens]
-            store.put(keys[question.id], kept[question.id])
-    for question in questions:
-        text, number = kept[question.id]
-        given[question.id].append((text, number))
-
-
-def _conversation(question: Question, given: Sequence[tuple[str, int]]) -> list[Message]:
-    talk: list[Message] = []
-    for asked, (answer, _) in zip(question.turns, given, strict=False):
-        talk += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return [*talk, {"role": "user", "content": question.turns[len(given)]}]
 
 
 def check_form(questions: Sequence[Question], form: Form) -> None:
@@ -145,11 +51,10 @@ def write_answers(answers: Sequence[Answer], questions: Sequence[Question], path
             }
             for answer in answers
         ]
-        write_text_atomic(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", path)
+        write_json_atomic(rows, path)
         return
     writers = {"ncalign": _our_row, "fastchat": _fastchat_row, "arena_hard": _arena_row}
-    lines = (json.dumps(writers[form](answer, asked[answer.question]), ensure_ascii=False) for answer in answers)
-    write_text_atomic("".join(line + "\n" for line in lines), path)
+    write_jsonl_atomic((writers[form](answer, asked[answer.question]) for answer in answers), path)
 
 
 def _our_row(answer: Answer, question: Question) -> dict[str, Any]:
@@ -184,9 +89,12 @@ def _fastchat_row(answer: Answer, question: Question) -> dict[str, Any]:
 
 def _arena_row(answer: Answer, question: Question) -> dict[str, Any]:
     """A row for both versions: 2.0 reads uid, model, messages and metadata, 0.1 the others."""
-    talk: list[dict[str, Any]] = []
-    for asked, text in zip(question.turns, answer.turns, strict=False):
-        talk += [{"role": "user", "content": asked}, {"role": "assistant", "content": {"answer": text}}]
+    said = zip(question.turns, answer.turns, strict=False)
+    talk = [
+        message
+        for asked, text in said
+        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": {"answer": text}})
+    ]
     turns: list[dict[str, Any]] = [{"content": text} for text in answer.turns]
     for turn, number in zip(turns, answer.num_tokens, strict=False):
         turn["token_len"] = number
@@ -222,8 +130,8 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
         if answer is None or not all(isinstance(text, str) for text in answer.turns):
             raise DataError(
                 f"{place} is no answer: {{question, model, turns}}, AlpacaEval's {{instruction, output, generator}}, "
-                f"FastChat's "
-                f"{{question_id, model_id, choices}} or Arena-Hard's {{uid, model, messages}} is needed, found {names(row)}"
+                f"FastChat's {{question_id, model_id, choices}} or Arena-Hard's {{uid, model, messages}} is needed, "
+                f"found {names(row)}"
             )
         if answer.question in found:
             raise DataError(f"{place}: there are two answers to the question {answer.question!r}: leave one out")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.core.atomic import write_json_atomic
 from ncalign.core.errors import MissingPackageError
 from ncalign.core.json import json_ready
-from ncalign.judging.records import Answers
+from ncalign.judging.records import Answer, Answers
 from ncalign.judging.summaries import (
     arena_table,
     comparison_table,
@@ -42,24 +42,26 @@ _FEWEST_FOR_LENGTH_CONTROL = 20
 
 @dataclass(frozen=True)
 class Counting:
-    """How results are counted.
+    """How verdicts are counted.
 
     Attributes:
         seed: of bootstrap and permutations.
         num_resamples: of both.
         difficulties: AlpacaEval's table, for its length-controlled win rate.
-        places: each question's place in the set, which the table goes by.
+        places: each question's place in the set, by which the table is read.
+        other_judge: games of a second judge, for the agreement of the two.
     """
 
     seed: int
     num_resamples: int
     difficulties: DifficultyTable | None = None
     places: Mapping[str, int] = field(default_factory=dict)
+    other_judge: Sequence[Game] | None = None
 
 
 @dataclass
 class Results:
-    """What an evaluation came to, before it is written.
+    """Results of an evaluation, before they are written.
 
     Attributes:
         values: by name, as results.json has them.
@@ -75,6 +77,10 @@ class Results:
     lines: list[str] = field(default_factory=list)
     comparisons: dict[str, PairedComparison] = field(default_factory=dict)
 
+    def add(self, name: str, value: object, table: Table) -> None:
+        """Add a result with its table."""
+        self.values[name], self.tables[name] = value, table
+
 
 def count_games(
     games: Sequence[Game],
@@ -83,17 +89,15 @@ def count_games(
     *,
     answers: Mapping[str, Answers] | None,
     ordered: bool,
-    other_judge: Sequence[Game] | None = None,
 ) -> None:
-    """Add what games say: win rates, length-controlled ones, strengths, and what the judge is like.
+    """Add what games say: win rates, length-controlled ones, strengths, and the judge's biases.
 
     Args:
         games: of models against one baseline, or several.
         results: added to.
-        counting: how.
+        counting: how they are counted.
         answers: by model and question, for their lengths; None where they are not known.
-        ordered: whether the judge saw two orders, so that there is something to say of it.
-        other_judge: games of a second judge, for the agreement of the two.
+        ordered: whether the judge saw both orders, so that its position bias is known.
 
     Raises:
         ValueError: there is no verdict in both orders of any question.
@@ -103,6 +107,25 @@ def count_games(
         model: question_preferences([game for game in games if (game.model, game.baseline) == (model, baseline)])
         for model, baseline in pairs
     }
+    _add_win_rates(preferences, results, counting, answers, baseline=", ".join(dict.fromkeys(other for _, other in pairs)))
+    _compare_models(preferences, results, counting)
+    if len(preferences) > 1:
+        matrix = win_matrix(games)
+        results.add("win_matrix", matrix, win_matrix_table(matrix))
+        results.charts["win_matrix.png"] = matrix_chart(matrix)
+    if ordered:
+        _judge_report(games, answers, counting.other_judge, results)
+        _strengths(games, answers, baseline=pairs[0][1], results=results, seed=counting.seed)
+
+
+def _add_win_rates(
+    preferences: Mapping[str, QuestionPreferences],
+    results: Results,
+    counting: Counting,
+    answers: Mapping[str, Answers] | None,
+    *,
+    baseline: str,
+) -> None:
     rates = {
         name: win_rate(found.preferences, seed=counting.seed)
         for name, found in preferences.items()
@@ -110,37 +133,24 @@ def count_games(
     }
     if not rates:
         raise ValueError("there is no verdict in both orders of any question: nothing can be said")
-    baseline = ", ".join(dict.fromkeys(other for _, other in pairs))
-    controlled = {}
+    controlled: dict[str, LengthControlled] = {}
     try:
         controlled = {} if answers is None else _controlled(preferences, answers, counting)
     except MissingPackageError as error:
         results.lines.append(f"no length-controlled win rates: {error}")
-    results.tables["win_rates"] = win_rate_table(rates, controlled, baseline=baseline)
     results.lines += [
         f"{name}: the penalty of the length-controlled fit leaves no effect of the model, for want of questions or of a "
-        "difference: its 50 % is where it begins, and no finding"
+        "difference: its 50 % is where the fit begins, and no finding"
         for name, found in controlled.items()
         if found.coefficients["model"] == 0
     ]
-    results.values |= {
-        "baseline": baseline,
-        "win_rates": json_ready(rates),
-        "length_controlled": json_ready(controlled),
-    }
+    results.values["baseline"] = baseline
+    results.add("win_rates", rates, win_rate_table(rates, controlled, baseline=baseline))
+    results.values["length_controlled"] = controlled
     chart = {"win rate": {name: (rate.win_rate, rate.ci) for name, rate in rates.items()}}
     if controlled:
         chart["length-controlled"] = {name: (found.win_rate, found.ci) for name, found in controlled.items()}
     results.charts["win_rates.png"] = interval_chart(chart, title=f"Win rate against {baseline}", unit="%", reference=50)
-    _compare_models(preferences, results, counting)
-    if len(preferences) > 1:
-        matrix = win_matrix(games)
-        results.tables["win_matrix"] = win_matrix_table(matrix)
-        results.values["win_matrix"] = json_ready(matrix)
-        results.charts["win_matrix.png"] = matrix_chart(matrix)
-    if ordered:
-        _judge_report(games, answers, other_judge, results)
-        _strengths(games, answers, baseline=pairs[0][1], results=results, seed=counting.seed)
 
 
 def _compare_models(preferences: Mapping[str, QuestionPreferences], results: Results, counting: Counting) -> None:
@@ -163,7 +173,7 @@ def _controlled(
     found = {}
     for name, one in preferences.items():
         ours, theirs = (
-            np.array([length_of(answers[who], question) for question in one.questions], dtype=np.int64)
+            np.array([_length(answers[who][question]) for question in one.questions], dtype=np.int64)
             for who in (name, one.baseline)
         )
         enough = int(np.isfinite(one.preferences).sum()) >= _FEWEST_FOR_LENGTH_CONTROL
@@ -180,9 +190,9 @@ def _controlled(
     return found
 
 
-def length_of(answers: Answers, question: str) -> int:
+def _length(answer: Answer) -> int:
     """Characters of an answer, all turns together."""
-    return sum(map(len, answers[question].turns))
+    return sum(map(len, answer.turns))
 
 
 def _judge_report(
@@ -191,16 +201,12 @@ def _judge_report(
     place: PositionBias = position_bias(games)
     length = None
     if answers is not None:
-        lengths = {(q, name): length_of(given, q) for name, given in answers.items() for q in given}
+        lengths = {(q, name): _length(answer) for name, given in answers.items() for q, answer in given.items()}
         length = length_bias(games, lengths)
     agreement = None if other_judge is None else judge_agreement(games, other_judge)
-    results.tables["judge"] = judge_table(place, length, agreement)
-    results.values["judge"] = {
-        "position": json_ready(place),
-        "length": json_ready(length),
-        "agreement": json_ready(agreement),
-    }
-    results.lines += [f"Judge: {found.summary}." for found in (place, length) if found is not None]
+    found = {"position": place, "length": length, "agreement": agreement}
+    results.add("judge", found, judge_table(place, length, agreement))
+    results.lines += [f"Judge: {bias.summary}." for bias in (place, length) if bias is not None]
 
 
 def _strengths(
@@ -209,8 +215,7 @@ def _strengths(
     """Arena-Hard's score and Bradley-Terry strengths, with and without style control."""
     complete, _ = complete_games(games)
     arena = arena_hard_scores(complete, bootstrap=Bootstrap(seed=seed))
-    results.tables["arena_hard"] = arena_table(arena)
-    results.values["arena_hard"] = json_ready(arena)
+    results.add("arena_hard", arena, arena_table(arena))
     styles: dict[tuple[str, str], Style] = {
         (q, name): style_of("\n".join(answer.turns), sum(answer.num_tokens) or len(" ".join(answer.turns)) // 4)
         for name, given in (answers or {}).items()
@@ -224,15 +229,13 @@ def _strengths(
         except ValueError as error:
             results.lines.append(f"{name.replace('_', ' ')}: {error}")
             continue
-        results.tables[name] = strength_table(found)
-        results.values[name] = json_ready(found)
+        results.add(name, found, strength_table(found))
 
 
 def count_ratings(ratings: Sequence[Rating], results: Results, counting: Counting) -> None:
     """Add what ratings say: means by turn and category, and models compared question by question."""
     scores = mt_bench(ratings, seed=counting.seed, num_resamples=counting.num_resamples)
-    results.tables["ratings"] = mt_bench_table(scores)
-    results.values["ratings"] = json_ready(scores)
+    results.add("ratings", scores, mt_bench_table(scores))
     results.charts["ratings.png"] = category_chart(scores)
     first, *others = dict.fromkeys(rating.model for rating in ratings)
     compared = {
@@ -254,17 +257,13 @@ def add_comparisons(compared: Mapping[str, PairedComparison | None], results: Re
     """Add comparisons to those that are there."""
     results.comparisons |= {name: found for name, found in compared.items() if found is not None}
     if results.comparisons:
-        results.values["comparisons"] = json_ready(results.comparisons)
-        results.tables["comparisons"] = comparison_table(results.comparisons)
+        results.add("comparisons", results.comparisons, comparison_table(results.comparisons))
 
 
 def add_accounts(accounts: Sequence[Account], results: Results) -> None:
-    """Add what judging came to, and say how many verdicts are missing."""
+    """Add what judging took, and say how many verdicts are missing."""
     missing = sum(sum(account.missing.values()) for account in accounts)
-    results.values |= {
-        "verdicts": [{**asdict(account), "missing": dict(account.missing)} for account in accounts],
-        "missing_verdicts": missing,
-    }
+    results.values |= {"verdicts": accounts, "missing_verdicts": missing}
     if missing:
         unanswered = sum(account.missing["no answer"] for account in accounts)
         again = f"; rerun to ask again for the {unanswered} that had no answer" if unanswered else ""
@@ -277,7 +276,7 @@ def write_results(results: Results, folder: Path) -> dict[str, Any]:
     Returns:
         The values, with the tables as printable text under ``text``.
     """
-    values = {**results.values, "notes": results.lines}
+    values = json_ready({**results.values, "notes": results.lines})
     for name, table in results.tables.items():
         for suffix in ("txt", "json", "csv", "tex"):
             write_table(table, folder / "tables" / f"{name}.{suffix}")
@@ -286,8 +285,3 @@ def write_results(results: Results, folder: Path) -> dict[str, Any]:
     write_json_atomic(values, folder / "results.json")
     parts = [to_text(table).rstrip() for table in results.tables.values()]
     return {**values, "text": "\n\n".join([*parts, *results.lines, f"Results: {folder / 'results.json'}"])}
-
-
-def check_folder(folder: Path) -> None:
-    """Raise what writing there would raise, before the work whose result it is to hold."""
-    check_writable(folder / "results.json")

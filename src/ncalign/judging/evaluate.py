@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
-from ncalign.judging.compare import evaluate_answers, names_of, read_games
+from ncalign.core.atomic import check_writable
+from ncalign.core.cache import cache_folder
+from ncalign.core.store import Store
+from ncalign.judging.answer import Answering, answers_of_model
+from ncalign.judging.answers import read_answers, write_answers
+from ncalign.judging.compare import compare_answers, file_name, rate_answers
 from ncalign.judging.config import EvaluateConfig
-from ncalign.judging.counts import Counting, Results, check_folder, count_games, count_ratings, write_results
-from ncalign.judging.interop import (
-    games_of_annotations,
-    read_alpaca_annotations,
-    read_arena_judgements,
-    read_fastchat_pairs,
-    read_fastchat_ratings,
-)
-from ncalign.judging.records import Answer
-from ncalign.judging.sets import read_questions, rows_of
-from ncalign.report.tables import Column, Table
+from ncalign.judging.counts import Counting, Results, write_results
+from ncalign.judging.judges import RewardJudge, ServerJudge
+from ncalign.judging.records import Answers, Question
+from ncalign.judging.sets import BUNDLED, read_questions, read_references
+from ncalign.judging.tasks import score_tasks
+from ncalign.judging.verdict_files import count_verdicts, read_games
+from ncalign.report.tables import model_name
+from ncalign.rewards.sources import reward_source
 from ncalign.stats.length_control import read_difficulty_table
-from ncalign.stats.records import Game, Rating
 from ncalign.tasks.lm_backend import Backend
-from ncalign.tasks.reasoning import TaskProtocol, run_tasks
-from ncalign.tasks.reasoning_table import paper_table
+from ncalign.tasks.reasoning import TaskProtocol
+
+Kind: TypeAlias = Literal["tasks", "verdicts", "answers"]
+
+_WHAT_IT_SHOWS = (
+    "These are {n} prompts of our own with instructions that a program checks: they show whether a model does what it is told "
+    "in form, not whether what it says is right, helpful or well put. For that, name a set (--set alpaca-eval, arena-hard, "
+    "mt-bench) and a judge (--judge.base_url)."
+)
 
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -39,148 +47,172 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: the configuration names nothing that can be evaluated, or a file or model can't be read.
         ServerError: a judge answers nothing at all; what it answered is kept.
     """
-    check_folder(config.output_dir)
-    if config.tasks:
-        results = _reasoning(config)
-    elif config.judgements:
-        results = _counted(config)
+    check_writable(config.output_dir / "results.json")
+    kind: Kind = "tasks" if config.tasks else "verdicts" if config.judgements else "answers"
+    _check(config, kind)
+    if kind == "tasks":
+        results = _of_tasks(config)
+    elif kind == "verdicts":
+        results = count_verdicts(
+            config.judgements,
+            _counting(config),
+            baseline=config.against[0] if config.against else None,
+            read_categories=lambda: _categories(config),
+        )
     else:
-        results = evaluate_answers(config)
+        results = _of_answers(config)
     return write_results(results, config.output_dir)
 
 
-# -- verdicts of other tools -----------------------------------------------------------------------------------------------
+def _rating(config: EvaluateConfig) -> bool:
+    return config.judge is not None and config.judge.mode == "rating"
 
 
-def _counted(config: EvaluateConfig) -> Results:
-    """What files of AlpacaEval's annotations, or of Arena-Hard's or FastChat's judgements, say; each told by its rows."""
-    results = Results(values={"judgements": [str(path) for path in config.judgements]})
-    games: list[Game] = []
-    ratings: list[Rating] = []
-    answers: dict[str, dict[str, Answer]] = {}
-    annotated = False
-    for path in config.judgements:
-        first = _first_row(path)
-        if "games" in first:
-            games += read_arena_judgements(path, baseline=config.against[0] if config.against else None)
-        elif "g1_winner" in first:
-            games += read_fastchat_pairs(path)
-        elif "score" in first and "turn" in first:
-            questions = read_questions(config.set_name, file=config.set_file) if config.set_file is not None else []
-            ratings += read_fastchat_ratings(path, categories={question.id: question.category for question in questions})
-        else:
-            annotated = True
-            games += _annotated(path, answers, {game.model for game in games})
-    places = {question: int(question) for given in answers.values() for question in given}
-    table = None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table)
-    counting = Counting(config.seed, config.num_resamples, table, places)
-    if games:
-        known = answers if annotated and {game.model for game in games} <= answers.keys() else None
-        other_judge = None if config.compare_games is None else read_games(config.compare_games)
-        # AlpacaEval keeps a question's outcome and not its orders: there is nothing to say of places.
-        count_games(games, results, counting, answers=known, ordered=not annotated, other_judge=other_judge)
-    if ratings:
-        count_ratings(ratings, results, counting)
-    return results
+_WRONG: tuple[tuple[Kind, Callable[[EvaluateConfig], object], str], ...] = (
+    ("tasks", lambda c: c.judgements, "tasks and judgements are two evaluations: give one of them"),
+    ("tasks", lambda c: c.model is None, "model is needed: a model folder, a hub id, or the name that a backend knows"),
+    ("answers", lambda c: c.model is None, "model is needed: a model folder, a hub id, or a file of answers"),
+    (
+        "answers",
+        lambda c: not c.against and not _rating(c),
+        "against is needed: the model, or the file of answers, to compare with (ratings alone need none)",
+    ),
+    ("answers", lambda c: c.judge is not None and c.reward, "judge and reward are two judges: give one of them"),
+    (
+        "answers",
+        lambda c: c.judge is None and not c.reward and c.set_name != BUNDLED,
+        "the set {set_name} needs a judge: --judge.base_url URL --judge.model NAME, or --reward model:FOLDER; our own set "
+        "alone is checked by a program",
+    ),
+)
+"""For each kind of evaluation, what makes its configuration unusable, and what is said then."""
 
 
-def _first_row(path: Path) -> dict[str, Any]:
-    with closing(rows_of(path)) as rows:
-        for _, row in rows:
-            return row
-    raise ValueError(f"{path} has no verdict")
+def _check(config: EvaluateConfig, kind: Kind) -> None:
+    for of, wrong, message in _WRONG:
+        if of == kind and wrong(config):
+            raise ValueError(message.format(set_name=config.set_name))
 
 
-def _annotated(path: Path, answers: dict[str, dict[str, Answer]], before: set[str]) -> list[Game]:
-    """The games of a file of annotations; the outputs are added to the answers."""
-    rows = read_alpaca_annotations(path)
-    model = _only({row.generators[1] for row in rows}, path, "model")
-    baseline = _only({row.generators[0] for row in rows}, path, "baseline")
-    if model in before:
-        raise ValueError(f"{path}: there are verdicts of {model} in a file before it: name each model once")
-    for name, which in ((model, 1), (baseline, 0)):
-        given = answers.setdefault(name, {})
-        for number, row in enumerate(rows):
-            given[str(number)] = Answer(str(number), name, (row.outputs[which],))
-    return games_of_annotations(rows)
+def _models(specs: Sequence[str]) -> dict[str, str]:
+    """The models by what tables and files call them: longer names where two share one."""
+    for parts in (0, 2, 3):
+        names = [model_name(spec) if not parts else "/".join(Path(spec).resolve().parts[-parts:]) for spec in specs]
+        if len(set(names)) == len(names):
+            return dict(zip(names, specs, strict=True))
+    raise ValueError(f"two of the models are the same: {', '.join(specs)}")
 
 
-def _only(found: set[str], path: Path, what: str) -> str:
-    if len(found) != 1:
-        raise ValueError(f"{path} has annotations of more than one {what}: {', '.join(sorted(found)[:5])}; make a file of each")
-    return next(iter(found))
-
-
-# -- reasoning -------------------------------------------------------------------------------------------------------------
-
-
-def _reasoning(config: EvaluateConfig) -> Results:
-    """Tasks on the model and on those it is compared with, as the papers tabulate them: the baseline stands first."""
-    if config.model is None:
-        raise ValueError("model is needed: a model folder, a hub id, or the name that a backend knows")
-    models = [*config.against, config.model]
-    found = [_tasks_of(config, model, name) for model, name in zip(models, names_of(models), strict=True)]
-    columns, rows = paper_table(found)
-    results = Results(values={"models": found})
-    caption = "Accuracy in percent; arrows say whether a score rose or fell against the first row."
-    results.tables["reasoning"] = Table(tuple(map(Column, columns)), tuple(map(tuple, rows)), caption)
-    others = [task for one in found for task in one["results"]]
-    results.tables["tasks"] = Table(
-        (
-            Column("model"),
-            Column("task"),
-            Column("score (%)"),
-            Column("standard error"),
-            Column("questions"),
-            Column("measure"),
-        ),
-        tuple(
-            (
-                one["model"],
-                task,
-                100 * score["score"],
-                None if score["stderr"] is None else 100 * score["stderr"],
-                score["num_samples"],
-                score["metric"],
-            )
-            for one in found
-            for task, score in one["results"].items()
-        ),
-        "Every task, as it was scored.",
+def _counting(config: EvaluateConfig) -> Counting:
+    return Counting(
+        config.seed,
+        config.num_resamples,
+        difficulties=None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table),
+        other_judge=None if config.compare_games is None else read_games(config.compare_games),
     )
-    if not others:
-        del results.tables["tasks"]
-    for one in found:
-        results.lines += [f"{one['model']}: task {task} failed: {reason}" for task, reason in one["failed"].items()]
-    if config.limit is not None:
-        results.lines.append(f"At most {config.limit} questions a task: these are not the tasks' own scores")
+
+
+def _categories(config: EvaluateConfig) -> dict[str, str]:
+    questions = read_questions(config.set_name, file=config.set_file) if config.set_file is not None else []
+    return {question.id: question.category for question in questions}
+
+
+# -- answers, judged -------------------------------------------------------------------------------------------------------
+
+
+def _of_answers(config: EvaluateConfig) -> Results:
+    """Answers of the models, compared with the baseline's or rated by themselves."""
+    assert config.model is not None
+    specs = [config.model, *config.against]
+    _check_paths(specs)
+    models = _models(specs)
+    questions = read_questions(config.set_name, file=config.set_file)
+    if config.reference_answers is not None:
+        questions = read_references(config.reference_answers, questions)
+    questions = questions[: config.limit]
+    counting = replace(_counting(config), places={question.id: place for place, question in enumerate(questions)})
+    answers = {name: _answers(config, spec, name, questions) for name, spec in models.items()}
+    results = Results(values={"set": config.set_name, "questions": len(questions), "models": list(models)})
+    missing = {name: len(questions) - len(given) for name, given in answers.items() if len(given) < len(questions)}
+    if missing:
+        results.values["unanswered"] = missing
+        results.lines += [f"{name} has no answer to {count} questions: they count nowhere" for name, count in missing.items()]
+    if config.judge is None:
+        source = reward_source(
+            config.reward or (BUNDLED,), cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        )
+        compare_answers(questions, answers, RewardJudge(source), results, counting, folder=config.output_dir, called=None)
+    else:
+        judge = ServerJudge(config.judge, _store(config, "judgements"))
+        evaluated = rate_answers if _rating(config) else compare_answers
+        evaluated(questions, answers, judge, results, counting, folder=config.output_dir, called=config.judge.model)
+    if config.set_name == BUNDLED:
+        results.lines.append(_WHAT_IT_SHOWS.format(n=len(questions)))
     return results
 
 
-def _tasks_of(config: EvaluateConfig, model: str, name: str) -> dict[str, Any]:
-    return run_tasks(
-        model,
+def _check_paths(specs: Sequence[str]) -> None:
+    """Refuse files and folders that don't exist before the first model has answered; whether a hub id exists is seen later."""
+    for spec in specs:
+        is_path = spec.endswith((".json", ".jsonl")) or spec.startswith(("/", ".", "~")) or spec.count("/") > 1
+        if is_path and not Path(spec).exists():
+            raise ValueError(f"{spec}: there is no such folder or file; relative paths start at {Path.cwd()}")
+
+
+def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Question]) -> Answers:
+    """A model's answers by question, from a file or from the model."""
+    path = Path(spec)
+    if path.is_file():
+        wanted = {question.id for question in questions}
+        found = [replace(answer, model=name) for answer in read_answers(path, questions) if answer.question in wanted]
+        if not found:
+            raise ValueError(f"{path} has no answer to a question of the set {config.set_name}")
+    else:
+        answering = Answering(
+            config.max_new_tokens or (160 if config.set_name == BUNDLED else 1024),
+            config.temperature,
+            config.seed,
+            config.batch_size,
+            config.dtype,
+            config.vllm,
+            config.trust_remote_code,
+        )
+        found = answers_of_model(spec, questions, answering, name=name, store=_store(config, "answers"))
+        write_answers(found, questions, config.output_dir / "answers" / f"{file_name(name)}.jsonl", form="ncalign")
+    return {answer.question: answer for answer in found}
+
+
+def _store(config: EvaluateConfig, name: str) -> Store:
+    return Store((config.cache_dir or cache_folder()) / f"{name}.sqlite")
+
+
+# -- reasoning tasks -------------------------------------------------------------------------------------------------------
+
+
+def _of_tasks(config: EvaluateConfig) -> Results:
+    """Tasks on the model and on those it is compared with; the baseline stands first."""
+    assert config.model is not None
+    backend = Backend(
+        name=config.backend,
+        arguments=_pairs(config.backend_args, "backend_args", "NAME=VALUE is needed, such as base_url=http://localhost:8000"),
+        batch_size=config.batch_size,
+        # lm-eval takes a GPU for granted.
+        device=None if torch.cuda.is_available() or config.backend != "hf" else "cpu",
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return score_tasks(
+        _models([*config.against, config.model]),
         config.tasks,
-        output_dir=config.output_dir / "tasks" / model.strip("/").replace("/", "--"),
+        folder=config.output_dir / "tasks",
         task_data=_pairs(config.task_data, "task_data", "TASK=FILE is needed, such as svamp=data/SVAMP.json"),
-        name=name,
-        backend=Backend(
-            name=config.backend,
-            arguments=_pairs(
-                config.backend_args, "backend_args", "NAME=VALUE is needed, such as base_url=http://localhost:8000"
-            ),
-            batch_size=config.batch_size,
-            # lm-eval takes a GPU for granted.
-            device=None if torch.cuda.is_available() or config.backend != "hf" else "cpu",
-            dtype=config.dtype,
-            trust_remote_code=config.trust_remote_code,
-        ),
+        backend=backend,
         protocol=TaskProtocol(config.limit, config.num_fewshot, config.apply_chat_template, config.seed),
         allow_weak=config.allow_weak,
     )
 
 
-def _pairs(given: Sequence[str], field: str, needed: str) -> dict[str, str]:
+def _pairs(given: Sequence[str], field: str, needed: str) -> Mapping[str, str]:
     found = {}
     for one in given:
         name, equals, value = one.partition("=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ncalign.core.atomic import write_text_atomic
+from ncalign.core.atomic import write_json_atomic, write_jsonl_atomic
 from ncalign.core.errors import DataError, names, shown
 from ncalign.data.formats.group import number_or_none
+from ncalign.data.formats.sources import rows_of
 from ncalign.judging.records import LABELS, Answer, Question, verdict_weight
-from ncalign.judging.sets import rows_of
 from ncalign.stats.records import Game, Rating
 
 _SAME_AS = {"A<B": "B>A", "A<<B": "B>>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
@@ -119,7 +118,7 @@ def write_alpaca_annotations(
                 "preference": 1 + value if value == value else None,
             }
         )
-    write_text_atomic(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", path)
+    write_json_atomic(rows, path)
 
 
 def read_arena_judgements(path: Path, *, baseline: str | None = None) -> list[Game]:
@@ -174,22 +173,19 @@ def write_arena_judgements(
     Raises:
         ValueError: a question was judged twice in one order.
     """
-    lines = [
-        json.dumps(
-            {
-                "uid": question,
-                "question_id": question,
-                "category": (categories or {}).get(question, ""),
-                "judge": judge,
-                "model": model,
-                "baseline": baseline,
-                "games": [{"score": _label(game), "judgment": None} for game in played],
-            },
-            ensure_ascii=False,
-        )
+    rows = [
+        {
+            "uid": question,
+            "question_id": question,
+            "category": (categories or {}).get(question, ""),
+            "judge": judge,
+            "model": model,
+            "baseline": baseline,
+            "games": [{"score": _label(game), "judgment": None} for game in played],
+        }
         for (question, model, baseline), played in _by_question(games).items()
     ]
-    write_text_atomic("".join(line + "\n" for line in lines), path)
+    write_jsonl_atomic(rows, path)
 
 
 def _label(game: Game | None) -> str | None:
@@ -239,7 +235,7 @@ def write_fastchat_ratings(ratings: Iterable[Rating], path: Path, *, judge: str)
         }
         for rating in ratings
     ]
-    write_text_atomic("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+    write_jsonl_atomic(rows, path)
 
 
 _WINNERS: Mapping[str, float | None] = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}
@@ -288,7 +284,7 @@ def write_fastchat_pairs(games: Iterable[Game], path: Path, *, judge: str) -> No
                 "tstamp": time.time(),
             }
         )
-    write_text_atomic("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+    write_jsonl_atomic(rows, path)
 
 
 _TURN = re.compile(r"(.*) \(turn (\d+)\)", re.DOTALL)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ncalign.core.errors import DataError, names, shown
-from ncalign.data.formats.sources import find_sources
+from ncalign.data.formats.sources import rows_of
 from ncalign.data.groups import read_groups
 from ncalign.judging.records import Question
 
@@ -23,7 +22,7 @@ WHERE = {
     "GitHub",
     "mt-bench": "question.jsonl of fastchat/llm_judge/data/mt_bench in the repository lm-sys/FastChat on GitHub",
 }
-"""Sets that are not bundled, and where their files are had."""
+"""Sets that are not bundled, and where to get their files."""
 
 
 def read_questions(name: str, *, file: Path | None = None) -> list[Question]:
@@ -35,7 +34,7 @@ def read_questions(name: str, *, file: Path | None = None) -> list[Question]:
         file: the set's file, where the name is not one itself.
 
     Raises:
-        ValueError: the file is not given, can't be read, or holds no questions; the message says where a named set is had.
+        ValueError: the file is not given, can't be read, or holds no questions; the message says where to get a named set.
     """
     if name == BUNDLED:
         if file is not None:
@@ -72,21 +71,6 @@ def read_references(path: Path, questions: Sequence[Question]) -> list[Question]
         except (KeyError, IndexError, TypeError):
             raise DataError(f"{place} is no answer: question_id and choices[0].turns are needed") from None
     return [replace(q, references=found.get(q.id, q.references)) for q in questions]
-
-
-def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """The objects of a JSON Lines file or JSON document, each with its place.
-
-    Raises:
-        ValueError: the file can't be read, or has something else in it.
-    """
-    for source in find_sources(path):
-        with closing(source.rows()) as rows:
-            for number, row in rows:
-                place = f"{source.label}:{source.unit}{number}"
-                if isinstance(row, DataError):
-                    raise row.within(place)
-                yield place, row
 
 
 def _read(path: Path) -> list[Question]:

@@ -1,11 +1,11 @@
-"""The evaluation's results as tables, and as JSON."""
+"""Results of an evaluation as tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from ncalign.report.tables import Cell, Column, Table
+from ncalign.report.tables import Cell, Column, Table, columns
 from ncalign.stats.agreement import Agreement, LengthBias, PositionBias
 from ncalign.stats.arena_hard import ArenaScore
 from ncalign.stats.bradley_terry import BradleyTerry
@@ -14,8 +14,6 @@ from ncalign.stats.mt_bench import MTBench
 from ncalign.stats.paired import PairedComparison
 from ncalign.stats.power import detectable_difference
 from ncalign.stats.win_rate import WinMatrix, WinRate
-
-_BOUNDS = (Column("low"), Column("high"))
 
 
 def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, LengthControlled], *, baseline: str) -> Table:
@@ -26,19 +24,8 @@ def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, Length
         controlled: length-controlled ones by model; models may be absent.
         baseline: whom the models were compared with.
     """
-    columns = (
-        Column("model"),
-        Column("win rate (%)"),
-        *_BOUNDS,
-        Column("LC (%)"),
-        Column("LC low"),
-        Column("LC high"),
-        Column("wins"),
-        Column("ties"),
-        Column("losses"),
-        Column("missing"),
-        Column("detectable"),
-    )
+    names = ("model", "win rate (%)", "low", "high", "LC (%)", "LC low", "LC high")
+    counted = ("wins", "ties", "losses", "missing", "detectable")
     rows: list[tuple[Cell, ...]] = []
     for model, rate in sorted(rates.items(), key=lambda item: -item[1].win_rate):
         lc = controlled.get(model)
@@ -50,45 +37,32 @@ def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, Length
         f"Win rate against {baseline} and length-controlled win rate (LC); low and high bound 95 % intervals; a difference "
         f"from 50 is found with 80 % chance if it is at least the detectable one, in points."
     )
-    return Table(columns, tuple(rows), caption)
+    return Table(columns(*names, *counted), tuple(rows), caption)
 
 
 def strength_table(found: BradleyTerry) -> Table:
     """A row for each model: rating, expected win rate against the anchor, games."""
-    columns = (
-        Column("model"),
-        Column("rating", 0),
-        Column("rating low", 0),
-        Column("rating high", 0),
-        Column("win rate (%)"),
-        *_BOUNDS,
-        Column("games"),
-    )
+    ratings = columns("rating", "rating low", "rating high", digits=0)
+    heads = (Column("model"), *ratings, *columns("win rate (%)", "low", "high", "games"))
     rows = tuple((s.model, s.rating, *s.rating_ci, s.win_rate, *s.win_rate_ci, s.num_games) for s in found.strengths)
     style = f", style controlled ({', '.join(found.style)})" if found.style else ""
     failed = f"; {found.num_failed_rounds} bootstrap rounds had no fit" if found.num_failed_rounds else ""
     missing = f"{found.num_missing} games have no verdict"
-    return Table(columns, rows, f"Bradley-Terry strengths{style}; win rates are against {found.anchor}; {missing}{failed}.")
+    return Table(heads, rows, f"Bradley-Terry strengths{style}; win rates are against {found.anchor}; {missing}{failed}.")
 
 
 def arena_table(scores: Sequence[ArenaScore]) -> Table:
     """A row for each model: Arena-Hard's score with its interval."""
-    columns = (Column("model"), Column("score (%)"), *_BOUNDS, Column("games"), Column("missing"))
-    return Table(columns, tuple((s.model, s.score, *s.ci, s.num_games, s.num_missing) for s in scores), "Arena-Hard scores.")
+    heads = columns("model", "score (%)", "low", "high", "games", "missing")
+    return Table(heads, tuple((s.model, s.score, *s.ci, s.num_games, s.num_missing) for s in scores), "Arena-Hard scores.")
 
 
 def mt_bench_table(scores: Sequence[MTBench]) -> Table:
     """A row for each model: the mean, each turn's, each category's."""
     turns = sorted({turn for score in scores for turn in score.turns})
     categories = sorted({name for score in scores for name in score.categories})
-    columns = (
-        Column("model"),
-        Column("mean"),
-        *_BOUNDS,
-        *(Column(f"turn {turn}") for turn in turns),
-        *(Column(f"category {name}") for name in categories),
-        Column("missing"),
-    )
+    parts = (*(f"turn {turn}" for turn in turns), *(f"category {name}" for name in categories))
+    heads = columns("model", "mean", "low", "high", *parts, "missing")
     rows = tuple(
         (
             score.model,
@@ -100,39 +74,30 @@ def mt_bench_table(scores: Sequence[MTBench]) -> Table:
         )
         for score in scores
     )
-    return Table(columns, rows, "Mean ratings, at most 10; low and high bound the mean's 95 % interval.")
+    return Table(heads, rows, "Mean ratings, at most 10; low and high bound the mean's 95 % interval.")
 
 
 def win_matrix_table(matrix: WinMatrix) -> Table:
     """A row and a column for each model: how often the row's is preferred to the column's."""
-    columns = (Column("model"), *(Column(f"vs {name}", 1) for name in matrix.models))
+    heads = (Column("model"), *columns(*(f"vs {name}" for name in matrix.models), digits=1))
     rows = tuple((name, *row) for name, row in zip(matrix.models, matrix.rates.tolist(), strict=True))
     missing = int(matrix.num_missing.sum()) // 2
-    return Table(
-        columns, rows, f"Win rate of the row's model in percent; {missing} questions don't count for want of a verdict."
-    )
+    return Table(heads, rows, f"Win rate of the row's model in percent; {missing} questions don't count for want of a verdict.")
 
 
 def comparison_table(comparisons: Mapping[str, PairedComparison]) -> Table:
     """A row for each measure: two models on the same questions, their difference, its interval and p-value."""
-    columns = (
-        Column("measure"),
-        Column("before"),
-        Column("after"),
-        Column("difference"),
-        *_BOUNDS,
-        Column("p", 4),
-    )
+    heads = (*columns("measure", "before", "after", "difference", "low", "high"), Column("p", 4))
     rows = tuple(
         (name, c.mean_before, c.mean_after, c.difference, *c.ci_difference, c.p_value) for name, c in comparisons.items()
     )
     return Table(
-        columns, rows, "Paired by question; low and high bound the difference's 95 % interval; p is a permutation test's."
+        heads, rows, "Paired by question; low and high bound the difference's 95 % interval; p is a permutation test's."
     )
 
 
 def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agreement | None) -> Table:
-    """What is known of a judge, a line each; the caption says in words what sways it.
+    """Measures of a judge, a row each; the caption says in words how it is biased.
 
     Args:
         place: from both orders.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,34 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ncalign.core.atomic import write_text_atomic
+from ncalign.core.json import json_ready
 
 Cell = str | int | float | None
 
 MISSING = "–"
 _TERMINAL_WIDTH = 120
 _WHOLE = 40
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    MISSING: "--",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-}
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        "$": r"\$",
+        "&": r"\&",
+        "#": r"\#",
+        "%": r"\%",
+        "_": r"\_",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': r"\textquotedbl{}",
+        MISSING: "--",
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Column:
 
     name: str
     digits: int = 2
+
+
+def columns(*names: str, digits: int = 2) -> tuple[Column, ...]:
+    """Columns whose fractions are shown with the same number of digits."""
+    return tuple(Column(name, digits) for name in names)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def to_text(table: Table, *, width: int = _TERMINAL_WIDTH) -> str:
 def to_json(table: Table) -> dict[str, Any]:
     """``caption``, ``columns`` (names) and ``rows`` (objects by column name), with numbers whole and null for missing ones."""
     names = [column.name for column in table.columns]
-    rows = [{name: _known(cell) for name, cell in zip(names, row, strict=True)} for row in table.rows]
+    rows = [{name: json_ready(cell) for name, cell in zip(names, row, strict=True)} for row in table.rows]
     return {"caption": table.caption, "columns": names, "rows": rows}
 
 
@@ -117,7 +124,8 @@ def to_csv(table: Table) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([column.name for column in table.columns])
-    writer.writerows([["" if (value := _known(cell)) is None else value for cell in row] for row in table.rows])
+    # csv writes None as an empty field.
+    writer.writerows([map(json_ready, row) for row in table.rows])
     return stream.getvalue()
 
 
@@ -154,7 +162,7 @@ def escape_latex(text: str) -> str:
     >>> print(escape_latex("a_b & 5% \\x"))
     a\_b \& 5\% \textbackslash{}x
     """
-    return "".join(_LATEX.get(character, character) for character in _printable(text))
+    return _printable(text).translate(_LATEX)
 
 
 def write_table(table: Table, path: str | Path) -> None:
@@ -195,17 +203,12 @@ def _shown(table: Table, row: tuple[Cell, ...]) -> list[str]:
 
 
 def _shown_cell(cell: Cell, digits: int) -> str:
-    value = _known(cell)
+    value = json_ready(cell)
     if value is None:
         return MISSING
     if isinstance(value, str):
         return _printable(value)
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-
-def _known(cell: Cell) -> Cell:
-    """The cell, None where it is no number."""
-    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
 def model_name(spec: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,21 @@ def find_sources(given: str | Path) -> list[Source]:
     if not path.exists() and not name.lower().endswith(_SUFFIXES) and _HUB_ID.fullmatch(name):
         return [Source(name, name, "row ", partial(_hub_rows, name))]
     return [_file(path, path.name)]
+
+
+def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    """The objects of a JSON Lines file or JSON document, each with its place.
+
+    Raises:
+        ValueError: the file can't be read, or has something else in it.
+    """
+    for source in find_sources(path):
+        with closing(source.rows()) as rows:
+            for number, row in rows:
+                place = f"{source.label}:{source.unit}{number}"
+                if isinstance(row, DataError):
+                    raise row.within(place)
+                yield place, row
 
 
 def _file(path: Path, name: str) -> Source:

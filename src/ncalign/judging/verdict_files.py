@@ -1,0 +1,105 @@
+"""Verdicts of files: AlpacaEval's annotations, Arena-Hard's and FastChat's judgements, and games of an earlier evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ncalign.data.formats.sources import rows_of
+from ncalign.judging.counts import Counting, Results, count_games, count_ratings
+from ncalign.judging.interop import (
+    games_of_annotations,
+    read_alpaca_annotations,
+    read_arena_judgements,
+    read_fastchat_pairs,
+    read_fastchat_ratings,
+)
+from ncalign.judging.records import Answer
+from ncalign.stats.records import Game, Rating
+
+
+def count_verdicts(
+    files: Sequence[Path],
+    counting: Counting,
+    *,
+    baseline: str | None,
+    read_categories: Callable[[], Mapping[str, str]],
+) -> Results:
+    """What files of verdicts say; whose they are is seen from their rows.
+
+    Args:
+        files: AlpacaEval's annotations, or Arena-Hard's or FastChat's judgements.
+        counting: how verdicts are counted.
+        baseline: whom models were compared with, where a file does not say.
+        read_categories: gives the questions' categories by id; called where there are ratings.
+
+    Raises:
+        ValueError: a file can't be read, or has no verdict.
+    """
+    results = Results(values={"judgements": [str(path) for path in files]})
+    games: list[Game] = []
+    ratings: list[Rating] = []
+    answers: dict[str, dict[str, Answer]] = {}
+    for path in files:
+        first = _first_row(path)
+        if "games" in first:
+            games += read_arena_judgements(path, baseline=baseline)
+        elif "g1_winner" in first:
+            games += read_fastchat_pairs(path)
+        elif "score" in first and "turn" in first:
+            ratings += read_fastchat_ratings(path, categories=read_categories())
+        else:
+            games += _annotated(path, answers, {game.model for game in games})
+    if games:
+        counting = replace(counting, places={question: int(question) for given in answers.values() for question in given})
+        known = answers if answers and {game.model for game in games} <= answers.keys() else None
+        # AlpacaEval keeps a question's outcome but not its orders, so nothing can be said about position bias.
+        count_games(games, results, counting, answers=known, ordered=not answers)
+    if ratings:
+        count_ratings(ratings, results, counting)
+    return results
+
+
+def _first_row(path: Path) -> dict[str, Any]:
+    with closing(rows_of(path)) as rows:
+        for _, row in rows:
+            return row
+    raise ValueError(f"{path} has no verdict")
+
+
+def _annotated(path: Path, answers: dict[str, dict[str, Answer]], before: set[str]) -> list[Game]:
+    """The games of a file of annotations; the outputs are added to the answers."""
+    rows = read_alpaca_annotations(path)
+    model = _only({row.generators[1] for row in rows}, path, "model")
+    baseline = _only({row.generators[0] for row in rows}, path, "baseline")
+    if model in before:
+        raise ValueError(f"{path}: there are verdicts of {model} in a file before it: name each model once")
+    for name, which in ((model, 1), (baseline, 0)):
+        given = answers.setdefault(name, {})
+        for number, row in enumerate(rows):
+            given[str(number)] = Answer(str(number), name, (row.outputs[which],))
+    return games_of_annotations(rows)
+
+
+def _only(found: set[str], path: Path, what: str) -> str:
+    if len(found) != 1:
+        raise ValueError(f"{path} has annotations of more than one {what}: {', '.join(sorted(found)[:5])}; make a file of each")
+    return next(iter(found))
+
+
+def read_games(path: Path) -> list[Game]:
+    """The games.jsonl of an evaluation.
+
+    Raises:
+        ValueError: the file can't be read, or a row is no game.
+    """
+    games = []
+    for place, row in rows_of(path):
+        try:
+            games.append(Game(**row))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place} is no game of ours: {error}") from None
+    return games
