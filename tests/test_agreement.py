@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
-from ncalign.stats.power import detectable_difference, minimum_detectable_difference, questions_needed
+from ncalign.stats.power import detectable_difference, questions_needed
 from ncalign.stats.preferences import question_preferences
 from ncalign.stats.records import Game
 from ncalign.stats.win_rate import win_rate
@@ -149,11 +149,11 @@ def test_agreement_counts_what_it_cannot_compare() -> None:
         judge_agreement(one[:1], other[2:])
 
 
-def test_minimum_detectable_difference_is_found_at_the_stated_power() -> None:
+def test_the_detectable_difference_is_found_at_the_stated_power() -> None:
     # Simulated: samples whose mean is that difference away are found by a two-sided z test in 80 % of cases.
     rng = np.random.default_rng(0)
     n, sd = 200, 40.0
-    difference = minimum_detectable_difference(sd, n)
+    difference = detectable_difference(sd / math.sqrt(n))
     draws = rng.normal(difference, sd, size=(20_000, n))
     found = np.abs(draws.mean(axis=1)) > 1.959964 * sd / math.sqrt(n)
     assert found.mean() == pytest.approx(0.8, abs=5 * math.sqrt(0.16 / 20_000))
@@ -162,22 +162,21 @@ def test_minimum_detectable_difference_is_found_at_the_stated_power() -> None:
 @pytest.mark.parametrize("difference", [1.0, 3.7, 20.0])
 def test_questions_needed_inverts_the_difference(difference: float) -> None:
     n = questions_needed(45.0, difference)
-    assert minimum_detectable_difference(45.0, n) <= difference < minimum_detectable_difference(45.0, n - 1)
+    assert detectable_difference(45.0 / math.sqrt(n)) <= difference < detectable_difference(45.0 / math.sqrt(n - 1))
 
 
 def test_difference_from_a_win_rates_error_is_that_from_its_spread() -> None:
     preferences = np.random.default_rng(0).uniform(size=50)
-    expected = minimum_detectable_difference(100 * preferences.std(ddof=1), 50)
+    expected = detectable_difference(100 * preferences.std(ddof=1) / math.sqrt(50))
     assert detectable_difference(win_rate(preferences).standard_error) == pytest.approx(expected, abs=1e-12)
 
 
 def test_power_refuses_numbers_out_of_range() -> None:
     for call, message in (
-        (lambda: minimum_detectable_difference(-1.0, 10), "standard deviation or error is -1"),
-        (lambda: minimum_detectable_difference(math.nan, 10), "standard deviation or error is nan"),
-        (lambda: minimum_detectable_difference(1.0, 0), "there are 0 questions"),
-        (lambda: minimum_detectable_difference(1.0, 5, power=1.0), "power 1"),
-        (lambda: minimum_detectable_difference(1.0, 5, significance=0.0), "significance is 0"),
+        (lambda: detectable_difference(-1.0), "standard deviation or error is -1"),
+        (lambda: detectable_difference(math.nan), "standard deviation or error is nan"),
+        (lambda: detectable_difference(1.0, power=1.0), "power 1"),
+        (lambda: detectable_difference(1.0, significance=0.0), "significance is 0"),
         (lambda: questions_needed(1.0, 0.0), "the difference is 0"),
     ):
         with pytest.raises(ValueError, match=message):

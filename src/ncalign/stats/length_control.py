@@ -136,7 +136,7 @@ def length_controlled_win_rate(
 def read_difficulty_table(path: str | Path) -> DifficultyTable:
     """Read a CSV with the columns ``index, preference, std_delta_len, instruction_difficulty, not_gamed_baseline``.
 
-    That is AlpacaEval's ``df_gamed.csv``; other columns are left aside.
+    That is AlpacaEval's ``df_gamed.csv``; other columns are ignored.
 
     Raises:
         DataError: a column is missing, or a value can't be read; the message names the line.
@@ -209,9 +209,8 @@ def _features(
 
 
 def _difficulties(table: DifficultyTable, questions: Sequence[int]) -> Array:
-    known: dict[int, float] = {}
-    for question, difficulty in zip(table.questions.tolist(), table.difficulties.tolist(), strict=True):
-        known.setdefault(question, difficulty)
+    # A question's first row counts.
+    known = dict(zip(table.questions[::-1].tolist(), table.difficulties[::-1].tolist(), strict=True))
     absent = [question for question in questions if question not in known]
     if absent:
         raise ValueError(

@@ -53,6 +53,8 @@ def fit_logistic(
     for side in (won, lost):
         # LIBLINEAR does not know which label it is given where the other has no weight at all.
         side[0] = side[0] if side.any() else np.finfo(np.float64).tiny
-    labels = np.repeat([1, 0], len(features))
-    model.fit(np.concatenate([features, features]), labels, sample_weight=np.concatenate([won, lost]))
+    labels, label_weights = np.repeat([1, 0], len(features)), np.concatenate([won, lost])
+    # scikit-learn 1.5 takes many rows without weight for a singular problem.
+    given = label_weights > 0
+    model.fit(np.concatenate([features, features])[given], labels[given], sample_weight=label_weights[given])
     return np.asarray(model.coef_[0], dtype=np.float64)

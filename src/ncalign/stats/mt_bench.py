@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,12 +99,7 @@ def question_scores(ratings: Iterable[Rating], model: str) -> dict[str, float]:
     Raises:
         ValueError: as :func:`mt_bench`.
     """
-    by_question: dict[str, list[float]] = {}
-    for rating in _checked(ratings):
-        if rating.model == model:
-            scores = by_question.setdefault(rating.question, [])
-            if rating.score is not None:
-                scores.append(rating.score)
+    by_question = _scores_by_question(rating for rating in _checked(ratings) if rating.model == model)
     return {question: float(np.mean(scores)) if scores else float("nan") for question, scores in by_question.items()}
 
 
@@ -148,7 +143,7 @@ def rating_tally(ratings: Iterable[Rating], model: str, baseline: str, *, tie_de
     absent = {model, baseline} - met
     if absent:
         raise ValueError(f"there are no ratings of {', '.join(sorted(absent))}")
-    counts = {"win": 0, "tie": 0, "loss": 0, "missing": 0}
+    counts: Counter[str] = Counter()
     for pair in scores.values():
         ours, theirs = pair.get(model), pair.get(baseline)
         if ours is None or theirs is None:
@@ -176,14 +171,18 @@ def _checked(ratings: Iterable[Rating]) -> list[Rating]:
     return every
 
 
-def _mean_score(ratings: Sequence[Rating], num_resamples: int, rng: np.random.Generator) -> MeanScore:
-    by_question: dict[str, list[float]] = defaultdict(list)
+def _scores_by_question(ratings: Iterable[Rating]) -> dict[str, list[float]]:
+    scores: dict[str, list[float]] = defaultdict(list)
     for rating in ratings:
-        if rating.score is not None:
-            by_question[rating.question].append(rating.score)
-    num_counted = sum(len(scores) for scores in by_question.values())
-    totals = np.array([sum(scores) for scores in by_question.values()])
-    sizes = np.array([len(scores) for scores in by_question.values()], dtype=np.float64)
+        scores[rating.question] += [] if rating.score is None else [rating.score]
+    return scores
+
+
+def _mean_score(ratings: Sequence[Rating], num_resamples: int, rng: np.random.Generator) -> MeanScore:
+    by_question = [scores for scores in _scores_by_question(ratings).values() if scores]
+    num_counted = sum(map(len, by_question))
+    totals = np.array([sum(scores) for scores in by_question])
+    sizes = np.array([len(scores) for scores in by_question], dtype=np.float64)
     return MeanScore(
         mean=float(totals.sum() / num_counted) if num_counted else float("nan"),
         ci=ratio_interval(totals, sizes, num_resamples, rng),

@@ -11,38 +11,23 @@ from ncalign.stats.intervals import SIGNIFICANCE
 POWER = 0.8
 
 
-def minimum_detectable_difference(
-    standard_deviation: float, num_questions: int, *, significance: float = SIGNIFICANCE, power: float = POWER
-) -> float:
-    """``(z_{1 - a/2} + z_{power}) * sd / sqrt(n)``: the true mean that a two-sided test finds with the given chance.
+def detectable_difference(standard_error: float, *, significance: float = SIGNIFICANCE, power: float = POWER) -> float:
+    """``(z_{1 - a/2} + z_{power}) * standard_error``: the true difference that a two-sided test finds with the given power.
 
-    For a win rate in points, ``sd`` is the preferences' standard deviation times 100 and the difference is that from 50. For
-    two models on the same questions it is the standard deviation of their paired differences.
-    The normal approximation holds from a few dozen questions on.
+    The standard error of a mean over n questions is ``sd / sqrt(n)``. For a win rate in points, sd is the preferences' standard
+    deviation times 100 and the difference is that from 50. For two models on the same questions it is the standard deviation of
+    their paired differences. The normal approximation holds from a few dozen questions on.
 
     Args:
-        standard_deviation: of one question's value or difference.
-        num_questions: n, the questions with a verdict.
-        significance: a, of the two-sided test.
-        power: chance to find the difference.
+        standard_error: of the mean.
+        significance: a, of the test.
+        power: probability of finding the difference.
 
     Raises:
         ValueError: a number is out of range.
 
-    >>> round(minimum_detectable_difference(50.0, 805), 2)  # a win rate of wins and losses on AlpacaEval's set
+    >>> round(detectable_difference(50.0 / math.sqrt(805)), 2)  # a win rate of wins and losses on AlpacaEval's set
     4.94
-    """
-    if num_questions < 1:
-        raise ValueError(f"there are {num_questions} questions; at least 1 is needed")
-    factor = _checked_factor(standard_deviation, significance, power)
-    return factor * standard_deviation / math.sqrt(num_questions)
-
-
-def detectable_difference(standard_error: float, *, significance: float = SIGNIFICANCE, power: float = POWER) -> float:
-    """:func:`minimum_detectable_difference` of a number whose standard error ``sd / sqrt(n)`` is known, such as a win rate's.
-
-    Raises:
-        ValueError: a number is out of range.
     """
     return _checked_factor(standard_error, significance, power) * standard_error
 
@@ -50,7 +35,7 @@ def detectable_difference(standard_error: float, *, significance: float = SIGNIF
 def questions_needed(
     standard_deviation: float, difference: float, *, significance: float = SIGNIFICANCE, power: float = POWER
 ) -> int:
-    """``((z_{1 - a/2} + z_{power}) * sd / difference)^2``, rounded up: questions that show a difference with the given chance.
+    """``((z_{1 - a/2} + z_{power}) * sd / difference)^2``, rounded up: the questions that a difference needs.
 
     Raises:
         ValueError: a number is out of range.

@@ -131,15 +131,9 @@ def complete_games(games: Iterable[Game]) -> tuple[list[Game], int]:
     """
     by_pair: dict[tuple[str, str, str], list[Game]] = defaultdict(list)
     for game in games:
-        by_pair[game.question, game.model, game.baseline].append(game)
-    kept, dropped = [], 0
-    for group in by_pair.values():
-        judged = [game for game in group if game.preference is not None]
-        if {game.model_first for game in judged} == {True, False}:
-            kept.extend(judged)
-        else:
-            dropped += 1
-    return kept, dropped
+        by_pair[game.question, game.model, game.baseline] += [] if game.preference is None else [game]
+    complete = [group for group in by_pair.values() if {game.model_first for game in group} == {True, False}]
+    return [game for group in complete for game in group], len(by_pair) - len(complete)
 
 
 def checked_preferences(values: Float[NDArray[np.float64], " Q"]) -> Float[NDArray[np.float64], " Q"]:

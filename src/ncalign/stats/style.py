@@ -1,4 +1,4 @@
-"""What an answer looks like: its length and its markdown, which judges like whatever it says."""
+"""An answer's length and markdown, which influence judges whatever the answer says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 FEATURES = ("length", "headers", "lists", "bold")
 
 _CODE = re.compile(r"```[^`]*```")
-# By the names that Arena-Hard-Auto keeps them under.
+# Keyed by Arena-Hard-Auto's names.
 _MARKDOWN = {
     "header_count": {f"h{level}": re.compile(rf"^#{{{level}}}\s", re.MULTILINE) for level in range(1, 7)},
     "list_count": {
@@ -26,7 +26,7 @@ _MARKDOWN = {
 
 @dataclass(frozen=True)
 class Style:
-    """Counts that stand for an answer's style.
+    """The counts by which an answer's style is measured.
 
     Attributes:
         num_tokens: its length.
@@ -51,7 +51,7 @@ def style_of(text: str, num_tokens: int) -> Style:
 
 
 def markdown_counts(text: str) -> dict[str, dict[str, int]]:
-    r"""Markdown outside fenced code, counted as Arena-Hard-Auto keeps it with an answer.
+    r"""Counts of markdown outside fenced code, in the form in which Arena-Hard-Auto stores them.
 
     >>> markdown_counts("# A\n**b** and __c__")["bold_count"]
     {'**': 1, '__': 1}
