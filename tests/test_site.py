@@ -94,6 +94,10 @@ def test_nothing_is_loaded_from_elsewhere(pages: dict[str, Page]) -> None:
     for name in pages:
         html = (SITE / name).read_text(encoding="utf-8")
         assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//", html), name
+    katex = SITE / "assets" / "katex"
+    fonts = re.findall(r"url\((fonts/[^)]+\.woff2)\)", (katex / "katex.min.css").read_text(encoding="utf-8"))
+    assert fonts
+    assert [font for font in fonts if not (katex / font).exists()] == []
 
 
 def test_a_method_page_draws_its_formulas_from_disk(pages: dict[str, Page], tmp_path: Path) -> None:
