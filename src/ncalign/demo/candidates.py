@@ -20,7 +20,6 @@ NUM_SAMPLES = 8
 MAX_NEW_TOKENS = 24
 TEMPERATURE = 0.8
 TOP_P = 0.95
-SHIPPED_SEED = 0
 
 
 def shipped_candidates() -> list[Group]:
@@ -29,7 +28,7 @@ def shipped_candidates() -> list[Group]:
         return list(read_groups(path))
 
 
-def make_candidates(model_folder: str | Path, output: str | Path, seed: int = SHIPPED_SEED) -> dict[str, object]:
+def make_candidates(model_folder: str | Path, output: str | Path, seed: int) -> None:
     """Sample and score the training groups: K completions a prompt from the model itself, rewards from the verifiers.
 
     Groups in which rewards differ come first, since only they can teach a preference; the rest follow.
@@ -38,9 +37,6 @@ def make_candidates(model_folder: str | Path, output: str | Path, seed: int = SH
         model_folder: the model that answers.
         output: groups file to write.
         seed: of the prompts and the sampling.
-
-    Returns:
-        What ``ncalign generate`` and ``ncalign score`` return, by those names.
     """
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +44,7 @@ def make_candidates(model_folder: str | Path, output: str | Path, seed: int = SH
         work = Path(name)
         prompts, sampled, scored = (work / f"{stage}.jsonl" for stage in ("prompts", "sampled", "scored"))
         write_groups(make_prompts(NUM_PROMPTS, seed, "train"), prompts)
-        generated = run_generate(
+        run_generate(
             GenerateConfig(
                 model=str(model_folder),
                 prompts=prompts,
@@ -64,16 +60,15 @@ def make_candidates(model_folder: str | Path, output: str | Path, seed: int = SH
                 trust_remote_code=False,
             )
         )
-        rated = run_score(ScoreConfig(data=sampled, output=scored, reward="reasoning_gym"))
+        run_score(ScoreConfig(data=sampled, output=scored, reward="reasoning_gym"))
         groups = [_with_source(group, Path(model_folder).name) for group in read_groups(scored)]
     random.Random(seed).shuffle(groups)
     groups.sort(key=lambda group: not has_spread(group))
     write_groups(groups, output)
-    return {"generate": {**generated, "output": str(output)}, "score": {**rated, "output": str(output)}}
 
 
 def _with_source(group: Group, source: str) -> Group:
-    """The group with its candidates' source renamed: a path of this machine says nothing on another."""
+    """The group with its candidates' source renamed: a path of this machine means nothing on another."""
     return replace(group, candidates=[replace(candidate, source=source) for candidate in group.candidates])
 
 

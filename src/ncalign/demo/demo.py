@@ -39,7 +39,7 @@ OBJECTIVES: Mapping[str, ObjectiveConfig] = {
     "info_nca": InfoNCA(beta=0.1, alpha=0.1),
     "dpo": DPO(beta=0.1),
 }
-# A visit to a group trains on two of its candidates or on all eight: half the visits keep the slower ones within the time.
+# Methods that train on all eight candidates of a group at once take one epoch, those that train on two take two.
 EPOCHS: Mapping[str, int] = {"mc_po": 2, "dpo": 2, "nca": 1, "info_nca": 1}
 
 

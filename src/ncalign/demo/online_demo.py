@@ -12,7 +12,7 @@ import numpy as np
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import say
 from ncalign.data.groups import write_groups
-from ncalign.demo.candidates import MAX_NEW_TOKENS, NUM_SAMPLES
+from ncalign.demo.candidates import MAX_NEW_TOKENS, NUM_PROMPTS, NUM_SAMPLES
 from ncalign.demo.config import DemoConfig
 from ncalign.demo.demo import HELD_OUT_SEED, OBJECTIVES, comparison_row, shown
 from ncalign.demo.model import demo_model_folder
@@ -22,7 +22,7 @@ from ncalign.online import OnlineConfig, run_online
 from ncalign.online.pool import read_artefact
 from ncalign.stats.paired import paired_comparison
 
-NUM_PROMPTS, NUM_ROUNDS, STEPS_PER_ROUND = 240, 3, 10
+NUM_ROUNDS, STEPS_PER_ROUND = 3, 10
 RESULTS = "online-results.json"
 _ARMS = {"offline": 1, "online": NUM_ROUNDS}
 

@@ -1,4 +1,4 @@
-"""The final answer in a worked solution, and whether it is right: what the task files in ``tasks/`` call."""
+"""Finding and checking the final answer of a worked solution; the task files in ``definitions/`` call these functions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _THEOREM_RELATIVE = 0.04
 
 
 def final_text(text: str) -> str:
-    r"""What stands after the last "answer is", "answer:" or "####", up to the end of the line; else the last ``\boxed{}``.
+    r"""The text after the last "answer is", "answer:" or "####", up to the end of the line.
 
-    Else all of it.
+    Without such a cue it is the content of the last ``\boxed{}``, and without that the whole text.
 
     >>> final_text("5 + 7 = 12. The answer is 12 apples.\nBye")
     '12 apples.'
@@ -49,7 +49,7 @@ def _boxed(text: str) -> str:
 
 
 def numbers(text: str) -> list[float]:
-    r"""Plain numbers and fractions of a text, in their order.
+    r"""Plain numbers and fractions of a text, in order.
 
     >>> numbers(r"$1,234.50, then -3/4 and 50% of 2.")
     [1234.5, -0.75, 50.0, 2.0]
@@ -80,7 +80,7 @@ def final_number(text: str) -> float | None:
 
 
 def _expression(text: str) -> float | None:
-    """The value of an expression in LaTeX or plain text, such as a root or a fraction; None where there is none."""
+    """The real value of an expression in LaTeX or plain text, such as a root or a fraction; None if it has none."""
     for written in (text, f"${text}$"):
         for value in parse(written, parsing_timeout=None, fallback_mode="no_fallback"):
             try:
@@ -93,7 +93,7 @@ def _expression(text: str) -> float | None:
 
 
 def is_close(value: float | None, gold: float) -> bool:
-    """Whether a value is the right one: a whole number exactly, another within a ten-thousandth of it, since it is rounded.
+    """Whether a value is right: equal to a whole number, or within a ten-thousandth of any other, as answers are rounded.
 
     >>> is_close(120_006.0, 120_000.0), is_close(0.3333, 1 / 3), is_close(0.33, 1 / 3)
     (False, True, False)
@@ -109,7 +109,7 @@ def is_close(value: float | None, gold: float) -> bool:
 def process_number(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
     """A task whose answers are numbers; ``None`` stands for a question that can't be answered.
 
-    A whole number must be met, another within a ten-thousandth; an answer in words, as ASDiv has some, in the same words.
+    A whole number must be equal, any other within a ten-thousandth; an answer in words, as ASDiv has some, in the same words.
     """
     gold, text = doc["answer"], results[0]
     if gold == "None":
@@ -121,7 +121,7 @@ def process_number(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, 
 
 
 def process_theorem(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """TheoremQA: integers must be met when rounded, other numbers within 4 %, lists in any order, options and truth exactly."""
+    """TheoremQA: integers equal after rounding, other numbers within 4 %, lists in any order, options and booleans equal."""
     return {"exact_match": float(_is_theorem_answer(json.loads(doc["answer"]), final_text(results[0]), results[0]))}
 
 

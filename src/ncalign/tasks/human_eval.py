@@ -50,13 +50,13 @@ except ImportError:
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*[\w+-]*[^\n`]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 _CODE_BEGINS = re.compile(r"^(?:from \w|import \w|(?:async )?def \w|class \w|@\w)", re.MULTILINE)
-# A verdict that time or the machine had a part in is asked for again.
+# Verdicts that may depend on time or on the machine are not kept.
 _CONCLUSIVE = frozenset({"completed", "error", "exited"})
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A function, or a class ``Solution``, to be written, and what tests it.
+    """A function, or a class ``Solution``, to be written, and its tests.
 
     Attributes:
         id: names it within its set.
@@ -84,7 +84,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """What became of a problem's answers: a status each, of :class:`ncalign.tasks.sandbox.run.Outcome`."""
+    """The status of each answer to a problem, as in :class:`ncalign.tasks.sandbox.run.Outcome`."""
 
     problem: Problem
     statuses: tuple[Status, ...]
