@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.rewards import (
+    BatchRewardSource,
     Ensemble,
     FunctionReward,
     Guarded,
@@ -97,6 +98,22 @@ def test_ensembles() -> None:
     second = FunctionReward(lambda prompt, completions: [3.0, 0.0, 1.0], "b")
     for combine, expected in (("mean", [2.0, 1.0, None]), ("min", [1.0, 0.0, None])):
         assert Ensemble([first, second], combine=combine).score(group("x", "y", "z")) == expected
+
+
+def test_groups_are_scored_together_where_the_source_can() -> None:
+    class Alone:
+        def score(self, group: Group) -> list[float | None]:
+            return [1.0 for _ in group.candidates]
+
+    class Together(Alone):
+        def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
+            return [[float(len(groups))] * len(group.candidates) for group in groups]
+
+    groups = [group("a"), group("b", "c")]
+    assert not isinstance(Alone(), BatchRewardSource)
+    assert score_many(Alone(), groups) == [[1.0], [1.0, 1.0]]
+    assert score_many(Together(), groups) == [[2.0], [2.0, 2.0]]
+    assert Ensemble([Alone(), Together()], combine="mean").score_many(groups) == [[1.5], [1.5, 1.5]]
 
 
 # --- Instructions and mathematics -------------------------------------------------------------------------------------

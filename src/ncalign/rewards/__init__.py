@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 from ncalign.core.lazy import importer
 
 if TYPE_CHECKING:
-    from ncalign.rewards.base import RewardSource, score_many
+    from ncalign.rewards.base import BatchRewardSource, RewardSource, score_many
     from ncalign.rewards.function import FunctionReward, load_function
     from ncalign.rewards.guard import Ensemble, Guarded
     from ncalign.rewards.instructions import InstructionReward
     from ncalign.rewards.judge import JudgeReward
-    from ncalign.rewards.math_answers import MathVerifyReward
     from ncalign.rewards.score import ScoreCounts, run_score, score_groups
     from ncalign.rewards.sources import check_failures, reward_source, source_record
-    from ncalign.rewards.verifiable import ReasoningGymReward
+    from ncalign.rewards.verifiable import MathVerifyReward, ReasoningGymReward
 
 __all__ = [
+    "BatchRewardSource",
     "Ensemble",
     "FunctionReward",
     "Guarded",
@@ -37,12 +37,13 @@ __all__ = [
 __getattr__ = importer(
     __name__,
     {
+        "BatchRewardSource": "ncalign.rewards.base",
         "Ensemble": "ncalign.rewards.guard",
         "FunctionReward": "ncalign.rewards.function",
         "Guarded": "ncalign.rewards.guard",
         "InstructionReward": "ncalign.rewards.instructions",
         "JudgeReward": "ncalign.rewards.judge",
-        "MathVerifyReward": "ncalign.rewards.math_answers",
+        "MathVerifyReward": "ncalign.rewards.verifiable",
         "ReasoningGymReward": "ncalign.rewards.verifiable",
         "RewardSource": "ncalign.rewards.base",
         "ScoreCounts": "ncalign.rewards.score",

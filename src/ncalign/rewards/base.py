@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ncalign.data.groups import Group
 from ncalign.model.encoding import completion_text
@@ -24,12 +24,19 @@ class RewardSource(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchRewardSource(RewardSource, Protocol):
+    """A reward source that is faster on several groups at once (a model's batches, a server)."""
+
+    def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """Score several groups: for each, in order, what ``score`` gives."""
+        ...
+
+
 def score_many(source: RewardSource, groups: Sequence[Group]) -> list[list[float | None]]:
-    """Score several groups, all at once where the source has a ``score_many`` of its own (a model's batches, a server)."""
-    together = getattr(source, "score_many", None)
-    if together is not None:
-        found: list[list[float | None]] = together(groups)
-        return found
+    """Score several groups, all at once where the source can."""
+    if isinstance(source, BatchRewardSource):
+        return source.score_many(groups)
     return [source.score(group) for group in groups]
 
 

@@ -29,10 +29,8 @@ class FunctionReward:
     """
 
     def __init__(self, function: Callable[..., object], name: str) -> None:
-        self._function = function
-        self._name = name
-        parameters = inspect.signature(function).parameters
-        self._takes_metadata = "metadata" in parameters
+        self._function, self._name = function, name
+        self._takes_metadata = "metadata" in inspect.signature(function).parameters
 
     def score(self, group: Group) -> list[float | None]:
         """Score a group; see :class:`ncalign.rewards.RewardSource`."""
@@ -42,18 +40,18 @@ class FunctionReward:
                 rewards = self._function(group.prompt, texts, metadata=group.metadata)
             else:
                 rewards = self._function(group.prompt, texts)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # the user's code may raise anything; it is reported with the group that it failed on
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise ValueError(f"reward {self._name} raised {type(error).__name__} on {where(group)}: {error}") from error
         return self._checked(rewards, group)
 
     def _checked(self, rewards: object, group: Group) -> list[float | None]:
         prefix = f"reward {self._name} on {where(group)}"
-        if isinstance(rewards, str | bytes | dict) or not _is_sequence(rewards):
+        try:
+            values = None if isinstance(rewards, str | bytes | dict) else list(rewards)  # type: ignore[call-overload]
+        except TypeError:
+            values = None
+        if values is None:
             raise ValueError(f"{prefix} returned a {type(rewards).__name__}; a list with one number per completion is needed")
-        values = list(rewards)  # type: ignore[call-overload]
         if len(values) != len(group.candidates):
             raise ValueError(
                 f"{prefix} returned {len(values)} rewards for {len(group.candidates)} completions; one each is needed"
@@ -65,17 +63,9 @@ def load_function(name: str) -> Callable[..., object]:
     """The function named by ``package.module:function`` or ``path/file.py:function``.
 
     Raises:
-        ValueError: the name has another form, or the module or the function in it can't be had.
+        ValueError: the name has another form, or the module or the function in it can't be loaded.
     """
     return load_named(name, what="reward", others="'reasoning_gym'")
-
-
-def _is_sequence(value: object) -> bool:
-    try:
-        iter(value)  # type: ignore[call-overload]
-    except TypeError:
-        return False
-    return True
 
 
 def _number(value: object, prefix: str) -> float | None:

@@ -1,10 +1,11 @@
-"""A source that may raise, hang or return nonsense, held to cost one candidate at a time."""
+"""Reward sources made of others: one whose failures cost a candidate each, and several as one."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
+from threading import Thread
 
 from ncalign.data.groups import Group
 from ncalign.rewards.base import RewardSource, score_many, where
@@ -16,18 +17,18 @@ _FEW = 20
 class Guarded:
     """Scores with another source; a candidate on which that fails has no reward, and is counted.
 
-    A group on which it fails or hangs is scored again candidate by candidate, so that one bad completion costs its own reward
-    alone.
+    A group on which it fails or hangs is scored again candidate by candidate, so that a bad completion costs only its own
+    reward.
 
     Args:
         source: what scores.
-        timeout: seconds for a group, or for a candidate alone; None waits for ever. What hangs is left behind in its thread.
-        max_failed_share: share of the candidates that may fail; 0 raises at the first.
+        timeout: seconds for a group, or for a candidate alone; None waits for ever. A call that hangs goes on in its thread.
+        max_failed_share: share of the candidates that may fail; 0 raises at the first failure.
 
     Attributes:
-        num_scored: candidates that were handed to the source.
-        num_failed: those it failed on.
-        first_failure: what it said on the first.
+        num_scored: candidates given to the source.
+        num_failed: candidates on which it failed.
+        first_failure: its message on the first of them.
     """
 
     def __init__(self, source: RewardSource, *, timeout: float | None, max_failed_share: float) -> None:
@@ -61,10 +62,10 @@ class Guarded:
         return rewards
 
     def check(self) -> None:
-        """Raise when too many candidates have failed.
+        """Check the share of failures.
 
         Raises:
-            ValueError: so they have; the message holds what the source said on the first.
+            ValueError: it is above ``max_failed_share``; the message holds the first failure's.
         """
         if self.num_failed > self._share * self.num_scored:
             raise ValueError(
@@ -75,24 +76,19 @@ class Guarded:
     def _timed(self, group: Group) -> list[float | None]:
         if self._timeout is None:
             return self.source.score(group)
-        found: list[list[float | None]] = []
-        failed: list[BaseException] = []
+        found: Future[list[float | None]] = Future()
 
         def work() -> None:
             try:
-                found.append(self.source.score(group))
+                found.set_result(self.source.score(group))
             except BaseException as error:
-                failed.append(error)
+                found.set_exception(error)
 
-        # A daemon: what hangs must not keep the process alive at its end.
-        thread = threading.Thread(target=work, daemon=True, name="reward")
-        thread.start()
-        thread.join(self._timeout)
-        if thread.is_alive():
+        # A daemon: a call that hangs must not keep the process from ending.
+        Thread(target=work, daemon=True, name="reward").start()
+        if not wait([found], self._timeout).done:
             raise ValueError(f"the reward of {where(group)} took more than {self._timeout:g} s")
-        if failed:
-            raise failed[0]
-        return found[0]
+        return found.result()
 
 
 class Ensemble:

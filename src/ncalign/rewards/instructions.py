@@ -41,7 +41,8 @@ class InstructionReward:
         try:
             CHECKS[name]("probe", **arguments)
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{where(group)}: instruction {name!r} can't be checked with {arguments}: {error}") from error
+            reason = str(error).rpartition("() ")[2]  # Python puts the function's name before
+            raise ValueError(f"{where(group)}: instruction {name!r} can't be checked with {arguments}: {reason}") from error
         return lambda text: CHECKS[name](text, **arguments)
 
 
@@ -59,166 +60,102 @@ def _occurrences(text: str, word: str) -> int:
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, flags=re.IGNORECASE))
 
 
-def _paragraphs(text: str, separator: str) -> list[str]:
+def _parts(text: str, separator: str) -> list[str]:
     return [part.strip() for part in re.split(separator, text) if part.strip()]
 
 
-def keyword_existence(text: str, *, keywords: list[str]) -> bool:
-    """Each keyword occurs."""
-    return all(_occurrences(text, word) for word in keywords)
+def _sentences(text: str) -> list[str]:
+    """Stretches of text that end in a full stop, question or exclamation mark."""
+    return [part for part in re.split(r"(?<=[.!?])[\"'”’)]*\s+", text.strip()) if _words(part)]
 
 
-def keyword_frequency(text: str, *, keyword: str, frequency: int, relation: str | None = None) -> bool:
-    """A keyword occurs so often."""
-    return _compared(_occurrences(text, keyword), relation, frequency)
-
-
-def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
-    """None of the words occurs."""
-    return not any(_occurrences(text, word) for word in forbidden_words)
-
-
-def letter_frequency(text: str, *, letter: str, let_frequency: int, let_relation: str | None = None) -> bool:
-    """A letter occurs so often, small or capital."""
-    return _compared(text.lower().count(letter.lower()), let_relation, let_frequency)
-
-
-def number_sentences(text: str, *, num_sentences: int, relation: str | None = None) -> bool:
-    """So many sentences: stretches of text that end in a full stop, question or exclamation mark."""
-    return _compared(len([s for s in re.split(r"(?<=[.!?])[\"'”’)]*\s+", text.strip()) if _words(s)]), relation, num_sentences)
-
-
-def number_words(text: str, *, num_words: int, relation: str | None = None) -> bool:
-    """So many words."""
-    return _compared(len(_words(text)), relation, num_words)
-
-
-def number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
-    """Exactly so many paragraphs, divided by ``***``."""
-    return len(_paragraphs(text, r"\s?\*\*\*\s?")) == num_paragraphs
-
-
-def nth_paragraph_first_word(text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+def _nth_paragraph_first_word(text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     """Exactly so many paragraphs, divided by blank lines, and the n-th begins with the word."""
-    found = _paragraphs(text, r"\n\s*\n")
+    found = _parts(text, r"\n\s*\n")
     words = _words(found[nth_paragraph - 1]) if 0 < nth_paragraph <= len(found) else []
     return len(found) == num_paragraphs and bool(words) and words[0].lower() == first_word.lower()
 
 
-def number_placeholders(text: str, *, num_placeholders: int) -> bool:
-    """At least so many placeholders in square brackets."""
-    return len(re.findall(r"\[[^\[\]]+\]", text)) >= num_placeholders
-
-
-def postscript(text: str, *, postscript_marker: str) -> bool:
+def _postscript(text: str, *, postscript_marker: str) -> bool:
     """A line begins with the postscript's marker."""
     marker = r"\s*".join(re.escape(part) for part in re.findall(r"\w|[^\w\s]", postscript_marker))
     return re.search(rf"^\s*{marker}", text, flags=re.IGNORECASE | re.MULTILINE) is not None
 
 
-def number_bullets(text: str, *, num_bullets: int) -> bool:
-    """Exactly so many bullet points, lines that begin with ``*`` or ``-``."""
-    return len(re.findall(r"^\s*(?:\*(?!\*)|-)\s+\S", text, flags=re.MULTILINE)) == num_bullets
-
-
-def constrained_response(text: str) -> bool:
-    """One of the three answers that the instruction offers is in it."""
-    return any(option in text for option in ("My answer is yes.", "My answer is no.", "My answer is maybe."))
-
-
-def number_highlights(text: str, *, num_highlights: int) -> bool:
-    """At least so many highlighted stretches, between asterisks on one line."""
+def _highlights(text: str) -> list[str]:
+    """Stretches between asterisks on one line."""
     found = re.findall(r"\*\*[^\n*]+\*\*|(?<!\*)\*[^\n*]+\*(?!\*)", text)
-    return len([part for part in found if part.strip("*").strip()]) >= num_highlights
+    return [part for part in found if part.strip("*").strip()]
 
 
-def multiple_sections(text: str, *, section_spliter: str, num_sections: int) -> bool:
-    """At least so many sections, each opened by the splitter and a number."""
-    return len(re.findall(rf"\s?{re.escape(section_spliter)}\s?\d+\s?", text)) >= num_sections
-
-
-def json_format(text: str) -> bool:
+def _is_json(text: str) -> bool:
     """The whole answer is JSON, which may stand in a code fence."""
-    inner = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip(), flags=re.IGNORECASE)
     try:
-        json.loads(inner)
+        json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip(), flags=re.IGNORECASE))
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def title(text: str) -> bool:
-    """A title in double angular brackets."""
-    return any(found.strip() for found in re.findall(r"<<([^\n]+?)>>", text))
-
-
-def two_responses(text: str) -> bool:
+def _two_responses(text: str) -> bool:
     """Two different answers, divided by six asterisks."""
-    parts = [part.strip() for part in text.split("******")]
-    inside = [part for part in parts if part]
-    return len(inside) == 2 and inside[0] != inside[1]
+    parts = _parts(text, r"\*{6}")
+    return len(parts) == 2 and parts[0] != parts[1]
 
 
-def repeat_prompt(text: str, *, prompt_to_repeat: str) -> bool:
-    """It begins with the request, word for word."""
-    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
-
-
-def end_checker(text: str, *, end_phrase: str) -> bool:
-    """It ends with the phrase."""
-    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
-
-
-def quotation(text: str) -> bool:
+def _quoted(text: str) -> bool:
     """The whole of it stands in double quotation marks."""
     stripped = text.strip()
     return len(stripped) > 1 and stripped[0] == stripped[-1] == '"'
 
 
-def capital_word_frequency(text: str, *, capital_frequency: int, capital_relation: str | None = None) -> bool:
-    """So many words all in capitals."""
-    return _compared(sum(word.isupper() for word in _words(text)), capital_relation, capital_frequency)
-
-
-def english_capital(text: str) -> bool:
-    """All in capitals."""
-    return text.isupper()
-
-
-def english_lowercase(text: str) -> bool:
-    """All in small letters."""
-    return text.islower()
-
-
-def no_comma(text: str) -> bool:
-    """No comma."""
-    return "," not in text
-
-
+# Arguments have the names of IFEval's data.
 CHECKS: Mapping[str, Check] = {
-    "keywords:existence": keyword_existence,
-    "keywords:frequency": keyword_frequency,
-    "keywords:forbidden_words": forbidden_words,
-    "keywords:letter_frequency": letter_frequency,
-    "length_constraints:number_sentences": number_sentences,
-    "length_constraints:number_words": number_words,
-    "length_constraints:number_paragraphs": number_paragraphs,
-    "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
-    "detectable_content:number_placeholders": number_placeholders,
-    "detectable_content:postscript": postscript,
-    "detectable_format:number_bullet_lists": number_bullets,
-    "detectable_format:constrained_response": constrained_response,
-    "detectable_format:number_highlighted_sections": number_highlights,
-    "detectable_format:multiple_sections": multiple_sections,
-    "detectable_format:json_format": json_format,
-    "detectable_format:title": title,
-    "combination:two_responses": two_responses,
-    "combination:repeat_prompt": repeat_prompt,
-    "startend:end_checker": end_checker,
-    "startend:quotation": quotation,
-    "change_case:capital_word_frequency": capital_word_frequency,
-    "change_case:english_capital": english_capital,
-    "change_case:english_lowercase": english_lowercase,
-    "punctuation:no_comma": no_comma,
+    "keywords:existence": lambda text, *, keywords: all(_occurrences(text, word) for word in keywords),
+    "keywords:frequency": lambda text, *, keyword, frequency, relation=None: _compared(
+        _occurrences(text, keyword), relation, frequency
+    ),
+    "keywords:forbidden_words": lambda text, *, forbidden_words: not any(_occurrences(text, word) for word in forbidden_words),
+    "keywords:letter_frequency": lambda text, *, letter, let_frequency, let_relation=None: _compared(
+        text.lower().count(letter.lower()), let_relation, let_frequency
+    ),
+    "length_constraints:number_sentences": lambda text, *, num_sentences, relation=None: _compared(
+        len(_sentences(text)), relation, num_sentences
+    ),
+    "length_constraints:number_words": lambda text, *, num_words, relation=None: _compared(
+        len(_words(text)), relation, num_words
+    ),
+    "length_constraints:number_paragraphs": lambda text, *, num_paragraphs: (
+        len(_parts(text, r"\s?\*\*\*\s?")) == num_paragraphs
+    ),
+    "length_constraints:nth_paragraph_first_word": _nth_paragraph_first_word,
+    "detectable_content:number_placeholders": lambda text, *, num_placeholders: (
+        len(re.findall(r"\[[^\[\]]+\]", text)) >= num_placeholders
+    ),
+    "detectable_content:postscript": _postscript,
+    "detectable_format:number_bullet_lists": lambda text, *, num_bullets: (
+        len(re.findall(r"^\s*(?:\*(?!\*)|-)\s+\S", text, flags=re.MULTILINE)) == num_bullets
+    ),
+    "detectable_format:constrained_response": lambda text: any(
+        f"My answer is {option}." in text for option in ("yes", "no", "maybe")
+    ),
+    "detectable_format:number_highlighted_sections": lambda text, *, num_highlights: len(_highlights(text)) >= num_highlights,
+    "detectable_format:multiple_sections": lambda text, *, section_spliter, num_sections: (
+        len(re.findall(rf"\s?{re.escape(section_spliter)}\s?\d+\s?", text)) >= num_sections
+    ),
+    "detectable_format:json_format": _is_json,
+    "detectable_format:title": lambda text: any(title.strip() for title in re.findall(r"<<([^\n]+?)>>", text)),
+    "combination:two_responses": _two_responses,
+    "combination:repeat_prompt": lambda text, *, prompt_to_repeat: (
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    ),
+    "startend:end_checker": lambda text, *, end_phrase: text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "startend:quotation": _quoted,
+    "change_case:capital_word_frequency": lambda text, *, capital_frequency, capital_relation=None: _compared(
+        sum(word.isupper() for word in _words(text)), capital_relation, capital_frequency
+    ),
+    "change_case:english_capital": lambda text: text.isupper(),
+    "change_case:english_lowercase": lambda text: text.islower(),
+    "punctuation:no_comma": lambda text: "," not in text,
 }
 """IFEval's instructions by name, but for the one that needs a language detector."""

@@ -24,7 +24,6 @@ class ModelReward:
     Args:
         model: folder or hub id of a sequence-classification model with one label.
         batch_size: completions at a time.
-        dtype: precision of the weights.
         store: keeps scores by model and text.
         trust_remote_code: run code that comes with the model.
 
@@ -37,17 +36,16 @@ class ModelReward:
         model: str,
         *,
         batch_size: int = 16,
-        dtype: torch.dtype | None = None,
         store: Store | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self._name, self._batch_size, self._store = model, batch_size, store
+        self._batch_size, self._store = batch_size, store
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             with quiet_transformers(model):
                 loaded = AutoModelForSequenceClassification.from_pretrained(
                     model,
-                    dtype=dtype or (torch.bfloat16 if device == "cuda" else torch.float32),
+                    dtype=torch.bfloat16 if device == "cuda" else torch.float32,
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                 )

@@ -16,10 +16,13 @@ from ncalign.rewards.judge import JudgeReward
 from ncalign.rewards.sources import check_failures, parts, reward_source, source_record
 from ncalign.rewards.verifiable import ReasoningGymReward
 
+_TOGETHER = 32
+"""Groups given to a source at a time: the batches of a judge or a model hold completions of several."""
+
 
 @dataclass
 class ScoreCounts:
-    """What scoring came to.
+    """Counts of scored groups and of their rewards.
 
     Attributes:
         groups: groups scored.
@@ -60,37 +63,19 @@ def score_groups(groups: Iterable[Group], source: RewardSource, counts: ScoreCou
         counts: filled in on the way.
     """
     counts = counts if counts is not None else ScoreCounts()
-    for group, rewards in _rewarded(groups, source):
-        candidates = [replace(candidate, reward=reward) for candidate, reward in zip(group.candidates, rewards, strict=True)]
-        counts.add(rewards)
-        yield replace(group, candidates=candidates)
-
-
-def _rewarded(groups: Iterable[Group], source: RewardSource) -> Iterator[tuple[Group, list[float | None]]]:
     remaining = iter(groups)
     while chunk := list(islice(remaining, _TOGETHER)):
-        yield from zip(chunk, score_many(source, chunk), strict=True)
+        for group, rewards in zip(chunk, score_many(source, chunk), strict=True):
+            counts.add(rewards)
+            yield replace(group, candidates=[replace(c, reward=r) for c, r in zip(group.candidates, rewards, strict=True)])
 
 
-def _counted(groups: Iterable[Group], bar: Bar) -> Iterator[Group]:
-    for group in groups:
-        yield group
-        bar.advance()
-
-
-_TOGETHER = 32
-"""Groups handed to a source at a time: a judge's or a model's batches reach across them."""
-
-
-def _recorded(groups: Iterable[Group], record: str) -> Iterator[Group]:
-    """The groups, which say where their rewards came from; what was said of earlier rewards is dropped."""
+def _recorded(groups: Iterable[Group], source: RewardSource, record: str, bar: Bar) -> Iterator[Group]:
+    """Scored groups, which say where their rewards came from and no longer how earlier rewards were made."""
     for group in groups:
         yield replace(group, metadata={**group.metadata, REWARD_STEPS: [record]})
-
-
-def _checked(groups: Iterable[Group], source: RewardSource) -> Iterator[Group]:
-    """The groups; at their end, before the file takes its place, too many failures raise."""
-    yield from groups
+        bar.advance()
+    # Too many failures raise here, before the file takes its place.
     check_failures(source)
 
 
@@ -123,8 +108,7 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         say(report.notice(config.data))
     with Bar("Scoring groups", total) as bar, closing(read_groups(config.data, on_bad_row=config.on_bad_row)) as groups:
         record = source_record(config.reward, combine=config.combine, judge=config.judge)
-        scored = _recorded(score_groups(groups, source, counts), record)
-        write_groups(_checked(_counted(scored, bar), source), config.output)
+        write_groups(_recorded(score_groups(groups, source, counts), source, record, bar), config.output)
     result: dict[str, object] = {
         "output": str(config.output),
         "groups": counts.groups,

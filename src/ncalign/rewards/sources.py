@@ -14,8 +14,7 @@ from ncalign.rewards.function import FunctionReward, load_function
 from ncalign.rewards.guard import Ensemble, Guarded
 from ncalign.rewards.instructions import InstructionReward
 from ncalign.rewards.judge import JudgeReward
-from ncalign.rewards.math_answers import MathVerifyReward
-from ncalign.rewards.verifiable import ReasoningGymReward
+from ncalign.rewards.verifiable import MathVerifyReward, ReasoningGymReward
 
 _MODEL = "model:"
 _VERIFIERS: dict[str, type[ReasoningGymReward | MathVerifyReward | InstructionReward]] = {
@@ -79,19 +78,22 @@ def source_record(names: Sequence[str], *, combine: str, judge: JudgeConfig | No
     return f"score: {named[0]}" if len(named) == 1 else f"score: {combine} of {', '.join(named)}"
 
 
-def parts(source: RewardSource) -> Sequence[RewardSource]:
-    """The sources of an ensemble, without what guards them."""
-    inner = source.sources if isinstance(source, Ensemble) else (source,)
-    return [one.source if isinstance(one, Guarded) else one for one in inner]
+def parts(source: RewardSource) -> list[RewardSource]:
+    """The sources of an ensemble, without their guards."""
+    return [one.source if isinstance(one, Guarded) else one for one in _members(source)]
 
 
 def check_failures(source: RewardSource) -> int:
     """How many candidates the sources failed on.
 
     Raises:
-        ValueError: more than their share.
+        ValueError: one failed on too many.
     """
-    guarded = [one for one in (source.sources if isinstance(source, Ensemble) else (source,)) if isinstance(one, Guarded)]
+    guarded = [one for one in _members(source) if isinstance(one, Guarded)]
     for one in guarded:
         one.check()
     return sum(one.num_failed for one in guarded)
+
+
+def _members(source: RewardSource) -> Sequence[RewardSource]:
+    return source.sources if isinstance(source, Ensemble) else (source,)
