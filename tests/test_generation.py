@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ncalign.data.groups import Group, Message, read_groups
-from ncalign.generation import Completion, SamplingParams, TransformersGenerator, run_generate, sample_groups
+from ncalign.generation import Completion, SampleCounts, SamplingParams, TransformersGenerator, run_generate, sample_groups
 from ncalign.generation.config import GenerateConfig
 
 PROMPTS: list[str | list[Message]] = [
@@ -196,6 +196,17 @@ def test_completions_are_of_the_prompt_s_kind_and_never_empty() -> None:
     assert [candidate.completion for candidate in groups[1].candidates] == [[{"role": "assistant", "content": "yes"}]] * 2
     assert {candidate.source for group in groups for candidate in group.candidates} == {"model"}
     assert groups[0].metadata == {"k": 1}
+
+
+def test_completions_are_counted() -> None:
+    prompts = [Group(id=name, prompt="Q", candidates=[]) for name in "ab"]
+    counts = SampleCounts()
+    # A fourth completion is asked for and not given.
+    sample_groups(
+        prompts, Scripted("yes", " \n", "no"), num_samples=4, params=SamplingParams(4), seed=0, source="m", counts=counts
+    )
+    assert (counts.groups, counts.candidates, counts.empty, counts.missing, counts.unfinished) == (2, 4, 2, 2, 0)
+    assert counts.tokens == 2 * (4 + 3 + 3)
 
 
 def test_run_generate_writes_groups(tmp_path: Path, tiny_model_dir: Path, write_jsonl: Callable[..., Path]) -> None:

@@ -15,17 +15,19 @@ from ncalign.generation.base import Completion, Generator, PromptError, Sampling
 from ncalign.generation.config import GenerateConfig
 from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.remote import ServerGenerator
+from ncalign.model.config import DType, StringPrompts
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer
 
 
 @dataclass
 class SampleCounts:
-    """What sampling came to.
+    """Counts of what was sampled.
 
     Attributes:
         groups: prompts answered.
         candidates: completions kept.
-        empty: completions without text, left out: nothing of them can be trained on.
+        empty: completions without text, left out since there is nothing to train on.
+        missing: completions that the generator did not give.
         unfinished: completions cut at ``max_new_tokens``.
         tokens: tokens sampled, EOS included.
         seconds: time it took.
@@ -34,6 +36,7 @@ class SampleCounts:
     groups: int = 0
     candidates: int = 0
     empty: int = 0
+    missing: int = 0
     unfinished: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -49,7 +52,7 @@ def sample_groups(
     source: str,
     counts: SampleCounts | None = None,
 ) -> list[Group]:
-    """Groups of the given prompts with newly sampled candidates, which replace those that they had.
+    """The groups with newly sampled candidates in place of those that they had.
 
     A conversational prompt gets conversational completions, one assistant's turn each. Equal completions stay as they
     were drawn: how often one occurs is part of what a sample says about the model.
@@ -77,44 +80,38 @@ def sample_groups(
         counts.groups += 1
         counts.candidates += len(kept)
         counts.empty += len(completions) - len(kept)
+        counts.missing += num_samples - len(completions)
         counts.unfinished += sum(not completion.finished for completion in completions)
         counts.tokens += sum(completion.num_tokens for completion in completions)
         candidates = [completion_as_candidate(group, completion, source) for completion in kept]
-        # New candidates have no rewards yet, so nothing is known of how these came to be.
+        # New candidates have no rewards yet: the record of how rewards were made is of others.
         metadata = {name: value for name, value in group.metadata.items() if name != REWARD_STEPS}
         groups.append(replace(group, candidates=candidates, metadata=metadata))
     return groups
 
 
 def completion_as_candidate(group: Group, completion: Completion, source: str) -> Candidate:
-    """A completion of the group's kind: text for a text, an assistant's turn for a conversation."""
-    if isinstance(group.prompt, str):
-        return Candidate(completion.text, source=source, finished=completion.finished)
-    return Candidate([{"role": "assistant", "content": completion.text}], source=source, finished=completion.finished)
+    """A completion of the group's kind: a string for a string, an assistant's turn for a conversation."""
+    text = completion.text
+    given = text if isinstance(group.prompt, str) else [{"role": "assistant", "content": text}]
+    return Candidate(given, source=source, finished=completion.finished)
 
 
-def _name(config: GenerateConfig) -> str:
-    return str(config.server.model if config.server is not None else config.model)
-
-
-def _generator(config: GenerateConfig) -> tuple[Generator, Store | None]:
-    """The generator, and where it keeps what a server answered until the output is written."""
-    if config.server is not None:
-        answers = Store(config.output.with_name(f".{config.output.name}.answers"))
-        return ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts), answers
-    assert config.model is not None
-    model = load_model(config.model, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+def _loaded(
+    model: str, *, dtype: DType, string_prompts: StringPrompts, batch_size: int, trust_remote_code: bool
+) -> TransformersGenerator:
+    loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     # nn.Module's own `to`: transformers' wrapper of it lost its type.
-    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    return TransformersGenerator(model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size), None
+    torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return TransformersGenerator(loaded, tokenizer, string_prompts=string_prompts, batch_size=batch_size)
 
 
 def run_generate(config: GenerateConfig) -> dict[str, object]:
     """Sample candidates for the prompts of a file and write them as groups.
 
     Returns:
-        ``output``, counts of groups, candidates, empty, unfinished and tokens, ``tokens_per_second``.
+        ``output``, counts of groups, candidates, empty, missing, unfinished and tokens, ``tokens_per_second``.
 
     Raises:
         ValueError: the prompts can't be read, the model can't be loaded or a prompt doesn't fit it; nothing is written.
@@ -126,23 +123,26 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
     if report.skipped:
         say(report.notice(config.prompts))
-    generator, answers = _generator(config)
-    counts = SampleCounts()
-    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    name, answers = config.model or "", None
+    if config.server is not None:
+        # What a server answered is kept until the output is written.
+        name, answers = config.server.model, Store(config.output.with_name(f".{config.output.name}.answers"))
+        generator: Generator = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
+    else:
+        generator = _loaded(
+            name,
+            dtype=config.dtype,
+            string_prompts=config.string_prompts,
+            batch_size=config.batch_size,
+            trust_remote_code=config.trust_remote_code,
+        )
+    counts, params = SampleCounts(), SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     groups = sample_groups(
-        prompts,
-        generator,
-        num_samples=config.num_samples,
-        params=params,
-        seed=config.seed,
-        source=_name(config),
-        counts=counts,
+        prompts, generator, num_samples=config.num_samples, params=params, seed=config.seed, source=name, counts=counts
     )
     answered = [group for group in groups if group.candidates]
     if not answered:
-        raise ValueError(
-            f"{_name(config)} gave only empty completions to {config.prompts}: check its chat template and EOS token"
-        )
+        raise ValueError(f"{name} gave only empty completions to {config.prompts}: check its chat template and EOS token")
     write_groups(answered, config.output)
     if answers is not None:
         answers.delete()
@@ -151,6 +151,7 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         "groups": len(answered),
         "candidates": counts.candidates,
         "empty": counts.empty,
+        "missing": counts.missing,
         "unfinished": counts.unfinished,
         "tokens": counts.tokens,
         "tokens_per_second": counts.tokens / counts.seconds,

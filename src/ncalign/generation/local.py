@@ -24,7 +24,7 @@ from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, SamplingParams
 from ncalign.model.encoding import render_prompt
 
-# Rows whose completion has ended are computed along until they are this share of the batch: taking rows out copies the cache.
+# Rows whose completion has ended stay in the batch until they are this share of it: taking rows out copies the cache.
 _COMPACT_AT = 0.2
 
 
@@ -55,12 +55,8 @@ class TransformersGenerator:
         autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._string_prompts = string_prompts
-        self._batch_size = batch_size
-        self._autocast = autocast
-        self._progress = progress
+        self._model, self._tokenizer, self._string_prompts = model, tokenizer, string_prompts
+        self._batch_size, self._autocast, self._progress = batch_size, autocast, progress
         self._eos_ids = _eos_ids(model, tokenizer)
 
     @torch.inference_mode()
@@ -72,7 +68,8 @@ class TransformersGenerator:
         Raises:
             PromptError: a prompt does not fit the model's context, or needs a chat template that is missing.
         """
-        encoded = [self._encode(prompt, index, params.max_new_tokens) for index, prompt in enumerate(prompts)]
+        encoded = encode_prompts(self._tokenizer, prompts, self._string_prompts)
+        self._check_lengths(encoded, params.max_new_tokens)
         samples: list[list[Completion]] = [[] for _ in prompts]
         start, num_tokens = time.perf_counter(), 0
         with Bar("Sampling", len(prompts) * num_samples, shown=self._progress) as bar:
@@ -87,21 +84,15 @@ class TransformersGenerator:
                 bar.advance(len(rows), note=f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
         return samples
 
-    def _encode(self, prompt: str | list[Message], index: int, max_new_tokens: int) -> list[int]:
-        try:
-            return self._ids(prompt, max_new_tokens)
-        except ValueError as error:
-            raise PromptError(index, str(error)) from error
-
-    def _ids(self, prompt: str | list[Message], max_new_tokens: int) -> list[int]:
-        ids = prompt_ids(self._tokenizer, prompt, self._string_prompts)
+    def _check_lengths(self, encoded: Sequence[list[int]], max_new_tokens: int) -> None:
         context = getattr(self._model.config, "max_position_embeddings", None)
-        if context is not None and len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"its {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {context} "
-                "tokens: shorten the prompt or lower max_new_tokens"
-            )
-        return ids
+        for index, ids in enumerate(encoded):
+            if context is not None and len(ids) + max_new_tokens > context:
+                raise PromptError(
+                    index,
+                    f"its {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {context} "
+                    "tokens: shorten the prompt or lower max_new_tokens",
+                )
 
     def _sample(
         self, prompts: list[list[int]], repeats: int, params: SamplingParams, generator: torch.Generator
@@ -169,14 +160,26 @@ class TransformersGenerator:
         return Completion(text, len(tokens), finished, token_ids=tuple(tokens), logprob=logprob)
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], string_prompts: Literal["raw", "user_turn"]
-) -> list[int]:
-    """A prompt's tokens, as the model reads them before it answers.
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[Message]], string_prompts: Literal["raw", "user_turn"]
+) -> list[list[int]]:
+    """Each prompt's tokens, as the model reads them before it answers.
 
     Raises:
-        ValueError: it has none, or needs a chat template that is missing.
+        PromptError: a prompt has no tokens, or needs a chat template that is missing.
     """
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded.append(_prompt_ids(tokenizer, prompt, string_prompts))
+        except ValueError as error:
+            raise PromptError(index, str(error)) from error
+    return encoded
+
+
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], string_prompts: Literal["raw", "user_turn"]
+) -> list[int]:
     if isinstance(prompt, str) and string_prompts == "raw":
         ids = list(tokenizer(prompt, verbose=False)["input_ids"])
         # Some tokenizers close plain text with EOS, after which nothing is left to say.

@@ -15,7 +15,7 @@ from ncalign.model.encoding import as_messages
 
 
 class ServerGenerator:
-    """Samples from a model on a server, many prompts at once; answers that were had once are not asked for again.
+    """Samples from a model on a server, many prompts at once; what the server has answered before is not asked again.
 
     A prompt that is a string goes to the completions API as it is, a conversation to the chat API, whose server applies the
     chat template.
@@ -36,16 +36,14 @@ class ServerGenerator:
         progress: bool = True,
     ) -> None:
         self.server = Server(config, store)
-        self._string_prompts = string_prompts
-        self._progress = progress
-        self.num_short = 0
+        self._string_prompts, self._progress = string_prompts, progress
 
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
         """Sample completions; see :class:`ncalign.generation.Generator`.
 
-        A prompt for which the server gives fewer completions than asked, after all retries, keeps those it has.
+        A prompt for which the server gives fewer completions than asked for, after all retries, has fewer.
 
         Raises:
             ServerError: the server fails on a prompt; what it answered is kept, and the same call goes on from there.
@@ -59,9 +57,7 @@ class ServerGenerator:
                 f"{failed[0]} ({len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go "
                 "on)"
             )
-        answers = [answer for answer in found if not isinstance(answer, ServerError)]
-        self.num_short += sum(len(answer) < num_samples for answer in answers)
-        return [[_completion(choice) for choice in answer] for answer in answers]
+        return [[_completion(choice) for choice in answer] for answer in found if not isinstance(answer, ServerError)]
 
     def _request(self, prompt: str | list[Message], num_samples: int, params: SamplingParams, seed: int) -> Request:
         body: dict[str, Any] = {
@@ -72,11 +68,12 @@ class ServerGenerator:
         }
         if params.top_k:
             body["top_k"] = params.top_k  # not OpenAI's own, but what vLLM, SGLang and llama.cpp call it
-        if isinstance(prompt, str) and self._string_prompts == "raw":
-            logprobs = {"logprobs": 1} if self.server.config.logprobs else {}
-            return Request("completions", {**body, "prompt": prompt, **logprobs}, num_samples)
-        logprobs = {"logprobs": True} if self.server.config.logprobs else {}
-        return Request("chat", {**body, "messages": as_messages(prompt), **logprobs}, num_samples)
+        raw = isinstance(prompt, str) and self._string_prompts == "raw"
+        if self.server.config.logprobs:
+            body["logprobs"] = 1 if raw else True  # a number of alternatives there, a switch here
+        if raw:
+            return Request("completions", {**body, "prompt": prompt}, num_samples)
+        return Request("chat", {**body, "messages": as_messages(prompt)}, num_samples)
 
 
 def _completion(choice: Choice) -> Completion:

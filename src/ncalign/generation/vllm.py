@@ -9,8 +9,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.data.groups import Message
-from ncalign.generation.base import Completion, PromptError, SamplingParams
-from ncalign.generation.local import prompt_ids
+from ncalign.generation.base import Completion, SamplingParams
+from ncalign.generation.local import encode_prompts
 
 
 class VLLMGenerator:
@@ -69,12 +69,8 @@ class VLLMGenerator:
         Raises:
             PromptError: a prompt has no tokens, or needs a chat template that is missing.
         """
-        inputs = []
-        for index, prompt in enumerate(prompts):
-            try:
-                inputs.append({"prompt_token_ids": prompt_ids(self._tokenizer, prompt, self._string_prompts)})
-            except ValueError as error:
-                raise PromptError(index, str(error)) from error
+        encoded = encode_prompts(self._tokenizer, prompts, self._string_prompts)
+        inputs = [{"prompt_token_ids": ids} for ids in encoded]
         settings = [
             self._vllm.SamplingParams(
                 n=num_samples,
