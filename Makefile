@@ -86,7 +86,7 @@ doctest: $(VENV)/.dev  ## the examples in docstrings
 	@echo "== doctests"
 	@$(PYTEST) --doctest-modules --quiet src/ncalign
 
-docs: $(VENV)/.dev  ## build the documentation; open site/index.html
+docs: $(VENV)/.dev  ## build the documentation and test it; open site/index.html
 	@echo "== documentation, into site/"
 	@$(BIN)/mkdocs build --strict
 	@$(PYTEST) --quiet tests/test_site.py
