@@ -26,6 +26,7 @@ already = [name for name in SHAPE_CHECKED if name in sys.modules]
 assert not already, f"{already} imported before the shape checks were installed"
 install_import_hook(list(SHAPE_CHECKED), "beartype.beartype")
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,6 +34,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 Row = Mapping[str, Any]
+
+# A busy machine is no fault of the code's.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 CHATML = (
     "{% for message in messages %}"

@@ -76,7 +76,7 @@ def shared_attention(
     window = options.get("sliding_window")
     if query.is_cuda:
         return _flex(query, key, value, earlier, segments, window, cap, scale).transpose(1, 2), None
-    attend = partial(_span_attention, query, key, value, segments=segments, window=window, cap=cap, scale=scale)
+    attend = partial(_span_attention, (query, key, value), segments=segments, window=window, cap=cap, scale=scale)
     if earlier is None:
         outputs = [output for span in segments.spans for output in attend(span, None)]
     else:
@@ -89,9 +89,7 @@ def shared_attention(
 
 
 def _span_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    row: tuple[Tensor, Tensor, Tensor],
     span: Span,
     earlier: tuple[Tensor, ...] | None,
     *,
@@ -100,22 +98,32 @@ def _span_attention(
     cap: float | None,
     scale: float,
 ) -> list[Tensor]:
-    """The outputs ``[1, n, H, D]`` of a group's prompt and of its completions; the prompt may lie in an earlier row."""
+    """The outputs ``[1, n, H, D]`` of a group's prompt and of its completions; the prompt may lie in an earlier row.
+
+    Args:
+        row: its queries, keys and values.
+        span: the group's places in it.
+        earlier: keys and values of a prompt that lies in an earlier row; None where it is in this one.
+        segments: of the whole row, which keeps the masks.
+        window: how far back a token sees; None for no limit.
+        cap: on scores.
+        scale: of scores.
+    """
     start, end = span.start, span.start + span.prompt
     reach = window or _ACROSS
     outputs = []
     if earlier is None:
-        q, k, v = (part[:, :, start:end] for part in (query, key, value))
+        q, k, v = (part[:, :, start:end] for part in row)
         whole = reach >= span.prompt and cap is None
-        mask = None if whole else _causal_mask(segments, span.prompt, 0, reach, query.device)
+        mask = None if whole else _causal_mask(segments, span.prompt, 0, reach, row[0].device)
         outputs.append(_attend(q, k, v, mask, cap=cap, scale=scale).transpose(1, 2))
     else:
         k, v = earlier
     if span.completions:
         longest, number = max(span.completions), len(span.completions)
-        own = [_stack(part[:, :, end : span.end], span.completions, longest) for part in (query, key, value)]
+        own = [_stack(part[:, :, end : span.end], span.completions, longest) for part in row]
         keys, values = (torch.cat([shared.expand(number, -1, -1, -1), each], 2) for shared, each in ((k, own[1]), (v, own[2])))
-        mask = _causal_mask(segments, longest, k.shape[2], reach, query.device)
+        mask = _causal_mask(segments, longest, k.shape[2], reach, row[0].device)
         completions = _attend(own[0], keys, values, mask, cap=cap, scale=scale).transpose(1, 2)
         outputs.append(_unstack(completions, span.completions))
     return outputs
