@@ -62,7 +62,7 @@ def test_online_and_offline_are_compared_at_the_same_steps(
     def small(*arguments: Any) -> OnlineConfig:
         # A model that knows nothing solves no task: nothing of the verifiers' would differ.
         changes = {"reward": (f"{tmp_path / 'rewards.py'}:vowels",), "max_new_tokens": 6, "num_samples": 3, "dtype": "float32"}
-        return plain(*arguments).model_copy(update=changes)
+        return OnlineConfig.model_validate(plain(*arguments).model_dump() | changes)
 
     monkeypatch.setattr(rounds, "arm_config", small)
     config = DemoConfig(model=str(tiny_model_dir), output_dir=tmp_path / "demo", num_eval_prompts=128, online=True)

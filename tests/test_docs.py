@@ -24,6 +24,7 @@ from conftest import group_row
 from ncalign.adjust.config import AdjustConfig
 from ncalign.audit.config import AuditConfig, CheckConfig
 from ncalign.cli import settings
+from ncalign.core.config import fields
 from ncalign.data.config import ConvertConfig
 from ncalign.demo.config import DemoConfig
 from ncalign.generation.config import GenerateConfig
@@ -134,7 +135,7 @@ def test_yaml_block(block: Block, tmp_path: Path) -> None:
     file.write_text(block.text, encoding="utf-8")
     written = yaml.safe_load(block.text)
     assert isinstance(written, dict), "a YAML block here is a configuration: mark anything else as text"
-    missing = {name for name, field in model.model_fields.items() if field.is_required()} - written.keys()
+    missing = {name for name, field in fields(model).items() if field.is_required()} - written.keys()
     settings.load(model, file, {name: "elsewhere" for name in missing})
 
 

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncalign.cli.settings import field_names, load, nearest, to_yaml
+from ncalign.core.config import fields
 from ncalign.core.errors import ConfigError
 from ncalign.data.config import ConvertConfig
 from ncalign.demo.config import DemoConfig
-from ncalign.model.config import LoRA
+from ncalign.model.config import EncodingConfig, LoRA
 from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
+from ncalign.online.config import OnlineConfig
+from ncalign.rewards.config import JudgeConfig
 from ncalign.training.config import TrainConfig
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "runs/x"}
@@ -272,6 +275,53 @@ def test_printed_configuration_reads_back_equal(tmp_path: Path, flags: dict[str,
 def test_printed_configuration_has_every_field() -> None:
     printed = yaml.safe_load(to_yaml(load(DemoConfig, None, {})))
     assert set(printed) == set(DemoConfig.model_fields)
+
+
+def test_a_held_configuration_is_written_flat(write) -> None:
+    flat = TrainConfig.model_validate(NEEDED | {"max_length": 64, "learning_rate": 1e-4})
+    held = TrainConfig(
+        encoding=EncodingConfig(max_length=64), model="m", data="d.jsonl", output_dir="runs/x", learning_rate=1e-4
+    )
+    assert flat == held == load(TrainConfig, write("max_length: 64\n"), {"learning_rate": "1e-4"})
+    assert flat.encoding.max_length == flat.model_dump()["max_length"] == 64
+    assert "encoding" not in flat.model_dump()
+    assert list(flat.model_dump()) == list(fields(TrainConfig))
+    (problem,) = problems(write("encoding:\n  max_length: 64\n"))
+    assert problem.startswith("run.yaml:4: unknown key 'encoding'")
+
+
+def test_an_online_run_holds_a_training_and_replaces_what_means_another_thing(write) -> None:
+    config = load(OnlineConfig, write("reward: r.py:f\nlearning_rate: 1e-4\nreference: ema\nmax_length: 300\n"), {})
+    assert (config.training.learning_rate, config.training.encoding.max_length) == (1e-4, 300)
+    assert (config.reference, config.training.reference) == ("ema", "compute")
+    assert config.training.resume
+    assert not load(OnlineConfig, write("reward: r.py:f\n"), {"resume": "false"}).training.resume
+    assert not load(TrainConfig, write(""), {}).resume
+    printed = config.model_dump()
+    assert list(printed)[: len(fields(TrainConfig))] == list(fields(TrainConfig))
+    assert (printed["reference"], printed["resume"]) == ("ema", True)
+    assert OnlineConfig.model_validate(printed) == config
+    assert fields(OnlineConfig)["data"].description != fields(TrainConfig)["data"].description
+    assert fields(OnlineConfig)["reference"].default == "fixed"
+
+
+def test_a_mistake_in_a_held_configuration_is_placed_where_it_was_written(write) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(OnlineConfig, write("max_length: 1\njudge:\n  max_retries: -1\n  sever: x\n"), {"learning_rate": "0"})
+    assert [problem.rpartition("/")[2] for problem in caught.value.problems] == [
+        "run.yaml:7: unknown key 'judge.sever'; it has base_url, model, api_key_env, max_concurrency, requests_per_minute, "
+        "timeout_seconds, max_retries, logprobs, mode, template, lowest, highest, opponents, max_tokens, attempts",
+        "run.yaml:4: max_length: found '1'; must be greater than or equal to 2",
+        "--learning_rate: found '0'; must be greater than 0",
+        "run.yaml:6: judge.max_retries: found '-1'; must be greater than or equal to 0",
+        "missing: reward; give --reward ..., or the same keys in the --config file",
+    ]
+
+
+def test_a_judge_is_a_server_and_how_it_judges() -> None:
+    judge = JudgeConfig.model_validate({"base_url": "http://h/v1", "model": "j", "attempts": 2})
+    assert (judge.server.base_url, judge.server.model, judge.attempts) == ("http://h/v1", "j", 2)
+    assert judge.model_dump()["base_url"] == "http://h/v1"
 
 
 @given(st.floats(min_value=1e-300, max_value=1e300), st.text(st.characters(codec="utf-8"), min_size=1))

@@ -25,7 +25,7 @@ from conftest import group_row, relative_distance, weights
 from ncalign.cli.verbs import VERBS
 from ncalign.generation.config import ServerConfig
 from ncalign.judging.config import EvalJudgeConfig
-from ncalign.model.config import LoRA
+from ncalign.model.config import EncodingConfig, LoRA
 from ncalign.model.reference import reference_folder
 from ncalign.objectives import ObjectiveConfig
 from ncalign.rewards.config import JudgeConfig
@@ -582,7 +582,7 @@ def test_every_configuration_field_is_read() -> None:
     verbs = [verb.config() for verb in VERBS]
     assert len(methods) > 20
     assert len(verbs) > 10
-    for model in (*verbs, LoRA, ServerConfig, JudgeConfig, EvalJudgeConfig, *methods):
+    for model in (*verbs, EncodingConfig, LoRA, ServerConfig, JudgeConfig, EvalJudgeConfig, *methods):
         assert set(model.model_fields) <= read, f"{model.__name__}: never read: {set(model.model_fields) - read}"
 
 

@@ -139,9 +139,9 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     encoder = Encoder(
         tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        string_prompts=config.string_prompts,
+        max_length=config.encoding.max_length,
+        max_prompt_length=config.encoding.max_prompt_length,
+        string_prompts=config.encoding.string_prompts,
     )
     held_out = frozenset[int]() if config.against is None else _held_out_runs(config.against)
     report, account = ReadReport(), Account()
@@ -161,7 +161,7 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
     positions = _positions(config.model, trust_remote_code=config.trust_remote_code)
     mend = [
         *_unreadable(report, account),
-        *_token_faults(account, max_length=config.max_length, positions=positions),
+        *_token_faults(account, max_length=config.encoding.max_length, positions=positions),
         *_content_faults(account, against=config.against),
     ]
     facts = _facts(account, across, rows_skipped=report.skipped)

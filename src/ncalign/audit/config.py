@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
-from ncalign.core.config import Frozen, Seed
+from ncalign.core.config import Flat, Frozen, Seed
 from ncalign.data.config import DataSource, OnBadRow, SchemaChoice
 from ncalign.model.config import DType, EncodingConfig, StringPrompts
 
@@ -32,9 +33,10 @@ class AuditConfig(Frozen):
     on_bad_row: OnBadRow = "error"
 
 
-class CheckConfig(EncodingConfig):
+class CheckConfig(Frozen):
     """`ncalign check`: every group encoded as training will, and a list of what to mend."""
 
+    encoding: Annotated[EncodingConfig, Flat()] = Field(default_factory=EncodingConfig)
     data: DataSource = Field(description="Groups to check: whatever `convert` reads.")
     model: str = Field(description="Model folder or hub id; only its tokenizer and configuration are read.")
     schema_name: SchemaChoice = "auto"

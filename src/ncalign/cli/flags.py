@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ncalign.cli import settings
+from ncalign.core.config import fields
 from ncalign.core.errors import ConfigError
 
 
@@ -103,7 +104,7 @@ def _add_section(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> 
     if not settings.is_choice(info):
         group.add_argument(f"--{name}", dest=name, nargs="?", const="true", metavar="true|false", help=_explained_switch(info))
         group.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
-        for inner, inner_info in models[0].model_fields.items():
+        for inner, inner_info in fields(models[0]).items():
             _add_field(group, f"{name}.{inner}", inner_info, _explained(inner_info))
         return
     names = [settings.model_name(model) for model in models]
@@ -114,7 +115,7 @@ def _add_section(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> 
     group.add_argument(f"--{name}.name", dest=name, help=argparse.SUPPRESS)
     owners: dict[str, dict[str, FieldInfo]] = {}
     for model in models:
-        for inner, inner_info in model.model_fields.items():
+        for inner, inner_info in fields(model).items():
             if inner != "name":
                 owners.setdefault(inner, {})[settings.model_name(model)] = inner_info
     for inner, infos in owners.items():
@@ -133,7 +134,7 @@ def _method_list(info: FieldInfo) -> str:
     """List the members of a tagged union, each with its purpose and its own fields."""
     lines = []
     for model in settings.section_models(info):
-        own = ", ".join(name for name in model.model_fields if name != "name")
+        own = ", ".join(name for name in fields(model) if name != "name")
         lines += [f"{settings.model_name(model):<16}{(model.__doc__ or '').partition(chr(10))[0]}", f"{'':<16}fields: {own}"]
     return "\n".join(lines)
 
@@ -152,13 +153,14 @@ def _parser(model: type[BaseModel], layout: Layout) -> _Parser:
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
-    fields: dict[str, FieldInfo] = model.model_fields
     starts = {first: title for title, first in layout.groups}
     titles = [title for title, _ in layout.groups] or ["fields"]
-    methods = {starts.get(name, "fields"): _method_list(info) for name, info in fields.items() if settings.is_choice(info)}
+    methods = {
+        starts.get(name, "fields"): _method_list(info) for name, info in fields(model).items() if settings.is_choice(info)
+    }
     groups = {title: parser.add_argument_group(title, methods.get(title)) for title in titles}
     title = titles[0]
-    for name, info in fields.items():
+    for name, info in fields(model).items():
         title = starts.get(name, title)
         if settings.section_models(info):
             _add_section(groups[title], name, info)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ncalign.core import errors
+from ncalign.core.config import fields
 from ncalign.core.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -129,17 +130,17 @@ def is_choice(info: FieldInfo) -> bool:
 
 def model_name(model: type[BaseModel]) -> str:
     """Return the name that chooses this member of a tagged union."""
-    return str(model.model_fields["name"].default)
+    return str(fields(model)["name"].default)
 
 
 def field_names(model: type[BaseModel], values: Mapping[str, Any] | None = None) -> list[str]:
     """List the dotted names of all fields; with values, of the methods only the chosen one's."""
     names = []
-    for key, info in model.model_fields.items():
+    for key, info in fields(model).items():
         names.append(key)
         chosen = _chosen(info, values.get(key)) if values is not None else None
         for section in (chosen,) if chosen else section_models(info):
-            names += [f"{key}.{inner}" for inner in section.model_fields if not (is_choice(info) and inner == "name")]
+            names += [f"{key}.{inner}" for inner in fields(section) if not (is_choice(info) and inner == "name")]
     return list(dict.fromkeys(names))
 
 
@@ -241,7 +242,7 @@ def _opened(info: FieldInfo, value: object) -> object:
 
 
 def _open_sections(model: type[BaseModel], draft: Draft) -> None:
-    for key, info in model.model_fields.items():
+    for key, info in fields(model).items():
         if key in draft.values and section_models(info):
             draft.values[key] = _opened(info, draft.values[key])
 
@@ -252,8 +253,8 @@ def _apply_flags(model: type[BaseModel], draft: Draft, flags: Mapping[str, str])
         head, _, inner = name.partition(".")
         if inner:
             _apply_inner_flag(draft, flags, head, inner)
-        elif section_models(model.model_fields[head]):
-            _switch_section(model.model_fields[head], draft, head, flags[head])
+        elif section_models(fields(model)[head]):
+            _switch_section(fields(model)[head], draft, head, flags[head])
         else:
             draft.values[head] = flags[name]
             draft.where[(head,)] = f"--{name}"
@@ -302,7 +303,7 @@ def _check_keys(
     """
     guesses: set[str] = set()
     for name in list(values):
-        key, info = (*around, name), model.model_fields.get(name)
+        key, info = (*around, name), fields(model).get(name)
         if info is None:
             guesses.add(_report_unknown(draft, key, model, choices))
             del values[name]
@@ -325,7 +326,7 @@ def _report_unknown(draft: Draft, key: Key, model: type[BaseModel], choices: tup
     origin, around = draft.origin(key), "".join(f"{part}." for part in key[:-1])
     dashes = "--" if origin.startswith("--") else ""
     start = f"{'unknown flag' if dashes else f'{origin}: unknown key'} '{dashes}{around}{key[-1]}'"
-    others = [model_name(choice) for choice in choices if key[-1] in choice.model_fields]
+    others = [model_name(choice) for choice in choices if key[-1] in fields(choice)]
     guess = None if others else nearest(key[-1], field_names(model))
     if guess is not None:
         draft.problems.append(f"{start}; did you mean '{dashes}{around}{guess}'?")
@@ -341,7 +342,7 @@ def _report_unknown(draft: Draft, key: Key, model: type[BaseModel], choices: tup
 
 
 def _own_fields(model: type[BaseModel]) -> Iterator[str]:
-    return (name for name in model.model_fields if name != "name")
+    return (name for name in fields(model) if name != "name")
 
 
 def _unknown_method(info: FieldInfo, draft: Draft, key: Key, name: object) -> str:
@@ -354,7 +355,7 @@ def _unknown_method(info: FieldInfo, draft: Draft, key: Key, name: object) -> st
 def _read_lists_and_nulls(model: type[BaseModel], values: dict[str, Any]) -> None:
     """Read 'a,b' and '[a, b]' as lists and 'null' as nothing, for the fields that take them."""
     for name, value in values.items():
-        info = model.model_fields[name]
+        info = fields(model)[name]
         if isinstance(value, dict) and section_models(info):
             chosen = _chosen(info, value)
             if chosen is not None:
@@ -392,7 +393,7 @@ def _explain(model: type[BaseModel], draft: Draft, error: ValidationError, misse
 
 def _explain_whole(model: type[BaseModel], draft: Draft, message: str) -> str:
     """Put before a message about several fields the places where those were written."""
-    named = [name for name in model.model_fields if re.search(rf"\b{name}\b", message)]
+    named = [name for name in fields(model) if re.search(rf"\b{name}\b", message)]
     places = [origin for name in named if (origin := draft.origin((name,)))]
     return ": ".join(filter(None, (", ".join(places), message)))
 
@@ -402,7 +403,7 @@ def _field_key(model: type[BaseModel], location: tuple[int | str, ...]) -> Key:
     key: list[str] = []
     models: tuple[type[BaseModel], ...] = (model,)
     for part in location:
-        info = next((known.model_fields[part] for known in models if part in known.model_fields), None)
+        info = next((fields(known)[part] for known in models if part in fields(known)), None)
         if isinstance(part, str) and info is not None:
             key.append(part)
             models = section_models(info)

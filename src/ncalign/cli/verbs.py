@@ -90,9 +90,9 @@ def _online(config: OnlineConfig) -> Result:
 
 
 def _after_online_stopped(config: OnlineConfig) -> str:
-    if not (config.output_dir / "config.yaml").exists():
+    if not (config.training.output_dir / "config.yaml").exists():
         return "nothing had been written; rerun to start again"
-    return f"what {config.output_dir} holds is kept; rerun to go on from there"
+    return f"what {config.training.output_dir} holds is kept; rerun to go on from there"
 
 
 def _after_training_stopped(config: TrainConfig) -> str:

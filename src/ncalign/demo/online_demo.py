@@ -17,10 +17,11 @@ from ncalign.demo.config import DemoConfig
 from ncalign.demo.demo import HELD_OUT_SEED, OBJECTIVES, comparison_row, shown
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
-from ncalign.model.config import LoRA
+from ncalign.model.config import EncodingConfig, LoRA
 from ncalign.online import OnlineConfig, run_online
 from ncalign.online.pool import read_artefact
 from ncalign.stats.paired import paired_comparison
+from ncalign.training.config import TrainConfig
 
 NUM_ROUNDS, STEPS_PER_ROUND = 3, 10
 RESULTS = "online-results.json"
@@ -53,20 +54,14 @@ def run_online_demo(config: DemoConfig) -> dict[str, Any]:
 def arm_config(config: DemoConfig, model: str, prompts: Path, held_out: Path, arm: str, regenerate_every: int) -> OnlineConfig:
     """One arm: the same run, but for how often candidates are sampled."""
     output = config.output_dir / arm
-    return OnlineConfig(
+    training = TrainConfig(
+        encoding=EncodingConfig(max_length=256),
         model=model,
         data=prompts,
         eval_data=held_out,
         output_dir=output,
         objective=OBJECTIVES[config.objective],
-        reward=("reasoning_gym",),
-        num_samples=NUM_SAMPLES,
-        max_new_tokens=MAX_NEW_TOKENS,
-        max_length=256,
-        temperature=1.0,
-        generation_batch_size=128,
         max_steps=NUM_ROUNDS * STEPS_PER_ROUND,
-        regenerate_every=regenerate_every,
         lora=LoRA(r=16, alpha=32),
         dtype="bfloat16",
         learning_rate=2e-4,
@@ -75,6 +70,15 @@ def arm_config(config: DemoConfig, model: str, prompts: Path, held_out: Path, ar
         report_to=(),
         resume=(output / "config.yaml").exists(),
         seed=config.seed,
+    )
+    return OnlineConfig(
+        training=training,
+        reward=("reasoning_gym",),
+        num_samples=NUM_SAMPLES,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=1.0,
+        generation_batch_size=128,
+        regenerate_every=regenerate_every,
     )
 
 

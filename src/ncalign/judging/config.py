@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ncalign.core.config import Frozen, Seed
+from ncalign.core.config import Flat, Frozen, Seed
 from ncalign.generation.config import ServerConfig
 from ncalign.model.config import DType
 
 
-class EvalJudgeConfig(ServerConfig):
+class EvalJudgeConfig(Frozen):
     """A language model on a server that judges answers to a question set."""
 
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key; none: a server without keys.")
+    server: Annotated[ServerConfig, Flat()] = Field(default_factory=ServerConfig)
     mode: Literal["auto", "logprobs", "labels", "rating"] = Field(
         "auto",
         description="Two answers compared by the log-probs of one letter or by one of five labels (auto: log-probs where the "

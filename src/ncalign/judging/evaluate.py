@@ -145,7 +145,7 @@ def _of_answers(config: EvaluateConfig) -> Results:
     else:
         judge = ServerJudge(config.judge, _store(config, "judgements"))
         evaluated = rate_answers if _rating(config) else compare_answers
-        evaluated(questions, answers, judge, results, counting, folder=config.output_dir, called=config.judge.model)
+        evaluated(questions, answers, judge, results, counting, folder=config.output_dir, called=config.judge.server.model)
     if config.set_name == BUNDLED:
         results.lines.append(_WHAT_IT_SHOWS.format(n=len(questions)))
     return results

@@ -48,7 +48,7 @@ class ServerJudge:
 
     def __init__(self, config: EvalJudgeConfig, store: Store | None = None) -> None:
         self._config = config
-        self._server = Server(config, store)
+        self._server = Server(config.server, store)
         self._templates = judge_templates(config.mode, config.template)
         self._mode: Literal["logprobs", "labels"] | None = (
             None if config.mode == "auto" else "logprobs" if config.mode == "logprobs" else "labels"

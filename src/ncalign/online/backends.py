@@ -17,7 +17,7 @@ from ncalign.generation.vllm import VLLMGenerator
 from ncalign.model.policy import Policy
 from ncalign.online.config import OnlineConfig
 from ncalign.training.engine import Engine
-from ncalign.training.export import save_model
+from ncalign.training.export import merges, save_model
 from ncalign.training.run_folder import ROUNDS
 
 
@@ -47,9 +47,9 @@ class InProcess:
         self._generator = TransformersGenerator(
             policy.model,
             policy.tokenizer,
-            string_prompts=config.string_prompts,
+            string_prompts=config.training.encoding.string_prompts,
             batch_size=config.generation_batch_size,
-            autocast=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            autocast=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
             progress=False,
         )
 
@@ -87,7 +87,7 @@ class Pushed:
 
     def update(self, folder: Path) -> None:
         """Write the weights and have the generator load them."""
-        version = f"{self._config.output_dir.name}-{folder.name}"
+        version = f"{self._config.training.output_dir.name}-{folder.name}"
         generator, adapter = self._generator, self._config.push == "lora"
         if isinstance(generator, ServerGenerator):
             generator.server.version = version
@@ -95,8 +95,8 @@ class Pushed:
             return
         target = (folder / "weights").resolve()
         # An adapter goes as one, whatever the run's model is to become at its end.
-        config = self._config.model_copy(update={"merge": False}) if adapter else self._config
-        save_model(self._policy, self._engine.model, self._accelerator, config=config, results=None, target=target)
+        merge = not adapter and merges(self._policy, self._config.training)
+        save_model(self._policy, self._engine.model, self._accelerator, merge=merge, card=None, target=target)
         if isinstance(generator, VLLMGenerator):
             (generator.load_adapter if adapter else generator.load_weights)(target)
         elif adapter:
@@ -130,16 +130,16 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
     if config.generator == "transformers":
         return InProcess(config, policy, engine)
     if config.server is not None:
-        answers = Store(config.output_dir / ROUNDS / "answers.sqlite")
+        answers = Store(config.training.output_dir / ROUNDS / "answers.sqlite")
         remote: ServerGenerator | VLLMGenerator = ServerGenerator(
-            config.server, store=answers, string_prompts=config.string_prompts, progress=False
+            config.server, store=answers, string_prompts=config.training.encoding.string_prompts, progress=False
         )
     else:
         remote = VLLMGenerator(
-            config.model,
+            config.training.model,
             policy.tokenizer,
-            adapter_rank=config.lora.r if config.lora is not None and config.push == "lora" else None,
-            string_prompts=config.string_prompts,
-            options={"gpu_memory_utilization": config.vllm_memory, "seed": config.seed},
+            adapter_rank=config.training.lora.r if config.training.lora is not None and config.push == "lora" else None,
+            string_prompts=config.training.encoding.string_prompts,
+            options={"gpu_memory_utilization": config.vllm_memory, "seed": config.training.seed},
         )
     return Pushed(config, policy, engine, accelerator, remote)

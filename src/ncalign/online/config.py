@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ncalign.core.config import Flat, Frozen
 from ncalign.generation.config import ServerConfig
 from ncalign.rewards.config import Combine, Judge, MaxFailedShare, Rewards, RewardTimeout
 from ncalign.training.config import TrainConfig
 
 
-class OnlineConfig(TrainConfig):
+class OnlineConfig(Frozen):
     """`ncalign online`: regenerate candidates from the policy while it trains (OnMC-PO, or any method online)."""
 
-    data: Path = Field(description="Prompts to answer; scored candidates that they have may be mixed in.")
-    eval_data: Path | None = Field(
-        None, description="Held-out prompts, answered greedily and scored before, between and after."
-    )
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the prompts held out when there is no eval_data.")
-    reference: Literal["fixed", "last_round", "ema"] = Field(  # type: ignore[assignment]
+    training: Annotated[
+        TrainConfig,
+        Flat(
+            defaults={"resume": True},
+            descriptions={
+                "data": "Prompts to answer; scored candidates that they have may be mixed in.",
+                "eval_data": "Held-out prompts, answered greedily and scored before, between and after.",
+                "eval_fraction": "Share of the prompts held out when there is no eval_data.",
+                "resume": "Go on with the run that output_dir holds; --no_resume refuses to, --overwrite replaces it.",
+            },
+        ),
+    ]
+    reference: Literal["fixed", "last_round", "ema"] = Field(
         "fixed", description="Reference policy: the starting model, the policy at the round's start, or a moving average."
     )
     reference_decay: float = Field(0.99, gt=0, lt=1, description="Of the moving average, each optimizer step.")
@@ -65,9 +72,6 @@ class OnlineConfig(TrainConfig):
         "reloads, or not at all.",
     )
     vllm_memory: float = Field(0.4, gt=0, le=1, description="Share of the GPU's memory for vLLM in this process.")
-    resume: bool = Field(
-        True, description="Go on with the run that output_dir holds; --no_resume refuses to, --overwrite replaces it."
-    )
     num_samples: int = Field(8, ge=1, description="K, new completions per prompt.")
     max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 samples from the policy itself.")
@@ -95,10 +99,11 @@ class OnlineConfig(TrainConfig):
             raise ValueError(f"regenerate_at must rise between 0 and 1, and is {list(self.regenerate_at)}")
         if (self.generator == "server") != (self.server is not None):
             raise ValueError("generator: server and the section server go together: give both or neither")
-        if self.generator != "transformers" and self.push == "lora" and self.lora is None:
+        if self.generator != "transformers" and self.push == "lora" and self.training.lora is None:
             raise ValueError("push: lora needs lora; push: folder sends all weights")
-        if self.max_new_tokens >= self.max_length:
+        max_length = self.training.encoding.max_length
+        if self.max_new_tokens >= max_length:
             raise ValueError(
-                f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({self.max_length}): prompts need room"
+                f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({max_length}): prompts need room"
             )
         return self

@@ -25,7 +25,7 @@ def evaluate_policy(run: Run, path: Path) -> None:
         return
     params = SamplingParams(run.config.max_new_tokens, temperature=0.0)
     prompts = [group.prompt for group in run.held_out]
-    found = run.generator.get().generate(prompts, num_samples=1, params=params, seed=run.config.seed)
+    found = run.generator.get().generate(prompts, num_samples=1, params=params, seed=run.config.training.seed)
     rows: list[dict[str, Any]] = []
     for group, [completion] in zip(run.held_out, found, strict=True):
         reward = None
@@ -42,7 +42,7 @@ def compare(run: Run) -> dict[str, Any]:
     """Mean reward of each evaluation so far, and the first against the last, on prompts that both have a reward for."""
     if not run.held_out:
         return {}
-    folders = [run.folder(row["round"] - 1) for row in run.rounds] + [run.config.output_dir / run_folder.ROUNDS]
+    folders = [run.folder(row["round"] - 1) for row in run.rounds] + [run.config.training.output_dir / run_folder.ROUNDS]
     evaluations = [read_artefact(folder / NAME) for folder in folders if (folder / NAME).is_file()]
     rewards = [[row["reward"] for row in rows] for rows in evaluations]
     means = [float(np.mean([r for r in row if r is not None])) if any(r is not None for r in row) else None for row in rewards]
@@ -58,5 +58,5 @@ def compare(run: Run) -> dict[str, Any]:
     }
     if len(pairs) > 1:
         before, after = (np.array(side, dtype=np.float64) for side in zip(*pairs, strict=True))
-        found["comparison"] = asdict(paired_comparison(before, after, seed=run.config.seed))
+        found["comparison"] = asdict(paired_comparison(before, after, seed=run.config.training.seed))
     return found

@@ -36,7 +36,7 @@ from ncalign.report import write_rounds_report
 from ncalign.rewards import source_record
 from ncalign.training import run_folder
 from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
-from ncalign.training.export import save_model
+from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
@@ -49,7 +49,7 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
 
     Args:
         config: the run.
-        method: your own method, in place of ``config.objective``.
+        method: your own method, in place of ``config.training.objective``.
 
     Returns:
         What ``results.json`` holds: a row for each round, evaluation before and after, where the model is.
@@ -58,30 +58,31 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
         ValueError: prompts, model, rewards or configuration that can't be used, or a round that can't go on; what was done is
             kept, and the same call goes on from it.
     """
-    if config.overwrite:
-        config = config.model_copy(update={"resume": False})
-    accelerator = make_accelerator(config)
+    if config.training.overwrite:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"resume": False})})
+    accelerator = make_accelerator(config.training)
     if accelerator.num_processes > 1:
         raise ValueError(
             f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
             "(generator: server) to use further devices"
         )
-    with another_process_named(), claimed_run_folder(config):
-        return _run(config, accelerator, method or build_method(config.objective))
+    with another_process_named(), claimed_run_folder(config.training, config.model_dump(mode="json")):
+        return _run(config, accelerator, method or build_method(config.training.objective))
 
 
 def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
-    finished = finished_results(config) if config.resume else None
+    training, written = config.training, config.model_dump(mode="json")
+    finished = finished_results(training) if training.resume else None
     if finished is not None:
-        say(f"{config.output_dir} is finished: nothing to resume")
+        say(f"{training.output_dir} is finished: nothing to resume")
         return finished
     run = prepare(config, accelerator, method)
-    begun = (config.output_dir / run_folder.CONFIG).is_file()
-    position = restored(run) if config.resume else Position()
-    open_run_folder(config)
-    if begun and position.step == 0 and config.resume:
-        say(f"note: {config.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
-    start_trackers(config, accelerator, position.step)
+    begun = (training.output_dir / run_folder.CONFIG).is_file()
+    position = restored(run) if training.resume else Position()
+    open_run_folder(training, written)
+    if begun and position.step == 0 and training.resume:
+        say(f"note: {training.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
+    start_trackers(training, written, accelerator, position.step)
     while True:
         pool = make_pool(run, position)
         if not position.ended:
@@ -107,7 +108,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         count=count,
         groups_per_step=run.groups_per_step,
         num_prompts=len(run.prompts),
-        seed=config.seed,
+        seed=config.training.seed,
     )
     prompts = [run.prompts[index] for index in indices]
     made = (folder / "pool.jsonl").is_file()
@@ -129,7 +130,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         generator=run.generator.get(),
         source=run.source,
         config=config,
-        seed=lambda chunk: seed_of(config.seed, "samples", number, chunk),
+        seed=lambda chunk: seed_of(config.training.seed, "samples", number, chunk),
         clock=run.clock,
     )
     ranked = [found for one in answered if (found := rank(one, run.encoder, run.method, config)) is not None]
@@ -182,17 +183,17 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
     method, notice = fit_method(run.method, pool.groups)
     if notice:
         say(f"note: {notice}")
-    engine = replace(run.engine, method=method, seed=seed_of(config.seed, "draws", number))
+    engine = replace(run.engine, method=method, seed=seed_of(config.training.seed, "draws", number))
     end = planned_end(run, position)
     plan = make_plan(
         len(pool.groups),
         groups_per_step=run.groups_per_step,
         num_train_epochs=1,
         max_steps=end - position.start,
-        seed=seed_of(config.seed, "order", number),
+        seed=seed_of(config.training.seed, "order", number),
     )
     plan = replace(plan, first_step=position.start, num_steps=end)
-    metrics = MetricsFile(config.output_dir / run_folder.METRICS, keep_until=position.step, num_steps=run.total)
+    metrics = MetricsFile(config.training.output_dir / run_folder.METRICS, keep_until=position.step, num_steps=run.total)
     at_reference = number == 0 or config.reference == "last_round"
     loop = Loop(
         engine=engine,
@@ -201,8 +202,8 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         groups=pool.groups,
         eval_groups=(),
         learning_rate=partial(_learning_rate, run, position, end),
-        max_grad_norm=config.max_grad_norm,
-        intervals=Intervals(config.logging_steps, 0, config.save_steps),
+        max_grad_norm=config.training.max_grad_norm,
+        intervals=Intervals(config.training.logging_steps, 0, config.training.save_steps),
         log=lambda row: run.track(metrics, {**row, "round": number + 1}),
         mismatched=_mismatched(run, method, pool, number),
         reference_step=position.start if at_reference else -1,
@@ -234,10 +235,10 @@ def _learning_rate(run: Run, position: Position, end: int, step: int) -> float:
     first, steps = (position.start, end - position.start) if config.learning_rate_over == "round" else (0, run.total)
     return learning_rate_at(
         step - first,
-        peak=config.learning_rate * config.learning_rate_decay**position.round,
+        peak=config.training.learning_rate * config.learning_rate_decay**position.round,
         num_steps=steps,
-        warmup_ratio=config.warmup_ratio,
-        kind=config.lr_scheduler_type,
+        warmup_ratio=config.training.warmup_ratio,
+        kind=config.training.lr_scheduler_type,
     )
 
 
@@ -245,7 +246,7 @@ def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[Encod
     """Prompts with completions of others, for methods that measure from them, with reference log-probs."""
     if method.baseline is None or not method.baseline.mismatched:
         return []
-    groups = mismatched_groups(pool.groups, max_length=run.config.max_length)
+    groups = mismatched_groups(pool.groups, max_length=run.config.training.encoding.max_length)
     path = run.folder(number) / "mismatched.json"
     if not path.is_file():
         write_json_atomic(reference_logprobs(run, groups), path)
@@ -270,7 +271,7 @@ def measure_drift(run: Run, pool: Pool) -> Drift | None:
     if not pool.measured:
         return None
     with run.clock.phase("drift"):
-        return estimate_drift(pool.generating, run.engine.logprobs(pool.measured), seed=run.config.seed)
+        return estimate_drift(pool.generating, run.engine.logprobs(pool.measured), seed=run.config.training.seed)
 
 
 # --- Ends -------------------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def summary(results: dict[str, Any]) -> str:
 
 def report(run: Run) -> Path:
     """Write the report page of the rounds so far."""
-    return write_rounds_report(run.config.output_dir, run.rounds, compare(run), method=run.method.name)
+    return write_rounds_report(run.config.training.output_dir, run.rounds, compare(run), method=run.method.name)
 
 
 def _source_record(config: OnlineConfig) -> str:
@@ -347,15 +348,15 @@ def reward_steps(run: Run) -> list[dict[str, Any]]:
     counts: Counter[tuple[str, ...]] = Counter()
     for group in run.prompts:
         if any(candidate.reward is not None for candidate in group.candidates):
-            count_steps(counts, steps_of(group) or (rewards_origin(run.config.data, None),))
+            count_steps(counts, steps_of(group) or (rewards_origin(run.config.training.data, None),))
     return [*rows, *({"candidates": "offline", **row} for row in listed_steps(counts))]
 
 
 def finish(run: Run, position: Position) -> dict[str, Any]:
     """The last evaluation, the model and results.json."""
     config = run.config
-    run.generator.update(config.output_dir / run_folder.ROUNDS)
-    evaluate_policy(run, config.output_dir / run_folder.ROUNDS / "evaluation.json")
+    run.generator.update(config.training.output_dir / run_folder.ROUNDS)
+    evaluate_policy(run, config.training.output_dir / run_folder.ROUNDS / "evaluation.json")
     evaluation = compare(run)
     counts = [row["counts"] for row in run.rounds]
     data = {
@@ -375,12 +376,14 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
         "after": evaluation.get("after", position.loop["last"] if position.loop else {}),
         "evaluation": evaluation,
         "rounds": run.rounds,
-        "seed": config.seed,
-        "model": str(config.output_dir / run_folder.MODEL),
+        "seed": config.training.seed,
+        "model": str(config.training.output_dir / run_folder.MODEL),
         "versions": versions(),
     }
-    target = config.output_dir / run_folder.MODEL
-    save_model(run.policy, run.engine.model, run.accelerator, config=config, results=results, target=target)
-    write_json_atomic(results, config.output_dir / run_folder.RESULTS)
+    target = config.training.output_dir / run_folder.MODEL
+    card = model_card(run.policy, config.training, config.model_dump(mode="json"), results)
+    merge = merges(run.policy, config.training)
+    save_model(run.policy, run.engine.model, run.accelerator, merge=merge, card=card, target=target)
+    write_json_atomic(results, config.training.output_dir / run_folder.RESULTS)
     run.accelerator.end_training()
     return results

@@ -315,7 +315,7 @@ def fill_logprobs(
         config: of the run.
         at_reference: whether the two are the same weights.
     """
-    known = config.dtype != "bfloat16"
+    known = config.training.dtype != "bfloat16"
     found: tuple[list[tuple[float, ...] | None], ...] = ([], [])
     with Bar("Log-probs of the pool", len(ranked)) as bar:
         for number, start in enumerate(range(0, len(ranked), config.chunk_size)):

@@ -21,7 +21,7 @@ def _encoded(run: Run, group: Group, completion: Completion) -> EncodedGroup | N
     for finished in sorted({completion.finished, False}, reverse=True):
         candidate = replace(completion_as_candidate(group, completion, "probe"), finished=finished)
         encoded = run.encoder.encode(replace(group, candidates=[candidate]))
-        encoded, exact = as_sampled(encoded, [completion], run.config.max_length, num_written=1)
+        encoded, exact = as_sampled(encoded, [completion], run.config.training.encoding.max_length, num_written=1)
         if exact or len(encoded.completions[0]) == completion.num_tokens:
             return encoded
     return None
@@ -38,7 +38,7 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
     asked = prompts[:_PROMPTS]
     # At temperature 1 what a server reports is the model's own log-prob.
     found = run.generator.get().generate(
-        [group.prompt for group in asked], num_samples=1, params=SamplingParams(_TOKENS), seed=run.config.seed + number
+        [group.prompt for group in asked], num_samples=1, params=SamplingParams(_TOKENS), seed=run.config.training.seed + number
     )
     groups, claimed, lengths = [], [], []
     for group, [completion] in zip(asked, found, strict=True):

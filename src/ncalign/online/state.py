@@ -74,21 +74,22 @@ class Run:
     @property
     def groups_per_step(self) -> int:
         """Groups of an optimizer step."""
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        return self.config.training.per_device_train_batch_size * self.config.training.gradient_accumulation_steps
 
     def track(self, metrics: MetricsFile, row: dict[str, float]) -> None:
         """Write a row of metrics to the file and the trackers."""
         metrics.write(row)
-        log_to_trackers(self.config, self.accelerator, row)
+        log_to_trackers(self.config.training, self.accelerator, row)
 
     def folder(self, number: int) -> Path:
         """A round's artefacts."""
-        return self.config.output_dir / run_folder.ROUNDS / f"{number:03d}"
+        return self.config.training.output_dir / run_folder.ROUNDS / f"{number:03d}"
 
 
 def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
     """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
-    torch.manual_seed(config.seed)
+    training, encoding = config.training, config.training.encoding
+    torch.manual_seed(training.seed)
     source = reward_source(
         config.reward,
         combine=config.combine,
@@ -96,27 +97,31 @@ def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> R
         batch_size=config.reward_batch_size,
         timeout=config.reward_timeout,
         max_failed_share=config.max_failed_share,
-        cache_dir=config.cache_dir,
-        trust_remote_code=config.trust_remote_code,
+        cache_dir=training.cache_dir,
+        trust_remote_code=training.trust_remote_code,
     )
     prompts, held_out = load_prompts(config)
-    say(f"Loading {config.model}")
+    say(f"Loading {training.model}")
     policy = load_policy(
-        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
+        training.model,
+        dtype=training.dtype,
+        lora=training.lora,
+        trust_remote_code=training.trust_remote_code,
+        seed=training.seed,
     )
     check_head(policy.model)
     encoder = Encoder(
         policy.tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        string_prompts=config.string_prompts,
+        max_length=encoding.max_length,
+        max_prompt_length=encoding.max_prompt_length,
+        string_prompts=encoding.string_prompts,
     )
-    engine, optimizer = make_engine(config, policy, method, accelerator)
+    engine, optimizer = make_engine(training, policy, method, accelerator)
     total = num_steps(
         len(prompts),
-        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
+        groups_per_step=training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
     )
     reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
     generator = make_generator(config, policy, engine, accelerator)
@@ -129,29 +134,33 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
     """Prompts to train on and held-out ones; equal prompts fall on the same side."""
 
     def read(path: Path) -> list[Group]:
-        return list(read_groups(path, on_bad_row=config.on_bad_row, allow_empty=True))
+        return list(read_groups(path, on_bad_row=config.training.on_bad_row, allow_empty=True))
 
-    prompts = read(config.data)
+    prompts = read(config.training.data)
     if not prompts:
-        raise ValueError(f"{config.data} has no prompt to answer")
+        raise ValueError(f"{config.training.data} has no prompt to answer")
     if config.candidates == "fresh_and_offline" and not any(c.reward is not None for g in prompts for c in g.candidates):
-        raise ValueError(f"candidates: fresh_and_offline: {config.data} has no candidate with a reward; score it, or use fresh")
-    if config.eval_data is not None:
-        return prompts, read(config.eval_data)
+        raise ValueError(
+            f"candidates: fresh_and_offline: {config.training.data} has no candidate with a reward; score it, or use fresh"
+        )
+    if config.training.eval_data is not None:
+        return prompts, read(config.training.eval_data)
     held_out = [_held_out(group, config) for group in prompts]
     train = [group for group, out in zip(prompts, held_out, strict=True) if not out]
     if not train:
-        raise ValueError(f"{config.data}: eval_fraction={config.eval_fraction} leaves no prompt to train on: lower it")
+        raise ValueError(
+            f"{config.training.data}: eval_fraction={config.training.eval_fraction} leaves no prompt to train on: lower it"
+        )
     return train, [group for group, out in zip(prompts, held_out, strict=True) if out]
 
 
 def _held_out(group: Group, config: OnlineConfig) -> bool:
-    return seed_of(config.seed, "held out", repr(group.prompt)) < config.eval_fraction * 2**63
+    return seed_of(config.training.seed, "held out", repr(group.prompt)) < config.training.eval_fraction * 2**63
 
 
 def restored(run: Run) -> Position:
     """Restore the last checkpoint, if there is one."""
-    checkpoints = find_checkpoints(run.config.output_dir)
+    checkpoints = find_checkpoints(run.config.training.output_dir)
     if not checkpoints:
         return Position()
     last = checkpoints[-1]
@@ -176,7 +185,7 @@ def _identity(run: Run) -> dict[str, str]:
 def save(run: Run, position: Position) -> None:
     """Write a checkpoint."""
     save_checkpoint(
-        run.config.output_dir,
+        run.config.training.output_dir,
         position.step,
         model=run.engine.model,
         optimizer=run.optimizer,
@@ -190,6 +199,6 @@ def save(run: Run, position: Position) -> None:
             "rounds": run.rounds,
             **_identity(run),
         },
-        keep=run.config.save_total_limit,
+        keep=run.config.training.save_total_limit,
         tensors=run.reference.state(),
     )

@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ncalign.core.config import Frozen
+from ncalign.core.config import Flat, Frozen
 from ncalign.data.config import OnBadRow
 from ncalign.generation.config import ServerConfig
 
 
-class JudgeConfig(ServerConfig):
+class JudgeConfig(Frozen):
     """A language model on a server that scores completions."""
 
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key; none: a server without keys.")
+    server: Annotated[ServerConfig, Flat()] = Field(default_factory=ServerConfig)
     mode: Literal["pointwise", "pairwise"] = Field(
         "pointwise", description="A rating for each completion, or comparisons of two, each in both orders."
     )

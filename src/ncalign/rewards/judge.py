@@ -46,7 +46,7 @@ class JudgeReward:
         self._config = config
         needed = ("prompt", "completion") if config.mode == "pointwise" else ("prompt", "completion_a", "completion_b")
         self._template = load_template("ncalign.rewards", f"{config.mode}.txt", needed, config.template)
-        self._server = Server(config, store)
+        self._server = Server(config.server, store)
         self.account = Account(config.mode)
         self.num_changed = 0
 

@@ -74,7 +74,7 @@ def reward_source(
 
 def source_record(names: Sequence[str], *, combine: str, judge: JudgeConfig | None) -> str:
     """What is recorded of the source: for instance ``score: min of judge (pairwise) my-judge, model:my-reward-model``."""
-    named = [f"judge ({judge.mode}) {judge.model}" if name == "judge" and judge is not None else name for name in names]
+    named = [f"judge ({judge.mode}) {judge.server.model}" if name == "judge" and judge is not None else name for name in names]
     return f"score: {named[0]}" if len(named) == 1 else f"score: {combine} of {', '.join(named)}"
 
 

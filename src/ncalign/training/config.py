@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ncalign.core.config import Seed
+from ncalign.core.config import Flat, Frozen, Seed
 from ncalign.data.config import OnBadRow
 from ncalign.model.config import DType, EncodingConfig, LoRA
 from ncalign.objectives import MCPO, ObjectiveConfig
 
 
-class TrainConfig(EncodingConfig):
+class TrainConfig(Frozen):
     """`ncalign train`: align a model from groups of scored candidates."""
 
+    encoding: Annotated[EncodingConfig, Flat()] = Field(default_factory=EncodingConfig)
     model: str = Field(description="Model folder or hub id.")
     data: Path = Field(description="Groups to train on (JSONL or Parquet; any schema that `convert` reads).")
     output_dir: Path = Field(description="Run folder: metrics.jsonl, config.yaml, checkpoints/, model/.")

@@ -54,13 +54,21 @@ def save_model(
     model: nn.Module,
     accelerator: Accelerator,
     *,
-    config: TrainConfig,
-    results: dict[str, Any] | None,
+    merge: bool,
+    card: str | None,
     target: Path,
 ) -> None:
-    """Write a model folder: weights (or adapter) in safetensors, tokenizer, chat template and, where there are results, a card.
+    """Write a model folder: weights (or adapter) in safetensors, tokenizer, chat template and a card.
 
     It is written whole or not at all.
+
+    Args:
+        policy: model and tokenizer as they were loaded.
+        model: what was trained, as accelerate wraps it.
+        accelerator: of this process.
+        merge: write the model with the adapter merged into its weights.
+        card: text of README.md; none: no card.
+        target: the folder.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.num_processes > 1)
     state = get_model_state_dict(model, options=options)
@@ -74,10 +82,10 @@ def save_model(
     with removed_on_error(temporary, target):
         temporary.mkdir(parents=True)
         with quiet_transformers(str(temporary)):
-            _write_weights(policy, weights, temporary, merge=merges(policy, config))
+            _write_weights(policy, weights, temporary, merge=merge)
             policy.tokenizer.save_pretrained(temporary)
-        if results is not None:
-            write_text_atomic(model_card(policy, config, results), temporary / "README.md")
+        if card is not None:
+            write_text_atomic(card, temporary / "README.md")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     accelerator.wait_for_everyone()
@@ -120,8 +128,8 @@ def _unsharded(model: PeftModel, state: dict[str, Any]) -> PeftModel:
     return whole
 
 
-def model_card(policy: Policy, config: TrainConfig, results: dict[str, Any]) -> str:
-    """The folder's README.md."""
+def model_card(policy: Policy, config: TrainConfig, written: dict[str, Any], results: dict[str, Any]) -> str:
+    """The folder's README.md, with the run's whole configuration as written in config.yaml."""
     after, before = results["after"], results["before"] or {}
     rows = ["| metric | before | after |", "|---|---|---|"]
     rows += [f"| {name} | {_shown(before.get(name))} | {_shown(value)} |" for name, value in after.items() if name != "step"]
@@ -135,7 +143,7 @@ def model_card(policy: Policy, config: TrainConfig, results: dict[str, Any]) -> 
         candidates=results["data"]["candidates_used"],
         metrics="\n".join(rows),
         data=json.dumps(results["data"], indent=2),
-        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        config=yaml.safe_dump(written, sort_keys=False),
     )
 
 

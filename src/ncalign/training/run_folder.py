@@ -50,8 +50,12 @@ _FREE_ON_RESUME = frozenset(
 
 
 @contextlib.contextmanager
-def claimed_run_folder(config: TrainConfig) -> Iterator[None]:
+def claimed_run_folder(config: TrainConfig, written: dict[str, Any]) -> Iterator[None]:
     """Make the folder and lock it for this process; an earlier run's files are examined and not yet touched.
+
+    Args:
+        config: of the training.
+        written: the run's whole configuration, as ``config.yaml`` has it.
 
     Raises:
         ValueError: another process runs in it; it holds an earlier run and neither ``resume`` nor ``overwrite`` is set; the
@@ -68,7 +72,7 @@ def claimed_run_folder(config: TrainConfig) -> Iterator[None]:
         raise PermissionError(f"output_dir {folder} may not be written to: change its permissions or give another one")
     try:
         with _locked(folder):
-            _refuse_earlier_run(config)
+            _refuse_earlier_run(config, written)
             yield
     finally:
         # A run that fails before its first file leaves no trace; rmdir takes empty folders alone.
@@ -96,12 +100,12 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refuse_earlier_run(config: TrainConfig) -> None:
+def _refuse_earlier_run(config: TrainConfig, written: dict[str, Any]) -> None:
     folder = config.output_dir
     present = [name for name in _OURS if (folder / name).exists()]
     if config.resume:
         if (folder / CONFIG).is_file():
-            _refuse_changes(config, folder / CONFIG)
+            _refuse_changes(written, folder / CONFIG, accept=config.accept_changes)
     elif present and not config.overwrite:
         raise ValueError(
             f"{folder} holds an earlier run ({', '.join(present)}): resume: true goes on with it, overwrite: true replaces it, "
@@ -114,7 +118,7 @@ def _refuse_earlier_run(config: TrainConfig) -> None:
                 raise ValueError(f"overwrite: true would delete {field} {path}: choose another output_dir")
 
 
-def open_run_folder(config: TrainConfig) -> None:
+def open_run_folder(config: TrainConfig, written: dict[str, Any]) -> None:
     """Remove an overwritten run, or a killed run's half-written files, and write config.yaml."""
     folder = config.output_dir
     if config.overwrite and not config.resume:
@@ -124,7 +128,7 @@ def open_run_folder(config: TrainConfig) -> None:
     places = ("", f"{CHECKPOINTS}/", f"{ROUNDS}/", f"{ROUNDS}/*/")
     for stale in [path for place in places for path in folder.glob(f"{place}.*.tmp")]:
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    write_text_atomic(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), folder / CONFIG)
+    write_text_atomic(yaml.safe_dump(written, sort_keys=False), folder / CONFIG)
 
 
 def finished_results(config: TrainConfig) -> dict[str, Any] | None:
@@ -136,9 +140,8 @@ def finished_results(config: TrainConfig) -> dict[str, Any] | None:
     return loaded
 
 
-def _refuse_changes(config: TrainConfig, path: Path) -> None:
+def _refuse_changes(now: dict[str, Any], path: Path, *, accept: bool) -> None:
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    now = config.model_dump(mode="json")
     changed = [
         f"  {name}: {before.get(name)!r} -> {now[name]!r}"
         for name in now
@@ -147,7 +150,7 @@ def _refuse_changes(config: TrainConfig, path: Path) -> None:
     if not changed:
         return
     listing = f"the run in {path.parent} was started with another configuration:\n" + "\n".join(changed)
-    if not config.accept_changes:
+    if not accept:
         raise ValueError(f"{listing}\nResume it with its own, or set accept_changes: true to go on with this one")
     say(f"note: {listing}\nIt goes on with the new one")
 

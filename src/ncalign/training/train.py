@@ -40,7 +40,7 @@ from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_
 from ncalign.training.config import TrainConfig
 from ncalign.training.data import LoadedGroups, listed_steps, load_groups, mismatched_groups, split_held_out
 from ncalign.training.engine import Engine
-from ncalign.training.export import save_model
+from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
@@ -85,7 +85,9 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
         ValueError: data, model or configuration that can't be used; nothing is half-written.
     """
     accelerator = make_accelerator(config)
-    claim = claimed_run_folder(config) if accelerator.is_main_process else contextlib.nullcontext()
+    claim = (
+        claimed_run_folder(config, config.model_dump(mode="json")) if accelerator.is_main_process else contextlib.nullcontext()
+    )
     with another_process_named(), claim:
         accelerator.wait_for_everyone()
         return _run(config, accelerator, method or build_method(config.objective))
@@ -96,7 +98,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
     if finished is not None:
         _say(accelerator, f"{config.output_dir} is finished: nothing to resume")
         return finished
-    started = time.monotonic()
+    started, written = time.monotonic(), config.model_dump(mode="json")
     prepared = prepare(config, accelerator, method)
     checkpoints = find_checkpoints(config.output_dir) if config.resume else []
     engine, held_out = prepared.engine, prepared.held_out
@@ -113,7 +115,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         self_check(config, prepared)
     # Not before all that can be wrong with the configuration, the data and the model has been looked at.
     if accelerator.is_main_process:
-        open_run_folder(config)
+        open_run_folder(config, written)
     accelerator.wait_for_everyone()
     loop = _loop(config, prepared, state["step"])
     if checkpoints:
@@ -134,7 +136,8 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         "versions": versions(),
     }
     target = config.output_dir / run_folder.MODEL
-    save_model(prepared.policy, engine.model, accelerator, config=config, results=results, target=target)
+    merge, card = merges(prepared.policy, config), model_card(prepared.policy, config, written, results)
+    save_model(prepared.policy, engine.model, accelerator, merge=merge, card=card, target=target)
     if accelerator.is_main_process:
         write_json_atomic(results, config.output_dir / run_folder.RESULTS)
     accelerator.end_training()
@@ -154,9 +157,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
     check_head(policy.model)
     encoder = Encoder(
         policy.tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        string_prompts=config.string_prompts,
+        max_length=config.encoding.max_length,
+        max_prompt_length=config.encoding.max_prompt_length,
+        string_prompts=config.encoding.string_prompts,
     )
     load = partial(load_groups, encoder=encoder, method=method, on_bad_row=config.on_bad_row, shown=accelerator.is_main_process)
     loaded = load(config.data)
@@ -184,7 +187,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
     )
     mismatched: list[list[EncodedGroup]] = [[], []]
     if method.baseline is not None and method.baseline.mismatched:
-        mismatched = [mismatched_groups(groups, max_length=config.max_length) for groups in (train, held_out)]
+        mismatched = [mismatched_groups(groups, max_length=config.encoding.max_length) for groups in (train, held_out)]
     return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
 
 
@@ -323,7 +326,7 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
     accelerator, plan = prepared.engine.accelerator, prepared.plan
     path = config.output_dir / run_folder.METRICS
     metrics = MetricsFile(path, keep_until=start, num_steps=plan.num_steps) if accelerator.is_main_process else None
-    start_trackers(config, accelerator, start)
+    start_trackers(config, config.model_dump(mode="json"), accelerator, start)
 
     def log(row: dict[str, float]) -> None:
         if metrics is not None:
@@ -351,12 +354,12 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
     )
 
 
-def start_trackers(config: TrainConfig, accelerator: Accelerator, start: int) -> None:
+def start_trackers(config: TrainConfig, written: dict[str, Any], accelerator: Accelerator, start: int) -> None:
     """Open the trackers of a run that begins, or goes on, at a step."""
     if config.report_to:
         # TensorBoard shows what a killed run logged after its last checkpoint once, not twice.
         options = {"tensorboard": {"purge_step": start + 1}} if start else {}
-        flat = _flat(config.model_dump(mode="json"))
+        flat = _flat(written)
         accelerator.init_trackers(run_folder.TENSORBOARD, config=flat, init_kwargs=options)
 
 
