@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from ncalign.cli import app as cli
 from ncalign.cli import settings, verbs
 from ncalign.cli.flags import parse
 from ncalign.core.config import fields
-from ncalign.data.config import ConvertConfig
 from ncalign.training.config import TrainConfig
 
 NAMES = "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, lab"
@@ -53,7 +53,7 @@ def _raise(error: BaseException) -> Callable[[TrainConfig], object]:
 
 
 def parsed(words: str) -> dict[str, str]:
-    return parse(verbs.TRAIN.config(), verbs.TRAIN.layout, words.split()).flags
+    return parse(verbs.TRAIN, words.split()).flags
 
 
 def test_both_spellings_of_a_flag() -> None:
@@ -100,6 +100,25 @@ def test_help_of_train_has_the_methods_with_their_fields_and_its_groups(capsys: 
     assert {first for _, first in verbs.TRAIN.groups} <= set(fields(TrainConfig))
     for title, _ in verbs.TRAIN.groups:
         assert f"\n{title}:\n" in printed
+
+
+@pytest.mark.parametrize("verb", [verbs.TRAIN, verbs.ONLINE], ids=lambda verb: verb.name)
+def test_every_method_has_its_own_description_of_each_field(verb: verbs.Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([verb.name, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    methods = settings.section_models(fields(verb.config())["objective"])
+    assert len(methods) > 20
+    for method in methods:
+        for name in settings.own_fields(method):
+            # From the flag (which the example has too) to the next one: paragraphs of '[methods] description (default: ...)'.
+            text = re.split(r" --(?=[a-z_.]+ )", words.rpartition(f" --objective.{name} ")[2], maxsplit=1)[0]
+            found = re.findall(r"\[(every method|[a-z_, ]+)\] (.*?)(?= \[(?:every method|[a-z_, ]+)\] |$)", text)
+            mine = [
+                said for whose, said in found if whose == "every method" or settings.model_name(method) in whose.split(", ")
+            ]
+            assert len(mine) == 1, (method, name, found)
+            description = " ".join(fields(method)[name].description.split())
+            assert mine[0].startswith(description), (method, name)
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +177,7 @@ def test_print_config_is_read_back_by_config(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_convert_takes_its_paths_as_words_around_flags() -> None:
-    arguments = parse(ConvertConfig, verbs.CONVERT.layout, ["a.jsonl", "--on_bad_row", "skip", "b.parquet"])
+    arguments = parse(verbs.CONVERT, ["a.jsonl", "--on_bad_row", "skip", "b.parquet"])
     assert arguments.flags == {"input": "a.jsonl", "output": "b.parquet", "on_bad_row": "skip"}
     assert arguments.problems == ()
 

@@ -117,12 +117,11 @@ def _overview() -> str:
 
 
 def _run(verb: Verb[Config], rest: Sequence[str]) -> int:
-    model = verb.config()
-    arguments = parse(model, verb.layout, rest)
+    arguments = parse(verb, rest)
     if arguments.help is not None:
         _show(arguments.help)
         return DONE
-    config = _configure(model, arguments)
+    config = _configure(verb.config(), arguments)
     if arguments.print_config:
         _show(settings.to_yaml(config))
         return DONE

@@ -8,33 +8,21 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ncalign.cli import settings
+from ncalign.cli.verbs import Verb
 from ncalign.core.config import fields
 from ncalign.core.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a verb's command line has besides the fields of its model."""
-
-    verb: str
-    purpose: str
-    example: str
-    positional: tuple[str, ...] = ()  # fields that may be given as plain words, in this order
-    groups: tuple[tuple[str, str], ...] = ()  # title in the help, and the field with which it begins
-    aliases: tuple[tuple[str, str], ...] = ()  # other spellings of fields
-    dry_run: bool = False
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         # Names with hyphens stay whole, so that they can be copied.
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+        return [line for part in text.split("\n") for line in textwrap.wrap(part, width, break_on_hyphens=False)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +50,9 @@ _OPTIONS = ("--print-config", "--dry-run", "--json", "--debug", "--help", "--con
 
 
 def _metavar(info: FieldInfo) -> str:
+    """Return what the help shows in place of a field's value."""
+    if settings.is_choice(info):
+        return "{" + ",".join(map(settings.model_name, settings.section_models(info))) + "}"
     names = []
     for kind in settings.kinds(info):
         if get_origin(kind) is Literal:
@@ -73,79 +64,84 @@ def _metavar(info: FieldInfo) -> str:
     return "|".join(names)
 
 
-def _explained(info: FieldInfo) -> str:
-    """Return the help text of a field: its description and default."""
-    if info.is_required():
-        default = "required"
-    else:
-        value = info.get_default(call_default_factory=True)
-        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        if value is None and "default:" in (info.description or ""):
-            return str(info.description)
-        default = f"default: {'none' if value is None else str(value).lower() if isinstance(value, bool) else value}"
-    # argparse formats help with %, so that one of ours has to be doubled.
-    return f"{info.description or ''} ({default})".strip().replace("%", "%%")
+def _default(info: FieldInfo) -> str:
+    """Return the value of a field that nobody sets, as the help shows it."""
+    value = info.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return settings.model_name(type(value))
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo, text: str) -> None:
-    flag = f"--{name}"
-    if bool in settings.kinds(info):
-        group.add_argument(flag, dest=name, nargs="?", const="true", metavar="true|false", help=text)
+def _explained(infos: Mapping[str, FieldInfo]) -> str:
+    """Return the help of a field that these models have with one description: that, and its default in each of them."""
+    first = next(iter(infos.values()))
+    if first.is_required():
+        return f"{first.description} (required)"
+    if _default(first) == "none" and "default:" in (first.description or ""):
+        return str(first.description)
+    others = [f"{name} {_default(info)}" for name, info in infos.items() if info.default != first.default]
+    default = "; ".join(filter(None, (f"default: {_default(first)}", ", ".join(others))))
+    return f"{first.description or ''} ({default})".strip()
+
+
+def _add(group: argparse._ArgumentGroup, name: str, infos: Sequence[FieldInfo], text: str) -> None:
+    """Add the flag of a field; of one that several models have, with their information in this order."""
+    text = text.replace("%", "%%")  # argparse formats help with %
+    if bool in settings.kinds(infos[0]) or (settings.section_models(infos[0]) and not settings.is_choice(infos[0])):
+        group.add_argument(f"--{name}", dest=name, nargs="?", const="true", metavar="true|false", help=text)
         group.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
-    elif settings.is_list(info):
-        group.add_argument(flag, dest=name, nargs="*", metavar=_metavar(info), help=text)
-    else:
-        group.add_argument(flag, dest=name, metavar=_metavar(info), help=text)
-
-
-def _add_section(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
-    """Add the switch of a section, and a flag for every field in it; one that several methods share is added once."""
-    models = settings.section_models(info)
-    if not settings.is_choice(info):
-        group.add_argument(f"--{name}", dest=name, nargs="?", const="true", metavar="true|false", help=_explained_switch(info))
-        group.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
-        for inner, inner_info in fields(models[0]).items():
-            _add_field(group, f"{name}.{inner}", inner_info, _explained(inner_info))
         return
-    names = [settings.model_name(model) for model in models]
-    default = settings.model_name(type(info.get_default(call_default_factory=True)))
-    text = f"{info.description} (default: {default})"
-    # The long spelling is what --print-config's YAML suggests, so it works too.
-    group.add_argument(f"--{name}", dest=name, metavar="{" + ",".join(names) + "}", help=text)
-    group.add_argument(f"--{name}.name", dest=name, help=argparse.SUPPRESS)
-    owners: dict[str, dict[str, FieldInfo]] = {}
-    for model in models:
-        for inner, inner_info in fields(model).items():
-            if inner != "name":
-                owners.setdefault(inner, {})[settings.model_name(model)] = inner_info
-    for inner, infos in owners.items():
-        whose = "every method" if len(infos) == len(models) else ", ".join(infos)
-        first = next(iter(infos.values()))
-        others = ", ".join(f"{method} {info.default}" for method, info in infos.items() if info.default != first.default)
-        text = _explained(first).removesuffix(")") + (f"; {others})" if others else ")")
-        _add_field(group, f"{name}.{inner}", first, f"[{whose}] {text}")
+    metavar = "|".join(dict.fromkeys(map(_metavar, infos)))
+    group.add_argument(f"--{name}", dest=name, nargs="*" if settings.is_list(infos[0]) else None, metavar=metavar, help=text)
 
 
-def _explained_switch(info: FieldInfo) -> str:
-    return f"{info.description} (default: false; any field below switches it on)"
+def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
+    """Add the flag of a field and, of a section, those of the fields in it."""
+    models = settings.section_models(info)
+    if settings.is_choice(info):
+        _add(group, name, [info], _explained({name: info}))
+        # The long spelling is what --print-config's YAML suggests, so it works too.
+        group.add_argument(f"--{name}.name", dest=name, help=argparse.SUPPRESS)
+        for inner in dict.fromkeys(inner for model in models for inner in settings.own_fields(model)):
+            owners = {settings.model_name(model): fields(model)[inner] for model in models if inner in fields(model)}
+            _add(group, f"{name}.{inner}", list(owners.values()), _explained_by_method(owners, len(models)))
+    elif models:
+        _add(group, name, [info], f"{info.description} (default: false; any field below switches it on)")
+        for inner, inner_info in fields(models[0]).items():
+            _add(group, f"{name}.{inner}", [inner_info], _explained({inner: inner_info}))
+    else:
+        _add(group, name, [info], _explained({name: info}))
+
+
+def _explained_by_method(owners: Mapping[str, FieldInfo], num_methods: int) -> str:
+    """Return a paragraph for each thing that methods mean by a field's name, after the names of those methods."""
+    meanings: dict[str, dict[str, FieldInfo]] = {}
+    for method, info in owners.items():
+        meanings.setdefault(info.description or "", {})[method] = info
+    return "\n".join(
+        f"[{'every method' if len(infos) == num_methods else ', '.join(infos)}] {_explained(infos)}"
+        for infos in meanings.values()
+    )
 
 
 def _method_list(info: FieldInfo) -> str:
     """List the members of a tagged union, each with its purpose and its own fields."""
     lines = []
     for model in settings.section_models(info):
-        own = ", ".join(name for name in fields(model) if name != "name")
+        own = ", ".join(settings.own_fields(model))
         lines += [f"{settings.model_name(model):<16}{(model.__doc__ or '').partition(chr(10))[0]}", f"{'':<16}fields: {own}"]
     return "\n".join(lines)
 
 
-def _parser(model: type[BaseModel], layout: Layout) -> _Parser:
+def _parser(verb: Verb[Any], model: type[BaseModel]) -> _Parser:
     """Generate the parser of a verb from the fields of its configuration."""
-    positional = "".join(f" [{name.upper()}]" for name in layout.positional)
+    positional = "".join(f" [{name.upper()}]" for name in verb.positional)
     parser = _Parser(
-        prog=f"ncalign {layout.verb}",
-        usage=f"ncalign {layout.verb}{positional} [--config FILE] [--FIELD VALUE ...]",
-        description=f"{layout.purpose[:1].upper()}{layout.purpose[1:]}\n\nexample:\n  {layout.example}",
+        prog=f"ncalign {verb.name}",
+        usage=f"ncalign {verb.name}{positional} [--config FILE] [--FIELD VALUE ...]",
+        description=f"{verb.purpose[:1].upper()}{verb.purpose[1:]}\n\nexample:\n  {verb.example}",
         epilog="Flags override the --config file. Dashes work in place of underscores. Exit codes: 0 done, 1 failed,\n"
         "2 bad usage or configuration, 130 interrupted.",
         formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=118),
@@ -153,8 +149,8 @@ def _parser(model: type[BaseModel], layout: Layout) -> _Parser:
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
-    starts = {first: title for title, first in layout.groups}
-    titles = [title for title, _ in layout.groups] or ["fields"]
+    starts = {first: title for title, first in verb.groups}
+    titles = [title for title, _ in verb.groups] or ["fields"]
     methods = {
         starts.get(name, "fields"): _method_list(info) for name, info in fields(model).items() if settings.is_choice(info)
     }
@@ -162,11 +158,8 @@ def _parser(model: type[BaseModel], layout: Layout) -> _Parser:
     title = titles[0]
     for name, info in fields(model).items():
         title = starts.get(name, title)
-        if settings.section_models(info):
-            _add_section(groups[title], name, info)
-        else:
-            _add_field(groups[title], name, info, _explained(info))
-    _add_options(parser, dry_run=layout.dry_run)
+        _add_field(groups[title], name, info)
+    _add_options(parser, dry_run=verb.plan is not None)
     return parser
 
 
@@ -192,12 +185,11 @@ def _spelt(argument: str, aliases: Mapping[str, str]) -> str:
     return options.get(name[2:], name) + equals + value
 
 
-def parse(model: type[BaseModel], layout: Layout, arguments: Sequence[str]) -> Arguments:
+def parse(verb: Verb[Any], arguments: Sequence[str]) -> Arguments:
     """Parse what follows the verb; unknown flags and stray words are kept as problems, to be reported with the others.
 
     Args:
-        model: The verb's configuration; each of its fields is a flag.
-        layout: What the command line has besides.
+        verb: Each field of its configuration is a flag.
         arguments: The words after the verb.
 
     Returns:
@@ -206,11 +198,12 @@ def parse(model: type[BaseModel], layout: Layout, arguments: Sequence[str]) -> A
     Raises:
         ConfigError: A flag lacks its value.
     """
-    parser = _parser(model, layout)
-    namespace, rest = parser.parse_known_args([_spelt(argument, dict(layout.aliases)) for argument in arguments])
+    model = verb.config()
+    parser = _parser(verb, model)
+    namespace, rest = parser.parse_known_args([_spelt(argument, dict(verb.aliases)) for argument in arguments])
     given = vars(namespace)
     names = settings.field_names(model)
-    options = [option.removeprefix("--") for option in _OPTIONS if option != "--dry-run" or layout.dry_run]
+    options = [option.removeprefix("--") for option in _OPTIONS if option != "--dry-run" or verb.plan is not None]
     problems, guessed = [], set()
     for flag in (argument.partition("=")[0] for argument in rest if argument.startswith("-") and argument != "--"):
         guess = settings.nearest(flag.lstrip("-"), [*names, *options])
@@ -218,11 +211,11 @@ def parse(model: type[BaseModel], layout: Layout, arguments: Sequence[str]) -> A
         problems.append(f"unknown flag '{flag}'; " + (f"did you mean '--{guess}'?" if guess else "--help lists the flags"))
     words = [argument for argument in rest if not argument.startswith("-")]
     # A word after an unknown flag is most likely its value: no second complaint about it.
-    if len(words) > len(layout.positional) and not problems:
-        wrong = words[len(layout.positional)]
+    if len(words) > len(verb.positional) and not problems:
+        wrong = words[len(verb.positional)]
         problems.append(f"unexpected argument '{wrong}'; a field is set by --FIELD VALUE")
     flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items() if name in names}
-    for name, word in zip(layout.positional, words, strict=False):
+    for name, word in zip(verb.positional, words, strict=False):
         if name in flags:
             problems.append(f"--{name}: given twice, as '{flags[name]}' and as '{word}'")
         flags[name] = word

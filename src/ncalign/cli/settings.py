@@ -7,7 +7,7 @@ Every scalar is kept as the text that was written and read by the type of its fi
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -83,10 +83,10 @@ def load(model: type[Config], config_file: Path | None, flags: Mapping[str, str]
         'error'
     """
     draft = read_yaml(config_file) if config_file is not None else Draft()
-    _open_sections(model, draft)
-    _apply_flags(model, draft, flags)
-    missed = set(guessed) | _check_keys(model, draft, draft.values, ())
-    _read_lists_and_nulls(model, draft.values)
+    known = fields(model)
+    draft.values |= {name: _opened(known[name], value) for name, value in draft.values.items() if name in known}
+    _apply_flags(known, draft, flags)
+    missed = set(guessed) | _read_values(model, draft, draft.values, ())
     try:
         config = model.model_validate(draft.values)
     except ValidationError as error:
@@ -131,6 +131,11 @@ def is_choice(info: FieldInfo) -> bool:
 def model_name(model: type[BaseModel]) -> str:
     """Return the name that chooses this member of a tagged union."""
     return str(fields(model)["name"].default)
+
+
+def own_fields(model: type[BaseModel]) -> list[str]:
+    """List the fields of a method's configuration, or of any other, without the name that chooses it."""
+    return [name for name in fields(model) if name != "name"]
 
 
 def field_names(model: type[BaseModel], values: Mapping[str, Any] | None = None) -> list[str]:
@@ -229,8 +234,8 @@ def _plain(node: yaml.Node, key: Key, path: Path, draft: Draft, around: frozense
 
 
 def _opened(info: FieldInfo, value: object) -> object:
-    """Spell out the short forms of a section: ``lora: true``, ``lora: false``, ``objective: nca``."""
-    if not isinstance(value, str):
+    """Spell out the short forms of a section (``lora: true``, ``lora: false``, ``objective: nca``); leave other values."""
+    if not isinstance(value, str) or not section_models(info):
         return value
     if is_choice(info):
         return {"name": value}
@@ -241,20 +246,14 @@ def _opened(info: FieldInfo, value: object) -> object:
     return value
 
 
-def _open_sections(model: type[BaseModel], draft: Draft) -> None:
-    for key, info in fields(model).items():
-        if key in draft.values and section_models(info):
-            draft.values[key] = _opened(info, draft.values[key])
-
-
-def _apply_flags(model: type[BaseModel], draft: Draft, flags: Mapping[str, str]) -> None:
+def _apply_flags(known: Mapping[str, FieldInfo], draft: Draft, flags: Mapping[str, str]) -> None:
     """Lay flags over the file's values; the switch of a section goes before the fields in it."""
     for name in sorted(flags, key=lambda name: name.count(".")):
         head, _, inner = name.partition(".")
         if inner:
             _apply_inner_flag(draft, flags, head, inner)
-        elif section_models(fields(model)[head]):
-            _switch_section(fields(model)[head], draft, head, flags[head])
+        elif section_models(known[head]):
+            _switch_section(known[head], draft, head, flags[head])
         else:
             draft.values[head] = flags[name]
             draft.where[(head,)] = f"--{name}"
@@ -290,35 +289,50 @@ def _switch_section(info: FieldInfo, draft: Draft, head: str, text: str) -> None
 # --- Checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_keys(
-    model: type[BaseModel],
-    draft: Draft,
-    values: dict[str, Any],
-    around: Key,
-    choices: tuple[type[BaseModel], ...] = (),
+def _read_values(
+    model: type[BaseModel], draft: Draft, values: dict[str, Any], around: Key, choices: tuple[type[BaseModel], ...] = ()
 ) -> set[str]:
-    """Report unknown keys and take them out, so that the rest can be checked too; return the names they stood for.
+    """Read the texts of lists and nulls; report unknown keys and take them out, so that the rest can be checked too.
 
-    ``choices`` are the models that could have been chosen by name in this section.
+    Args:
+        model: whose fields they are.
+        draft: where they come from; problems are added to it.
+        values: what was written for the fields; changed in place.
+        around: the key of the section that they are in.
+        choices: the models that could have been chosen by name in this section.
+
+    Returns:
+        The fields that unknown keys probably stood for.
     """
     guesses: set[str] = set()
-    for name in list(values):
+    for name, value in list(values.items()):
         key, info = (*around, name), fields(model).get(name)
         if info is None:
             guesses.add(_report_unknown(draft, key, model, choices))
             del values[name]
-            continue
-        if not section_models(info) or not isinstance(values[name], dict):
-            continue
-        chosen = _chosen(info, values[name])
-        if chosen is None:
-            draft.problems.append(_unknown_method(info, draft, key, values[name]["name"]))
-            del values[name]
-            continue
-        if is_choice(info):
-            values[name].setdefault("name", model_name(chosen))
-        guesses |= _check_keys(chosen, draft, values[name], key, section_models(info) if is_choice(info) else ())
+        elif isinstance(value, str):
+            values[name] = _read_text(info, value)
+        elif isinstance(value, dict) and section_models(info):
+            chosen = _chosen(info, value)
+            if chosen is None:
+                draft.problems.append(_unknown_method(info, draft, key, value["name"]))
+                del values[name]
+                continue
+            if is_choice(info):
+                value.setdefault("name", model_name(chosen))
+            guesses |= _read_values(chosen, draft, value, key, section_models(info) if is_choice(info) else ())
     return guesses
+
+
+def _read_text(info: FieldInfo, text: str) -> object:
+    """Read ``null`` as nothing, and ``a,b`` and ``[a, b]`` as lists, where the field takes them."""
+    if NoneType in kinds(info) and text.strip().lower() in _NULLS:
+        return None
+    if not is_list(info) or (str in kinds(info) and not re.search(r"^\[.*\]$|,", text.strip())):
+        return text
+    inside = re.sub(r"^\[(.*)\]$", r"\1", text.strip())
+    items = [item.strip().strip("'\"") for item in inside.split(",")]
+    return [] if inside.lower() in _NULLS else [item for item in items if item]
 
 
 def _report_unknown(draft: Draft, key: Key, model: type[BaseModel], choices: tuple[type[BaseModel], ...]) -> str:
@@ -331,18 +345,11 @@ def _report_unknown(draft: Draft, key: Key, model: type[BaseModel], choices: tup
     if guess is not None:
         draft.problems.append(f"{start}; did you mean '{dashes}{around}{guess}'?")
         return around + guess
-    if choices:
-        belongs = f" (a field of {', '.join(others)})" if others else ""
-        draft.problems.append(f"{start}{belongs}; '{model_name(model)}' has {', '.join(_own_fields(model))}")
-    elif around:
-        draft.problems.append(f"{start}; it has {', '.join(_own_fields(model))}")
-    else:
-        draft.problems.append(f"{start}; --help lists the fields")
+    belongs = f" (a field of {', '.join(others)})" if others else ""
+    owner = f"'{model_name(model)}'" if choices else "it"
+    has = f"{owner} has {', '.join(own_fields(model))}" if around else "--help lists the fields"
+    draft.problems.append(f"{start}{belongs}; {has}")
     return ""
-
-
-def _own_fields(model: type[BaseModel]) -> Iterator[str]:
-    return (name for name in fields(model) if name != "name")
 
 
 def _unknown_method(info: FieldInfo, draft: Draft, key: Key, name: object) -> str:
@@ -350,24 +357,6 @@ def _unknown_method(info: FieldInfo, draft: Draft, key: Key, name: object) -> st
     guess = nearest(name, names) if isinstance(name, str) else None
     hint = f"did you mean '{guess}'?" if guess else f"must be one of {', '.join(names)}"
     return f"{draft.label(key)}: found {_shown(name)}; {hint}"
-
-
-def _read_lists_and_nulls(model: type[BaseModel], values: dict[str, Any]) -> None:
-    """Read 'a,b' and '[a, b]' as lists and 'null' as nothing, for the fields that take them."""
-    for name, value in values.items():
-        info = fields(model)[name]
-        if isinstance(value, dict) and section_models(info):
-            chosen = _chosen(info, value)
-            if chosen is not None:
-                _read_lists_and_nulls(chosen, value)
-        if not isinstance(value, str):
-            continue
-        if NoneType in kinds(info) and value.strip().lower() in _NULLS:
-            values[name] = None
-        elif is_list(info) and (str not in kinds(info) or re.search(r"^\[.*\]$|,", value.strip())):
-            inside = re.sub(r"^\[(.*)\]$", r"\1", value.strip())
-            items = [item.strip().strip("'\"") for item in inside.split(",")]
-            values[name] = [] if inside.lower() in _NULLS else [item for item in items if item]
 
 
 def _explain(model: type[BaseModel], draft: Draft, error: ValidationError, missed: Collection[str]) -> list[str]:

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 
 from ncalign.adjust.config import AdjustConfig
 from ncalign.audit.config import AuditConfig, CheckConfig
-from ncalign.cli.flags import Layout
 from ncalign.data.config import ConvertConfig
 from ncalign.demo.config import DemoConfig
 from ncalign.generation.config import GenerateConfig
@@ -29,12 +28,25 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=BaseModel)
 Result = Mapping[str, object]
 
-DONE, FAILED, BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
-
 
 @dataclass(frozen=True)
 class Verb(Generic[Config]):
-    """One verb: its configuration (loaded when it is run), its work, and what to say when it is interrupted."""
+    """One verb of the command line.
+
+    Attributes:
+        name: the word that is typed.
+        purpose: one line for the help.
+        config: gives its configuration model, whose fields are its flags; called when the verb is run.
+        example: a command line for the help.
+        work: does it, and returns what is printed.
+        when_interrupted: says what is kept and how to go on.
+        plan: does what --dry-run asks for.
+        as_json: what --json prints of the result.
+        positional: fields that may be given as plain words, in this order.
+        groups: titles in the help, each with the field at which it begins.
+        aliases: other spellings of fields.
+        exit_code: of a command that did its work.
+    """
 
     name: str
     purpose: str
@@ -42,19 +54,12 @@ class Verb(Generic[Config]):
     example: str
     work: Callable[[Config], Result]
     when_interrupted: Callable[[Config], str]
-    plan: Callable[[Config], Result] | None = None  # --dry-run
-    as_json: Callable[[Result], object] = lambda result: result  # what --json prints
+    plan: Callable[[Config], Result] | None = None
+    as_json: Callable[[Result], object] = lambda result: result
     positional: tuple[str, ...] = ()
     groups: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     exit_code: Callable[[Result], int] = lambda result: 0
-
-    @property
-    def layout(self) -> Layout:
-        """What its command line has besides the fields."""
-        return Layout(
-            self.name, self.purpose, self.example, self.positional, self.groups, self.aliases, dry_run=self.plan is not None
-        )
 
 
 def _train_config() -> type[TrainConfig]:
@@ -138,14 +143,6 @@ def _check(config: CheckConfig) -> Result:
     return run_check(config)
 
 
-def _after_check_stopped(config: CheckConfig) -> str:
-    return "check writes nothing; rerun to start again"
-
-
-def _after_audit_stopped(config: AuditConfig) -> str:
-    return "nothing was written; rerun to start again"
-
-
 def _generate(config: GenerateConfig) -> Result:
     from ncalign.generation import run_generate
 
@@ -198,14 +195,14 @@ def _lab(config: LabConfig) -> Result:
     return experiments[config.experiment](config.output_dir)
 
 
-def _after_lab_stopped(config: LabConfig) -> str:
-    return "nothing was written; rerun to start again"
-
-
 def _after_convert_stopped(config: ConvertConfig) -> str:
     if (config.output / ".ncalign").is_dir():
         return f"the finished files of {config.output} are kept; rerun to go on"
     return _after_writing_stopped(config)
+
+
+def _nothing_written(_config: BaseModel) -> str:
+    return "nothing was written; rerun to start again"
 
 
 def _after_writing_stopped(config: ConvertConfig | GenerateConfig | ScoreConfig | AdjustConfig) -> str:
@@ -261,7 +258,7 @@ CHECK = Verb(
     lambda: CheckConfig,
     "ncalign check groups.jsonl --model my-model --against eval.jsonl",
     _check,
-    _after_check_stopped,
+    lambda config: "check writes nothing; rerun to start again",
     positional=("data",),
     aliases=(("from", "schema_name"),),
     exit_code=lambda result: 0 if result["ready"] else 1,
@@ -272,7 +269,7 @@ AUDIT = Verb(
     lambda: AuditConfig,
     "ncalign audit groups.jsonl --output_dir runs/audit",
     _audit,
-    _after_audit_stopped,
+    _nothing_written,
     positional=("data",),
     aliases=(("from", "schema_name"),),
 )
@@ -341,7 +338,7 @@ LAB = Verb(
     lambda: LabConfig,
     "ncalign lab theory --output_dir runs/theory",
     _lab,
-    _after_lab_stopped,
+    _nothing_written,
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
