@@ -298,8 +298,8 @@ def test_kto_is_trls(drift: float, share: float) -> None:
     )
     config = KTO(beta=beta, desirable_weight=weights[0].item(), undesirable_weight=weights[1].item())
     method = config.method()
-    assert method.baseline is not None
-    level = method.baseline.level((kl_logps - kl_reference).mean().item(), 99.0)
+    assert method.hooks.baseline is not None
+    level = method.hooks.baseline.level(method.beta * (kl_logps - kl_reference).mean().item(), 99.0)
     assert (level > 0) == (drift > 0)
     inputs = inputs_of_one_token(logps - reference, labels.double(), real(4, 3))
     ours = method.loss(replace(inputs, baseline=level)).mean()
@@ -326,9 +326,9 @@ def test_nca_with_the_data_sets_normaliser_is_fitted_and_exact() -> None:
     method = NCA(alpha=0.7, normalizer="data").method()
     with pytest.raises(ValueError, match="call the method's fit"):
         value_of(method, rewards, rewards)
-    assert method.fit is not None
-    fitted = method.fit(rewards, real(2, 4))
-    assert fitted.fit is None
+    assert method.hooks.fit is not None
+    fitted = method.hooks.fit(rewards, real(2, 4))
+    assert fitted.hooks.fit is None
     r = (rewards / 0.7 - (REWARDS / 0.7).exp().mean().log()).requires_grad_()
     assert gradient_of(value_of(fitted, r, rewards), r).abs().max() < 1e-12
     # A group of the best alone: above the mean, and no group's sum takes that away.
@@ -341,23 +341,23 @@ def test_nca_with_the_data_sets_normaliser_is_fitted_and_exact() -> None:
 def test_nca_finds_alpha_from_the_rewards() -> None:
     rewards, r = 3 * numbers(32, 4), numbers(32, 4, seed=1)
     method = NCA(target_entropy=0.4).method()
-    assert method.fit is not None
-    fitted = method.fit(rewards, real(32, 4))
-    assert fitted.target_weights is not None
-    weights = fitted.target_weights(rewards, real(32, 4))
+    assert method.hooks.fit is not None
+    fitted = method.hooks.fit(rewards, real(32, 4))
+    assert fitted.hooks.target_weights is not None
+    weights = fitted.hooks.target_weights(rewards, real(32, 4))
     assert sharpness(weights, real(32, 4)) == pytest.approx(0.4, abs=1e-9)
     torch.testing.assert_close(value_of(fitted, r, rewards), nca_weighted_loss(r, weights, real(32, 4)))
-    assert NCA().method().fit is None
+    assert NCA().method().hooks.fit is None
 
 
 def test_nca_finds_alpha_and_normaliser_of_transformed_rewards_together() -> None:
     rewards, r = 3 * numbers(32, 4), numbers(32, 4, seed=1)
     method = NCA(target_entropy=0.4, transform="z_score", normalizer="data").method()
-    assert method.fit is not None
-    fitted = method.fit(rewards, real(32, 4))
+    assert method.hooks.fit is not None
+    fitted = method.hooks.fit(rewards, real(32, 4))
     z = z_scores(rewards, real(32, 4))
-    assert fitted.target_weights is not None
-    shares = fitted.target_weights(rewards, real(32, 4))
+    assert fitted.hooks.target_weights is not None
+    shares = fitted.hooks.target_weights(rewards, real(32, 4))
     assert sharpness(shares, real(32, 4)) == pytest.approx(0.4, abs=1e-9)
     # The shares tell alpha: their logarithms are z / alpha and a constant.
     alpha = ((z[0, 0] - z[0, 1]) / (shares[0, 0] / shares[0, 1]).log()).item()
@@ -397,15 +397,15 @@ def test_the_threshold_makes_the_labels(config: type[KTO] | type[BCO]) -> None:
 
 
 def test_bco_takes_the_mean_of_the_steps_before_as_its_shift() -> None:
-    baseline = BCO().method().baseline
+    baseline = BCO().method().hooks.baseline
     assert baseline is not None
     assert not baseline.mismatched
     assert baseline.level(99.0, 0.7) == 0.7
-    other = KTO(beta=0.5).method().baseline
+    other = KTO(beta=0.5).method().hooks.baseline
     assert other is not None
     assert other.mismatched
-    assert other.level(3.0, 99.0) == 1.5
-    assert other.level(-3.0, 99.0) == 0.0
+    assert other.level(1.5, 99.0) == 1.5
+    assert other.level(-1.5, 99.0) == 0.0
 
 
 @pytest.mark.parametrize(("config", "loss"), [(NCAPair, nca_pair_loss), (BiasedNCA, biased_nca_loss)])

@@ -384,7 +384,7 @@ def test_every_field_of_a_list_method_reaches_its_loss(method: Method, pure: Gro
 def test_exo_and_info_nca_show_their_target() -> None:
     rewards, mask = row(0.3, 0.1), real(1, 2)
     for config in (EXO(alpha=0.2), InfoNCA(alpha=0.2)):
-        weights = config.method().target_weights
+        weights = config.method().hooks.target_weights
         assert weights is not None
         close(weights(rewards, mask), target_weights(rewards, mask, alpha=0.2))
 
@@ -393,14 +393,14 @@ def test_info_nca_finds_the_alpha_of_its_target_entropy() -> None:
     """Weights 3/4 and 1/4 have that entropy, so the gap log 3 in the rewards is 1 times alpha, and 2 log 3 is 2 times it."""
     share = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
     method = InfoNCA(target_entropy=share).method()
-    assert method.fit is not None
+    assert method.hooks.fit is not None
     rewards = row(2 * math.log(3), 0.0)
-    fitted = method.fit(rewards, real(1, 2))
+    fitted = method.hooks.fit(rewards, real(1, 2))
     found = applied(fitted, torch.zeros(1, 2, dtype=torch.float64), rewards, real(1, 2))
     assert found.item() == pytest.approx(math.log(2), abs=1e-12)
-    assert fitted.target_weights is not None
-    torch.testing.assert_close(fitted.target_weights(rewards, real(1, 2)), row(0.75, 0.25), rtol=0, atol=1e-6)
-    assert InfoNCA().method().fit is None
+    assert fitted.hooks.target_weights is not None
+    torch.testing.assert_close(fitted.hooks.target_weights(rewards, real(1, 2)), row(0.75, 0.25), rtol=0, atol=1e-6)
+    assert InfoNCA().method().hooks.fit is None
 
 
 def test_what_is_refused() -> None:

@@ -20,7 +20,6 @@ from ncalign.objectives import (
     ObjectiveConfig,
     all_below,
     compose,
-    implicit_reward,
     info_nca_loss,
     mean_over_negatives,
     needs_preference,
@@ -46,12 +45,11 @@ def margin_loss(values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
 HINGE = compose(
     "hinge",
     beta=0.1,
-    score=implicit_reward(0.1),
     loss=mean_over_negatives(hinge_loss),
     sampler=one_below(),
     refuse=needs_preference,
 )
-MARGIN = compose("margin", beta=0.1, score=implicit_reward(0.1), loss=margin_loss, sampler=all_below(), refuse=needs_preference)
+MARGIN = compose("margin", beta=0.1, loss=margin_loss, sampler=all_below(), refuse=needs_preference)
 
 
 def mean_gap(groups_file: Path) -> float:

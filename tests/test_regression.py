@@ -301,7 +301,7 @@ def test_qrpo_among_the_candidates_uses_their_quantiles() -> None:
         found.loss(inputs_of_one_token(r, rewards, real(8, 4))),
         qrpo_loss(r, group_quantiles(rewards, real(8, 4)), real(8, 4), beta=1.0),
     )
-    assert found.rewards_from is None
+    assert found.hooks.rewards_from is None
     assert found.refuse([0.5, 0.5]) == "all rewards equal"
     assert found.refuse([0.5]) == "only one candidate"
 
@@ -311,8 +311,8 @@ def test_qrpo_with_reference_rewards_takes_any_group() -> None:
     assert method.sampler is None
     for rewards in ([0.5], [0.5, 0.5], [0.5, 0.1]):
         assert method.refuse(rewards) is None
-    assert method.rewards_from is not None
-    assert method.rewards_from([3.0, 1.0], {"reference_rewards": [1.0, 2.0, 3.0, 4.0]}) == [3 / 4, 1 / 4]
+    assert method.hooks.rewards_from is not None
+    assert method.hooks.rewards_from([3.0, 1.0], {"reference_rewards": [1.0, 2.0, 3.0, 4.0]}) == [3 / 4, 1 / 4]
     # One candidate is enough.
     assert method.loss(inputs_of_one_token(row(0.3), row(0.5), real(1, 1))).item() > 0
 

@@ -474,12 +474,12 @@ class TestLearning:
         assert logged(run)[0]["kernel/effective_sample_size"] == pytest.approx(2.0, abs=1e-4)
 
     def test_a_gradient_that_is_not_finite_stops_the_run(self, config: Config) -> None:
-        from ncalign.objectives import compose, implicit_reward, needs_candidates
+        from ncalign.objectives import compose, needs_candidates
 
         def broken(values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return (values * math.inf).sum(dim=1)
 
-        method = compose("broken", beta=0.1, score=implicit_reward(0.1), loss=broken, refuse=needs_candidates)
+        method = compose("broken", beta=0.1, loss=broken, refuse=needs_candidates)
         run = config(reference="compute")
         with pytest.raises(ValueError, match=r"step 1: the gradient is not finite \(groups 'g"):
             run_training(run, method=method)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ncalign.objectives.config import Beta, Frozen
 from ncalign.objectives.method import (
+    Hooks,
     Method,
     PairConfig,
     compose,
-    implicit_reward,
     mismatched_kl,
     needs_candidates,
     running_mean,
@@ -333,12 +333,10 @@ class NCA(TargetConfig):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=lambda values, rewards, mask: nca_weighted_loss(values, weights(rewards, mask), mask),
             refuse=needs_candidates,
             # Shares of the group either way: how sharp the targets are has nothing to do with their level.
-            target_weights=self.weights(),
-            fit=fit,
+            hooks=Hooks(target_weights=self.weights(), fit=fit),
         )
 
 
@@ -400,10 +398,9 @@ class KTO(LabelConfig):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=lambda values, rewards, mask: loss(values, self.labels(rewards), mask),
             refuse=self.refuse,
-            baseline=mismatched_kl(self.beta),
+            hooks=Hooks(baseline=mismatched_kl()),
         )
 
 
@@ -417,10 +414,9 @@ class BCO(LabelConfig):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=lambda values, rewards, mask: bco_loss(values, self.labels(rewards), mask, shift=0.0),
             refuse=self.refuse,
-            baseline=running_mean(),
+            hooks=Hooks(baseline=running_mean()),
         )
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ncalign.objectives.config import Alpha, Beta, Frozen
-from ncalign.objectives.method import Method, compose, implicit_reward, needs_candidates, needs_preference
+from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, needs_preference
 from ncalign.objectives.samplers import all_below
 from ncalign.objectives.targets import target_weights, working_precision
 
@@ -226,10 +226,9 @@ class EXO(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=partial(exo_loss, alpha=self.alpha),
             refuse=needs_candidates,
-            target_weights=partial(target_weights, alpha=self.alpha),
+            hooks=Hooks(target_weights=partial(target_weights, alpha=self.alpha)),
         )
 
 
@@ -241,9 +240,7 @@ class LiPOLambda(Frozen):
 
     def method(self) -> Method:
         """The method with these settings."""
-        return compose(
-            self.name, beta=self.beta, score=implicit_reward(self.beta), loss=lipo_lambda_loss, refuse=_refuse_for_lipo
-        )
+        return compose(self.name, beta=self.beta, loss=lipo_lambda_loss, refuse=_refuse_for_lipo)
 
 
 class HPS(Frozen):
@@ -260,7 +257,6 @@ class HPS(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=partial(hps_loss, gamma=self.gamma),
             refuse=needs_preference,
             sampler=all_below(),
@@ -283,7 +279,6 @@ class SWEPO(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=partial(swepo_loss, alpha=self.alpha),
             refuse=needs_preference,
         )

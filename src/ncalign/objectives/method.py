@@ -1,4 +1,4 @@
-"""A method as data: score x sampler x log q correction x loss x anchors, composed of small functions.
+"""A method as data: beta x score x sampler x log q correction x loss x anchors, composed of small functions.
 
 `compose` puts the parts together; `Method` is all that a training loop knows of the result. A configuration class in the file
 of its loss names the parts that a published method consists of, and a user's own method is a call of `compose` from anywhere.
@@ -43,7 +43,7 @@ class LossInputs:
 
 
 Score = Callable[[LossInputs], Tensor]
-"""What a loss compares, ``[B, S]``."""
+"""What a loss compares, before beta, ``[B, S]``."""
 GroupLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(values [B, S], rewards [B, S], mask [B, S]) -> [B]``."""
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +62,7 @@ class Baseline:
     """How the level is found that a step's scores are measured from.
 
     Attributes:
-        level: ``(mean log-ratio of mismatched completions, mean implicit reward of all steps so far) -> baseline``.
+        level: ``(mean implicit reward of mismatched completions, that of all steps so far) -> baseline``.
         mismatched: whether the first is needed: each prompt with a completion of another prompt, scored before the step.
     """
 
@@ -71,19 +71,36 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Hooks:
+    """What a training loop does for a method outside its loss.
+
+    Attributes:
+        target_weights: ``(rewards, mask) -> [B, K]``, what the loss aims at; for metrics and the check of alpha.
+        baseline: How the level is found that scores are measured from.
+        rewards_from: ``(rewards, metadata) -> rewards`` of a group, applied as it is loaded.
+        fit: Makes the method anew from the rewards ``[N, K]`` of the whole training set and their mask.
+    """
+
+    target_weights: Weights | None = None
+    baseline: Baseline | None = None
+    rewards_from: Rewards | None = None
+    fit: Callable[[Tensor, Tensor], Method] | None = None
+
+
+NO_HOOKS = Hooks()
+
+
+@dataclass(frozen=True)
 class Method:
     """What a training loop needs to know of a method.
 
     Attributes:
         name: Name in the configuration.
-        beta: Scale of the log-ratio, for the metrics' implicit rewards.
+        beta: Scale of the log-ratio.
         loss: The loss of the candidates that enter, one number a group.
         sampler: Chooses the candidates that enter; None: all of them, in the group's order.
         refuse: A group's rewards -> why it can't be used, or None.
-        target_weights: ``(rewards, mask) -> [B, K]``, what the loss aims at; for metrics and the check of alpha.
-        baseline: The level that scores are measured from, for methods that have one.
-        rewards_from: ``(rewards, metadata) -> rewards`` of a group, applied as it is loaded.
-        fit: The method with what it takes from the rewards ``[N, K]`` of the whole training set.
+        hooks: What the loop does besides.
     """
 
     name: str
@@ -91,40 +108,57 @@ class Method:
     loss: Callable[[LossInputs], Tensor]
     sampler: Sampler | None
     refuse: Refuse
-    target_weights: Weights | None = None
-    baseline: Baseline | None = None
-    rewards_from: Rewards | None = None
-    fit: Callable[[Tensor, Tensor], Method] | None = None
+    hooks: Hooks = NO_HOOKS
+
+    def kernel_scores(self, logprobs: Float[Tensor, "B K"], reference: Float[Tensor, "B K"]) -> Float[Tensor, "B K"] | None:
+        """What the sampler reads, beta included; None where it reads no scores."""
+        if self.sampler is None or self.sampler.scores is None:
+            return None
+        return self.beta * self.sampler.scores(logprobs, reference)
+
+
+def log_ratio(inputs: LossInputs) -> Float[Tensor, "B S"]:
+    """Log-ratio summed over the completion's tokens: times beta, the implicit reward."""
+    return inputs.log_ratios
+
+
+def mean_log_ratio(inputs: LossInputs) -> Float[Tensor, "B S"]:
+    """``log-ratio / length``: a token's mean."""
+    return inputs.log_ratios / inputs.lengths.clamp(min=1)
+
+
+def policy_logprob(inputs: LossInputs) -> Float[Tensor, "B S"]:
+    """``log policy``, without a reference."""
+    return inputs.logprobs
+
+
+def mean_logprob(inputs: LossInputs) -> Float[Tensor, "B S"]:
+    """``log policy / length``, without a reference: SimPO's."""
+    return inputs.logprobs / inputs.lengths.clamp(min=1)
 
 
 def compose(
     name: str,
     *,
     beta: float,
-    score: Score,
     loss: GroupLoss,
     refuse: Refuse,
+    score: Score = log_ratio,
     sampler: Sampler | None = None,
     anchors: Sequence[Anchor] = (),
-    target_weights: Weights | None = None,
-    baseline: Baseline | None = None,
-    rewards_from: Rewards | None = None,
-    fit: Callable[[Tensor, Tensor], Method] | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> Method:
-    r"""A method from its parts: $\ell(s_i - \log q_i - b,\, R,\, \text{mask}) + \sum \text{anchors}$.
+    r"""A method from its parts: $\ell(\beta s_i - \log q_i - b,\, R,\, \text{mask}) + \sum \text{anchors}$.
 
     Args:
         name: For messages and results.
-        beta: Scale of the log-ratio in the metrics; usually that of the score too.
-        score: What the loss compares, such as `implicit_reward(beta)`.
+        beta: Scale of the score, of what the kernel weighs by, and of the metrics' implicit rewards.
         loss: Loss of a group; `mean_over_negatives` and `mean_over_pairs` make one of a loss of pairs.
         refuse: Why a group can't be used: `needs_preference`, `needs_candidates`, or a function of one's own.
+        score: What the loss compares, before beta: `log_ratio`, `mean_log_ratio`, `policy_logprob` or `mean_logprob`.
         sampler: Which candidates enter; None: all, in the group's order.
         anchors: Terms added to the loss, such as `chosen_nll(1.0)`; they need a sampler, which puts the positive first.
-        target_weights: What the loss aims at, for metrics.
-        baseline: The level that scores are measured from.
-        rewards_from: Replaces a group's rewards as it is loaded.
-        fit: Makes the method anew from the whole training set's rewards.
+        hooks: What the training loop does besides.
 
     Returns:
         The method.
@@ -136,8 +170,7 @@ def compose(
         >>> from ncalign.objectives.pairs import dpo_loss
         >>> from ncalign.objectives.samplers import one_below
         >>> method = compose(
-        ...     "mine", beta=0.1, score=implicit_reward(0.1), loss=mean_over_negatives(dpo_loss),
-        ...     sampler=one_below(), refuse=needs_preference,
+        ...     "mine", beta=0.1, loss=mean_over_negatives(dpo_loss), sampler=one_below(), refuse=needs_preference
         ... )
         >>> method.refuse([1.0, 1.0])
         'all rewards equal'
@@ -146,7 +179,7 @@ def compose(
         raise ValueError(f"{name}: an anchor holds on to the positive in column 0: give a sampler, which puts it there")
 
     def whole(inputs: LossInputs) -> Tensor:
-        values = working_precision(score(inputs)) - inputs.baseline
+        values = working_precision(beta * score(inputs)) - inputs.baseline
         if inputs.log_q is not None:
             values = values - inputs.log_q
         total = loss(values, inputs.rewards, inputs.mask)
@@ -154,30 +187,7 @@ def compose(
             total = total + anchor(inputs)
         return total
 
-    return Method(name, beta, whole, sampler, refuse, target_weights, baseline, rewards_from, fit)
-
-
-# --- Scores -----------------------------------------------------------------------------------------------------------
-
-
-def implicit_reward(beta: float) -> Score:
-    """``beta * log-ratio``, summed over the completion's tokens."""
-    return lambda inputs: beta * inputs.log_ratios
-
-
-def mean_log_ratio(beta: float) -> Score:
-    """``beta * log-ratio / length``: a token's mean."""
-    return lambda inputs: beta * inputs.log_ratios / inputs.lengths.clamp(min=1)
-
-
-def policy_logprob(beta: float) -> Score:
-    """``beta * log policy``, without a reference."""
-    return lambda inputs: beta * inputs.logprobs
-
-
-def mean_logprob(beta: float) -> Score:
-    """``beta * log policy / length``, without a reference: SimPO's."""
-    return lambda inputs: beta * inputs.logprobs / inputs.lengths.clamp(min=1)
+    return Method(name, beta, whole, sampler, refuse, hooks)
 
 
 # --- Lifts and anchors ------------------------------------------------------------------------------------------------
@@ -261,9 +271,9 @@ def _mean(pair_loss: RewardedPairLoss, pairs: Bool[Tensor, "B ..."], sides: list
 # --- Baselines --------------------------------------------------------------------------------------------------------
 
 
-def mismatched_kl(beta: float) -> Baseline:
-    """KTO's reference point: beta times the mean log-ratio of each prompt with another prompt's completion, at least 0."""
-    return Baseline(lambda mismatched, seen: beta * max(mismatched, 0.0), mismatched=True)
+def mismatched_kl() -> Baseline:
+    """KTO's reference point: the mean implicit reward of each prompt with another prompt's completion, at least 0."""
+    return Baseline(lambda mismatched, seen: max(mismatched, 0.0), mismatched=True)
 
 
 def running_mean() -> Baseline:
@@ -294,7 +304,7 @@ class PairConfig(Frozen):
     beta: Beta = 0.1
     pairing: Pairing = "best_vs_one"
 
-    def pairs(self, loss: PairLoss, *, score: Score | None = None, anchors: Sequence[Anchor] = ()) -> Method:
+    def pairs(self, loss: PairLoss, *, score: Score = log_ratio, anchors: Sequence[Anchor] = ()) -> Method:
         """The method of this loss on the pairs that `pairing` makes of a group."""
         lift = mean_over_pairs(loss) if self.pairing == "all_pairs" else mean_over_negatives(loss)
         return self.grouped(lift, score=score, anchors=anchors)
@@ -305,14 +315,14 @@ class PairConfig(Frozen):
             mean_over_rewarded_pairs(loss) if self.pairing == "all_pairs" else mean_over_rewarded_negatives(loss)
         )
 
-    def grouped(self, loss: GroupLoss, *, score: Score | None = None, anchors: Sequence[Anchor] = ()) -> Method:
+    def grouped(self, loss: GroupLoss, *, score: Score = log_ratio, anchors: Sequence[Anchor] = ()) -> Method:
         """The method of this loss of a group whose first column is the positive."""
         if self.pairing == "all_pairs" and anchors:
             raise ValueError(f"{self.name}: pairing all_pairs has no single chosen completion to anchor: use best_vs_each")
         return compose(
             self.name,
             beta=self.beta,
-            score=score or implicit_reward(self.beta),
+            score=score,
             loss=loss,
             refuse=needs_preference,
             sampler=PAIRINGS[self.pairing],

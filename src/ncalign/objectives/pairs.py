@@ -173,7 +173,7 @@ class SimPO(PairConfig):
 
     def method(self) -> Method:
         """The method with these settings."""
-        return self.pairs(partial(simpo_loss, gamma=self.gamma), score=mean_logprob(self.beta))
+        return self.pairs(partial(simpo_loss, gamma=self.gamma), score=mean_logprob)
 
 
 class CPO(PairConfig):
@@ -184,7 +184,7 @@ class CPO(PairConfig):
 
     def method(self) -> Method:
         """The method with these settings."""
-        return self.pairs(dpo_loss, score=policy_logprob(self.beta), anchors=[chosen_nll(self.nll_weight)])
+        return self.pairs(dpo_loss, score=policy_logprob, anchors=[chosen_nll(self.nll_weight)])
 
 
 class EXOPair(PairConfig):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ncalign.objectives.config import Beta, DrawnStrategy, Frozen
 from ncalign.objectives.kernels import KernelSettings
-from ncalign.objectives.method import Method, compose, implicit_reward, needs_candidates, needs_preference
-from ncalign.objectives.samplers import all_below, log_policy, log_ratio, mc_sampler, some_below
+from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, needs_preference
+from ncalign.objectives.samplers import all_below, by_log_ratio, by_logprob, mc_sampler, some_below
 from ncalign.objectives.targets import TargetConfig, target_weights, working_precision
 
 
@@ -186,7 +186,6 @@ class RNCE(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=_rnce_of_first,
             refuse=self._refuse,
             sampler=all_below() if self.num_negatives is None else some_below(self.num_negatives),
@@ -216,11 +215,12 @@ class InfoNCA(TargetConfig):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=lambda values, rewards, mask: info_nca_weighted_loss(values, weights(rewards, mask), mask),
             refuse=needs_candidates,
-            target_weights=weights,
-            fit=None if self.target_entropy is None else lambda rewards, mask: self.fitted(rewards, mask).method(),
+            hooks=Hooks(
+                target_weights=weights,
+                fit=None if self.target_entropy is None else lambda rewards, mask: self.fitted(rewards, mask).method(),
+            ),
         )
 
 
@@ -259,7 +259,6 @@ class MCPO(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=_rnce_of_first,
             refuse=needs_preference,
             sampler=mc_sampler(
@@ -272,7 +271,7 @@ class MCPO(Frozen):
                     chain_steps=self.chain_steps,
                     num_proposals=self.num_proposals,
                 ),
-                scores=log_policy if self.kernel_score == "policy_logprob" else log_ratio,
+                scores=by_logprob if self.kernel_score == "policy_logprob" else by_log_ratio,
                 log_q_correction=self.log_q_correction,
                 acceptance=self.acceptance,
             ),
@@ -293,7 +292,6 @@ class ContrastiveDivergence(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=_linear_contrast_of_first,
             refuse=needs_preference,
             sampler=mc_sampler(

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ncalign.objectives.config import Beta, Frozen
 from ncalign.objectives.method import (
+    Hooks,
     Method,
     PairConfig,
     compose,
-    implicit_reward,
+    log_ratio,
     mean_log_ratio,
     mean_over_rewarded_pairs,
     needs_preference,
@@ -189,8 +190,7 @@ class IPO(PairConfig):
 
     def method(self) -> Method:
         """The method with these settings."""
-        score = mean_log_ratio(self.beta) if self.length_normalized else implicit_reward(self.beta)
-        return self.pairs(partial(ipo_loss, beta=self.beta), score=score)
+        return self.pairs(partial(ipo_loss, beta=self.beta), score=mean_log_ratio if self.length_normalized else log_ratio)
 
 
 class SPPOHard(PairConfig):
@@ -211,7 +211,7 @@ class REBEL(Frozen):
 
     def method(self) -> Method:
         """The method with these settings."""
-        return compose(self.name, beta=self.beta, score=implicit_reward(self.beta), loss=rebel_loss, refuse=needs_preference)
+        return compose(self.name, beta=self.beta, loss=rebel_loss, refuse=needs_preference)
 
 
 class QRPO(Frozen):
@@ -232,10 +232,9 @@ class QRPO(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            score=implicit_reward(self.beta),
             loss=loss if given else lambda values, rewards, mask: loss(values, group_quantiles(rewards, mask), mask),
             refuse=_takes_any if given else needs_preference,
-            rewards_from=reference_quantiles if given else None,
+            hooks=Hooks(rewards_from=reference_quantiles if given else None),
         )
 
 

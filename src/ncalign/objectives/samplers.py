@@ -41,18 +41,18 @@ class Sampler:
     reads: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-def log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
+def by_log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Log-ratio of policy and reference: times beta, the implicit reward."""
     return logprobs - reference
 
 
-def log_policy(logprobs: Tensor, reference: Tensor) -> Tensor:
+def by_logprob(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Log-prob of the policy alone: times beta, a tempered policy."""
     return logprobs
 
 
 def mc_sampler(
-    settings: KernelSettings, *, scores: Scores = log_ratio, log_q_correction: bool = False, acceptance: bool = False
+    settings: KernelSettings, *, scores: Scores = by_log_ratio, log_q_correction: bool = False, acceptance: bool = False
 ) -> Sampler:
     """The positive, and M negatives that a kernel chooses among the candidates below it.
 

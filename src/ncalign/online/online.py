@@ -244,7 +244,7 @@ def _learning_rate(run: Run, position: Position, end: int, step: int) -> float:
 
 def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[EncodedGroup]:
     """Prompts with completions of others, for methods that measure from them, with reference log-probs."""
-    if method.baseline is None or not method.baseline.mismatched:
+    if method.hooks.baseline is None or not method.hooks.baseline.mismatched:
         return []
     groups = mismatched_groups(pool.groups, max_length=run.config.training.encoding.max_length)
     path = run.folder(number) / "mismatched.json"

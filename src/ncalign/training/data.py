@@ -149,16 +149,16 @@ def scored_candidates(group: Group, method: Method) -> tuple[Group, str | None]:
     rewards = [candidate.reward for candidate in candidates if candidate.reward is not None]
     if not candidates:
         return group, "no candidates" if not group.candidates else "no rewards at all"
-    if method.rewards_from is not None:
+    if method.hooks.rewards_from is not None:
         try:
-            rewards = method.rewards_from(rewards, group.metadata)
+            rewards = method.hooks.rewards_from(rewards, group.metadata)
         except ValueError as error:
             return group, str(error)
         candidates = [replace(candidate, reward=value) for candidate, value in zip(candidates, rewards, strict=True)]
     reason = method.refuse(rewards)
     if reason is not None:
         return group, reason + (" with a reward" if len(candidates) == 1 < len(group.candidates) else "")
-    same = len(candidates) == len(group.candidates) and method.rewards_from is None
+    same = len(candidates) == len(group.candidates) and method.hooks.rewards_from is None
     return (group if same else replace(group, candidates=candidates)), None
 
 

@@ -215,9 +215,7 @@ class Engine:
         sampler, rewards, mask = self.method.sampler, batch.rewards.cpu(), batch.candidate_mask.cpu()
         if sampler is None:
             return None, None
-        scores = None
-        if sampler.scores is not None:
-            scores = self.method.beta * sampler.scores(logprobs, batch.reference_logprobs.to(logprobs.dtype))
+        scores = self.method.kernel_scores(logprobs, batch.reference_logprobs.to(logprobs.dtype))
         read = None if scores is None else scores.cpu()
         drawn = []
         # Each group draws with random numbers of its own, so that the split over passes and processes changes nothing.
@@ -261,8 +259,8 @@ class Engine:
             negatives=negatives,
             kernel=None if kernel is None or scores is None else kernel(scores, positive, batch.rewards, batch.candidate_mask),
             target_weights=None
-            if method.target_weights is None
-            else method.target_weights(batch.rewards, batch.candidate_mask),
+            if method.hooks.target_weights is None
+            else method.hooks.target_weights(batch.rewards, batch.candidate_mask),
             beta=method.beta,
         )
 

@@ -157,7 +157,7 @@ class Loop:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        if engine.method.baseline is not None:
+        if engine.method.hooks.baseline is not None:
             self.seen = [before + self.total(new) for before, new in zip(self.seen, implicit.tolist(), strict=True)]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -165,10 +165,11 @@ class Loop:
 
     def baseline(self, mismatched: Sequence[EncodedGroup]) -> float:
         """The level that the method measures scores from, the same for all passes and processes; 0 for methods without one."""
-        if self.engine.method.baseline is None:
+        if (baseline := self.engine.method.hooks.baseline) is None:
             return 0.0
         log_ratio = self.engine.mismatched_log_ratio(mismatched) if mismatched else math.nan
-        return self.engine.method.baseline.level(log_ratio, self.seen[0] / self.seen[1] if self.seen[1] else 0.0)
+        seen = self.seen[0] / self.seen[1] if self.seen[1] else 0.0
+        return baseline.level(self.engine.method.beta * log_ratio, seen)
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:

@@ -186,7 +186,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
         seed=config.seed,
     )
     mismatched: list[list[EncodedGroup]] = [[], []]
-    if method.baseline is not None and method.baseline.mismatched:
+    if method.hooks.baseline is not None and method.hooks.baseline.mismatched:
         mismatched = [mismatched_groups(groups, max_length=config.encoding.max_length) for groups in (train, held_out)]
     return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
 
@@ -241,11 +241,11 @@ def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, 
     for row, group in zip(rewards, groups, strict=True):
         row[: len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
     mask = ~rewards.isnan()
-    if method.fit is not None:
-        method = method.fit(rewards, mask)
-    if method.target_weights is None:
+    if method.hooks.fit is not None:
+        method = method.hooks.fit(rewards, mask)
+    if method.hooks.target_weights is None:
         return method, ""
-    return method, warn_if_degenerate(method.target_weights(rewards, mask), mask) or ""
+    return method, warn_if_degenerate(method.hooks.target_weights(rewards, mask), mask) or ""
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
