@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, stats
@@ -27,6 +28,7 @@ from ncalign.adjust.steps import parse_steps
 from ncalign.cli import app as cli
 from ncalign.core.errors import ConfigError
 from ncalign.data.groups import Candidate, Group, read_groups, write_groups
+from ncalign.objectives.targets import TRANSFORMS
 from ncalign.rewards import run_score
 from ncalign.rewards.config import ScoreConfig
 from ncalign.training import run_training
@@ -41,6 +43,14 @@ some_rewards = st.lists(st.none() | st.floats(-1e6, 1e6).map(lambda value: round
 
 def known(rewards: Sequence[float | None]) -> list[float]:
     return [reward for reward in rewards if reward is not None]
+
+
+def z_scores(rewards: Sequence[float | None]) -> list[float | None]:
+    return transforms.within_group(rewards, transforms.GROUP_TRANSFORMS["zscore"])
+
+
+def ranks(rewards: Sequence[float | None]) -> list[float | None]:
+    return transforms.within_group(rewards, transforms.GROUP_TRANSFORMS["rank"])
 
 
 def words(count: int) -> str:
@@ -74,7 +84,7 @@ def rewards_in(groups: Sequence[Group]) -> list[list[float | None]]:
 class TestTransforms:
     @given(some_rewards)
     def test_z_scores_have_mean_0_and_sd_1(self, rewards: list[float | None]) -> None:
-        found = transforms.z_scores(rewards)
+        found = z_scores(rewards)
         values = known(found)
         if len(set(known(rewards))) < 2:
             assert values == [0.0] * len(known(rewards))
@@ -86,17 +96,17 @@ class TestTransforms:
 
     @pytest.mark.parametrize("values", [[1e308, -1e308], [5e-324, 0.0], [1e15, 1e15 + 2], [-1e300, -2e300]])
     def test_z_scores_of_extreme_rewards(self, values: list[float]) -> None:
-        first, second = transforms.z_scores(values)
+        first, second = z_scores(values)
         sign = 1.0 if values[0] > values[1] else -1.0
         assert (first, second) == pytest.approx((sign, -sign), abs=1e-12)
 
     @given(some_rewards)
     def test_rank_is_invariant_to_monotone_maps_and_the_share_beaten(self, rewards: list[float | None]) -> None:
-        found = transforms.ranks(rewards)
+        found = ranks(rewards)
         mapped = [None if reward is None else math.atan(reward / 1e5) * 3 + 7 for reward in rewards]
         # Only where the map keeps values apart in floating point.
         if len(set(known(mapped))) == len(set(known(rewards))):
-            assert transforms.ranks(mapped) == found
+            assert ranks(mapped) == found
         values, others = known(rewards), len(known(rewards)) - 1
         expected = (stats.rankdata(values) - 1) / others if others > 0 else [1.0] * len(values)
         assert known(found) == pytest.approx(list(expected), abs=1e-12)
@@ -127,8 +137,8 @@ class TestTransforms:
         lengths, there = [float(k * k) for k in range(len(rewards))], [reward is not None for reward in rewards]
         shares = [None if reward is None else float(expit(reward / 1e5)) for reward in rewards]
         for found in (
-            transforms.z_scores(rewards),
-            transforms.ranks(rewards),
+            z_scores(rewards),
+            ranks(rewards),
             transforms.quantiles(rewards, np.array([0.0, 1.0])),
             transforms.clipped(rewards, -1, 1),
             transforms.scaled(rewards, 2),
@@ -292,10 +302,23 @@ class TestAdjust:
     def test_steps_follow_one_another_and_are_recorded(self, tmp_path: Path) -> None:
         rewards = [[5.0, -4.0, None], [1.0, 1.0, 1.0], [0.0, 2.0, 9.0]]
         found = adjusted(tmp_path, groups_of(rewards), "clip:-3:3", "zscore")
-        expected = [transforms.z_scores(transforms.clipped(row, -3, 3)) for row in rewards]
+        expected = [z_scores(transforms.clipped(row, -3, 3)) for row in rewards]
         assert rewards_in(found) == expected
         for group in found:
             assert group.metadata["reward_steps"] == ["given in in.jsonl", "clip: -3 to 3", "zscore"]
+
+    @pytest.mark.parametrize(("step", "transform"), [("zscore", "z_score"), ("z_score", "z_score"), ("rank", "rank")])
+    def test_a_name_that_objectives_know_too_means_the_same(self, tmp_path: Path, step: str, transform: str) -> None:
+        rewards = [[5.0, -1.0, 5.0, 2.0], [0.1, 0.4, 0.2, 0.2]]
+        values = torch.tensor(rewards, dtype=torch.float64)
+        found = adjusted(tmp_path, groups_of(rewards), step)
+        assert rewards_in(found) == TRANSFORMS[transform](values, torch.ones_like(values, dtype=torch.bool)).tolist()
+        assert found[0].metadata["reward_steps"][-1] == step.replace("z_score", "zscore")
+
+    def test_rank_shares_places_and_dense_rank_does_not(self, tmp_path: Path) -> None:
+        # 5 beats two of three others and ties with one, 2 beats one; of the levels -1, 2, 5 it is the middle one.
+        assert rewards_in(adjusted(tmp_path, groups_of([[5.0, -1.0, 5.0, 2.0]]), "rank")) == [[2.5 / 3, 0.0, 2.5 / 3, 1 / 3]]
+        assert rewards_in(adjusted(tmp_path, groups_of([[5.0, -1.0, 5.0, 2.0]]), "dense_rank")) == [[1.0, 0.0, 1.0, 0.5]]
 
     def test_a_second_time_appends(self, tmp_path: Path) -> None:
         once = adjusted(tmp_path, groups_of([[1.0, 2.0]]), "rank")
@@ -321,7 +344,7 @@ class TestAdjust:
         found = adjusted(tmp_path, groups_of(rewards, lengths), "zscore", "length")
         regression = LengthSlope()
         for row, counts in zip(rewards, lengths, strict=True):
-            regression.add(transforms.z_scores(row), [float(n) for n in counts])
+            regression.add(z_scores(row), [float(n) for n in counts])
         assert regression.slope is not None
         note = found[0].metadata["reward_steps"][-1]
         assert note == f"length: {regression.slope:.4g} a word, removed"

@@ -20,7 +20,7 @@ from ncalign.audit import measure_group, run_audit
 from ncalign.audit.config import AuditConfig
 from ncalign.audit.copies import clusters_across, clusters_of
 from ncalign.audit.measures import agreement, best_of, length_regression
-from ncalign.audit.ranges import alpha_range, beta_range, effective_number, sample_size
+from ncalign.audit.ranges import alpha_range, beta_range, effective_numbers, padded, sample_sizes
 from ncalign.audit.texts import likeness, words
 from ncalign.cli.app import main
 from ncalign.data.groups import Candidate, Group
@@ -269,9 +269,9 @@ def test_ranges_of_alpha_and_beta(groups: list[list[float]]) -> None:
     assert alphas is not None
     assert betas is not None
     size = np.median([len(row) for row in usable])
-    numbers = [np.median([effective_number(row, alpha) for row in usable]) for alpha in alphas]
+    numbers = [np.median(effective_numbers(*padded(usable), alpha).numpy()) for alpha in alphas]
     assert 1 <= numbers[0] < numbers[1] < size
-    evenest, sharpest = (np.median([sample_size(row, beta) for row in usable]) for beta in betas)
+    evenest, sharpest = (np.median(sample_sizes(*padded(usable), beta).numpy()) for beta in betas)
     assert evenest == pytest.approx(0.95 * size, rel=1e-4)
     assert sharpest < evenest
     assert betas[0] < betas[1]

@@ -28,7 +28,7 @@ from ncalign.objectives.regression import (
     reference_quantiles,
     sppo_hard_loss,
 )
-from ncalign.objectives.targets import group_quantiles
+from ncalign.objectives.targets import ranks
 from trl_losses import Groups, assert_trls, dpo_trainer, ours, random_groups
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -299,7 +299,7 @@ def test_qrpo_among_the_candidates_uses_their_quantiles() -> None:
     found = QRPO(beta=1.0, reference_rewards="candidates").method()
     close(
         found.loss(inputs_of_one_token(r, rewards, real(8, 4))),
-        qrpo_loss(r, group_quantiles(rewards, real(8, 4)), real(8, 4), beta=1.0),
+        qrpo_loss(r, ranks(rewards, real(8, 4)), real(8, 4), beta=1.0),
     )
     assert found.hooks.rewards_from is None
     assert found.refuse([0.5, 0.5]) == "all rewards equal"

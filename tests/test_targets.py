@@ -13,10 +13,10 @@ from torch import Tensor
 from ncalign.objectives.targets import (
     TargetConfig,
     alpha_for_entropy,
+    dense_ranks,
     fitted_alpha,
-    group_quantiles,
     one_hot_weights,
-    rank_rewards,
+    ranks,
     sharpness,
     target_weights,
     warn_if_degenerate,
@@ -25,8 +25,8 @@ from ncalign.objectives.targets import (
 
 MAPS = {
     "one_hot": one_hot_weights,
-    "rank": rank_rewards,
-    "quantile": group_quantiles,
+    "rank": ranks,
+    "dense_rank": dense_ranks,
     "z_score": z_scores,
     "softmax": lambda rewards, mask: target_weights(rewards, mask, alpha=0.7),
 }
@@ -49,9 +49,9 @@ def test_values_derived_by_hand() -> None:
     rewards, mask = row(5.0, -1.0, 5.0, 2.0), real(1, 4)
     assert one_hot_weights(rewards, mask).tolist() == [[1 / 2, 0, 1 / 2, 0]]
     # Levels -1, 2, 5: two steps.
-    assert rank_rewards(rewards, mask).tolist() == [[1, 0, 1, 1 / 2]]
+    assert dense_ranks(rewards, mask).tolist() == [[1, 0, 1, 1 / 2]]
     # Of three others, 5 beats two and ties with one, 2 beats one.
-    assert group_quantiles(rewards, mask).tolist() == [[2.5 / 3, 0, 2.5 / 3, 1 / 3]]
+    assert ranks(rewards, mask).tolist() == [[2.5 / 3, 0, 2.5 / 3, 1 / 3]]
     # Mean 11/4; deviations 9/4, -15/4, 9/4, -3/4; mean square (81 + 225 + 81 + 9) / 64 = 396/64.
     deviation = math.sqrt(396) / 8
     expected = row(9 / 4, -15 / 4, 9 / 4, -3 / 4) / deviation
@@ -82,7 +82,7 @@ def test_precision(of, given: torch.dtype, computed: torch.dtype) -> None:
     assert of(numbers(3, 4).to(given), real(3, 4)).dtype == computed
 
 
-@pytest.mark.parametrize("name", ["one_hot", "rank", "quantile"])
+@pytest.mark.parametrize("name", ["one_hot", "rank", "dense_rank"])
 def test_only_the_order_matters(name: str) -> None:
     rewards = (numbers(32, 6) * 2).round()
     torch.testing.assert_close(MAPS[name](rewards.exp(), real(32, 6)), MAPS[name](rewards, real(32, 6)), rtol=0, atol=0)
@@ -100,16 +100,24 @@ def test_constant_and_single_groups() -> None:
     for rewards in (torch.full((1, 3), 0.1), torch.tensor([[0.1]])):
         mask = torch.ones_like(rewards, dtype=torch.bool)
         assert z_scores(rewards, mask).abs().max() == 0
-        assert rank_rewards(rewards, mask).abs().max() == 0
-        assert (group_quantiles(rewards, mask) == 0.5).all()
+        assert dense_ranks(rewards, mask).abs().max() == 0
+        assert (ranks(rewards, mask) == (0.5 if rewards.shape[1] > 1 else 1.0)).all()
         torch.testing.assert_close(one_hot_weights(rewards, mask), torch.ones_like(rewards) / rewards.shape[1])
+
+
+@pytest.mark.parametrize("values", [(1e308, -1e308), (5e-324, 0.0), (1e15, 1e15 + 2), (-1e300, -2e300)])
+def test_z_scores_of_extreme_rewards(values: tuple[float, float]) -> None:
+    sign = 1.0 if values[0] > values[1] else -1.0
+    torch.testing.assert_close(z_scores(row(*values), real(1, 2)), row(sign, -sign), rtol=0, atol=1e-12)
+    three = row(1e308, 1e308, -1e308)  # mean 1/3 of 1e308, deviations 2/3, 2/3 and -4/3, their mean square 8/9
+    torch.testing.assert_close(z_scores(three, real(1, 3)), row(2, 2, -4) / math.sqrt(8), rtol=0, atol=1e-12)
 
 
 def test_large_rewards_stay_finite() -> None:
     rewards = torch.tensor([[1e30, -1e30, 0.0]])
     deviation = math.sqrt(2 / 3)
     torch.testing.assert_close(z_scores(rewards, real(1, 3)), torch.tensor([[1 / deviation, -1 / deviation, 0.0]]))
-    assert rank_rewards(rewards, real(1, 3)).tolist() == [[1.0, 0.0, 0.5]]
+    assert dense_ranks(rewards, real(1, 3)).tolist() == [[1.0, 0.0, 0.5]]
     assert math.isfinite(alpha_for_entropy(rewards, real(1, 3), entropy=0.3))
 
 
@@ -192,8 +200,9 @@ def test_a_configuration_makes_the_weights_it_names() -> None:
     rewards, mask = numbers(8, 4), real(8, 4)
     expected = {
         "none": target_weights(rewards, mask, alpha=0.5),
-        "rank": target_weights(rank_rewards(rewards, mask), mask, alpha=0.5),
-        "quantile": target_weights(group_quantiles(rewards, mask), mask, alpha=0.5),
+        "dense_rank": target_weights(dense_ranks(rewards, mask), mask, alpha=0.5),
+        "rank": target_weights(ranks(rewards, mask), mask, alpha=0.5),
+        "quantile": target_weights(ranks(rewards, mask), mask, alpha=0.5),
         "z_score": target_weights(z_scores(rewards, mask), mask, alpha=0.5),
         "one_hot": one_hot_weights(rewards, mask),
     }
@@ -202,7 +211,7 @@ def test_a_configuration_makes_the_weights_it_names() -> None:
         torch.testing.assert_close(found, weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("transform", ["none", "rank", "quantile", "z_score"])
+@pytest.mark.parametrize("transform", ["none", "rank", "quantile", "dense_rank", "z_score"])
 def test_target_entropy_is_fitted_to_the_transformed_rewards(transform: str) -> None:
     rewards, mask = 5 * numbers(32, 4), real(32, 4)
     config = TargetConfig.model_validate({"target_entropy": 0.4, "transform": transform})

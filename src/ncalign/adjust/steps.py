@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 from ncalign.adjust import transforms
 from ncalign.adjust.fits import QUANTILE_SAMPLE, LengthSlope, PairwiseLength, RewardSample
-from ncalign.adjust.transforms import UNITS, Unit
+from ncalign.adjust.transforms import GROUP_TRANSFORMS, UNITS, Unit
 from ncalign.core.errors import ConfigError, DataError, names, nearest, shown
 from ncalign.data.groups import Group
 
@@ -20,6 +20,7 @@ MERGE = "merge"
 _FORMS = {
     "zscore": "zscore",
     "rank": "rank",
+    "dense_rank": "dense_rank",
     "quantile": "quantile",
     "clip": "clip:LOW:HIGH",
     "scale": "scale:FACTOR",
@@ -83,7 +84,7 @@ def parse_steps(spellings: Sequence[str]) -> list[Step]:
 
 def _parse(spelling: str) -> Step:
     name, *arguments = spelling.split(":")
-    if name not in _FORMS:
+    if name not in _FORMS and name not in GROUP_TRANSFORMS:
         if "=" in name:
             raise ValueError(
                 f"unknown step {spelling!r}; weights of aspects are joined by colons, since a comma ends a step: "
@@ -92,7 +93,7 @@ def _parse(spelling: str) -> Step:
         guess = nearest(name, _FORMS)
         hint = f"did you mean {guess!r}?" if guess else f"known are {', '.join(_FORMS.values())}"
         raise ValueError(f"unknown step {spelling!r}; {hint}")
-    if name in ("zscore", "rank", "quantile", MERGE) and arguments:
+    if name in (*GROUP_TRANSFORMS, "quantile", MERGE) and arguments:
         raise ValueError(f"{spelling!r}: {name} takes nothing after it")
     if name == "clip":
         return _clip(spelling, _numbers(spelling, arguments, 2))
@@ -104,9 +105,11 @@ def _parse(spelling: str) -> Step:
         return _length_glm(spelling, _unit(spelling, arguments, "characters"))
     if name == "aspects":
         return _aspects(spelling, _weights(spelling, arguments))
+    if name in GROUP_TRANSFORMS:
+        transform, note = GROUP_TRANSFORMS[name], "zscore" if name == "z_score" else name
+        fitted = Fitted(note, lambda group: transforms.within_group(rewards_of(group), transform))
+        return Step(spelling, name, lambda read, seed: fitted)
     fits: dict[str, Callable[[Read, int], Fitted]] = {
-        "zscore": lambda read, seed: Fitted("zscore", lambda group: transforms.z_scores(rewards_of(group))),
-        "rank": lambda read, seed: Fitted("rank", lambda group: transforms.ranks(rewards_of(group))),
         "quantile": _fit_quantile,
         # The verb joins the files here: no rewards change by the step itself.
         MERGE: lambda read, seed: Fitted(MERGE, rewards_of),

@@ -9,13 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ncalign.data.formats.ranked import rewards_from_ranks
 from ncalign.data.groups import Text
+from ncalign.objectives.targets import TRANSFORMS, Transform
 
 Rewards: TypeAlias = Sequence[float | None]
 Unit: TypeAlias = Literal["words", "characters", "log_words"]
+GROUP_TRANSFORMS: Mapping[str, Transform] = {
+    "zscore": TRANSFORMS["z_score"],
+    **{name: TRANSFORMS[name] for name in ("z_score", "rank", "dense_rank")},
+}
+"""Steps that an objective's `transform` has too, under the same names; ``zscore`` is ``z_score``."""
 UNITS: tuple[Unit, ...] = ("words", "characters", "log_words")
 
 _WORD = re.compile(r"\w+")
@@ -27,36 +33,20 @@ def _on_known(rewards: Rewards, transform: Callable[[list[float]], Sequence[floa
     return [None if reward is None else float(next(new)) for reward in rewards]
 
 
-def z_scores(rewards: Rewards) -> list[float | None]:
-    """``(r - mean) / sd`` with the population's sd of the group; 0 for all where all are equal.
+def within_group(rewards: Rewards, transform: Transform) -> list[float | None]:
+    """The known rewards of a group after one of the transforms that objectives know too.
 
-    >>> z_scores([3.0, None, 1.0])
+    >>> within_group([3.0, None, 1.0], TRANSFORMS["z_score"])
     [1.0, None, -1.0]
-    >>> z_scores([0.1, 0.1, 0.1])
-    [0.0, 0.0, 0.0]
-    """
-
-    def transform(known: list[float]) -> Sequence[float]:
-        if not known or min(known) == max(known):
-            return [0.0] * len(known)
-        # Scaled by a power of two, which is exact, so that sums and squares neither overflow nor vanish; then moved to the
-        # lowest, so that rewards far from zero keep their digits.
-        values = np.ldexp(np.asarray(known), 1 - math.frexp(max(abs(reward) for reward in known))[1])
-        away = values - values.min()
-        away /= away.max()
-        away -= away.mean()
-        return cast(list[float], (away / np.sqrt(np.mean(away**2))).tolist())
-
-    return _on_known(rewards, transform)
-
-
-def ranks(rewards: Rewards) -> list[float | None]:
-    """Share of the other candidates that each one beats, a tie counting half: 1 for the best, 0 for the worst.
-
-    >>> ranks([0.2, 9.0, None, 0.2])
+    >>> within_group([0.2, 9.0, None, 0.2], TRANSFORMS["rank"])
     [0.25, 1.0, None, 0.25]
     """
-    return rewards_from_ranks([None if reward is None else -reward for reward in rewards], "reward")
+
+    def transformed(known: list[float]) -> Sequence[float]:
+        values = torch.tensor([known], dtype=torch.float64)
+        return cast(list[float], transform(values, torch.ones_like(values, dtype=torch.bool))[0].tolist()) if known else []
+
+    return _on_known(rewards, transformed)
 
 
 def quantiles(rewards: Rewards, among: NDArray[np.float64]) -> list[float | None]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ncalign.audit.measures import GroupMeasures, Ranked, mean
-from ncalign.audit.ranges import BETAS, kernel_weights, sample_size
+from ncalign.audit.ranges import BETAS, padded, sample_sizes
 from ncalign.core.progress import Bar
 from ncalign.data.groups import Group
 from ncalign.model.batching import collate, split_by_tokens
@@ -21,6 +21,8 @@ from ncalign.model.config import DType, StringPrompts
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.model.logprobs import completion_logprobs
 from ncalign.model.policy import load_policy
+from ncalign.objectives.kernels import effective_sample_size
+from ncalign.objectives.targets import target_weights
 from ncalign.stats.intervals import mean_interval
 
 _FALSE_MARGIN = 0.1
@@ -80,13 +82,14 @@ def audit_kernel(
         order = measured[number].order
         assert order is not None
         likeness = {name: rows[number] for name, rows in to_best.items()}
-        drawn.append(_Drawn(groups[number], measured[number], order, kernel_weights(values, beta), likeness))
+        weights = target_weights(*padded([values]), alpha=1 / beta)[0].numpy()
+        drawn.append(_Drawn(groups[number], measured[number], order, weights, likeness))
     numbers = _evenness(drawn) | _false_negatives(drawn) | _lengths(drawn)
     for name in to_best:
         numbers |= _likeness_gain(name, drawn, seed=seed)
     by_rank, by_source = _shares(drawn)
-    several = [values for values in scores.values() if len(values) > 1]
-    by_beta = {beta: mean([sample_size(values, beta) / len(values) for values in several]) for beta in BETAS}
+    several, mask = padded([values for values in scores.values() if len(values) > 1])
+    by_beta = {beta: mean((sample_sizes(several, mask, beta) / mask.sum(dim=1)).tolist()) for beta in BETAS}
     return KernelAudit(numbers, by_rank, by_source, by_beta)
 
 
@@ -94,7 +97,7 @@ def _evenness(drawn: Sequence[_Drawn]) -> dict[str, float]:
     """How evenly the kernel draws: entropy and effective sample size."""
     several = [one.weights for one in drawn if len(one.weights) > 1]
     entropies = [float(stats.entropy(row)) for row in several]
-    sizes = [float(1 / np.square(row).sum()) for row in several]
+    sizes = effective_sample_size(padded([row.tolist() for row in several])[0]).tolist()
     return {
         "kernel/entropy": mean([value / math.log(len(row)) for value, row in zip(entropies, several, strict=True)]),
         "kernel/entropy_nats": mean(entropies),

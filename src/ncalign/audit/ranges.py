@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ncalign.objectives.kernels import effective_sample_size, kernel_entropy
+from ncalign.objectives.targets import target_weights, temperature_where
 
 FEW, MOST = 1.3, 0.8
 """Effective targets of a group: more than one-hot, and less than this share of its candidates."""
@@ -13,17 +19,26 @@ KERNEL_FEW, KERNEL_MOST = 1.5, 0.95
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-def effective_number(scores: Sequence[float], temperature: float) -> float:
-    """``exp(entropy(softmax(scores / temperature)))``: how many candidates share the weight.
+def padded(rows: Sequence[Sequence[float]]) -> tuple[Float[Tensor, "N K"], Bool[Tensor, "N K"]]:
+    """Rows of different lengths as one tensor, and where they have numbers."""
+    mask = torch.tensor([len(row) for row in rows]).unsqueeze(1) > torch.arange(max(map(len, rows), default=0))
+    values = torch.zeros(mask.shape, dtype=torch.float64)
+    values[mask] = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+    return values, mask
 
-    >>> round(effective_number([0.0, 0.0, 0.0], 1.0), 6), round(effective_number([1.0, 0.0], 1e-3), 6)
-    (3.0, 1.0)
+
+def effective_numbers(rewards: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], alpha: float) -> Float[Tensor, " N"]:
+    """``exp(entropy(softmax(rewards / alpha)))``: how many candidates share the weight.
+
+    >>> effective_numbers(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.ones(2, 2, dtype=torch.bool), 1e-3)
+    tensor([2., 1.])
     """
-    logits = np.asarray(scores, dtype=np.float64) / temperature
-    weights = np.exp(logits - logits.max())
-    weights /= weights.sum()
-    kept = weights[weights > 0]
-    return float(np.exp(-(kept * np.log(kept)).sum()))
+    return kernel_entropy(target_weights(rewards, mask, alpha=alpha)).exp()
+
+
+def sample_sizes(scores: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], beta: float) -> Float[Tensor, " N"]:
+    """Effective sample size ``1 / sum(w^2)`` of the kernel's weights ``softmax(beta * score)``."""
+    return effective_sample_size(target_weights(scores, mask, alpha=1 / beta))
 
 
 def alpha_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
@@ -35,14 +50,16 @@ def alpha_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None
     Returns:
         The lowest and the highest such alpha; None where no rewards differ or no alpha does.
     """
-    usable = [rewards for rewards in groups if len(set(rewards)) > 1]
+    usable = [row for row in groups if len(set(row)) > 1]
     if not usable:
         return None
-    size = float(np.median([len(rewards) for rewards in usable]))
-    scale = float(np.mean([np.std(rewards) for rewards in usable]))
+    size = float(np.median([len(row) for row in usable]))
+    scale = float(np.mean([np.std(row) for row in usable]))
+
+    rewards, mask = padded(usable)
 
     def number(alpha: float) -> float:
-        return float(np.median([effective_number(rewards, alpha) for rewards in usable]))
+        return float(np.median(effective_numbers(rewards, mask, alpha).numpy()))
 
     flattest = number(1e-6 * scale)
     low, high = max(FEW, flattest + 0.05 * (size - flattest)), MOST * size
@@ -61,36 +78,22 @@ def beta_range(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     Returns:
         The lowest and the highest such beta; None where no such group has two scores that differ.
     """
-    usable = [scores for scores in groups if len(scores) > 1 and max(scores) > min(scores)]
+    usable = [row for row in groups if len(set(row)) > 1]
     if not usable:
         return None
-    size = float(np.median([len(scores) for scores in usable]))
-    scale = float(np.mean([np.std(scores) for scores in usable]))
+    size = float(np.median([len(row) for row in usable]))
+    scale = float(np.mean([np.std(row) for row in usable]))
+
+    scores, mask = padded(usable)
 
     def number(temperature: float) -> float:
-        return float(np.median([sample_size(scores, 1 / temperature) for scores in usable]))
+        return float(np.median(sample_sizes(scores, mask, 1 / temperature).numpy()))
 
     few = min(KERNEL_FEW, 0.75 * size)
     return 1 / _where(number, KERNEL_MOST * size, scale), 1 / _where(number, few, scale)
 
 
-def sample_size(scores: Sequence[float], beta: float) -> float:
-    """Effective sample size ``1 / sum(w^2)`` of the weights ``softmax(beta * score)``."""
-    return float(1 / np.square(kernel_weights(scores, beta)).sum())
-
-
-def kernel_weights(scores: Sequence[float], beta: float) -> NDArray[np.float64]:
-    """``softmax(beta * score)``."""
-    logits = beta * np.asarray(scores, dtype=np.float64)
-    weights = np.exp(logits - logits.max())
-    found: NDArray[np.float64] = weights / weights.sum()
-    return found
-
-
 def _where(rising: Callable[[float], float], wanted: float, scale: float) -> float:
-    """The temperature at which a rising function of it has a value, by bisection on a log scale of twelve decades."""
-    low, high = np.log(scale) - 6 * np.log(10), np.log(scale) + 6 * np.log(10)
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(float(np.exp(middle))) < wanted else (low, middle)
-    return float(np.exp((low + high) / 2))
+    """The temperature at which a rising function of it has a value, within six decades of a scale."""
+    decades = 6 * math.log(10)
+    return temperature_where(rising, wanted, math.log(scale) - decades, math.log(scale) + decades)

@@ -23,7 +23,7 @@ from ncalign.objectives.method import (
     mean_over_rewarded_pairs,
     needs_preference,
 )
-from ncalign.objectives.targets import group_quantiles, working_precision
+from ncalign.objectives.targets import ranks, working_precision
 
 
 def ipo_loss(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], *, beta: float) -> Float[Tensor, " P"]:
@@ -232,7 +232,7 @@ class QRPO(Frozen):
         return compose(
             self.name,
             beta=self.beta,
-            loss=loss if given else lambda values, rewards, mask: loss(values, group_quantiles(rewards, mask), mask),
+            loss=loss if given else lambda values, rewards, mask: loss(values, ranks(rewards, mask), mask),
             refuse=_takes_any if given else needs_preference,
             hooks=Hooks(rewards_from=reference_quantiles if given else None),
         )

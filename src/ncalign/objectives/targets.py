@@ -108,7 +108,7 @@ def one_hot_weights(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) ->
     return best.to(values.dtype) / best.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def rank_rewards(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+def dense_ranks(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
     r"""Dense rank of each candidate's reward in its group, scaled to [0, 1].
 
     $$\frac{\#\{\text{distinct rewards below } R_i\}}{\#\{\text{distinct rewards}\} - 1}$$
@@ -119,10 +119,10 @@ def rank_rewards(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Fl
 
     Returns:
         0 for the lowest, 1 for the highest, equal steps between neighbouring levels, ties on one level; 0 where masked and in a
-        group whose rewards are all equal. `group_quantiles` is the average rank, in which ties use up places.
+        group whose rewards are all equal. In `ranks` candidates tied with one another use up places.
 
     Example:
-        >>> rank_rewards(torch.tensor([[5.0, -1.0, 5.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool))
+        >>> dense_ranks(torch.tensor([[5.0, -1.0, 5.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool))
         tensor([[1.0000, 0.0000, 1.0000, 0.5000]])
     """
     values, ordered = _ordered(rewards, mask)
@@ -134,7 +134,7 @@ def rank_rewards(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Fl
     return torch.where(mask, levels.gather(1, place).to(values.dtype) / top, 0.0)
 
 
-def group_quantiles(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+def ranks(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
     r"""Share of the group's other candidates that a candidate beats, ties counting half.
 
     $$q_i = \frac{\#\{j \ne i : R_j < R_i\} + \frac12 \#\{j \ne i : R_j = R_i\}}{K - 1}$$
@@ -144,10 +144,10 @@ def group_quantiles(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) ->
         mask: True for the candidates that exist and have a reward; K counts these.
 
     Returns:
-        Quantiles in [0, 1] with mean 1/2 over a group; 1/2 for a candidate without others; 0 where masked.
+        Shares in [0, 1], with mean 1/2 over a group of several candidates; 1 for a candidate without others; 0 where masked.
 
     Example:
-        >>> group_quantiles(torch.tensor([[5.0, -1.0, 5.0]]), torch.ones(1, 3, dtype=torch.bool))  # 1.5 / 2, 0, 1.5 / 2
+        >>> ranks(torch.tensor([[5.0, -1.0, 5.0]]), torch.ones(1, 3, dtype=torch.bool))  # 1.5 / 2, 0, 1.5 / 2
         tensor([[0.7500, 0.0000, 0.7500]])
 
     Source:
@@ -158,7 +158,7 @@ def group_quantiles(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) ->
     tied = torch.searchsorted(ordered, values, right=True) - below - 1
     others = mask.sum(dim=1, keepdim=True) - 1
     shares = (below + 0.5 * tied).to(values.dtype) / others.clamp(min=1)
-    return torch.where(mask, torch.where(others > 0, shares, 0.5), 0.0)
+    return torch.where(mask, torch.where(others > 0, shares, 1.0), 0.0)
 
 
 def z_scores(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
@@ -178,15 +178,18 @@ def z_scores(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[
         tensor([[ 1., -1.],
                 [ 0.,  0.]])
     """
-    values = torch.where(mask, working_precision(rewards), 0.0)
+    varies = _varies(rewards, mask).unsqueeze(1)
+    real = mask & varies
+    values = torch.where(real, working_precision(rewards), 0.0)
+    # Measured from the lowest, so that rewards far from zero keep their digits, and in units of the largest difference, so that
+    # squares neither overflow nor vanish. Where the difference itself overflows, that of the halves does not.
+    low = torch.where(varies, torch.where(real, values, torch.inf).amin(dim=1, keepdim=True), 0.0)
+    away = values - low
+    away = torch.where(away.isinf().any(dim=1, keepdim=True), values / 2 - low / 2, away)
+    away = torch.where(real, away, 0.0) / torch.where(varies, torch.where(real, away, 0.0).amax(dim=1, keepdim=True), 1.0)
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    away = torch.where(mask, values - values.sum(dim=1, keepdim=True) / count, 0.0)
-    # The largest deviation taken out first, so that squares neither overflow nor vanish.
-    size = away.abs().amax(dim=1, keepdim=True)
-    varies = _varies(rewards, mask).unsqueeze(1) & (size > 0)
-    scaled = torch.where(varies, away / torch.where(varies, size, 1.0), 0.0)
-    deviation = (scaled.square().sum(dim=1, keepdim=True) / count).sqrt()
-    return scaled / torch.where(varies, deviation, 1.0)
+    away = torch.where(mask, away - away.sum(dim=1, keepdim=True) / count, 0.0)
+    return away / torch.where(varies, (away.square().sum(dim=1, keepdim=True) / count).sqrt(), 1.0)
 
 
 def sharpness(weights: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> float:
@@ -250,10 +253,19 @@ def alpha_for_entropy(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], 
     gaps = (best - values)[real & (values < best)]
     # At the ends every exponent is beyond e^+-2900 or within 1e-8 of 0: the limits of float64.
     low, high = math.log(gaps.min().item()) - 8, math.log(gaps.max().item()) + 20
+    return temperature_where(lambda alpha: sharpness(target_weights(values, real, alpha=alpha), real), entropy, low, high)
+
+
+def temperature_where(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """The temperature at which a rising function of it has the value wanted, by bisection between two logarithms of it.
+
+    Example:
+        >>> round(temperature_where(lambda alpha: alpha**2, 4.0, -5.0, 5.0), 12)
+        2.0
+    """
     for _ in range(100):
         middle = (low + high) / 2
-        found = sharpness(target_weights(values, real, alpha=math.exp(middle)), real)
-        low, high = (middle, high) if found < entropy else (low, middle)
+        low, high = (middle, high) if rising(math.exp(middle)) < wanted else (low, middle)
     return math.exp((low + high) / 2)
 
 
@@ -333,8 +345,9 @@ def _softened(transform: Transform, alpha: float) -> Weights:
 
 TRANSFORMS: Mapping[str, Transform] = {
     "none": _as_given,
-    "rank": rank_rewards,
-    "quantile": group_quantiles,
+    "rank": ranks,
+    "quantile": ranks,
+    "dense_rank": dense_ranks,
     "z_score": z_scores,
 }
 WEIGHTS: Mapping[str, Callable[[float], Weights]] = {
@@ -355,8 +368,10 @@ class TargetConfig(Frozen):
         lt=1,
         description="How sharp the targets are, as a share of log K; alpha is then found from the training set's rewards.",
     )
-    transform: Literal["none", "rank", "quantile", "z_score", "one_hot"] = Field(
-        "none", description="What is done to a group's rewards before alpha divides them; one_hot: all weight on the best."
+    transform: Literal["none", "rank", "quantile", "dense_rank", "z_score", "one_hot"] = Field(
+        "none",
+        description="What is done to a group's rewards before alpha divides them; quantile is an older name of rank; "
+        "one_hot: all weight on the best.",
     )
 
     @model_validator(mode="after")
