@@ -1,4 +1,4 @@
-"""`ncalign adjust`: rewards made anew from what is there, with a record of how."""
+"""`ncalign adjust`: new rewards computed from those in the groups, with a record of how."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ncalign.adjust.steps import MERGE, Fitted, Step, parse_steps, rewards_of
 from ncalign.adjust.transforms import combined
 from ncalign.core.errors import DataError
 from ncalign.core.progress import Bar, say
-from ncalign.data.config import OnBadRow
+from ncalign.data.config import OnBadRow, SchemaChoice
 from ncalign.data.groups import (
     REWARD_STEPS,
     Group,
@@ -31,13 +31,13 @@ from ncalign.rewards.base import where
 from ncalign.rewards.score import ScoreCounts
 
 Opened: TypeAlias = Callable[[ReadReport], Iterator[Group]]
-"""Opens one more pass over the groups, with an account of those left out."""
+"""Opens one more pass over the groups and counts those left out in the report."""
 
 
 def run_adjust(config: AdjustConfig) -> dict[str, object]:
     """Adjust the rewards of a file's groups and write them.
 
-    The file is read once, and once or twice more for each step that learns from the whole data set (quantile, length,
+    The file is read once, and once or twice more for each step that is fitted to the whole data set (quantile, length,
     length_glm): memory does not grow with the number of groups.
 
     Returns:
@@ -53,21 +53,26 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
     # The verb joins the files itself, where the step stands, or first.
     before, after = steps[:at], [step for step in steps[at:] if step.name != MERGE]
     report, counts = ReadReport(), ScoreCounts()
-    fit = partial(fit_steps, seed=config.seed, on_bad_row=config.on_bad_row)
+    on_bad_row = config.on_bad_row
+    fit = partial(fit_steps, seed=config.seed, on_bad_row=on_bad_row)
+    originals = partial(_originals, schema=config.schema_name, on_bad_row=on_bad_row)
     indices: list[RewardIndex] = []
     with ExitStack() as stack:
-        opened, notes = fit(before, partial(_originals, config.input, config))
+        opened, notes = fit(before, partial(originals, config.input))
         if config.merge:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ncalign-adjust-")))
             for number, path in enumerate(config.merge):
                 indices.append(RewardIndex(folder / f"{number}.sqlite", path))
                 stack.callback(indices[-1].close)
-                _fill(indices[-1], fit(before, partial(_originals, path, config))[0])
+                _fill(indices[-1], fit(before, partial(originals, path))[0])
             join = _Join(indices, config.merge_with, config.merge_weights)
-            opened, notes = partial(_changed, opened, join, config.on_bad_row), [*notes, join.note]
+            opened, notes = partial(_changed, opened, join, on_bad_row), [*notes, join.note]
         opened, more = fit(after, opened)
-        opened = partial(_all_taken, opened, indices, config)
-        _write(opened, config, report, counts)
+        groups = _all_taken(opened(report), indices, config.input, on_bad_row)
+        with Bar("Adjusting groups", None) as bar:
+            write_groups(_counted(groups, config.input, report, counts, bar), config.output)
+        if report.skipped:
+            say(report.notice(config.input))
     return {
         "output": str(config.output),
         "steps": [*notes, *more],
@@ -80,59 +85,51 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
     }
 
 
-def _write(opened: Opened, config: AdjustConfig, report: ReadReport, counts: ScoreCounts) -> None:
-    with Bar("Adjusting groups", None) as bar:
-        write_groups(_counted(opened(report), config, report, counts, bar), config.output)
-    if report.skipped:
-        say(report.notice(config.input))
-
-
-def _counted(
-    groups: Iterable[Group], config: AdjustConfig, report: ReadReport, counts: ScoreCounts, bar: Bar
-) -> Iterator[Group]:
+def _counted(groups: Iterable[Group], label: str, report: ReadReport, counts: ScoreCounts, bar: Bar) -> Iterator[Group]:
+    """The groups, counted as they pass; none at all is an error."""
     for group in groups:
         counts.add(rewards_of(group))
         yield group
         bar.advance()
     if not counts.groups:
         examples = "".join(f"\n  {example}" for example in report.examples)
-        raise DataError(f"{config.input}: no group to write: {report.summary()}{examples}", reason="no groups")
+        raise DataError(f"{label}: no group to write: {report.summary()}{examples}", reason="no groups")
 
 
 def fit_steps(steps: Sequence[Step], opened: Opened, *, seed: int, on_bad_row: OnBadRow) -> tuple[Opened, list[str]]:
-    """Let each step learn from the groups as the steps before it leave them.
+    """Fit each step to the groups as the steps before it leave them.
 
     Args:
         steps: in their order.
         opened: opens a pass over the groups.
-        seed: of what a step draws.
+        seed: of the rewards that a step draws.
         on_bad_row: what to do with groups that a step can't use.
 
     Returns:
-        What opens a pass over the groups after the last step, and what each step does.
+        A function that opens a pass over the groups after the last step, and a note of what each step does.
     """
     notes = []
     for step in steps:
-        usable: Opened = partial(_changed, opened, partial(_passed, step), on_bad_row)
+        usable: Opened = opened if step.check is None else partial(_changed, opened, step.check, on_bad_row)
         fitted = step.fit(partial(usable, ReadReport()), seed)
         opened = partial(_changed, usable, partial(_applied, fitted), on_bad_row)
         notes.append(fitted.note)
     return opened, notes
 
 
-def _originals(path: str, config: AdjustConfig, report: ReadReport) -> Iterator[Group]:
+def _originals(path: str, report: ReadReport, *, schema: SchemaChoice, on_bad_row: OnBadRow) -> Iterator[Group]:
     """The groups as they are in a file, each with a record of where its rewards came from."""
-    groups = read_groups(path, schema=config.schema_name, on_bad_row=config.on_bad_row, report=report)
+    groups = read_groups(path, schema=schema, on_bad_row=on_bad_row, report=report)
 
     def begun(group: Group) -> Group:
         steps = recorded_steps(group) or (rewards_origin(path, report.schema),)
         return replace(group, metadata={**group.metadata, REWARD_STEPS: list(steps)})
 
-    return _changed(lambda _: groups, begun, config.on_bad_row, report)
+    return _changed(lambda _: groups, begun, on_bad_row, report)
 
 
 def _changed(opened: Opened, change: Callable[[Group], Group], on_bad_row: OnBadRow, report: ReadReport) -> Iterator[Group]:
-    """The groups after a change; one that can't be made stops, or costs the group, which is counted."""
+    """The groups after a change; where it fails, an error, or the group is left out and counted."""
     for group in opened(report):
         try:
             changed = change(group)
@@ -147,11 +144,6 @@ def _changed(opened: Opened, change: Callable[[Group], Group], on_bad_row: OnBad
         yield changed
 
 
-def _passed(step: Step, group: Group) -> Group:
-    step.check(group)
-    return group
-
-
 def _applied(fitted: Fitted, group: Group) -> Group:
     try:
         return with_rewards(group, fitted.apply(group), fitted.note)
@@ -160,7 +152,7 @@ def _applied(fitted: Fitted, group: Group) -> Group:
 
 
 def with_rewards(group: Group, rewards: Sequence[float | None], note: str) -> Group:
-    """The group with new rewards, and a note of how they came to be appended to its record."""
+    """The group with new rewards; a note of what was done is appended to its record."""
     candidates = [replace(candidate, reward=reward) for candidate, reward in zip(group.candidates, rewards, strict=True)]
     return replace(group, candidates=candidates, metadata={**group.metadata, REWARD_STEPS: [*recorded_steps(group), note]})
 
@@ -201,15 +193,15 @@ class _Join:
         return with_rewards(group, rewards, f"merge: {self._how} with {', '.join(others)}")
 
 
-def _all_taken(opened: Opened, indices: Sequence[RewardIndex], config: AdjustConfig, report: ReadReport) -> Iterator[Group]:
-    """The groups; at their end, before the file takes its place, groups of other files that none of these matched raise."""
-    yield from opened(report)
+def _all_taken(groups: Iterable[Group], indices: Sequence[RewardIndex], label: str, on_bad_row: OnBadRow) -> Iterator[Group]:
+    """The groups; at their end, before the output replaces a file, raises where another file has groups that matched none."""
+    yield from groups
     for index in indices:
         count, first = index.left()
         if not count:
             continue
-        text = f"{index.label}: {count} of its groups are not in {config.input}, the first {first}"
-        if config.on_bad_row == "error":
+        text = f"{index.label}: {count} of its groups are not in {label}, the first {first}"
+        if on_bad_row == "error":
             raise DataError(
                 f"{text}: files to merge hold the same groups. Mend it, or leave such groups out with `on_bad_row: skip`"
             )

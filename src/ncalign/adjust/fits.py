@@ -1,4 +1,4 @@
-"""What a step learns from a whole data set, group by group: memory does not grow with it."""
+"""What a step computes from a whole data set, group by group: memory does not grow with the number of groups."""
 
 from __future__ import annotations
 
@@ -11,29 +11,27 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from ncalign.adjust.transforms import Rewards, length_deviations
+from ncalign.adjust.transforms import Rewards, known_rewards, length_deviations
 
 QUANTILE_SAMPLE = 2**20
-"""Rewards that a quantile is exact up to; of more, as many are drawn."""
+"""A quantile is exact up to this many rewards; of more, this many are drawn."""
 _NUM_BINS, _MAX_SOURCES = 1024, 64
 _MAX_PHI = 10.0
-"""Odds of e^10 for a standard deviation of length: no data tell more from infinity."""
+"""Odds of e^10 for a standard deviation of length: larger coefficients can't be distinguished from infinite ones."""
 _RIDGE = 1e-10
-"""On the coefficients, so that a source which always wins has a finite quality; too small to be seen in length's."""
+"""Ridge penalty on the coefficients, so that a source which always wins has a finite quality; negligible for length's."""
 
 
 class LengthSlope:
     """Least squares of reward on length within groups: ``sum (l - mean)(r - mean) / sum (l - mean)^2``."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
         self._cross = self._square = 0.0
         self.num_candidates = 0
 
     def add(self, rewards: Rewards, lengths: Sequence[float]) -> None:
-        """See a group."""
-        away = length_deviations(rewards, lengths)
-        known = np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
+        """Add a group."""
+        away, known = length_deviations(rewards, lengths), known_rewards(rewards)
         self.num_candidates += len(known)
         if len(known) > 1:
             self._cross += float(away @ (known - known.mean()))
@@ -77,9 +75,9 @@ class PairwiseLength:
         return len(set(self._sources.values()))
 
     def add(self, rewards: Rewards, lengths: Sequence[float], sources: Sequence[str | None]) -> None:
-        """See a group."""
+        """Add a group."""
         t = np.tanh(length_deviations(rewards, lengths) / self._scale)
-        known = np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
+        known = known_rewards(rewards)
         places = [self._place(source) for reward, source in zip(rewards, sources, strict=True) if reward is not None]
         self.num_movable += int(np.count_nonzero((known > 0) & (known < 1)))
         for i in range(len(known)):
@@ -95,7 +93,7 @@ class PairwiseLength:
         return self._sources.setdefault(source, min(len(self._sources), _MAX_SOURCES - 1))
 
     def phi(self) -> float | None:
-        """Length's coefficient at the greatest likelihood; None where it is not finite or no pair says anything of it."""
+        """Length's coefficient at the greatest likelihood; None where it is not finite or no pair has lengths that differ."""
         signs, apart, weight, won = self._rows()
         if not np.any(apart):
             return None
@@ -150,7 +148,7 @@ class RewardSample:
         self.num_seen = 0
 
     def add(self, rewards: Rewards) -> None:
-        """See a group."""
+        """Add a group."""
         for reward in rewards:
             if reward is None:
                 continue
@@ -161,5 +159,5 @@ class RewardSample:
                 self._kept[place] = reward
 
     def ordered(self) -> NDArray[np.float64]:
-        """What was kept, in rising order."""
+        """The rewards kept, in rising order."""
         return np.sort(np.frombuffer(self._kept, dtype=np.float64)) if self._kept else np.empty(0)

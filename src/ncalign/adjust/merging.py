@@ -22,19 +22,18 @@ class RewardIndex:
     """
 
     def __init__(self, path: Path, label: str) -> None:
-        """Nothing in it yet."""
         self.label = label
         self._connection = sqlite3.connect(path)
         self._connection.execute("CREATE TABLE rewards (id TEXT PRIMARY KEY, value TEXT NOT NULL, taken INTEGER NOT NULL)")
 
     def fill(self, groups: Iterable[Group]) -> None:
-        """Take in all groups."""
+        """Add all groups."""
         rows = ((group.id, json.dumps(_entry(group))) for group in groups)
         with self._connection:
             self._connection.executemany("INSERT INTO rewards VALUES (?, ?, 0)", rows)
 
     def take(self, group: Group) -> tuple[list[float | None], list[str]]:
-        """This file's rewards for the group's candidates, in their order, and how they came to be.
+        """This file's rewards for the group's candidates, in their order, and the record of how they were made.
 
         Raises:
             ValueError: the file has no such group, or one with other completions.
@@ -69,13 +68,13 @@ class RewardIndex:
         return rewards, list(found["steps"])
 
     def left(self) -> tuple[int, str]:
-        """How many groups were not taken, and the first one's place and id."""
+        """The number of groups that were not taken, and where the first one is."""
         (count,) = self._connection.execute("SELECT COUNT(*) FROM rewards WHERE taken = 0").fetchone()
         row = self._connection.execute("SELECT id, value FROM rewards WHERE taken = 0 ORDER BY rowid LIMIT 1").fetchone()
         return count, "" if row is None else f"{json.loads(row[1])['origin']}: group {row[0]!r}"
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._connection.close()
 
 

@@ -1,10 +1,11 @@
-"""The steps of `ncalign adjust`: what is written for each, what it learns from the data, what it makes of a group."""
+"""The steps of `ncalign adjust`: how each is written, what it is fitted to, and how it changes a group's rewards."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from ncalign.adjust import transforms
@@ -34,10 +35,10 @@ _MAX_ASPECTS = 1000
 
 
 class Fitted(NamedTuple):
-    """A step that has learnt what it needs.
+    """A step after its fit to the data.
 
     Attributes:
-        note: what it does, for ``metadata["reward_steps"]``.
+        note: a description, for ``metadata["reward_steps"]``.
         apply: a group's new rewards.
     """
 
@@ -50,16 +51,14 @@ class Step:
     """One step.
 
     Attributes:
-        spelling: as it was written.
-        name: its first word.
+        name: the first word of what was written.
         fit: from passes over the groups and a seed.
-        check: raises for a group that the step can't use.
+        check: gives the group back, or raises where the step can't use it; None: it can use any.
     """
 
-    spelling: str
     name: str
     fit: Callable[[Read, int], Fitted]
-    check: Callable[[Group], None] = lambda group: None
+    check: Callable[[Group], Group] | None = None
 
 
 def parse_steps(spellings: Sequence[str]) -> list[Step]:
@@ -100,21 +99,24 @@ def _parse(spelling: str) -> Step:
     if name == "scale":
         return _scale(spelling, _numbers(spelling, arguments, 1))
     if name == "length":
-        return _length(spelling, _unit(spelling, arguments, "words"))
+        return Step(name, partial(_fit_length, _unit(spelling, arguments, "words")))
     if name == "length_glm":
-        return _length_glm(spelling, _unit(spelling, arguments, "characters"))
+        return Step(name, partial(_fit_length_glm, _unit(spelling, arguments, "characters")), _check_shares)
     if name == "aspects":
-        return _aspects(spelling, _weights(spelling, arguments))
-    if name in GROUP_TRANSFORMS:
-        transform, note = GROUP_TRANSFORMS[name], "zscore" if name == "z_score" else name
-        fitted = Fitted(note, lambda group: transforms.within_group(rewards_of(group), transform))
-        return Step(spelling, name, lambda read, seed: fitted)
-    fits: dict[str, Callable[[Read, int], Fitted]] = {
-        "quantile": _fit_quantile,
-        # The verb joins the files here: no rewards change by the step itself.
-        MERGE: lambda read, seed: Fitted(MERGE, rewards_of),
-    }
-    return Step(spelling, name, fits[name])
+        return Step(name, partial(_fit_aspects, spelling, _weights(spelling, arguments)), _check_aspects)
+    if name == "quantile":
+        return Step(name, _fit_quantile)
+    if name == MERGE:
+        # The verb joins the files here: the step itself changes no rewards.
+        return _known(name, MERGE, rewards_of)
+    transform, note = GROUP_TRANSFORMS[name], "zscore" if name == "z_score" else name
+    return _known(name, note, lambda group: transforms.within_group(rewards_of(group), transform))
+
+
+def _known(name: str, note: str, apply: Callable[[Group], list[float | None]]) -> Step:
+    """A step that needs nothing from the data set."""
+    fitted = Fitted(note, apply)
+    return Step(name, lambda read, seed: fitted)
 
 
 def rewards_of(group: Group) -> list[float | None]:
@@ -173,16 +175,14 @@ def _clip(spelling: str, limits: Sequence[float]) -> Step:
     low, high = limits
     if low >= high:
         raise ValueError(f"{spelling!r}: the lower limit, {low:g}, must be less than the upper, {high:g}")
-    fitted = Fitted(f"clip: {low:g} to {high:g}", lambda group: transforms.clipped(rewards_of(group), low, high))
-    return Step(spelling, "clip", lambda read, seed: fitted)
+    return _known("clip", f"clip: {low:g} to {high:g}", lambda group: transforms.clipped(rewards_of(group), low, high))
 
 
 def _scale(spelling: str, factors: Sequence[float]) -> Step:
     (factor,) = factors
     if factor == 0:
         raise ValueError(f"{spelling!r}: a factor of 0 makes all rewards equal; another is needed")
-    fitted = Fitted(f"scale: times {factor:g}", lambda group: transforms.scaled(rewards_of(group), factor))
-    return Step(spelling, "scale", lambda read, seed: fitted)
+    return _known("scale", f"scale: times {factor:g}", lambda group: transforms.scaled(rewards_of(group), factor))
 
 
 def _fit_quantile(read: Read, seed: int) -> Fitted:
@@ -206,48 +206,42 @@ def _fit_slope(read: Read, unit: Unit) -> LengthSlope:
     return regression
 
 
-def _length(spelling: str, unit: Unit) -> Step:
-    def fit(read: Read, seed: int) -> Fitted:
-        slope = _fit_slope(read, unit).slope
-        if slope is None:
-            return Fitted("length: nothing to remove, since no lengths differ within a group", rewards_of)
-        return Fitted(
-            f"length: {slope:.4g} {_PER[unit]}, removed",
-            lambda group: transforms.without_length(rewards_of(group), lengths_of(group, unit), slope),
+def _fit_length(unit: Unit, read: Read, seed: int) -> Fitted:
+    slope = _fit_slope(read, unit).slope
+    if slope is None:
+        return Fitted("length: nothing to remove, since no lengths differ within a group", rewards_of)
+    return Fitted(
+        f"length: {slope:.4g} {_PER[unit]}, removed",
+        lambda group: transforms.without_length(rewards_of(group), lengths_of(group, unit), slope),
+    )
+
+
+def _fit_length_glm(unit: Unit, read: Read, seed: int) -> Fitted:
+    scale = _fit_slope(read, unit).spread
+    if scale == 0:
+        return Fitted("length_glm: nothing to remove, since no lengths differ within a group", rewards_of)
+    pairs = PairwiseLength(scale)
+    for group in read():
+        pairs.add(rewards_of(group), lengths_of(group, unit), [candidate.source for candidate in group.candidates])
+    if not pairs.num_movable:
+        raise DataError(
+            "steps: length_glm: every reward is 0 or 1, which no change of log-odds moves: put `quantile` before it, or "
+            "use `length`"
         )
-
-    return Step(spelling, "length", fit)
-
-
-def _length_glm(spelling: str, unit: Unit) -> Step:
-    def fit(read: Read, seed: int) -> Fitted:
-        scale = _fit_slope(read, unit).spread
-        if scale == 0:
-            return Fitted("length_glm: nothing to remove, since no lengths differ within a group", rewards_of)
-        pairs = PairwiseLength(scale)
-        for group in read():
-            pairs.add(rewards_of(group), lengths_of(group, unit), [candidate.source for candidate in group.candidates])
-        if not pairs.num_movable:
-            raise DataError(
-                "steps: length_glm: every reward is 0 or 1, which no change of log-odds moves: put `quantile` before it, or "
-                "use `length`"
-            )
-        phi = pairs.phi()
-        if phi is None:
-            raise DataError(
-                "steps: length_glm: length alone decides every preference, or no two rewards can be compared: its coefficient "
-                "can't be told from infinity; use `length`"
-            )
-        beside = f", beside the qualities of {pairs.num_sources} sources" if pairs.num_sources > 1 else ""
-        return Fitted(
-            f"length_glm: phi {phi:.4g} of tanh(length / {scale:.4g} {unit}){beside}, removed",
-            lambda group: transforms.without_length_odds(rewards_of(group), lengths_of(group, unit), phi, scale),
+    phi = pairs.phi()
+    if phi is None:
+        raise DataError(
+            "steps: length_glm: length alone decides every preference, or no two rewards can be compared: its coefficient "
+            "can't be told from infinity; use `length`"
         )
+    beside = f", beside the qualities of {pairs.num_sources} sources" if pairs.num_sources > 1 else ""
+    return Fitted(
+        f"length_glm: phi {phi:.4g} of tanh(length / {scale:.4g} {unit}){beside}, removed",
+        lambda group: transforms.without_length_odds(rewards_of(group), lengths_of(group, unit), phi, scale),
+    )
 
-    return Step(spelling, "length_glm", fit, _check_shares)
 
-
-def _check_shares(group: Group) -> None:
+def _check_shares(group: Group) -> Group:
     for index, reward in enumerate(rewards_of(group)):
         if reward is not None and not 0 <= reward <= 1:
             raise DataError(
@@ -255,37 +249,36 @@ def _check_shares(group: Group) -> None:
                 "put `quantile` or `rank` before it, or use `length`",
                 reason="reward outside [0, 1]",
             )
+    return group
 
 
-def _aspects(spelling: str, weights: dict[str, float]) -> Step:
-    def fit(read: Read, seed: int) -> Fitted:
-        found: dict[str, None] = {}
-        for group in read():
-            found |= dict.fromkeys(aspects_of(group))
-            # Named aspects that are all there need no further look; without names, all aspects are wanted.
-            if (weights and weights.keys() <= found.keys()) or len(found) > _MAX_ASPECTS:
-                break
-        lacking = [name for name in weights if name not in found]
-        if lacking or not found:
-            guess = nearest(lacking[0], found) if lacking else None
-            hint = f"did you mean `{guess}`?" if guess else f"there are {names(found) or 'none'} in metadata.aspects"
-            raise DataError(f"steps: {spelling}: no group has the aspect {names(lacking) or 'wanted'}: {hint}")
-        chosen = weights or dict.fromkeys(sorted(found), 1.0)
-        note = ", ".join(f"{name}={weight:g}" for name, weight in chosen.items())
-        return Fitted(
-            f"aspects: {note}",
-            lambda group: transforms.weighted_aspects(aspects_of(group), chosen, len(group.candidates)),
-        )
-
-    return Step(spelling, "aspects", fit, _check_aspects)
+def _fit_aspects(spelling: str, weights: dict[str, float], read: Read, seed: int) -> Fitted:
+    found: dict[str, None] = {}
+    for group in read():
+        found |= dict.fromkeys(aspects_of(group))
+        # Once all named aspects are found the search can stop; without names, all aspects are wanted.
+        if (weights and weights.keys() <= found.keys()) or len(found) > _MAX_ASPECTS:
+            break
+    lacking = [name for name in weights if name not in found]
+    if lacking or not found:
+        guess = nearest(lacking[0], found) if lacking else None
+        hint = f"did you mean `{guess}`?" if guess else f"there are {names(found) or 'none'} in metadata.aspects"
+        raise DataError(f"steps: {spelling}: no group has the aspect {names(lacking) or 'wanted'}: {hint}")
+    chosen = weights or dict.fromkeys(sorted(found), 1.0)
+    note = ", ".join(f"{name}={weight:g}" for name, weight in chosen.items())
+    return Fitted(
+        f"aspects: {note}",
+        lambda group: transforms.weighted_aspects(aspects_of(group), chosen, len(group.candidates)),
+    )
 
 
-def _check_aspects(group: Group) -> None:
+def _check_aspects(group: Group) -> Group:
     aspects_of(group)
+    return group
 
 
 def aspects_of(group: Group) -> dict[str, list[float | None]]:
-    """``metadata["aspects"]``: for each aspect a number or null a candidate; empty where there is none.
+    """``metadata["aspects"]``: for each aspect a list with a number or null for each candidate; empty where it is missing.
 
     Raises:
         ValueError: it has another form.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 from ncalign.data.groups import Text
 from ncalign.objectives.targets import TRANSFORMS, Transform
@@ -27,9 +28,14 @@ UNITS: tuple[Unit, ...] = ("words", "characters", "log_words")
 _WORD = re.compile(r"\w+")
 
 
-def _on_known(rewards: Rewards, transform: Callable[[list[float]], Sequence[float]]) -> list[float | None]:
-    """Transform the known rewards and leave the others out of it."""
-    new = iter(transform([reward for reward in rewards if reward is not None]))
+def known_rewards(rewards: Rewards) -> NDArray[np.float64]:
+    """The rewards that are there."""
+    return np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
+
+
+def _on_known(rewards: Rewards, transform: Callable[[NDArray[np.float64]], Iterable[float]]) -> list[float | None]:
+    """Transform the known rewards; the others stay missing."""
+    new = iter(transform(known_rewards(rewards)))
     return [None if reward is None else float(next(new)) for reward in rewards]
 
 
@@ -42,9 +48,9 @@ def within_group(rewards: Rewards, transform: Transform) -> list[float | None]:
     [0.25, 1.0, None, 0.25]
     """
 
-    def transformed(known: list[float]) -> Sequence[float]:
-        values = torch.tensor([known], dtype=torch.float64)
-        return cast(list[float], transform(values, torch.ones_like(values, dtype=torch.bool))[0].tolist()) if known else []
+    def transformed(known: NDArray[np.float64]) -> Iterable[float]:
+        values = torch.from_numpy(known).unsqueeze(0)
+        return transform(values, torch.ones_like(values, dtype=torch.bool))[0].tolist() if len(known) else known
 
     return _on_known(rewards, transformed)
 
@@ -55,13 +61,9 @@ def quantiles(rewards: Rewards, among: NDArray[np.float64]) -> list[float | None
     >>> quantiles([1.0, 4.0, None], np.array([1.0, 2.0, 4.0, 4.0]))
     [0.125, 0.75, None]
     """
-
-    def transform(known: list[float]) -> Sequence[float]:
-        values = np.asarray(known)
-        places = np.searchsorted(among, values) + np.searchsorted(among, values, side="right")
-        return cast(list[float], (places / (2 * len(among))).tolist())
-
-    return _on_known(rewards, transform)
+    return _on_known(
+        rewards, lambda known: (np.searchsorted(among, known) + np.searchsorted(among, known, side="right")) / (2 * len(among))
+    )
 
 
 def clipped(rewards: Rewards, low: float, high: float) -> list[float | None]:
@@ -70,7 +72,7 @@ def clipped(rewards: Rewards, low: float, high: float) -> list[float | None]:
     >>> clipped([-7.0, 0.5, None], -3, 3)
     [-3.0, 0.5, None]
     """
-    return _on_known(rewards, lambda known: [min(max(reward, low), high) for reward in known])
+    return _on_known(rewards, lambda known: known.clip(low, high))
 
 
 def scaled(rewards: Rewards, factor: float) -> list[float | None]:
@@ -79,7 +81,7 @@ def scaled(rewards: Rewards, factor: float) -> list[float | None]:
     >>> scaled([2.0, None], -1)
     [-2.0, None]
     """
-    return _on_known(rewards, lambda known: [factor * reward for reward in known])
+    return [None if reward is None else factor * reward for reward in rewards]
 
 
 def weighted_aspects(aspects: Mapping[str, Rewards], weights: Mapping[str, float], count: int) -> list[float | None]:
@@ -98,12 +100,12 @@ def weighted_aspects(aspects: Mapping[str, Rewards], weights: Mapping[str, float
 
 
 def text_of(completion: Text) -> str:
-    """A completion's text: of a conversation, what its turns say."""
+    """A completion's text; of a conversation, that of its turns."""
     return completion if isinstance(completion, str) else "\n".join(turn["content"] for turn in completion)
 
 
 def key_of(completion: Text) -> str:
-    """What tells completions apart: the text, whether it stands alone or as the one turn of an assistant."""
+    """What completions are matched by: the text, alone or as the only turn of an assistant; else all turns."""
     if isinstance(completion, str):
         return completion
     if len(completion) == 1 and completion[0]["role"] == "assistant":
@@ -136,7 +138,7 @@ def without_length(rewards: Rewards, lengths: Sequence[float], slope: float) -> 
     [2.0, 2.0, None]
     """
     away = length_deviations(rewards, lengths)
-    return _on_known(rewards, lambda known: cast(list[float], (np.asarray(known) - slope * away).tolist()))
+    return _on_known(rewards, lambda known: known - slope * away)
 
 
 def without_length_odds(rewards: Rewards, lengths: Sequence[float], phi: float, scale: float) -> list[float | None]:
@@ -146,17 +148,7 @@ def without_length_odds(rewards: Rewards, lengths: Sequence[float], phi: float, 
     [0.5, 1.0, 0.0]
     """
     shift = phi * np.tanh(length_deviations(rewards, lengths) / scale)
-
-    def transform(known: list[float]) -> Sequence[float]:
-        return [_moved(reward, float(by)) for reward, by in zip(known, shift, strict=True)]
-
-    return _on_known(rewards, transform)
-
-
-def _moved(share: float, by: float) -> float:
-    """A share whose log-odds are lowered: with the odds o, o e^-by / (1 + o e^-by)."""
-    won, lost = share * math.exp(-by / 2), (1 - share) * math.exp(by / 2)
-    return won / (won + lost)
+    return _on_known(rewards, lambda known: expit(logit(known) - shift))
 
 
 def combined(rows: Sequence[Rewards], how: str, weights: Sequence[float]) -> list[float | None]:
