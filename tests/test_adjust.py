@@ -257,7 +257,7 @@ class TestSpelling:
         ("step", "message"),
         [
             ("zscor", "steps: unknown step 'zscor'; did you mean 'zscore'?"),
-            ("xyz", "steps: unknown step 'xyz'; known are zscore, rank, quantile, clip:LOW:HIGH"),
+            ("xyz", "steps: unknown step 'xyz'; known are zscore, rank, dense_rank, quantile, clip:LOW:HIGH"),
             ("zscore:1", "steps: 'zscore:1': zscore takes nothing after it"),
             ("clip:3", "steps: 'clip:3': clip:LOW:HIGH is needed, for instance clip:-3:3"),
             ("clip:a:1", "steps: 'clip:a:1': found 'a'; a finite number is needed"),

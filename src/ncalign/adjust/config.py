@@ -18,8 +18,8 @@ class AdjustConfig(Frozen):
     output: Path = Field(description="Groups file to write: .jsonl, .jsonl.gz or .parquet; may be the input itself.")
     steps: tuple[str, ...] = Field(
         (),
-        description="What is done, in this order: zscore, rank, quantile, clip:LOW:HIGH, scale:FACTOR, length[:UNIT], "
-        "length_glm[:UNIT], aspects[:NAME=WEIGHT]..., and merge where files are to be merged later than first.",
+        description="What is done, in this order: zscore, rank, dense_rank, quantile, clip:LOW:HIGH, scale:FACTOR, "
+        "length[:UNIT], length_glm[:UNIT], aspects[:NAME=WEIGHT]..., and merge where files are to be merged later than first.",
     )
     schema_name: SchemaChoice = "auto"
     merge: tuple[str, ...] = Field(

@@ -21,7 +21,7 @@ BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def padded(rows: Sequence[Sequence[float]]) -> tuple[Float[Tensor, "N K"], Bool[Tensor, "N K"]]:
     """Rows of different lengths as one tensor, and where they have numbers."""
-    mask = torch.tensor([len(row) for row in rows]).unsqueeze(1) > torch.arange(max(map(len, rows), default=0))
+    mask = torch.tensor([len(row) for row in rows]).unsqueeze(1) > torch.arange(max(map(len, rows), default=1))
     values = torch.zeros(mask.shape, dtype=torch.float64)
     values[mask] = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
     return values, mask

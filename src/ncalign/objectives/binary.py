@@ -335,7 +335,7 @@ class NCA(TargetConfig):
             beta=self.beta,
             loss=lambda values, rewards, mask: nca_weighted_loss(values, weights(rewards, mask), mask),
             refuse=needs_candidates,
-            # Shares of the group either way: how sharp the targets are has nothing to do with their level.
+            # Shares of the group either way: the sharpness of the targets does not depend on the normaliser.
             hooks=Hooks(target_weights=self.weights(), fit=fit),
         )
 
@@ -361,7 +361,7 @@ class BiasedNCA(PairConfig):
 
 
 class LabelConfig(Frozen):
-    """Fields of the methods that need to know of each candidate whether it is desirable."""
+    """Fields of the methods that read whether each candidate is desirable."""
 
     beta: Beta = 0.1
     threshold: float | None = Field(

@@ -1,6 +1,6 @@
 """A method as data: beta x score x sampler x log q correction x loss x anchors, composed of small functions.
 
-`compose` puts the parts together; `Method` is all that a training loop knows of the result. A configuration class in the file
+`compose` puts the parts together; `Method` is all that a training loop needs of the result. A configuration class in the file
 of its loss names the parts that a published method consists of, and a user's own method is a call of `compose` from anywhere.
 """
 
@@ -59,11 +59,11 @@ Rewards = Callable[[Sequence[float], Mapping[str, Any]], list[float]]
 
 @dataclass(frozen=True)
 class Baseline:
-    """How the level is found that a step's scores are measured from.
+    """The level that is subtracted from all scores of a step.
 
     Attributes:
         level: ``(mean implicit reward of mismatched completions, that of all steps so far) -> baseline``.
-        mismatched: whether the first is needed: each prompt with a completion of another prompt, scored before the step.
+        mismatched: whether `level` reads the first, for which each prompt is scored with another prompt's completion.
     """
 
     level: Callable[[float, float], float]
@@ -76,7 +76,7 @@ class Hooks:
 
     Attributes:
         target_weights: ``(rewards, mask) -> [B, K]``, what the loss aims at; for metrics and the check of alpha.
-        baseline: How the level is found that scores are measured from.
+        baseline: Level subtracted from the scores.
         rewards_from: ``(rewards, metadata) -> rewards`` of a group, applied as it is loaded.
         fit: Makes the method anew from the rewards ``[N, K]`` of the whole training set and their mask.
     """
@@ -154,7 +154,7 @@ def compose(
         name: For messages and results.
         beta: Scale of the score, of what the kernel weighs by, and of the metrics' implicit rewards.
         loss: Loss of a group; `mean_over_negatives` and `mean_over_pairs` make one of a loss of pairs.
-        refuse: Why a group can't be used: `needs_preference`, `needs_candidates`, or a function of one's own.
+        refuse: Why a group can't be used: `needs_preference`, `needs_candidates`, or your own function.
         score: What the loss compares, before beta: `log_ratio`, `mean_log_ratio`, `policy_logprob` or `mean_logprob`.
         sampler: Which candidates enter; None: all, in the group's order.
         anchors: Terms added to the loss, such as `chosen_nll(1.0)`; they need a sampler, which puts the positive first.
@@ -176,7 +176,7 @@ def compose(
         'all rewards equal'
     """
     if anchors and sampler is None:
-        raise ValueError(f"{name}: an anchor holds on to the positive in column 0: give a sampler, which puts it there")
+        raise ValueError(f"{name}: an anchor reads the positive in column 0: give a sampler, which puts it there")
 
     def whole(inputs: LossInputs) -> Tensor:
         values = working_precision(beta * score(inputs)) - inputs.baseline
@@ -260,7 +260,7 @@ def chosen_nll(weight: float) -> Anchor:
 
 
 def _mean(pair_loss: RewardedPairLoss, pairs: Bool[Tensor, "B ..."], sides: list[tuple[Tensor, Tensor]]) -> Float[Tensor, " B"]:
-    """Mean of a loss over the pairs that are real; what the others hold reaches neither value nor gradient."""
+    """Mean of a loss over the real pairs; the values of the others reach neither the mean nor its gradient."""
     (chosen, rejected), (better, worse) = (
         [torch.where(pairs, side.expand(pairs.shape), 0.0).flatten() for side in both] for both in sides
     )
@@ -281,7 +281,7 @@ def running_mean() -> Baseline:
     return Baseline(lambda mismatched, seen: seen, mismatched=False)
 
 
-# --- What a group must have -------------------------------------------------------------------------------------------
+# --- Groups that a method refuses -------------------------------------------------------------------------------------------
 
 
 def needs_candidates(rewards: Sequence[float]) -> str | None:

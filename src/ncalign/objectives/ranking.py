@@ -178,7 +178,7 @@ class RNCE(Frozen):
     num_negatives: int | None = Field(
         None,
         ge=1,
-        description="M, lower-scored candidates drawn at random at each visit; none: all. Groups with fewer are refused.",
+        description="M, lower-scored candidates drawn each time a group is used; none: all. Groups with fewer are refused.",
     )
 
     def method(self) -> Method:

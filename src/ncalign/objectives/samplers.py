@@ -1,4 +1,4 @@
-"""Samplers: which candidates of a group enter the loss, the positive first, with what a loop must know of the choice."""
+"""Samplers: which candidates of a group enter the loss, the positive first, and what a training loop needs to apply them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Sampler:
         select: ``(scores, rewards, mask, generator) -> columns [B, S]``; -1 for none, column 0 for the positive. Scores are
             None where ``scores`` is.
         scores: ``(logprobs, reference_logprobs) -> [B, K]``, what `select` reads, times the method's beta; from a pass without
-            gradients. None: `select` is blind, and that pass is skipped.
+            gradients. None: `select` reads no scores, and that pass is skipped.
         kernel: ``(scores, positive, rewards, mask) -> [B, K]``, the probabilities behind the draws; for metrics.
-        log_q: ``(scores, rewards, mask, columns) -> [B, S]``, what the log q correction takes off each score; None: none.
+        log_q: ``(scores, rewards, mask, columns) -> [B, S]``, the log q correction of each score; None: no correction.
         size: most candidates that enter, the positive included, where that is known before the draw; None: it may be all.
         reads: ``(rewards, mask) -> [B, K]``, the candidates whose scores decide the draw; None: all.
     """
@@ -153,7 +153,7 @@ def proposal_log_ratio(
     """
     logits = torch.where(mask, scores, -torch.inf)
     itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    # Of each state, the log of the sum that its proposals are divided by; what has no other state is never asked for.
+    # The log of the sum that each state's proposals are divided by; a state without others is never read.
     totals = logits.unsqueeze(1).expand(-1, mask.shape[1], -1).masked_fill(itself, -torch.inf).logsumexp(dim=2)
     odds = logits + totals
     drawn = (negatives >= 0) & (positive >= 0).unsqueeze(1)
@@ -187,7 +187,7 @@ def _below_best(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Boo
 
 
 def _visible(rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: Bool[Tensor, "B K"]) -> Bool[Tensor, "B K"]:
-    """The positive and what stands below it; nothing where nothing does: a positive alone is no group to draw from."""
+    """The positive and the candidates below it; nothing in a group without candidates below the positive."""
     below = eligible_negatives(rewards, positive, mask)
     columns = torch.arange(mask.shape[1], device=mask.device)
     return below | ((columns == positive.unsqueeze(1)) & below.any(dim=1, keepdim=True))
@@ -215,7 +215,7 @@ def all_below() -> Sampler:
 
 
 def _below(order: Callable[[Tensor, Tensor], Tensor]) -> Sampler:
-    """The positive and what stands first in an order of the candidates below it, as far as it is below it."""
+    """The positive and the first columns of an order that are candidates below it."""
 
     def select(
         scores: Float[Tensor, "B K"] | None,
@@ -240,4 +240,4 @@ PAIRINGS: Mapping[str, Sampler | None] = {
     "best_vs_sweet_spot": mc_sampler(KernelSettings("sweet_spot")),
     "all_pairs": None,
 }
-"""What each pairing lets enter; with None all candidates do, and the loss forms the pairs."""
+"""The sampler of each pairing; with None all candidates enter, and the loss forms the pairs."""

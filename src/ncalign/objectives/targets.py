@@ -270,14 +270,14 @@ def temperature_where(rising: Callable[[float], float], wanted: float, low: floa
 
 
 def warn_if_degenerate(weights: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> str | None:
-    """What to say of target weights that are one-hot or uniform in effect.
+    """A warning for target weights that are one-hot or uniform in effect.
 
     Args:
         weights: Target weights of a data set, or of a part of it.
         mask: True for the candidates that count.
 
     Returns:
-        A message with the change of alpha that mends it, or None for weights in between.
+        A message that says how to change alpha, or None for weights in between.
 
     Example:
         >>> warn_if_degenerate(torch.tensor([[0.9, 0.1]]), torch.ones(1, 2, dtype=torch.bool)) is None
@@ -302,7 +302,7 @@ def warn_if_degenerate(weights: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"])
 
 
 def _factor_to_half(weights: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> float | None:
-    """Factor on alpha that brings the entropy to half; None where the weights no longer tell, or ties forbid it."""
+    """Factor on alpha that brings the entropy to half; None where the weights no longer determine it, or ties forbid it."""
     # Log weights are R / alpha and a constant, so that an alpha of theirs is a factor on the one that made them.
     logs = torch.where(mask, weights.double(), 1.0).log()
     known = _varies(logs, mask) & logs.isfinite().all(dim=1)
