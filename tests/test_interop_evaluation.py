@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca_oracle import SHARED, alpaca_metrics
@@ -51,6 +51,8 @@ def test_real_annotations(name: str) -> None:
     assert found.num_missing == 805 - expected["n_total"]
 
 
+# The oracle's first call imports it.
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=2, max_size=8).filter(lambda row: any(v is not None for v in row))
 )

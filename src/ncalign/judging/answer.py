@@ -79,7 +79,7 @@ def answers_of_model(
 
 
 def _generator(model: str | ServerConfig, answering: Answering, store: Store) -> tuple[Generator, str]:
-    """What answers, and what tells its weights from others'."""
+    """The generator, and what identifies its weights."""
     if isinstance(model, ServerConfig):
         return ServerGenerator(model, store=store, string_prompts="user_turn"), f"{model.base_url} {model.model}"
     trusted = answering.trust_remote_code

@@ -89,10 +89,9 @@ def _fastchat_row(answer: Answer, question: Question) -> dict[str, Any]:
 
 def _arena_row(answer: Answer, question: Question) -> dict[str, Any]:
     """A row for both versions: 2.0 reads uid, model, messages and metadata, 0.1 the others."""
-    said = zip(question.turns, answer.turns, strict=False)
     talk = [
         message
-        for asked, text in said
+        for asked, text in zip(question.turns, answer.turns, strict=False)
         for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": {"answer": text}})
     ]
     turns: list[dict[str, Any]] = [{"content": text} for text in answer.turns]

@@ -85,7 +85,7 @@ _WRONG: tuple[tuple[Kind, Callable[[EvaluateConfig], object], str], ...] = (
         "alone is checked by a program",
     ),
 )
-"""For each kind of evaluation, what makes its configuration unusable, and what is said then."""
+"""For each kind of evaluation, what makes a configuration unusable, and the message."""
 
 
 def _check(config: EvaluateConfig, kind: Kind) -> None:

@@ -29,8 +29,8 @@ class Annotation:
         instruction: the question's text.
         outputs: the baseline's answer and the model's.
         generators: who wrote them.
-        preference: 1 for the baseline, 2 for the model, between them in part, 0 and 1.5 for a tie; None where there is none.
-        dataset: the part of the set it is of.
+        preference: from 1 for the baseline to 2 for the model, 0 and 1.5 for a tie; None where there is none.
+        dataset: the part of the question set.
         annotator: who judged.
     """
 
@@ -54,10 +54,9 @@ def read_alpaca_annotations(path: Path) -> list[Annotation]:
         lacking = [name for name in needed if name not in row]
         if lacking:
             raise DataError(f"{place} is no annotation of AlpacaEval's: it lacks {names(lacking)}, found {names(row)}")
-        texts = {name: row[name] for name in needed[:3]}
-        wrong = next((name for name, text in texts.items() if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise DataError(f"{place}: {wrong} is {shown(texts[wrong])}: a text is needed")
+        for name in needed[:3]:
+            if not isinstance(row[name], str):
+                raise DataError(f"{place}: {name} is {shown(row[name])}: a text is needed")
         try:
             preference = number_or_none(row["preference"], "preference")
         except DataError:

@@ -94,7 +94,7 @@ def _question(row: Mapping[str, Any], place: str, number: int) -> Question:
 
 
 def _from_groups(path: Path) -> list[Question]:
-    """Prompts of any schema: what the user says are the turns, where nothing else was said between them."""
+    """Prompts of any schema; a conversation of the user's turns alone is a question with several turns."""
     questions = []
     for group in read_groups(path, allow_empty=True):
         turns = [group.prompt] if isinstance(group.prompt, str) else [m["content"] for m in group.prompt if m["role"] == "user"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ncalign.data.groups import Message
-from ncalign.generation.client import Choice, Request, Server, ServerError
+from ncalign.generation.client import Choice, Request, Server, ServerError, Usage
 
 Verdict = TypeVar("Verdict")
 
@@ -57,6 +57,11 @@ class Account:
     cost: float | None = None
     first_failure: str = ""
 
+    def add_usage(self, before: Usage, after: Usage) -> None:
+        """Add what the server did between two moments."""
+        for name in ("remembered", "requests", "prompt_tokens", "completion_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(after, name) - getattr(before, name))
+
     def text(self) -> str:
         """One line."""
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.missing.most_common())
@@ -96,8 +101,7 @@ def ask_verdicts(
         A verdict for each prompt, None where it is missing.
 
     Raises:
-        ServerError: the server answers nothing at all, as when it is down; prompts that are all too long are missing
-            verdicts.
+        ServerError: the server answers nothing at all, as when it is down; where all prompts are too long, all are missing.
     """
     before = replace(server.usage)
     values: list[Verdict | None] = [None] * len(prompts)
@@ -108,8 +112,7 @@ def ask_verdicts(
             break
         requests = [_request(prompts[index], attempt, body) for index in open_]
         answers = server.ask(requests, done=done if attempt == 0 else lambda index: None)
-        again: list[int] = []
-        down: list[ServerError] = []
+        again, down = list[int](), list[ServerError]()
         for index, answer in zip(open_, answers, strict=True):
             if isinstance(answer, ServerError):
                 account.first_failure = account.first_failure or str(answer)
@@ -131,8 +134,7 @@ def ask_verdicts(
         open_ = again
     account.asked += len(prompts)
     account.missing.update(reason for reason, value in zip(reasons, values, strict=True) if value is None)
-    for name in ("remembered", "requests", "prompt_tokens", "completion_tokens"):
-        setattr(account, name, getattr(account, name) + getattr(server.usage, name) - getattr(before, name))
+    account.add_usage(before, server.usage)
     return values
 
 
