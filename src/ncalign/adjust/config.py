@@ -14,22 +14,29 @@ from ncalign.data.config import OnBadRow, SchemaChoice
 class AdjustConfig(Frozen):
     """`ncalign adjust`: rewards made anew from what is there, with a record of how."""
 
-    input: str = Field(description="Groups to read, in any schema, file, folder or hub id that `convert` reads.")
+    input: str = Field(description="Groups to read: a file, folder or hub id in any schema that `convert` reads.")
     output: Path = Field(description="Groups file to write: .jsonl, .jsonl.gz or .parquet; may be the input itself.")
     steps: tuple[str, ...] = Field(
         (),
-        description="What is done, in this order: zscore, rank, dense_rank, quantile, clip:LOW:HIGH, scale:FACTOR, "
-        "length[:UNIT], length_glm[:UNIT], aspects[:NAME=WEIGHT]..., and merge where files are to be merged later than first.",
+        description="Steps applied to the rewards, in this order: zscore, rank, dense_rank, quantile, "
+        "clip:LOW:HIGH, scale:FACTOR, length[:UNIT], length_glm[:UNIT], aspects[:NAME=WEIGHT]...; merge says where the "
+        "files of merge come in, if not before all steps.",
     )
     schema_name: SchemaChoice = "auto"
     merge: tuple[str, ...] = Field(
-        (), description="Files with the same groups and other rewards; steps before `merge` are done to each file by itself."
+        (),
+        description="Files with the same groups and other rewards, to combine with the input; steps before the step "
+        "merge are applied to each file separately.",
     )
-    merge_with: Literal["mean", "min", "max", "weights"] = Field("mean", description="How the files' rewards become one.")
+    merge_with: Literal["mean", "min", "max", "weights"] = Field(
+        "mean", description="How the rewards of the input and the files of merge are combined into one."
+    )
     merge_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="With merge_with: weights, one for the input and one for each file of merge."
+        (), description="Weights for merge_with: weights: one for the input and one for each file of merge."
     )
-    seed: Seed = Field(0, description="Of the rewards drawn for quantile, where there are more than 2**20.")
+    seed: Seed = Field(
+        0, description="Random seed of the sample from which quantile works, where there are more than 2**20 rewards."
+    )
     on_bad_row: OnBadRow = "error"
 
     @model_validator(mode="after")

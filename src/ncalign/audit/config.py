@@ -18,18 +18,25 @@ class AuditConfig(Frozen):
     data: DataSource = Field(description="Scored groups: whatever `convert` reads.")
     output_dir: Path = Field(Path("runs/audit"), description="Folder for audit.json and audit.html.")
     schema_name: SchemaChoice = "auto"
-    sample: int = Field(1000, ge=2, description="Groups whose texts are compared, drawn evenly from all.")
-    embedder: str | None = Field(None, description="sentence-transformers model for likeness in meaning; none: words alone.")
-    bertscore: str | None = Field(
-        None, description="Model, or model:layer, for BERTScore of the best candidate and the others; none: not computed."
+    sample: int = Field(1000, ge=2, description="Number of groups whose texts are compared, drawn evenly from all.")
+    embedder: str | None = Field(
+        None, description="sentence-transformers model that measures similarity of meaning; none: similarity of words alone."
     )
-    model: str | None = Field(None, description="Model whose kernel weights are looked at; none: no kernel.")
-    reference_model: str | None = Field(None, description="Reference of its log-ratios; none: its log-probs are the scores.")
+    bertscore: str | None = Field(
+        None,
+        description="Model, or model:layer, for the BERTScore between the best candidate and the others; none: not computed.",
+    )
+    model: str | None = Field(
+        None, description="Model whose scores give the kernel's weights; none: no numbers about the kernel."
+    )
+    reference_model: str | None = Field(
+        None, description="Reference model of the log-ratios; none: the model's log-probs alone are the scores."
+    )
     beta: float = Field(0.1, gt=0, description="Scale of the log-ratio: implicit reward = beta * log(policy/reference).")
-    max_length: int = Field(1024, ge=2, description="Most tokens of a prompt and its completion, for the model.")
+    max_length: int = Field(1024, ge=2, description="Maximum number of tokens of a prompt and its completion, for the model.")
     string_prompts: StringPrompts = "raw"
     dtype: DType = "float32"
-    seed: Seed = Field(0, description="Of the sample.")
+    seed: Seed = Field(0, description="Random seed of the sample of groups.")
     on_bad_row: OnBadRow = "error"
 
 
@@ -40,5 +47,5 @@ class CheckConfig(Frozen):
     data: DataSource = Field(description="Groups to check: whatever `convert` reads.")
     model: str = Field(description="Model folder or hub id; only its tokenizer and configuration are read.")
     schema_name: SchemaChoice = "auto"
-    against: DataSource | None = Field(None, description="Evaluation set whose prompts must not be among these.")
+    against: DataSource | None = Field(None, description="Evaluation set; its prompts must not be among these groups'.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the tokenizer.")

@@ -58,7 +58,7 @@ def _metavar(info: FieldInfo) -> str:
         if get_origin(kind) is Literal:
             names.append("{" + ",".join(map(str, get_args(kind))) + "}")
         elif get_origin(kind) is tuple:
-            names = ["NAME"]
+            names = [{float: "FLOAT", Path: "PATH"}.get(settings.item_kind(kind), "NAME")]
         elif isinstance(kind, type) and kind is not type(None):
             names.append({str: "TEXT", bool: "true|false"}.get(kind, kind.__name__.upper()))
     return "|".join(names)
@@ -70,7 +70,7 @@ def _default(info: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         return settings.model_name(type(value))
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
+        return " ".join(f"{one:.3g}" if isinstance(one, float) else str(one) for one in value) or "none"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -108,7 +108,7 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
             owners = {settings.model_name(model): fields(model)[inner] for model in models if inner in fields(model)}
             _add(group, f"{name}.{inner}", list(owners.values()), _explained_by_method(owners, len(models)))
     elif models:
-        _add(group, name, [info], f"{info.description} (default: false; any field below switches it on)")
+        _add(group, name, [info], f"{info.description} (default: false; any flag below switches it on)")
         for inner, inner_info in fields(models[0]).items():
             _add(group, f"{name}.{inner}", [inner_info], _explained({inner: inner_info}))
     else:
@@ -131,7 +131,7 @@ def _method_list(info: FieldInfo) -> str:
     lines = []
     for model in settings.section_models(info):
         own = ", ".join(settings.own_fields(model))
-        lines += [f"{settings.model_name(model):<16}{(model.__doc__ or '').partition(chr(10))[0]}", f"{'':<16}fields: {own}"]
+        lines += [f"{settings.model_name(model):<18}{(model.__doc__ or '').partition(chr(10))[0]}", f"{'':<18}fields: {own}"]
     return "\n".join(lines)
 
 

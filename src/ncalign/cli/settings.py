@@ -123,6 +123,12 @@ def is_list(info: FieldInfo) -> bool:
     return any(get_origin(kind) is tuple for kind in kinds(info))
 
 
+def item_kind(kind: Any) -> Any:
+    """Return the type of a list's items."""
+    item = get_args(kind)[0]
+    return get_args(item)[0] if get_origin(item) is Annotated else item
+
+
 def is_choice(info: FieldInfo) -> bool:
     """Whether a field is a section whose model is chosen by its ``name``."""
     return info.discriminator is not None

@@ -210,7 +210,7 @@ def _after_writing_stopped(config: ConvertConfig | GenerateConfig | ScoreConfig 
 
 
 def _after_demo_stopped(config: DemoConfig) -> str:
-    return f"what {config.output_dir} holds is not a whole demo; rerun to start again (the model stays in its cache)"
+    return f"{config.output_dir} holds an unfinished demo; rerun to start again (the model stays in its cache)"
 
 
 TRAINING_FIELDS = (
@@ -240,11 +240,17 @@ ONLINE = Verb(
     "ncalign online --config run.yaml --data prompts.jsonl --reward rewards.py:score --regenerate_every 50",
     _online,
     _after_online_stopped,
-    groups=(*TRAINING_FIELDS, ("rounds", "reference_decay"), ("rewards", "reward"), ("sampling", "num_samples")),
+    groups=(
+        *TRAINING_FIELDS,
+        ("rounds", "reference_decay"),
+        ("rewards", "reward"),
+        ("sampling", "generator"),
+        ("schedule over rounds", "learning_rate_over"),
+    ),
 )
 CONVERT = Verb(
     "convert",
-    "any schema we read → groups in JSONL or Parquet",
+    "convert data of any supported schema to groups in JSONL or Parquet",
     lambda: ConvertConfig,
     "ncalign convert pairs.parquet groups.jsonl --on_bad_row skip",
     _convert,
@@ -254,7 +260,7 @@ CONVERT = Verb(
 )
 CHECK = Verb(
     "check",
-    "look at data as training will see them, and say what to mend",
+    "check data as training will see it, and list what to fix",
     lambda: CheckConfig,
     "ncalign check groups.jsonl --model my-model --against eval.jsonl",
     _check,
@@ -265,7 +271,7 @@ CHECK = Verb(
 )
 AUDIT = Verb(
     "audit",
-    "what a set of scored candidates is like, and which method suits it",
+    "describe a set of scored candidates, and suggest a method",
     lambda: AuditConfig,
     "ncalign audit groups.jsonl --output_dir runs/audit",
     _audit,
@@ -291,7 +297,7 @@ SCORE = Verb(
 )
 ADJUST = Verb(
     "adjust",
-    "z-scores, ranks, clipping, length-bias removal, weighted aspects, several sources: rewards made anew",
+    "transform rewards: z-scores, ranks, clipping, length-bias removal, weighted aspects, merging",
     lambda: AdjustConfig,
     "ncalign adjust scored.jsonl adjusted.jsonl --steps clip:-3:3 length zscore",
     _adjust,
@@ -301,7 +307,7 @@ ADJUST = Verb(
 )
 ANSWER = Verb(
     "answer",
-    "a model's answers to a question set, for any judge",
+    "write a model's answers to a question set, for any judge",
     lambda: AnswerConfig,
     "ncalign answer --model my-model --set mt-bench --set_file question.jsonl --output answers.jsonl",
     _answer,
@@ -310,7 +316,7 @@ ANSWER = Verb(
 )
 EVALUATE = Verb(
     "evaluate",
-    "win rates by a judge, ratings, or reasoning tasks",
+    "measure a model: win rates by a judge, ratings, or reasoning tasks",
     lambda: EvaluateConfig,
     "ncalign evaluate --model my-model --against my-sft-model",
     _evaluate,

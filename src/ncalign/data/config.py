@@ -53,13 +53,16 @@ class ConvertConfig(Frozen):
         description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
     )
     output: Path = Field(
-        description="File to write: .jsonl, .jsonl.gz or .parquet; another name is a folder, with a file for each that is read."
+        description="File to write: .jsonl, .jsonl.gz or .parquet; any other name is a folder, with one file for "
+        "each file that is read."
     )
-    shards: ShardKind = Field("jsonl", description="Kind of the files in an output folder.")
+    shards: ShardKind = Field("jsonl", description="Format of the files in an output folder.")
     schema_name: SchemaChoice = "auto"
     adapter: str | None = Field(
-        None, description="'file.py:function' that makes of a row one of our schema, or none to leave it out; its code is run."
+        None,
+        description="'file.py:function' that turns a row into one of our schema, or returns None to leave it out; "
+        "its code is run.",
     )
     target: Target = Field("ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them.")
-    seed: Seed = Field(0, description="Of the candidates drawn for best_vs_random.")
+    seed: Seed = Field(0, description="Random seed of the candidates drawn for best_vs_random.")
     on_bad_row: OnBadRow = "error"

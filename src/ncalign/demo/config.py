@@ -14,9 +14,9 @@ class DemoConfig(Frozen):
     """`ncalign demo`: align a real small model and measure what it gained."""
 
     model: str | None = Field(None, description="Model folder or hub id; default: SmolLM2-135M-Instruct from its package.")
-    objective: Literal["mc_po", "nca", "info_nca", "dpo"] = Field("mc_po", description="The method.")
+    objective: Literal["mc_po", "nca", "info_nca", "dpo"] = Field("mc_po", description="Training method.")
     output_dir: Path = Field(Path("runs/demo"), description="Run folder; an earlier demo in it is replaced.")
     online: bool = Field(False, description="Compare candidates sampled once with candidates sampled anew every ten steps.")
     fresh: bool = Field(False, description="Sample and score the candidates anew instead of using the shipped ones.")
     num_eval_prompts: int = Field(384, ge=128, description="Held-out prompts that both models answer.")
-    seed: Seed = Field(0, description="Of the training.")
+    seed: Seed = Field(0, description="Random seed of the training.")

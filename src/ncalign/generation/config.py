@@ -14,32 +14,38 @@ from ncalign.model.config import DType, StringPrompts
 class ServerConfig(Frozen):
     """A model on an OpenAI-compatible server (vLLM, SGLang, llama.cpp, an API)."""
 
-    base_url: str = Field("http://localhost:8000/v1", description="Where it listens, with /v1.")
-    model: str = Field("default", description="The model's name there.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key; none: a server without keys.")
-    max_concurrency: int = Field(16, ge=1, description="Requests under way at a time, at most.")
-    requests_per_minute: float | None = Field(None, gt=0, description="Requests begun in a minute, at most.")
-    timeout_seconds: float = Field(600.0, gt=0, description="Of one request.")
-    max_retries: int = Field(8, ge=0, description="Times that a failed request, or an answer that is none, is tried again.")
-    logprobs: bool = Field(True, description="Ask for log-probs of what is sampled; some servers have none.")
+    base_url: str = Field("http://localhost:8000/v1", description="URL at which the server listens, with /v1.")
+    model: str = Field("default", description="Name of the model on the server.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the API key; none: the server needs no key."
+    )
+    max_concurrency: int = Field(16, ge=1, description="Maximum number of requests under way at a time.")
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="Maximum number of requests begun in a minute; none: no limit."
+    )
+    timeout_seconds: float = Field(600.0, gt=0, description="Seconds after which a request is given up.")
+    max_retries: int = Field(
+        8, ge=0, description="Maximum number of retries of a request that fails or brings no usable answer."
+    )
+    logprobs: bool = Field(True, description="Ask for the log-probs of the sampled tokens; some servers have none.")
 
 
 class GenerateConfig(Frozen):
     """`ncalign generate`: sample K candidate completions for each prompt."""
 
     model: str | None = Field(None, description="Model folder or hub id; an adapter folder loads its base model too.")
-    server: ServerConfig | None = Field(None, description="A server to sample from, in place of a model of one's own.")
-    prompts: Path = Field(description="Groups whose prompts are answered (candidates may be absent).")
+    server: ServerConfig | None = Field(None, description="Sample from a model on a server instead of a local one.")
+    prompts: Path = Field(description="Groups whose prompts are answered; their candidates may be absent.")
     output: Path = Field(description="Groups file to write.")
-    num_samples: int = Field(8, ge=1, description="K, completions per prompt.")
-    max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
+    num_samples: int = Field(8, ge=1, description="K, the number of completions sampled for each prompt.")
+    max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens of a completion.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability; 1: off.")
     top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: off.")
-    batch_size: int = Field(64, ge=1, description="Completions sampled at a time.")
+    batch_size: int = Field(64, ge=1, description="Number of completions sampled at a time.")
     string_prompts: StringPrompts = "raw"
     dtype: DType = "float32"
-    seed: Seed = Field(0, description="Of the sampling.")
+    seed: Seed = Field(0, description="Random seed of the sampling.")
     on_bad_row: OnBadRow = "error"
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 

@@ -13,5 +13,5 @@ from ncalign.core.config import Frozen
 class LabConfig(Frozen):
     """`ncalign lab`: check the theory on policies small enough to enumerate."""
 
-    experiment: Literal["theory"] = Field("theory", description="What to run; theory: each statement of the two papers.")
-    output_dir: Path | None = Field(None, description="Folder for theory.json, the plots and theory.html; none: print alone.")
+    experiment: Literal["theory"] = Field("theory", description="What to run; theory: check each statement of the two papers.")
+    output_dir: Path | None = Field(None, description="Folder for theory.json, the plots and theory.html; none: only print.")

@@ -26,20 +26,23 @@ StringPrompts = Annotated[
 class LoRA(Frozen):
     """A LoRA adapter (peft); every other weight is frozen, and the reference is the adapter switched off."""
 
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: int = Field(32, ge=1, description="Scale; the adapter's output is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="Module names, or 'all-linear'.")
+    r: int = Field(16, ge=1, description="Rank of the adapter's matrices.")
+    alpha: int = Field(32, ge=1, description="Scale of the adapter: its output is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapter's input.")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="Names of the modules that get an adapter, or 'all-linear'."
+    )
 
 
 class EncodingConfig(Frozen):
     """How groups become token ids."""
 
-    max_length: int = Field(1024, ge=2, description="Most tokens of a prompt and its completion together.")
+    max_length: int = Field(1024, ge=2, description="Maximum number of tokens of a prompt and its completion together.")
     max_prompt_length: int | None = Field(
         None,
         ge=1,
-        description="Prompt tokens kept (its end) when prompt and longest completion exceed max_length; none: half of it.",
+        description="Number of prompt tokens kept (the last ones) when prompt and longest completion exceed "
+        "max_length; none: half of max_length.",
     )
     string_prompts: StringPrompts = "raw"
 

@@ -20,31 +20,44 @@ class OnlineConfig(Frozen):
         Flat(
             defaults={"resume": True},
             descriptions={
-                "data": "Prompts to answer; scored candidates that they have may be mixed in.",
-                "eval_data": "Held-out prompts, answered greedily and scored before, between and after.",
-                "eval_fraction": "Share of the prompts held out when there is no eval_data.",
-                "resume": "Go on with the run that output_dir holds; --no_resume refuses to, --overwrite replaces it.",
+                "data": "Prompts to answer; their own scored candidates may be mixed in.",
+                "eval_data": "Held-out prompts, answered greedily and scored before each round and at the end.",
+                "eval_fraction": "Fraction of the prompts held out when there is no eval_data.",
+                "cache_dir": "Folder for the scores of judges and reward models; default: the user's cache folder.",
+                "eval_steps": "Not used: held-out prompts are evaluated before each round and at the end.",
+                "resume": "Continue the run that output_dir holds; --no_resume refuses to, --overwrite replaces it.",
             },
         ),
     ]
     reference: Literal["fixed", "last_round", "ema"] = Field(
-        "fixed", description="Reference policy: the starting model, the policy at the round's start, or a moving average."
+        "fixed",
+        description="Reference policy: the starting model (fixed), the policy at the round's start (last_round), or "
+        "a moving average of it (ema).",
     )
-    reference_decay: float = Field(0.99, gt=0, lt=1, description="Of the moving average, each optimizer step.")
-    regenerate_every: int | None = Field(None, ge=1, description="Optimizer steps of a round; none: as regenerate_at says.")
+    reference_decay: float = Field(
+        0.99, gt=0, lt=1, description="Decay of the moving average at each optimizer step, with reference: ema."
+    )
+    regenerate_every: int | None = Field(
+        None, ge=1, description="Number of optimizer steps in a round; none: rounds begin as regenerate_at says."
+    )
     regenerate_at: tuple[float, ...] = Field(
-        (1 / 3, 2 / 3), description="Shares of the training at which candidates are generated anew, besides at its start."
+        (1 / 3, 2 / 3), description="Fractions of the training at which candidates are sampled anew, besides at its start."
     )
     regenerate_on_drift: float | None = Field(
-        None, gt=0, description="End a round early once the policy is this KL (nats a completion) away from the generating one."
+        None,
+        gt=0,
+        description="KL divergence, in nats per completion, of the policy from the one that sampled the candidates, "
+        "at which a round ends early; none: never.",
     )
-    drift_steps: int = Field(8, ge=1, description="Steps between looks at the drift within a round, with regenerate_on_drift.")
-    drift_groups: int = Field(128, ge=2, description="Groups of the pool on which drift is measured, at most.")
+    drift_steps: int = Field(
+        8, ge=1, description="Number of optimizer steps between measurements of that divergence, with regenerate_on_drift."
+    )
+    drift_groups: int = Field(128, ge=2, description="Maximum number of groups on which that divergence is measured.")
     prompts_per_round: int | None = Field(
-        None, ge=1, description="Prompts answered in a round; none: one for each group that its steps visit."
+        None, ge=1, description="Number of prompts answered in a round; none: one for each group in the round's batches."
     )
     candidates: Literal["fresh", "fresh_and_offline"] = Field(
-        "fresh", description="A group's candidates: new samples, or those beside the data's own scored ones."
+        "fresh", description="A group's candidates: new samples (fresh), or these together with the data's own scored ones."
     )
     preferred: Literal["best", "best_fresh", "best_offline"] = Field(
         "best", description="Preferred completion: the best by reward of all candidates, of the new ones, or of the data's."
@@ -54,16 +67,16 @@ class OnlineConfig(Frozen):
         description="importance: weigh each group with model / policy of its preferred completion, which is sampled from the "
         "policy where the theory asks for the model; they differ unless beta is 1.",
     )
-    max_importance: float = Field(10.0, ge=1, description="Importance weights are cut here, times their mean.")
+    max_importance: float = Field(10.0, ge=1, description="Upper limit of the importance weights, as a multiple of their mean.")
     reward: Rewards
     combine: Combine = "mean"
     judge: Judge = None
-    reward_batch_size: int = Field(16, ge=1, description="Completions that a reward model scores at a time.")
+    reward_batch_size: int = Field(16, ge=1, description="Number of completions that a reward model scores at a time.")
     reward_timeout: RewardTimeout = 300.0
     max_failed_share: MaxFailedShare = 0.1
     generator: Literal["transformers", "server", "vllm"] = Field(
         "transformers",
-        description="Who samples: the policy in this process, a server (section server), or vLLM in this process.",
+        description="What samples candidates: the policy in this process, a server (section server), or vLLM in this process.",
     )
     server: ServerConfig | None = Field(None, description="The server that samples, with generator: server.")
     push: Literal["lora", "folder", "none"] = Field(
@@ -71,25 +84,30 @@ class OnlineConfig(Frozen):
         description="How a round's weights reach a server or vLLM: as an adapter that it loads, as a model folder that it "
         "reloads, or not at all.",
     )
-    vllm_memory: float = Field(0.4, gt=0, le=1, description="Share of the GPU's memory for vLLM in this process.")
-    num_samples: int = Field(8, ge=1, description="K, new completions per prompt.")
-    max_new_tokens: int = Field(256, ge=1, description="Tokens of a completion, at most.")
+    vllm_memory: float = Field(0.4, gt=0, le=1, description="Fraction of the GPU's memory that vLLM in this process takes.")
+    num_samples: int = Field(8, ge=1, description="K, the number of new completions for each prompt.")
+    max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens of a completion.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 samples from the policy itself.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability; 1: off.")
     top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: off.")
-    generation_batch_size: int = Field(64, ge=1, description="Completions sampled at a time.")
+    generation_batch_size: int = Field(64, ge=1, description="Number of completions sampled at a time.")
     chunk_size: int = Field(
-        64, ge=1, description="Prompts whose samples are written at a time; a kill loses one chunk at most."
+        64,
+        ge=1,
+        description="Number of prompts whose samples are written to disk together; a kill loses one such chunk at most.",
     )
     probe_tolerance: float | None = Field(
         0.05,
         gt=0,
-        description="Nats a token by which generator and policy may differ on a few samples before each round; none: no look.",
+        description="Maximum difference in nats per token between generator and policy, checked on a few samples "
+        "before each round; none: no check.",
     )
     learning_rate_over: Literal["run", "round"] = Field(
-        "run", description="Whether the schedule spans the run, or begins anew with each round."
+        "run", description="Whether the learning-rate schedule spans the run, or begins anew with each round."
     )
-    learning_rate_decay: float = Field(1.0, gt=0, le=1, description="The learning rate is multiplied by this after each round.")
+    learning_rate_decay: float = Field(
+        1.0, gt=0, le=1, description="Factor by which the learning rate is multiplied after each round."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> OnlineConfig:

@@ -17,19 +17,23 @@ class JudgeConfig(Frozen):
 
     server: Annotated[ServerConfig, Flat()] = Field(default_factory=ServerConfig)
     mode: Literal["pointwise", "pairwise"] = Field(
-        "pointwise", description="A rating for each completion, or comparisons of two, each in both orders."
+        "pointwise",
+        description="pointwise: a rating for each completion; pairwise: comparisons of two completions, each in both orders.",
     )
     template: Path | None = Field(
         None,
-        description="File with the judge's prompt; it holds {prompt} and {completion}, or {completion_a} and {completion_b}.",
+        description="File with the judge's prompt, which holds {prompt} and {completion}, or {completion_a} and "
+        "{completion_b}; none: the bundled prompt.",
     )
-    lowest: float = Field(1.0, description="Lowest rating that counts.")
-    highest: float = Field(10.0, description="Highest rating that counts.")
+    lowest: float = Field(1.0, description="Lowest rating that is accepted.")
+    highest: float = Field(10.0, description="Highest rating that is accepted.")
     opponents: int | None = Field(
-        None, ge=1, description="Comparisons of a completion with others of its group; none: with all."
+        None,
+        ge=1,
+        description="Number of other completions of its group with which each completion is compared; none: all of them.",
     )
-    max_tokens: int = Field(512, ge=1, description="Of a verdict.")
-    attempts: int = Field(3, ge=1, description="Times that a verdict that can't be read is asked for.")
+    max_tokens: int = Field(512, ge=1, description="Maximum number of tokens of a verdict.")
+    attempts: int = Field(3, ge=1, description="Number of times that a verdict is asked for until one can be read.")
 
 
 Rewards = Annotated[
@@ -39,25 +43,29 @@ Rewards = Annotated[
         min_length=1,
         description="Where rewards come from: 'package.module:function' or 'file.py:function', called with (prompt, "
         "completions); 'reasoning_gym', 'math_verify' or 'instructions', which read a group's metadata; 'model:FOLDER', a "
-        "reward model; 'judge', as section judge says. Several make an ensemble.",
+        "reward model; 'judge', the language model of section judge. Several make an ensemble.",
     ),
 ]
 
 
-Combine = Annotated[Literal["mean", "min"], Field(description="How the rewards of several sources become one.")]
+Combine = Annotated[Literal["mean", "min"], Field(description="How the rewards of several sources are combined into one.")]
 
 
-Judge = Annotated[JudgeConfig | None, Field(description="The judge, with reward: judge.")]
+Judge = Annotated[JudgeConfig | None, Field(description="Language model on a server that judges, with reward: judge.")]
 
 
 RewardTimeout = Annotated[
-    float | None, Field(gt=0, description="Seconds for a group's rewards, of a function or a verifier; none: no limit.")
+    float | None, Field(gt=0, description="Seconds that a function or a verifier may take for a group; none: no limit.")
 ]
 
 
 MaxFailedShare = Annotated[
     float,
-    Field(ge=0, le=1, description="Share of the candidates whose rewards may fail, each of which goes without; 0: none may."),
+    Field(
+        ge=0,
+        le=1,
+        description="Fraction of the candidates that may be left without a reward because computing it failed; 0: none.",
+    ),
 ]
 
 
@@ -69,11 +77,11 @@ class ScoreConfig(Frozen):
     reward: Rewards
     combine: Combine = "mean"
     judge: Judge = None
-    reward_batch_size: int = Field(16, ge=1, description="Completions that a reward model scores at a time.")
+    reward_batch_size: int = Field(16, ge=1, description="Number of completions that a reward model scores at a time.")
     reward_timeout: RewardTimeout = None
     max_failed_share: MaxFailedShare = 0.0
     cache_dir: Path | None = Field(
-        None, description="Where a judge's and a reward model's scores are kept; default: the user's cache folder."
+        None, description="Folder in which the scores of judges and reward models are kept; default: the user's cache folder."
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a reward model.")
     on_bad_row: OnBadRow = "error"

@@ -20,55 +20,70 @@ class TrainConfig(Frozen):
     model: str = Field(description="Model folder or hub id.")
     data: Path = Field(description="Groups to train on (JSONL or Parquet; any schema that `convert` reads).")
     output_dir: Path = Field(description="Run folder: metrics.jsonl, config.yaml, checkpoints/, model/.")
-    eval_data: Path | None = Field(None, description="Held-out groups.")
+    eval_data: Path | None = Field(None, description="Held-out groups to evaluate on.")
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of the training groups held out when there is no eval_data."
+        0.0, ge=0, lt=1, description="Fraction of the training groups held out when there is no eval_data."
     )
-    objective: ObjectiveConfig = Field(default_factory=MCPO, description="The method, by its name, and its fields.")
-    lora: LoRA | None = Field(None, description="Train a LoRA adapter; without it, all weights.")
+    objective: ObjectiveConfig = Field(default_factory=MCPO, description="Training method, by its name.")
+    lora: LoRA | None = Field(None, description="Train a LoRA adapter instead of all weights.")
     reference: Literal["compute", "data"] = Field(
         "compute", description="Reference log-probs: computed from the starting model (and cached), or taken from the data."
     )
-    cache_dir: Path | None = Field(None, description="Where reference log-probs are kept; default: the user's cache folder.")
+    cache_dir: Path | None = Field(
+        None, description="Folder in which reference log-probs are kept; default: the user's cache folder."
+    )
     on_bad_row: OnBadRow = "error"
     dtype: DType = "float32"
     scoring_dtype: Literal["bfloat16"] | None = Field(
         None, description="Precision of the pass that scores candidates for the kernel; none: the training's."
     )
     learning_rate: float = Field(
-        5e-6, gt=0, description="Peak of the schedule. LoRA wants about 10 to 40 times that of all weights."
+        5e-6, gt=0, description="Peak learning rate. LoRA needs about 10 to 40 times that of training all weights."
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the learning rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the learning-rate schedule after the warm-up."
+    )
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Fraction of the steps over which the learning rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, applied to matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of AdamW's second moment.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm above which gradients are scaled down; 0: never.")
-    num_train_epochs: float = Field(1.0, gt=0, description="Visits to each group.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: as many as num_train_epochs takes.")
-    per_device_train_batch_size: int = Field(
-        8, ge=1, description="Groups of a device in one forward and backward pass, at most."
+    adam_epsilon: float = Field(
+        1e-8, gt=0, description="Term added to the root of AdamW's second moment, for numerical stability."
     )
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Passes in one optimizer step.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm above which gradients are scaled down; 0: never.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Number of passes over the training groups.")
+    max_steps: int = Field(-1, ge=-1, description="Number of optimizer steps; -1: as many as num_train_epochs takes.")
+    per_device_train_batch_size: int = Field(
+        8, ge=1, description="Maximum number of groups per device in one forward and backward pass."
+    )
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Number of forward and backward passes in one optimizer step."
+    )
     max_tokens_per_batch: int | None = Field(
         None,
         ge=1,
-        description="Tokens in one pass, at most; a batch above it is split, one group never; none: 2048 on a CPU, else 16384.",
+        description="Maximum number of tokens in one pass; a larger batch is split, but never within a group; none: "
+        "2048 on a CPU, else 16384.",
     )
     share_prompts: bool = Field(
         True, description="Compute each prompt once for all its completions, where the model's architecture allows it."
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
-    seed: Seed = Field(0, description="Of the order of the groups, the kernel's draws and the adapter's initial weights.")
-    logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: before the first step and after the last.")
-    save_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: none but the final model.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    seed: Seed = Field(
+        0, description="Random seed of the order of the groups, the kernel's draws and the adapter's initial weights."
+    )
+    logging_steps: int = Field(1, ge=1, description="Number of optimizer steps between lines of metrics.jsonl.")
+    eval_steps: int = Field(
+        0, ge=0, description="Number of optimizer steps between evaluations; 0: only before the first step and after the last."
+    )
+    save_steps: int = Field(
+        0, ge=0, description="Number of optimizer steps between checkpoints; 0: only the final model is saved."
+    )
+    save_total_limit: int = Field(2, ge=1, description="Number of checkpoints kept; older ones are deleted.")
     report_to: tuple[str, ...] = Field(("tensorboard",), description="accelerate's trackers; an empty list for none.")
-    resume: bool = Field(False, description="Go on from the run folder's last checkpoint.")
+    resume: bool = Field(False, description="Continue from the last checkpoint in output_dir.")
     accept_changes: bool = Field(False, description="Resume although the configuration changed; the changes are shown.")
-    overwrite: bool = Field(False, description="Replace what an earlier run left in output_dir.")
+    overwrite: bool = Field(False, description="Delete what an earlier run left in output_dir and start again.")
     merge: bool = Field(
         False,
         description="Save the model with the adapter merged into its weights; always so when the run started from an adapter.",
