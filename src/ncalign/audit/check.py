@@ -22,7 +22,7 @@ from ncalign.data.formats.seen import Seen, digest
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, completion_text
 from ncalign.model.policy import load_tokenizer, quiet_transformers
-from ncalign.training.dry_run import token_layout
+from ncalign.training.plan import token_layout
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _EXAMPLES, _SHOWN_TOKENS = 2, 48
