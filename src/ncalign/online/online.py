@@ -28,10 +28,10 @@ from ncalign.online.clock import Clock, shares
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
 from ncalign.online.evaluate import compare, evaluate_policy
-from ncalign.online.pool import Pool, Ranked, answer_prompts, assemble, fill_logprobs, pool_groups, rank, read_artefact
+from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_groups, rank, read_artefact, sample_and_score
 from ncalign.online.probe import check_same_weights
 from ncalign.online.rounds import round_end, round_prompts
-from ncalign.online.state import Position, Run, prepare, restored, save
+from ncalign.online.state import Position, Run, last_position, open_run, save
 from ncalign.report import write_rounds_report
 from ncalign.rewards import source_record
 from ncalign.training import run_folder
@@ -76,9 +76,9 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
     if finished is not None:
         say(f"{training.output_dir} is finished: nothing to resume")
         return finished
-    run = prepare(config, accelerator, method)
+    run = open_run(config, accelerator, method)
     begun = (training.output_dir / run_folder.CONFIG).is_file()
-    position = restored(run) if training.resume else Position()
+    position = last_position(run) if training.resume else Position()
     open_run_folder(training, written)
     if begun and position.step == 0 and training.resume:
         say(f"note: {training.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
@@ -124,7 +124,7 @@ def make_pool(run: Run, position: Position) -> Pool:
             evaluate_policy(run, folder / "evaluation.json")
         with run.clock.phase("probe"):
             check_same_weights(run, prompts, number)
-    answered = answer_prompts(
+    answered = sample_and_score(
         prompts,
         folder,
         generator=run.generator.get(),
@@ -143,7 +143,7 @@ def make_pool(run: Run, position: Position) -> Pool:
             config=config,
             at_reference=number == 0 or config.reference == "last_round",
         )
-    pool = assemble(answered, ranked, generating, reference, method=run.method, config=config)
+    pool = build_pool(answered, ranked, generating, reference, method=run.method, config=config)
     if not made:
         write_groups(pool_groups(answered, _source_record(config)), folder / "pool.jsonl")
     if not pool.groups:

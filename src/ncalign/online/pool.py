@@ -42,7 +42,7 @@ class LogprobSource(Protocol):
 
 
 @dataclass
-class Answered:
+class ScoredSamples:
     """A prompt with its fresh completions and their rewards, None where there is none."""
 
     prompt: Group
@@ -91,7 +91,7 @@ class Pool:
 # --- Generate and score -----------------------------------------------------------------------------------------------
 
 
-def answer_prompts(
+def sample_and_score(
     prompts: Sequence[Group],
     folder: Path,
     *,
@@ -100,7 +100,7 @@ def answer_prompts(
     config: OnlineConfig,
     seed: Callable[[int], int],
     clock: Clock,
-) -> list[Answered]:
+) -> list[ScoredSamples]:
     """Sample and score, chunk by chunk; one chunk is scored while the next is sampled.
 
     Args:
@@ -131,7 +131,7 @@ def answer_prompts(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     completions = [row for chunk in sampled for row in chunk]
-    return [Answered(*found) for found in zip(prompts, completions, rewards, strict=True)]
+    return [ScoredSamples(*found) for found in zip(prompts, completions, rewards, strict=True)]
 
 
 def _raise_failed(futures: Sequence[Future[Any]]) -> None:
@@ -220,7 +220,7 @@ def read_artefact(path: Path) -> Any:
 # --- Rank and encode --------------------------------------------------------------------------------------------------
 
 
-def rank(answered: Answered, encoder: Encoder, method: Method, config: OnlineConfig) -> Ranked | None:
+def rank(answered: ScoredSamples, encoder: Encoder, method: Method, config: OnlineConfig) -> Ranked | None:
     """Encode a prompt's candidates and choose those for training; None where nothing can be encoded."""
     prompt, completions = answered.prompt, answered.completions
     written = [k for k, completion in enumerate(completions) if completion.text.strip()]
@@ -355,8 +355,8 @@ def _where(wanted: Sequence[bool], chunk: Sequence[Ranked], source: LogprobSourc
 # --- All of it --------------------------------------------------------------------------------------------------------
 
 
-def assemble(
-    answered: Sequence[Answered],
+def build_pool(
+    answered: Sequence[ScoredSamples],
     ranked: Sequence[Ranked],
     generating: Sequence[tuple[float, ...] | None],
     reference: Sequence[tuple[float, ...] | None],
@@ -450,7 +450,7 @@ def _fresh_alone(group: Ranked) -> EncodedGroup:
     )
 
 
-def pool_groups(answered: Sequence[Answered], record: str) -> Iterator[Group]:
+def pool_groups(answered: Sequence[ScoredSamples], record: str) -> Iterator[Group]:
     """The round's prompts with their fresh, scored completions, as an ordinary groups file holds them.
 
     Args:

@@ -14,8 +14,7 @@ from ncalign.core.progress import say
 from ncalign.core.seeds import seed_of
 from ncalign.data.groups import Group, read_groups
 from ncalign.model.encoding import Encoder
-from ncalign.model.logprobs import check_head
-from ncalign.model.policy import Policy, load_policy
+from ncalign.model.policy import Policy
 from ncalign.objectives import Method
 from ncalign.online.backends import GeneratorOf, make_generator
 from ncalign.online.clock import Clock
@@ -27,7 +26,7 @@ from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
 from ncalign.training.engine import Engine
 from ncalign.training.run_folder import MetricsFile
-from ncalign.training.train import log_to_trackers, make_engine
+from ncalign.training.train import log_to_trackers, make_engine, open_policy
 
 
 @dataclass
@@ -86,9 +85,9 @@ class Run:
         return self.config.training.output_dir / run_folder.ROUNDS / f"{number:03d}"
 
 
-def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
+def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
     """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
-    training, encoding = config.training, config.training.encoding
+    training = config.training
     torch.manual_seed(training.seed)
     source = reward_source(
         config.reward,
@@ -102,20 +101,7 @@ def prepare(config: OnlineConfig, accelerator: Accelerator, method: Method) -> R
     )
     prompts, held_out = load_prompts(config)
     say(f"Loading {training.model}")
-    policy = load_policy(
-        training.model,
-        dtype=training.dtype,
-        lora=training.lora,
-        trust_remote_code=training.trust_remote_code,
-        seed=training.seed,
-    )
-    check_head(policy.model)
-    encoder = Encoder(
-        policy.tokenizer,
-        max_length=encoding.max_length,
-        max_prompt_length=encoding.max_prompt_length,
-        string_prompts=encoding.string_prompts,
-    )
+    policy, encoder = open_policy(training)
     engine, optimizer = make_engine(training, policy, method, accelerator)
     total = num_steps(
         len(prompts),
@@ -158,7 +144,7 @@ def _held_out(group: Group, config: OnlineConfig) -> bool:
     return seed_of(config.training.seed, "held out", repr(group.prompt)) < config.training.eval_fraction * 2**63
 
 
-def restored(run: Run) -> Position:
+def last_position(run: Run) -> Position:
     """Restore the last checkpoint, if there is one."""
     checkpoints = find_checkpoints(run.config.training.output_dir)
     if not checkpoints:

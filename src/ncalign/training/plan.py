@@ -13,7 +13,7 @@ from ncalign.model.encoding import EncodedGroup
 from ncalign.objectives import build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
-from ncalign.training.train import Prepared, make_accelerator, prepare
+from ncalign.training.train import Prepared, make_accelerator, prepare_training
 
 _MIB = 2**20
 
@@ -25,7 +25,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
         The same facts as values, and as printable text under ``text``.
     """
     accelerator = make_accelerator(config.model_copy(update={"report_to": ()}))
-    prepared = prepare(config, accelerator, build_method(config.objective))
+    prepared = prepare_training(config, accelerator, build_method(config.objective))
     facts = prepared.loaded.counts() | {
         "groups_trained_on": len(prepared.train),
         "groups_held_out": len(prepared.held_out),

@@ -99,7 +99,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         _say(accelerator, f"{config.output_dir} is finished: nothing to resume")
         return finished
     started, written = time.monotonic(), config.model_dump(mode="json")
-    prepared = prepare(config, accelerator, method)
+    prepared = prepare_training(config, accelerator, method)
     checkpoints = find_checkpoints(config.output_dir) if config.resume else []
     engine, held_out = prepared.engine, prepared.held_out
     _fill_reference(config, prepared)
@@ -144,23 +144,14 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
     return results
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Prepared:
+def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Method) -> Prepared:
     """Load model and data, and hand both to accelerate."""
     torch.manual_seed(config.seed)
     for path in (config.data, config.eval_data):
         if path is not None:
             read_groups(path).close()  # a missing file must be reported before the model is loaded
     _say(accelerator, f"Loading {config.model}")
-    policy = load_policy(
-        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
-    )
-    check_head(policy.model)
-    encoder = Encoder(
-        policy.tokenizer,
-        max_length=config.encoding.max_length,
-        max_prompt_length=config.encoding.max_prompt_length,
-        string_prompts=config.encoding.string_prompts,
-    )
+    policy, encoder = open_policy(config)
     load = partial(load_groups, encoder=encoder, method=method, on_bad_row=config.on_bad_row, shown=accelerator.is_main_process)
     loaded = load(config.data)
     train, held_out = split_held_out(loaded.groups, fraction=config.eval_fraction, seed=config.seed)
@@ -189,6 +180,22 @@ def prepare(config: TrainConfig, accelerator: Accelerator, method: Method) -> Pr
     if method.hooks.baseline is not None and method.hooks.baseline.mismatched:
         mismatched = [mismatched_groups(groups, max_length=config.encoding.max_length) for groups in (train, held_out)]
     return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
+
+
+def open_policy(config: TrainConfig) -> tuple[Policy, Encoder]:
+    """The policy that training starts from, and the encoder of its groups."""
+    policy = load_policy(
+        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
+    )
+    check_head(policy.model)
+    rules = config.encoding
+    encoder = Encoder(
+        policy.tokenizer,
+        max_length=rules.max_length,
+        max_prompt_length=rules.max_prompt_length,
+        string_prompts=rules.string_prompts,
+    )
+    return policy, encoder
 
 
 def keep_freed_memory() -> None:
