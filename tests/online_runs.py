@@ -40,9 +40,9 @@ def watched(function, name):
 
 from ncalign.core import atomic
 from ncalign.report import online_page as pictures
-from ncalign.generation import TransformersGenerator
+from ncalign.generation.local import TransformersGenerator
 from ncalign.online import online as online
-from ncalign.rewards import FunctionReward
+from ncalign.rewards.function import FunctionReward
 from ncalign.training import checkpoint, loop
 from ncalign.training.engine import Engine
 # The page is written as ever; drawing its pictures would take most of the time.

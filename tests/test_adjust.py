@@ -29,11 +29,11 @@ from ncalign.cli import app as cli
 from ncalign.core.errors import ConfigError
 from ncalign.data.groups import Candidate, Group, read_groups, write_groups
 from ncalign.objectives.targets import TRANSFORMS
-from ncalign.rewards import run_score
 from ncalign.rewards.config import ScoreConfig
-from ncalign.training import run_training
+from ncalign.rewards.score import run_score
 from ncalign.training.config import TrainConfig
 from ncalign.training.data import count_steps, listed_steps, steps_of
+from ncalign.training.train import run_training
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca-eval-candidates" / "candidates.jsonl.gz"
 Write = Callable[..., Path]

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncalign.audit import measure_group, run_audit
+from ncalign.audit.audit import run_audit
 from ncalign.audit.config import AuditConfig
 from ncalign.audit.copies import clusters_across, clusters_of
-from ncalign.audit.measures import agreement, best_of, length_regression
+from ncalign.audit.measures import agreement, best_of, length_regression, measure_group
 from ncalign.audit.ranges import alpha_range, beta_range, effective_numbers, padded, sample_sizes
 from ncalign.audit.texts import likeness, words
 from ncalign.cli.app import main

@@ -14,7 +14,8 @@ from ncalign.data.groups import Candidate, Group
 from ncalign.demo import model as demo_model
 from ncalign.demo.candidates import NUM_PROMPTS, NUM_SAMPLES, has_spread, shipped_candidates
 from ncalign.demo.tasks import SPLITS, TASKS, make_prompts, split_of
-from ncalign.rewards import ReasoningGymReward, score_groups
+from ncalign.rewards.score import score_groups
+from ncalign.rewards.verifiable import ReasoningGymReward
 
 
 def questions(groups: list[Group]) -> set[str]:

@@ -14,7 +14,7 @@ from ncalign.demo import online_demo as rounds
 from ncalign.demo.config import DemoConfig
 from ncalign.demo.demo import OBJECTIVES, run_demo, train_config
 from ncalign.demo.online_demo import run_online_demo
-from ncalign.online import OnlineConfig
+from ncalign.online.config import OnlineConfig
 
 
 def test_leaves_a_whole_run_folder(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

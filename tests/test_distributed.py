@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import build_model, build_tokenizer, group_row, relative_distance, weights
-from ncalign.training import run_training
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.config import TrainConfig
+from ncalign.training.train import run_training
 
 Config = Callable[..., TrainConfig]
 

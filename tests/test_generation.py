@@ -13,8 +13,10 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ncalign.data.groups import Group, Message, read_groups
-from ncalign.generation import Completion, SampleCounts, SamplingParams, TransformersGenerator, run_generate, sample_groups
+from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.config import GenerateConfig
+from ncalign.generation.generate import SampleCounts, run_generate, sample_groups
+from ncalign.generation.local import TransformersGenerator
 
 PROMPTS: list[str | list[Message]] = [
     "What is seven plus five?",

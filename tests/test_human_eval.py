@@ -14,7 +14,7 @@ import pytest
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
-from ncalign.generation import Completion, SamplingParams
+from ncalign.generation.base import Completion, SamplingParams
 from ncalign.tasks import human_eval
 from ncalign.tasks.human_eval import (
     Problem,

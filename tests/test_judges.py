@@ -25,7 +25,7 @@ from ncalign.generation.client import ServerError, Usage
 from ncalign.judging.config import EvalJudgeConfig
 from ncalign.judging.judges import RewardJudge, ServerJudge
 from ncalign.judging.records import Answer, Answers, Question
-from ncalign.rewards import InstructionReward
+from ncalign.rewards.instructions import InstructionReward
 from ncalign.rewards.verdicts import Account, ask_verdicts
 from ncalign.stats.agreement import length_bias, position_bias
 from ncalign.stats.length_control import length_controlled_win_rate

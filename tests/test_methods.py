@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ncalign.core.config import Frozen
 from ncalign.objectives import LossInputs, Method, ObjectiveConfig, build_method
-from ncalign.training import run_training
 from ncalign.training.config import TrainConfig
+from ncalign.training.train import run_training
 
 CONFIGS: tuple[type[Frozen], ...] = get_args(get_args(ObjectiveConfig)[0])
 LABELLED = ("kto", "bco")

@@ -23,17 +23,18 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from conftest import build_tokenizer
 from ncalign.cli.app import main
 from ncalign.data.groups import Candidate, Group, read_groups
-from ncalign.generation import Completion, TransformersGenerator
-from ncalign.generation.local import encode_prompts
+from ncalign.generation.base import Completion
+from ncalign.generation.local import TransformersGenerator, encode_prompts
 from ncalign.model.batching import collate
 from ncalign.model.encoding import Encoder
 from ncalign.model.logprobs import LogprobModel, completion_logprobs
-from ncalign.online import OnlineConfig, estimate_drift, run_online
-from ncalign.online.drift import alarms, pool_health
+from ncalign.online.config import OnlineConfig
+from ncalign.online.drift import alarms, estimate_drift, pool_health
+from ncalign.online.online import run_online
 from ncalign.online.pool import eligible_columns, importance_weights
 from ncalign.online.rounds import round_end, round_prompts
 from ncalign.online.weights import ReferenceWeights
-from ncalign.rewards import FunctionReward
+from ncalign.rewards.function import FunctionReward
 from ncalign.training.engine import Engine
 from online_runs import settings, write_inputs
 from server_double import ServerDouble, serving

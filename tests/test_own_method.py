@@ -27,8 +27,8 @@ from ncalign.objectives import (
     rnce_loss,
 )
 from ncalign.objectives.kernels import eligible_negatives, pick_positive, sample_negatives
-from ncalign.training import run_training
 from ncalign.training.config import TrainConfig
+from ncalign.training.train import run_training
 
 
 def hinge_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ import pytest
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.demo.model import _find_gguf, demo_model_folder
-from ncalign.generation import SamplingParams, ServerGenerator
+from ncalign.generation.base import SamplingParams
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.remote import ServerGenerator
 from ncalign.judging.config import EvaluateConfig
 from ncalign.judging.evaluate import run_evaluate
-from ncalign.online import OnlineConfig, run_online
-from ncalign.rewards import JudgeReward
+from ncalign.online.config import OnlineConfig
+from ncalign.online.online import run_online
 from ncalign.rewards.config import JudgeConfig
+from ncalign.rewards.judge import JudgeReward
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ncalign.generation import SamplingParams
+from ncalign.generation.base import SamplingParams
 from ncalign.report.tables import Column, Table, model_name, to_csv, to_latex
 from ncalign.tasks import lm_backend, reasoning
 from ncalign.tasks.lm_backend import Backend, BackendGenerator, backend_arguments, load_backend, model_identity

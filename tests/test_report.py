@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from jinja2 import UndefinedError
 
-from ncalign.report import write_report, write_rounds_report
 from ncalign.report.html import render
-from ncalign.report.page import plot, read_metrics
+from ncalign.report.online_page import write_rounds_report
+from ncalign.report.page import plot, read_metrics, write_report
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}</style></pre>'
 ESCAPED = re.escape("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;{{ 7*7 }}{% raw %}&lt;/style&gt;&lt;/pre&gt;")

@@ -17,20 +17,15 @@ from conftest import build_tokenizer
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group, read_groups
-from ncalign.rewards import (
-    BatchRewardSource,
-    Ensemble,
-    FunctionReward,
-    Guarded,
-    InstructionReward,
-    JudgeReward,
-    MathVerifyReward,
-    run_score,
-    score_many,
-)
+from ncalign.rewards.base import BatchRewardSource, score_many
 from ncalign.rewards.config import JudgeConfig, ScoreConfig
-from ncalign.rewards.instructions import CHECKS
+from ncalign.rewards.function import FunctionReward
+from ncalign.rewards.guard import Ensemble, Guarded
+from ncalign.rewards.instructions import CHECKS, InstructionReward
+from ncalign.rewards.judge import JudgeReward
 from ncalign.rewards.model import ModelReward
+from ncalign.rewards.score import run_score
+from ncalign.rewards.verifiable import MathVerifyReward
 from server_double import ServerDouble, serving
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from ncalign.data.groups import Candidate, Group, read_groups
-from ncalign.rewards import FunctionReward, ReasoningGymReward, load_function, run_score
 from ncalign.rewards.config import ScoreConfig
-from ncalign.rewards.verifiable import last_number
+from ncalign.rewards.function import FunctionReward, load_function
+from ncalign.rewards.score import run_score
+from ncalign.rewards.verifiable import ReasoningGymReward, last_number
 
 
 def group(*texts: str, chat: bool = False, **metadata: Any) -> Group:

@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import read_groups
-from ncalign.generation import SamplingParams, ServerGenerator
+from ncalign.generation.base import SamplingParams
 from ncalign.generation.client import Choice, Request, Server, ServerError
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.remote import ServerGenerator
 from server_double import ServerDouble, serving
 
 KEY = "sk-test-0123456789abcdef"

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group
-from ncalign.generation import SamplingParams
-from ncalign.generation.base import Completion, PromptError
+from ncalign.generation.base import Completion, PromptError, SamplingParams
 from ncalign.judging import answer as answering
 from ncalign.judging.answer import Answering, answer_questions
 from ncalign.judging.answers import read_answers, write_answers
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import BUNDLED, WHERE, read_questions, read_references
 from ncalign.model.policy import load_tokenizer
-from ncalign.rewards import InstructionReward
+from ncalign.rewards.instructions import InstructionReward
 from server_double import ServerDouble, serving
 
 

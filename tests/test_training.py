@@ -29,9 +29,10 @@ from ncalign.model.config import EncodingConfig, LoRA
 from ncalign.model.reference import reference_folder
 from ncalign.objectives import ObjectiveConfig
 from ncalign.rewards.config import JudgeConfig
-from ncalign.training import dry_run, run_training
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.config import TrainConfig
+from ncalign.training.plan import dry_run
+from ncalign.training.train import run_training
 
 Config = Callable[..., TrainConfig]
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -589,7 +590,8 @@ def test_every_configuration_field_is_read() -> None:
 DRIVER = """
 import os, signal, sys
 from ncalign.training.config import TrainConfig
-from ncalign.training import loop, run_training
+from ncalign.training import loop
+from ncalign.training.train import run_training
 kill_after = int(sys.argv[2])
 if kill_after:
     step = loop.Loop.step

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from ncalign.model.batching import encode_groups
     from ncalign.model.logprobs import completion_logprobs
     from ncalign.model.policy import load_policy
-    from ncalign.training import run_training as train
     from ncalign.training.config import TrainConfig
+    from ncalign.training.train import run_training as train
 
 __version__ = version("ncalign")
 __all__ = [
@@ -30,15 +30,12 @@ __all__ = [
 
 __getattr__ = importer(
     __name__,
-    {
-        "Candidate": "ncalign.data.groups",
-        "Group": "ncalign.data.groups",
-        "TrainConfig": "ncalign.training.config",
-        "completion_logprobs": "ncalign.model.logprobs",
-        "encode_groups": "ncalign.model.batching",
-        "load_policy": "ncalign.model.policy",
-        "read_groups": "ncalign.data.groups",
-        "train": "ncalign.training.train:run_training",
-        "write_groups": "ncalign.data.groups",
+    **{
+        "data.groups": "Candidate Group read_groups write_groups",
+        "model.batching": "encode_groups",
+        "model.logprobs": "completion_logprobs",
+        "model.policy": "load_policy",
+        "training.config": "TrainConfig",
+        "training.train": "train:run_training",
     },
 )

@@ -70,13 +70,13 @@ def _train_config() -> type[TrainConfig]:
 
 
 def _train(config: TrainConfig) -> Result:
-    from ncalign.training import run_training
+    from ncalign.training.train import run_training
 
     return run_training(config)
 
 
 def _plan_training(config: TrainConfig) -> Result:
-    from ncalign.training import dry_run
+    from ncalign.training.plan import dry_run
 
     return dry_run(config)
 
@@ -88,7 +88,7 @@ def _online_config() -> type[OnlineConfig]:
 
 
 def _online(config: OnlineConfig) -> Result:
-    from ncalign.online import run_online, summary
+    from ncalign.online.online import run_online, summary
 
     results = run_online(config)
     return {**results, "text": summary(results)}
@@ -132,7 +132,7 @@ def _convert(config: ConvertConfig) -> Result:
 
 
 def _audit(config: AuditConfig) -> Result:
-    from ncalign.audit import run_audit
+    from ncalign.audit.audit import run_audit
 
     return run_audit(config)
 
@@ -144,13 +144,13 @@ def _check(config: CheckConfig) -> Result:
 
 
 def _generate(config: GenerateConfig) -> Result:
-    from ncalign.generation import run_generate
+    from ncalign.generation.generate import run_generate
 
     return run_generate(config)
 
 
 def _score(config: ScoreConfig) -> Result:
-    from ncalign.rewards import run_score
+    from ncalign.rewards.score import run_score
 
     return run_score(config)
 

@@ -18,13 +18,14 @@ from ncalign.demo.candidates import MAX_NEW_TOKENS, has_spread, make_candidates,
 from ncalign.demo.config import DemoConfig
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
-from ncalign.generation import SamplingParams, TransformersGenerator
+from ncalign.generation.base import SamplingParams
+from ncalign.generation.local import TransformersGenerator
 from ncalign.model.config import LoRA
 from ncalign.model.encoding import as_messages
 from ncalign.model.policy import load_model, load_tokenizer
 from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
-from ncalign.report import write_report
-from ncalign.rewards import ReasoningGymReward
+from ncalign.report.page import write_report
+from ncalign.rewards.verifiable import ReasoningGymReward
 from ncalign.stats.paired import PairedComparison, paired_comparison
 from ncalign.training.config import TrainConfig
 from ncalign.training.train import run_training, versions

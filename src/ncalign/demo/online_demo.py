@@ -18,7 +18,8 @@ from ncalign.demo.demo import HELD_OUT_SEED, OBJECTIVES, comparison_row, shown
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
 from ncalign.model.config import EncodingConfig, LoRA
-from ncalign.online import OnlineConfig, run_online
+from ncalign.online.config import OnlineConfig
+from ncalign.online.online import run_online
 from ncalign.online.pool import read_artefact
 from ncalign.stats.paired import paired_comparison
 from ncalign.training.config import TrainConfig

@@ -34,7 +34,7 @@ class Task:
     Attributes:
         name: the task's name in reasoning-gym.
         settings: its settings; numbers of one or two digits.
-        extract: what of a completion its verifier sees; see :class:`ncalign.rewards.ReasoningGymReward`.
+        extract: what of a completion its verifier sees; see :class:`ncalign.rewards.verifiable.ReasoningGymReward`.
     """
 
     name: str

@@ -63,7 +63,7 @@ class TransformersGenerator:
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """Sample ``num_samples`` completions for each prompt; see :class:`ncalign.generation.Generator`.
+        """Sample ``num_samples`` completions for each prompt; see :class:`ncalign.generation.base.Generator`.
 
         Raises:
             PromptError: a prompt does not fit the model's context, or needs a chat template that is missing.

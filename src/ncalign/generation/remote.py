@@ -41,7 +41,7 @@ class ServerGenerator:
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """Sample completions; see :class:`ncalign.generation.Generator`.
+        """Sample completions; see :class:`ncalign.generation.base.Generator`.
 
         A prompt for which the server gives fewer completions than asked for, after all retries, has fewer.
 

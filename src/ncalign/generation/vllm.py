@@ -64,7 +64,7 @@ class VLLMGenerator:
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """Sample completions; see :class:`ncalign.generation.Generator`.
+        """Sample completions; see :class:`ncalign.generation.base.Generator`.
 
         Raises:
             PromptError: a prompt has no tokens, or needs a chat template that is missing.

@@ -16,9 +16,10 @@ from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
-from ncalign.generation import Generator, SamplingParams, ServerGenerator, TransformersGenerator
-from ncalign.generation.base import PromptError
+from ncalign.generation.base import Generator, PromptError, SamplingParams
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.local import TransformersGenerator
+from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.vllm import VLLMGenerator
 from ncalign.judging.answers import check_form, write_answers
 from ncalign.judging.config import AnswerConfig

@@ -11,8 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from ncalign.core.store import Store
-from ncalign.generation import Generator, ServerGenerator, TransformersGenerator
+from ncalign.generation.base import Generator
 from ncalign.generation.client import Server, ServerError
+from ncalign.generation.local import TransformersGenerator
+from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.vllm import VLLMGenerator
 from ncalign.model.policy import Policy
 from ncalign.online.config import OnlineConfig

@@ -10,7 +10,8 @@ import numpy as np
 
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import say
-from ncalign.generation import SamplingParams, completion_as_candidate
+from ncalign.generation.base import SamplingParams
+from ncalign.generation.generate import completion_as_candidate
 from ncalign.online.pool import read_artefact
 from ncalign.online.state import Run
 from ncalign.stats.paired import paired_comparison

@@ -32,8 +32,8 @@ from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_gr
 from ncalign.online.probe import check_same_weights
 from ncalign.online.rounds import round_end, round_prompts
 from ncalign.online.state import Position, Run, last_position, open_run, save
-from ncalign.report import write_rounds_report
-from ncalign.rewards import source_record
+from ncalign.report.online_page import write_rounds_report
+from ncalign.rewards.sources import source_record
 from ncalign.training import run_folder
 from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
 from ncalign.training.export import merges, model_card, save_model

@@ -20,14 +20,14 @@ import numpy as np
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import Bar
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group
-from ncalign.generation import Completion, Generator, SamplingParams, completion_as_candidate
-from ncalign.generation.base import PromptError
+from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
+from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.objectives import Method
 from ncalign.online.clock import Clock
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import pool_health
-from ncalign.rewards import RewardSource, score_many
+from ncalign.rewards.base import RewardSource, score_many
 from ncalign.training.data import scored_candidates
 
 FRESH = "policy"

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from ncalign.core.progress import say
 from ncalign.data.groups import Group
-from ncalign.generation import Completion, SamplingParams, completion_as_candidate
+from ncalign.generation.base import Completion, SamplingParams
+from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import EncodedGroup
 from ncalign.online.pool import as_sampled
 from ncalign.online.state import Run

@@ -21,7 +21,8 @@ from ncalign.online.clock import Clock
 from ncalign.online.config import OnlineConfig
 from ncalign.online.rounds import num_steps
 from ncalign.online.weights import ReferenceWeights
-from ncalign.rewards import RewardSource, reward_source
+from ncalign.rewards.base import RewardSource
+from ncalign.rewards.sources import reward_source
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
 from ncalign.training.engine import Engine

@@ -33,7 +33,7 @@ class FunctionReward:
         self._takes_metadata = "metadata" in inspect.signature(function).parameters
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         texts = completion_texts(group)
         try:
             if self._takes_metadata:

@@ -38,7 +38,7 @@ class Guarded:
         self.first_failure: str | None = None
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`.
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`.
 
         Raises:
             ValueError: more than ``max_failed_share`` of the candidates have failed.
@@ -103,7 +103,7 @@ class Ensemble:
         self.sources, self._combine = tuple(sources), combine
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         return self.score_many([group])[0]
 
     def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:

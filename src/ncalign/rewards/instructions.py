@@ -21,7 +21,7 @@ class InstructionReward:
     """
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         names, arguments = group.metadata.get("instruction_id_list"), group.metadata.get("kwargs")
         if not isinstance(names, list) or not names or not isinstance(arguments, list) or len(arguments) != len(names):
             raise ValueError(

@@ -51,7 +51,7 @@ class JudgeReward:
         self.num_changed = 0
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         return self.score_many([group])[0]
 
     def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:

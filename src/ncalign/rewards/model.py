@@ -62,7 +62,7 @@ class ModelReward:
         self._limit = getattr(loaded.config, "max_position_embeddings", None)
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         return self.score_many([group])[0]
 
     def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:

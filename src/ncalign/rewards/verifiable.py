@@ -37,7 +37,7 @@ class ReasoningGymReward:
         self._verifiers: dict[str, ScoreAnswer] = {}
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         task, entry = group.metadata.get("task"), group.metadata.get("entry")
         if not isinstance(task, str) or not isinstance(entry, dict):
             raise ValueError(
@@ -89,7 +89,7 @@ class MathVerifyReward:
             raise ValueError("reward 'math_verify' needs the package math-verify: pip install 'ncalign[math]'")
 
     def score(self, group: Group) -> list[float | None]:
-        """Score a group; see :class:`ncalign.rewards.RewardSource`."""
+        """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         from math_verify import parse, verify
 
         answer = group.metadata.get("answer")

@@ -19,7 +19,7 @@ from ncalign.core.parallel import num_workers
 from ncalign.core.progress import Bar
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
-from ncalign.generation import Generator, SamplingParams
+from ncalign.generation.base import Generator, SamplingParams
 from ncalign.tasks.sandbox.run import Status, isolation, run_sandboxed
 from ncalign.tasks.task_data import read_rows
 

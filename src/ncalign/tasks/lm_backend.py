@@ -12,7 +12,7 @@ import torch
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
-from ncalign.generation import Completion, SamplingParams
+from ncalign.generation.base import Completion, SamplingParams
 from ncalign.model.policy import adapter_base, quiet_transformers
 
 _LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
@@ -112,7 +112,7 @@ def model_identity(model: str) -> str:
 
 
 class BackendGenerator:
-    """Samples from an lm-eval model; see :class:`ncalign.generation.Generator`. Tokens are not counted: ``num_tokens`` is 0.
+    """Samples from an lm-eval model, as a :class:`ncalign.generation.base.Generator`; ``num_tokens`` is always 0.
 
     Args:
         backend: lm-eval's model object.

@@ -18,7 +18,7 @@ from ncalign.core.atomic import write_json_atomic, write_text_atomic
 from ncalign.core.errors import nearest
 from ncalign.core.progress import say
 from ncalign.core.store import Store
-from ncalign.generation import SamplingParams
+from ncalign.generation.base import SamplingParams
 from ncalign.report.tables import model_name
 from ncalign.tasks.human_eval import (
     STOPS,
