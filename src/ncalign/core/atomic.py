@@ -56,11 +56,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def removed_on_error(temporary: Path, target: str | Path) -> Iterator[None]:
-    """Remove a temporary folder when what fills it fails or is interrupted; the caller renames it into place.
-
-    Args:
-        temporary: The folder; made by the caller, inside.
-        target: The name it is to have, for the message.
+    """Remove a temporary folder when what fills it fails or is interrupted; the caller makes it and renames it into place.
 
     Raises:
         OSError: The folder can't be written. The message names the target, also where a library raised a class of its own.

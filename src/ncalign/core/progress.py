@@ -17,14 +17,7 @@ def say(text: str) -> None:
 
 
 class Bar:
-    """Counts work done, with a note beside the count and the time left.
-
-    Args:
-        description: what is being done.
-        total: units of work; None where it is not known.
-        completed: units done before (on resume).
-        shown: False for silence, as on all processes but the first.
-    """
+    """Counts units of work done (``completed`` of them by an earlier run), with a note beside the count and the time left."""
 
     def __init__(self, description: str, total: int | None, *, completed: int = 0, shown: bool = True) -> None:
         self._description, self._total, self._done, self._shown = description, total, completed, shown

@@ -15,10 +15,7 @@ from types import ModuleType
 def load_named(name: str, *, what: str, others: str = "") -> Callable[..., object]:
     """The function named by ``package.module:function`` or ``path/file.py:function``.
 
-    Args:
-        name: of the function.
-        what: it is for, as messages call it.
-        others: further names that the caller takes, for the message.
+    Messages say ``what`` it is for, and which ``others`` names the caller takes besides.
 
     Raises:
         ValueError: the name has another form, or the module or the function in it can't be had.

@@ -152,15 +152,9 @@ def read_sources(
     allow_empty: bool = False,
     many: bool,
 ) -> Generator[Group, None, None]:
-    """Read sources one after the other, as :func:`read_groups` does.
+    """Read sources one after the other, as :func:`read_groups` does, in one of the schemas ``tried``.
 
-    Args:
-        sources: where rows come from.
-        tried: the schemas that they may have.
-        on_bad_row: as there.
-        report: filled in.
-        allow_empty: as there.
-        many: whether these are some of several files: ids that rows lack then begin with the file's name.
+    ``many``: these are some of several files, so that ids which rows lack begin with the file's name.
     """
     with closing(Seen()) as seen:
         reader = _Reader(tried, on_bad_row, report, allow_empty, seen)
@@ -306,12 +300,7 @@ class _Reader:
         self._schema: Schema | None = None
 
     def groups(self, source: Source, *, prefix: str) -> Generator[Group, None, None]:
-        """Yield a source's groups, and close the source with this generator.
-
-        Args:
-            source: where rows come from.
-            prefix: of the ids that rows without one get: line numbers alone would meet those of other files.
-        """
+        """Yield a source's groups, and close the source with this generator; ids made of row numbers begin with ``prefix``."""
         self._source, self._prefix, self._schema = source, prefix, None
         with closing(source.rows()) as rows:
             yield from self._groups(rows)

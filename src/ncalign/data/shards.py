@@ -34,17 +34,7 @@ _ACCOUNT = ".ncalign"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a shard is made.
-
-    Attributes:
-        schema: of the rows read.
-        adapter: the user's function, or None.
-        target: what is written.
-        seed: of the pairs drawn.
-        on_bad_row: whether rows that can't be used stop the work or are left out.
-        kind: of the files written.
-        code: digest of the adapter's file: when it changes, every shard is converted again.
-    """
+    """How a shard is made: the options of `convert_folder`, and a digest of the adapter's code, whose change makes it anew."""
 
     schema: SchemaName
     adapter: str | None

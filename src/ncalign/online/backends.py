@@ -36,13 +36,7 @@ class GeneratorOf(Protocol):
 
 
 class InProcess:
-    """The policy itself samples: there is nothing to hand over.
-
-    Args:
-        config: of the run.
-        policy: model and tokenizer.
-        engine: holds the model that is trained.
-    """
+    """The policy itself samples: there is nothing to hand over."""
 
     def __init__(self, config: OnlineConfig, policy: Policy, engine: Engine) -> None:
         self._model = policy.model
@@ -65,15 +59,7 @@ class InProcess:
 
 
 class Pushed:
-    """A generator outside this process, which loads the policy's weights from files.
-
-    Args:
-        config: of the run.
-        policy: model and tokenizer.
-        engine: holds the model that is trained.
-        accelerator: of this process.
-        generator: who samples.
-    """
+    """A generator outside this process, which loads the policy's weights from files."""
 
     def __init__(
         self,

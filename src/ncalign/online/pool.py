@@ -103,14 +103,7 @@ def sample_and_score(
 ) -> list[ScoredSamples]:
     """Sample and score, chunk by chunk; one chunk is scored while the next is sampled.
 
-    Args:
-        prompts: of the round, in its order.
-        folder: the round's.
-        generator: samples from the policy.
-        source: of the rewards.
-        config: of the run.
-        seed: of a chunk's sampling, from its number.
-        clock: takes the time of both phases.
+    ``seed`` gives the seed of a chunk's sampling from its number; the files go to the round's ``folder``.
     """
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     size = config.chunk_size
@@ -307,13 +300,7 @@ def fill_logprobs(
 ) -> tuple[list[tuple[float, ...] | None], list[tuple[float, ...] | None]]:
     """Log-probs under the generating policy and the reference, of the groups where each is needed.
 
-    Args:
-        ranked: the round's groups.
-        folder: the round's.
-        policy: log-probs under the policy as it is, which generated them.
-        reference: log-probs under the reference.
-        config: of the run.
-        at_reference: whether the two are the same weights.
+    ``at_reference`` says that both have the same weights; the files go to the round's ``folder``.
     """
     known = config.training.dtype != "bfloat16"
     found: tuple[list[tuple[float, ...] | None], ...] = ([], [])
@@ -451,12 +438,7 @@ def _fresh_alone(group: Ranked) -> EncodedGroup:
 
 
 def pool_groups(answered: Sequence[ScoredSamples], record: str) -> Iterator[Group]:
-    """The round's prompts with their fresh, scored completions, as an ordinary groups file holds them.
-
-    Args:
-        answered: prompts with completions and rewards.
-        record: where the rewards came from.
-    """
+    """The round's prompts with their fresh completions and rewards as groups; ``record`` says where the rewards came from."""
     for one in answered:
         candidates: list[Candidate] = [
             replace(completion_as_candidate(one.prompt, completion, FRESH), reward=reward)

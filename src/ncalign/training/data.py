@@ -56,14 +56,9 @@ class LoadedGroups:
 
 
 def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str, shown: bool = True) -> LoadedGroups:
-    """Read and encode the groups of a file.
+    """Read and encode the groups of a file that the method can use.
 
-    Args:
-        path: groups in any schema that is read.
-        encoder: for the policy's tokenizer.
-        method: says which groups it can use, and what it makes of their rewards.
-        on_bad_row: ``error`` raises when any group can't be used, after all have been looked at; ``skip`` leaves them out.
-        shown: whether progress is.
+    ``on_bad_row``: ``error`` raises where a group can't be used, once all have been read; ``skip`` leaves such groups out.
 
     Raises:
         ValueError: rows that can't be read, groups that can't be used (under ``error``), or none left to train on.

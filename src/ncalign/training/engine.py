@@ -98,10 +98,7 @@ class Engine:
         Gradients through all candidates cost `3P + 3KcT` forward passes of a token, a pass to score R of them and another
         through the chosen ones `4P + (R + 3S)cT`, or `3P + (R + 3S)cT` where they share the prompts: a group's prompt has P
         tokens, each of its K candidates T, the sampler reads R of them, S enter the loss, and a completion token costs c.
-
-        Args:
-            groups: of the step, all processes'.
-            at_reference: whether the policy is known to be the reference still.
+        ``at_reference``: the policy is known to be the reference still.
         """
         sampler = self.method.sampler
         if at_reference:
@@ -122,11 +119,7 @@ class Engine:
     def train_pass(self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0) -> PassResult:
         """Score, draw, and evaluate the objective on what was drawn, with gradients.
 
-        Args:
-            part: the groups.
-            epoch: which one, for the sampler's random numbers.
-            scoring: where the scores come from that the sampler reads.
-            baseline: level that the method measures scores from.
+        The sampler's random numbers depend on ``epoch``; ``baseline`` is the level that the method measures scores from.
         """
         batch = self.batch(part)
         mask = batch.candidate_mask

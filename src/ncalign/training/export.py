@@ -58,17 +58,9 @@ def save_model(
     card: str | None,
     target: Path,
 ) -> None:
-    """Write a model folder: weights (or adapter) in safetensors, tokenizer, chat template and a card.
+    """Write a model folder whole or not at all: weights (or adapter) in safetensors, tokenizer, chat template, README.md.
 
-    It is written whole or not at all.
-
-    Args:
-        policy: model and tokenizer as they were loaded.
-        model: what was trained, as accelerate wraps it.
-        accelerator: of this process.
-        merge: write the model with the adapter merged into its weights.
-        card: text of README.md; none: no card.
-        target: the folder.
+    ``merge`` puts the adapter into the model's weights; without the text ``card`` there is no README.md.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.num_processes > 1)
     state = get_model_state_dict(model, options=options)

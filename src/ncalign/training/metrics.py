@@ -117,12 +117,7 @@ def correlation(x: Float[Tensor, "B K"], y: Float[Tensor, "B K"], mask: Bool[Ten
 
 
 class MetricMeans:
-    """Sums of per-group metrics over passes; means over the groups that define each.
-
-    Args:
-        sums: to begin with.
-        counts: to begin with.
-    """
+    """Sums of per-group metrics over passes; means over the groups that define each."""
 
     def __init__(self, sums: dict[str, float] | None = None, counts: dict[str, float] | None = None) -> None:
         self._sums, self._counts = dict(sums or {}), dict(counts or {})

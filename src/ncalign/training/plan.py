@@ -47,13 +47,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def token_layout(group: EncodedGroup, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> str:
-    """One line a candidate: the tokens as text, those that are scored in brackets, with the reward.
-
-    Args:
-        group: whose tokens are shown.
-        tokenizer: that made them.
-        most: tokens shown of a text, from its two ends; None for all.
-    """
+    """One line a candidate: its reward and tokens, scored ones in brackets; ``most`` limits the tokens shown of a text."""
     prompt = "|".join(_shown(group.prompt.tolist(), tokenizer, most))
     lines = [f"  prompt ({len(group.prompt)} tokens): {prompt}"]
     for completion, reward in zip(group.completions, group.rewards, strict=True):
