@@ -23,12 +23,13 @@ from conftest import group_row
 from ncalign.adjust import transforms
 from ncalign.adjust.adjust import run_adjust
 from ncalign.adjust.config import AdjustConfig
-from ncalign.adjust.fits import LengthSlope, PairwiseLength, RewardSample
+from ncalign.adjust.fits import PairwiseLength, length_slope, reward_sample
 from ncalign.adjust.steps import parse_steps
 from ncalign.cli import app as cli
 from ncalign.core.errors import ConfigError
 from ncalign.data.groups import Candidate, Group, read_groups, write_groups
 from ncalign.objectives.targets import TRANSFORMS
+from ncalign.rewards.base import combined
 from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.score import run_score
 from ncalign.training.config import TrainConfig
@@ -130,7 +131,7 @@ class TestTransforms:
         ("how", "expected"), [("mean", (1 + 4) / 2), ("min", 1.0), ("max", 4.0), ("weights", (3 * 1 + 1 * 4) / 4)]
     )
     def test_combined(self, how: str, expected: float) -> None:
-        assert transforms.combined([[1.0, None, 2.0], [4.0, 1.0, None]], how, [3, 1]) == [expected, None, None]
+        assert combined([[1.0, None, 2.0], [4.0, 1.0, None]], how, [3, 1]) == [expected, None, None]
 
     @given(some_rewards)
     def test_missing_rewards_stay_missing_in_every_transform(self, rewards: list[float | None]) -> None:
@@ -161,10 +162,8 @@ class TestFits:
     )
     def test_length_removal_leaves_no_slope_within_groups(self, rows: list[list[tuple[float, int]]]) -> None:
         def fit(rewards: Sequence[Sequence[float | None]]) -> float | None:
-            regression = LengthSlope()
-            for new, row in zip(rewards, rows, strict=True):
-                regression.add(new, [float(length) for _, length in row])
-            return regression.slope
+            lengths = [[float(length) for _, length in row] for row in rows]
+            return length_slope(zip(rewards, lengths, strict=True))[0]
 
         slope = fit([[reward for reward, _ in row] for row in rows])
         if slope is None:
@@ -181,15 +180,13 @@ class TestFits:
             0.02 * length + chance.normal(0, 1, size) + 5 * k
             for k, (length, size) in enumerate(zip(lengths, sizes, strict=True))
         ]
-        regression = LengthSlope()
-        for group_rewards, group_lengths in zip(rewards, lengths, strict=True):
-            regression.add(list(group_rewards), list(group_lengths))
+        slope, spread = length_slope((list(row), list(counts)) for row, counts in zip(rewards, lengths, strict=True))
         dummies = np.repeat(np.eye(len(sizes)), sizes, axis=0)
         design = np.column_stack([np.concatenate(lengths), dummies])
         solution = np.linalg.lstsq(design, np.concatenate(rewards), rcond=None)[0]
-        assert regression.slope == pytest.approx(solution[0], rel=1e-9)
+        assert slope == pytest.approx(solution[0], rel=1e-9)
         within = np.concatenate([length - length.mean() for length in lengths])
-        assert regression.spread == pytest.approx(np.sqrt(np.mean(within**2)))
+        assert spread == pytest.approx(np.sqrt(np.mean(within**2)))
 
     def test_phi_is_that_of_a_logistic_regression_on_all_pairs(self) -> None:
         """The oracle writes every pair out and minimises its weighted log-loss with another optimiser, derivative-free."""
@@ -240,16 +237,14 @@ class TestFits:
 
     def test_sample_is_exact_up_to_its_size_and_even_beyond(self) -> None:
         values = [float(k) for k in range(1000)]
-        whole, part = RewardSample(1000, seed=0), RewardSample(200, seed=0)
-        for value in values:
-            whole.add([value, None])
-            part.add([value])
-        assert list(whole.ordered()) == values
-        assert (whole.num_seen, part.num_seen, len(part.ordered())) == (1000, 1000, 200)
-        assert set(part.ordered()) <= set(values)
+        whole, num_whole = reward_sample(([value, None] for value in values), 1000, seed=0)
+        part, num_part = reward_sample(([value] for value in values), 200, seed=0)
+        assert list(whole) == values
+        assert (num_whole, num_part, len(part)) == (1000, 1000, 200)
+        assert set(part) <= set(values)
         # The mean of 200 of 1000 drawn without putting back: within four standard errors.
         error = np.std(values) * math.sqrt((1 - 0.2) / 200)
-        assert abs(part.ordered().mean() - np.mean(values)) < 4 * error
+        assert abs(part.mean() - np.mean(values)) < 4 * error
 
 
 class TestSpelling:
@@ -342,16 +337,16 @@ class TestAdjust:
         lengths = [[chance.randint(1, 60) for _ in range(4)] for _ in range(30)]
         rewards = [[0.1 * n + chance.gauss(0, 1) for n in row] for row in lengths]
         found = adjusted(tmp_path, groups_of(rewards, lengths), "zscore", "length")
-        regression = LengthSlope()
-        for row, counts in zip(rewards, lengths, strict=True):
-            regression.add(z_scores(row), [float(n) for n in counts])
-        assert regression.slope is not None
+        slope, _ = length_slope(
+            (z_scores(row), [float(n) for n in counts]) for row, counts in zip(rewards, lengths, strict=True)
+        )
+        assert slope is not None
         note = found[0].metadata["reward_steps"][-1]
-        assert note == f"length: {regression.slope:.4g} a word, removed"
-        again = LengthSlope()
-        for group, counts in zip(found, lengths, strict=True):
-            again.add([candidate.reward for candidate in group.candidates], [float(n) for n in counts])
-        assert again.slope == pytest.approx(0, abs=1e-9)
+        assert note == f"length: {slope:.4g} a word, removed"
+        again, _ = length_slope(
+            (row, [float(n) for n in counts]) for row, counts in zip(rewards_in(found), lengths, strict=True)
+        )
+        assert again == pytest.approx(0, abs=1e-9)
 
     @pytest.mark.parametrize(
         ("unit", "length"), [("words", 3.0), ("characters", 14.0), ("log_words", math.log(4))], ids=lambda value: str(value)

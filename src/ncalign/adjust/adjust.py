@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -13,7 +13,6 @@ from typing import TypeAlias
 from ncalign.adjust.config import AdjustConfig
 from ncalign.adjust.merging import RewardIndex
 from ncalign.adjust.steps import MERGE, Fitted, Step, parse_steps, rewards_of
-from ncalign.adjust.transforms import combined
 from ncalign.core.errors import DataError
 from ncalign.core.progress import Bar, say
 from ncalign.data.config import OnBadRow, SchemaChoice
@@ -27,7 +26,7 @@ from ncalign.data.groups import (
     rewards_origin,
     write_groups,
 )
-from ncalign.rewards.base import where
+from ncalign.rewards.base import combined, where
 from ncalign.rewards.score import ScoreCounts
 
 Opened: TypeAlias = Callable[[ReadReport], Iterator[Group]]
@@ -62,11 +61,14 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
         if config.merge:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ncalign-adjust-")))
             for number, path in enumerate(config.merge):
-                indices.append(RewardIndex(folder / f"{number}.sqlite", path))
-                stack.callback(indices[-1].close)
-                _fill(indices[-1], fit(before, partial(originals, path))[0])
-            join = _Join(indices, config.merge_with, config.merge_weights)
-            opened, notes = partial(_changed, opened, join, on_bad_row), [*notes, join.note]
+                indices.append(stack.enter_context(closing(RewardIndex(folder / f"{number}.sqlite", path))))
+                other = ReadReport()
+                indices[-1].fill(fit(before, partial(originals, path))[0](other))
+                if other.skipped:
+                    say(other.notice(path))
+            join = partial(_joined, indices, config.merge_with, config.merge_weights)
+            opened = partial(_changed, opened, join, on_bad_row)
+            notes.append(_merge_note(config.merge_with, config.merge_weights, (Path(path).name for path in config.merge)))
         opened, more = fit(after, opened)
         groups = _all_taken(opened(report), indices, config.input, on_bad_row)
         with Bar("Adjusting groups", None) as bar:
@@ -76,11 +78,7 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
     return {
         "output": str(config.output),
         "steps": [*notes, *more],
-        "groups": counts.groups,
-        "candidates": counts.candidates,
-        "unknown_rewards": counts.unknown,
-        "groups_with_spread": counts.groups_with_spread,
-        "mean_reward": counts.mean_reward,
+        **counts.result(),
         "rows_skipped": report.skipped,
     }
 
@@ -88,7 +86,7 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
 def _counted(groups: Iterable[Group], label: str, report: ReadReport, counts: ScoreCounts, bar: Bar) -> Iterator[Group]:
     """The groups, counted as they pass; none at all is an error."""
     for group in groups:
-        counts.add(rewards_of(group))
+        counts.add(group)
         yield group
         bar.advance()
     if not counts.groups:
@@ -98,12 +96,6 @@ def _counted(groups: Iterable[Group], label: str, report: ReadReport, counts: Sc
 
 def fit_steps(steps: Sequence[Step], opened: Opened, *, seed: int, on_bad_row: OnBadRow) -> tuple[Opened, list[str]]:
     """Fit each step to the groups as the steps before it leave them.
-
-    Args:
-        steps: in their order.
-        opened: opens a pass over the groups.
-        seed: of the rewards that a step draws.
-        on_bad_row: what to do with groups that a step can't use.
 
     Returns:
         A function that opens a pass over the groups after the last step, and a note of what each step does.
@@ -160,37 +152,17 @@ def with_rewards(group: Group, rewards: Sequence[float | None], note: str) -> Gr
 # --- Several files ----------------------------------------------------------------------------------------------------
 
 
-def _fill(index: RewardIndex, opened: Opened) -> None:
-    report = ReadReport()
-    index.fill(opened(report))
-    if report.skipped:
-        say(report.notice(index.label))
+def _joined(indices: Sequence[RewardIndex], how: str, weights: Sequence[float], group: Group) -> Group:
+    """The group with one reward made of those of several files."""
+    found = [index.take(group) for index in indices]
+    rewards = combined([rewards_of(group), *(taken for taken, _ in found)], how, weights)
+    others = [f"{Path(index.label).name} ({'; '.join(steps)})" for index, (_, steps) in zip(indices, found, strict=True)]
+    return with_rewards(group, rewards, _merge_note(how, weights, others))
 
 
-@dataclass(frozen=True)
-class _Join:
-    """Makes one reward of those of several files."""
-
-    indices: Sequence[RewardIndex]
-    how: str
-    weights: Sequence[float]
-
-    @property
-    def note(self) -> str:
-        names = ", ".join(Path(index.label).name for index in self.indices)
-        return f"merge: {self._how} with {names}"
-
-    @property
-    def _how(self) -> str:
-        return f"weights {', '.join(f'{weight:g}' for weight in self.weights)}" if self.how == "weights" else self.how
-
-    def __call__(self, group: Group) -> Group:
-        found = [index.take(group) for index in self.indices]
-        rewards = combined([rewards_of(group), *(taken for taken, _ in found)], self.how, self.weights)
-        others = [
-            f"{Path(index.label).name} ({'; '.join(steps)})" for index, (_, steps) in zip(self.indices, found, strict=True)
-        ]
-        return with_rewards(group, rewards, f"merge: {self._how} with {', '.join(others)}")
+def _merge_note(how: str, weights: Sequence[float], others: Iterable[str]) -> str:
+    numbers = "".join(f"{',' if place else ''} {weight:g}" for place, weight in enumerate(weights))
+    return f"merge: {how}{numbers} with {', '.join(others)}"
 
 
 def _all_taken(groups: Iterable[Group], indices: Sequence[RewardIndex], label: str, on_bad_row: OnBadRow) -> Iterator[Group]:

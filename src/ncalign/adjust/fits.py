@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,30 +22,25 @@ _RIDGE = 1e-10
 """Ridge penalty on the coefficients, so that a source which always wins has a finite quality; negligible for length's."""
 
 
-class LengthSlope:
-    """Least squares of reward on length within groups: ``sum (l - mean)(r - mean) / sum (l - mean)^2``."""
+def length_slope(groups: Iterable[tuple[Rewards, Sequence[float]]]) -> tuple[float | None, float]:
+    """Least squares of reward on length within groups: ``sum (l - mean)(r - mean) / sum (l - mean)^2``.
 
-    def __init__(self) -> None:
-        self._cross = self._square = 0.0
-        self.num_candidates = 0
+    Args:
+        groups: rewards and lengths of each group's candidates.
 
-    def add(self, rewards: Rewards, lengths: Sequence[float]) -> None:
-        """Add a group."""
+    Returns:
+        Reward a unit of length, None where no two lengths of a group differ; and the standard deviation of length within
+        groups.
+    """
+    cross = square = 0.0
+    count = 0
+    for rewards, lengths in groups:
         away, known = length_deviations(rewards, lengths), known_rewards(rewards)
-        self.num_candidates += len(known)
+        count += len(known)
         if len(known) > 1:
-            self._cross += float(away @ (known - known.mean()))
-            self._square += float(away @ away)
-
-    @property
-    def slope(self) -> float | None:
-        """Reward a unit of length; None where no two lengths of a group differ."""
-        return self._cross / self._square if self._square > 0 else None
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of length within groups."""
-        return float(np.sqrt(self._square / self.num_candidates)) if self.num_candidates else 0.0
+            cross += float(away @ (known - known.mean()))
+            square += float(away @ away)
+    return (cross / square if square > 0 else None), (float(np.sqrt(square / count)) if count else 0.0)
 
 
 class PairwiseLength:
@@ -78,7 +73,11 @@ class PairwiseLength:
         """Add a group."""
         t = np.tanh(length_deviations(rewards, lengths) / self._scale)
         known = known_rewards(rewards)
-        places = [self._place(source) for reward, source in zip(rewards, sources, strict=True) if reward is not None]
+        places = [
+            self._sources.setdefault(source, min(len(self._sources), _MAX_SOURCES - 1))
+            for reward, source in zip(rewards, sources, strict=True)
+            if reward is not None
+        ]
         self.num_movable += int(np.count_nonzero((known > 0) & (known < 1)))
         for i in range(len(known)):
             for j in range(i + 1, len(known)):
@@ -89,12 +88,15 @@ class PairwiseLength:
                 bins = self._bins.setdefault((places[first], places[second]), np.zeros((3, _NUM_BINS)))
                 bins[:, min(int((apart + 2) * (_NUM_BINS / 4)), _NUM_BINS - 1)] += weight, won, weight * apart
 
-    def _place(self, source: str | None) -> int:
-        return self._sources.setdefault(source, min(len(self._sources), _MAX_SOURCES - 1))
-
     def phi(self) -> float | None:
         """Length's coefficient at the greatest likelihood; None where it is not finite or no pair has lengths that differ."""
-        signs, apart, weight, won = self._rows()
+        if not self._bins:
+            return None
+        # One row a bin that holds a pair, with +1 and -1 at its sources.
+        bins, pairs, sources = np.stack(list(self._bins.values())), np.array(list(self._bins)), np.eye(self.num_sources)
+        pair, place = np.nonzero(bins[:, 0])
+        weight, won, differences = bins[pair, :, place].T
+        signs, apart = sources[pairs[pair, 0]] - sources[pairs[pair, 1]], differences / weight
         if not np.any(apart):
             return None
         features = np.column_stack([signs[:, 1:], apart])  # one quality is free: the first is 0
@@ -117,47 +119,14 @@ class PairwiseLength:
         phi = float(found.x[-1])
         return phi if abs(phi) < _MAX_PHI else None
 
-    def _rows(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """One row a bin that holds a pair: +1 and -1 at its sources, mean difference of t, weight, and weight won."""
-        signs, apart, weight, won = [], [], [], []
-        for (first, second), bins in self._bins.items():
-            used = bins[:, bins[0] > 0]
-            sign = np.zeros((used.shape[1], max(self.num_sources, 1)))
-            sign[:, first] += 1
-            sign[:, second] -= 1
-            signs.append(sign)
-            weight.append(used[0])
-            won.append(used[1])
-            apart.append(used[2] / used[0])
-        if not signs:
-            return np.zeros((0, 1)), np.zeros(0), np.zeros(0), np.zeros(0)
-        return np.vstack(signs), np.concatenate(apart), np.concatenate(weight), np.concatenate(won)
 
-
-class RewardSample:
-    """All rewards, or where there are more than ``size``, that many drawn evenly from them.
-
-    Args:
-        size: rewards kept.
-        seed: of the draw.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self._kept, self._size = array("d"), size
-        self._chance = random.Random(f"quantile {seed}")
-        self.num_seen = 0
-
-    def add(self, rewards: Rewards) -> None:
-        """Add a group."""
-        for reward in rewards:
-            if reward is None:
-                continue
-            self.num_seen += 1
-            if len(self._kept) < self._size:
-                self._kept.append(reward)
-            elif (place := self._chance.randrange(self.num_seen)) < self._size:
-                self._kept[place] = reward
-
-    def ordered(self) -> NDArray[np.float64]:
-        """The rewards kept, in rising order."""
-        return np.sort(np.frombuffer(self._kept, dtype=np.float64)) if self._kept else np.empty(0)
+def reward_sample(groups: Iterable[Rewards], size: int, seed: int) -> tuple[NDArray[np.float64], int]:
+    """All rewards in rising order or, where there are more than ``size``, that many drawn evenly; and how many there are."""
+    kept, chance, seen = array("d"), random.Random(f"quantile {seed}"), 0
+    for reward in (reward for rewards in groups for reward in rewards if reward is not None):
+        seen += 1
+        if len(kept) < size:
+            kept.append(reward)
+        elif (place := chance.randrange(seen)) < size:
+            kept[place] = reward
+    return (np.sort(np.frombuffer(kept, dtype=np.float64)) if kept else np.empty(0)), seen

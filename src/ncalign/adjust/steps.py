@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from ncalign.adjust import transforms
-from ncalign.adjust.fits import QUANTILE_SAMPLE, LengthSlope, PairwiseLength, RewardSample
-from ncalign.adjust.transforms import GROUP_TRANSFORMS, UNITS, Unit
+from ncalign.adjust.fits import QUANTILE_SAMPLE, PairwiseLength, length_slope, reward_sample
+from ncalign.adjust.transforms import UNITS, Unit
 from ncalign.core.errors import ConfigError, DataError, names, nearest, shown
 from ncalign.data.groups import Group
 
@@ -18,18 +18,6 @@ Read: TypeAlias = Callable[[], Iterator[Group]]
 """Opens one more pass over the groups as they are before a step."""
 
 MERGE = "merge"
-_FORMS = {
-    "zscore": "zscore",
-    "rank": "rank",
-    "dense_rank": "dense_rank",
-    "quantile": "quantile",
-    "clip": "clip:LOW:HIGH",
-    "scale": "scale:FACTOR",
-    "length": "length[:words|characters|log_words]",
-    "length_glm": "length_glm[:characters|words|log_words]",
-    "aspects": "aspects[:NAME[=WEIGHT]]...",
-    MERGE: "merge",
-}
 _PER: dict[Unit, str] = {"words": "a word", "characters": "a character", "log_words": "a unit of ln(1 + words)"}
 _MAX_ASPECTS = 1000
 
@@ -83,37 +71,23 @@ def parse_steps(spellings: Sequence[str]) -> list[Step]:
 
 def _parse(spelling: str) -> Step:
     name, *arguments = spelling.split(":")
-    if name not in _FORMS and name not in GROUP_TRANSFORMS:
-        if "=" in name:
-            raise ValueError(
-                f"unknown step {spelling!r}; weights of aspects are joined by colons, since a comma ends a step: "
-                "aspects:helpfulness=2:honesty=1"
-            )
-        guess = nearest(name, _FORMS)
-        hint = f"did you mean {guess!r}?" if guess else f"known are {', '.join(_FORMS.values())}"
-        raise ValueError(f"unknown step {spelling!r}; {hint}")
-    if name in (*GROUP_TRANSFORMS, "quantile", MERGE) and arguments:
-        raise ValueError(f"{spelling!r}: {name} takes nothing after it")
-    if name == "clip":
-        return _clip(spelling, _numbers(spelling, arguments, 2))
-    if name == "scale":
-        return _scale(spelling, _numbers(spelling, arguments, 1))
-    if name == "length":
-        return Step(name, partial(_fit_length, _unit(spelling, arguments, "words")))
-    if name == "length_glm":
-        return Step(name, partial(_fit_length_glm, _unit(spelling, arguments, "characters")), _check_shares)
-    if name == "aspects":
-        return Step(name, partial(_fit_aspects, spelling, _weights(spelling, arguments)), _check_aspects)
-    if name == "quantile":
-        return Step(name, _fit_quantile)
-    if name == MERGE:
-        # The verb joins the files here: the step itself changes no rewards.
-        return _known(name, MERGE, rewards_of)
-    transform, note = GROUP_TRANSFORMS[name], "zscore" if name == "z_score" else name
-    return _known(name, note, lambda group: transforms.within_group(rewards_of(group), transform))
+    name = {"z_score": "zscore"}.get(name, name)  # what objectives call it
+    if name in _STEPS:
+        form, made = _STEPS[name]
+        if form == name and arguments:
+            raise ValueError(f"{spelling!r}: {name} takes nothing after it")
+        return made(spelling, arguments)
+    if "=" in name:
+        raise ValueError(
+            f"unknown step {spelling!r}; weights of aspects are joined by colons, since a comma ends a step: "
+            "aspects:helpfulness=2:honesty=1"
+        )
+    guess = nearest(name, _STEPS)
+    hint = f"did you mean {guess!r}?" if guess else f"known are {', '.join(form for form, _ in _STEPS.values())}"
+    raise ValueError(f"unknown step {spelling!r}; {hint}")
 
 
-def _known(name: str, note: str, apply: Callable[[Group], list[float | None]]) -> Step:
+def _without_fit(name: str, note: str, apply: Callable[[Group], list[float | None]]) -> Step:
     """A step that needs nothing from the data set."""
     fitted = Fitted(note, apply)
     return Step(name, lambda read, seed: fitted)
@@ -137,10 +111,9 @@ def _number(spelling: str, text: str) -> float:
     return number
 
 
-def _numbers(spelling: str, arguments: Sequence[str], count: int) -> list[float]:
-    name = spelling.partition(":")[0]
+def _numbers(spelling: str, arguments: Sequence[str], count: int, example: str) -> list[float]:
     if len(arguments) != count:
-        raise ValueError(f"{spelling!r}: {_FORMS[name]} is needed, for instance {'clip:-3:3' if count == 2 else 'scale:-1'}")
+        raise ValueError(f"{spelling!r}: {_STEPS[spelling.partition(':')[0]][0]} is needed, for instance {example}")
     return [_number(spelling, text) for text in arguments]
 
 
@@ -171,26 +144,28 @@ def _weights(spelling: str, arguments: Sequence[str]) -> dict[str, float]:
 # --- Steps ------------------------------------------------------------------------------------------------------------
 
 
-def _clip(spelling: str, limits: Sequence[float]) -> Step:
-    low, high = limits
+def _clip(spelling: str, arguments: Sequence[str]) -> Step:
+    low, high = _numbers(spelling, arguments, 2, "clip:-3:3")
     if low >= high:
         raise ValueError(f"{spelling!r}: the lower limit, {low:g}, must be less than the upper, {high:g}")
-    return _known("clip", f"clip: {low:g} to {high:g}", lambda group: transforms.clipped(rewards_of(group), low, high))
+    return _without_fit("clip", f"clip: {low:g} to {high:g}", lambda group: transforms.clipped(rewards_of(group), low, high))
 
 
-def _scale(spelling: str, factors: Sequence[float]) -> Step:
-    (factor,) = factors
+def _scale(spelling: str, arguments: Sequence[str]) -> Step:
+    [factor] = _numbers(spelling, arguments, 1, "scale:-1")
     if factor == 0:
         raise ValueError(f"{spelling!r}: a factor of 0 makes all rewards equal; another is needed")
-    return _known("scale", f"scale: times {factor:g}", lambda group: transforms.scaled(rewards_of(group), factor))
+    return _without_fit("scale", f"scale: times {factor:g}", lambda group: transforms.scaled(rewards_of(group), factor))
+
+
+def _within_group(name: str, *_: object) -> Step:
+    transform = transforms.GROUP_TRANSFORMS[name]
+    return _without_fit(name, name, lambda group: transforms.within_group(rewards_of(group), transform))
 
 
 def _fit_quantile(read: Read, seed: int) -> Fitted:
-    sample = RewardSample(QUANTILE_SAMPLE, seed)
-    for group in read():
-        sample.add(rewards_of(group))
-    among = sample.ordered()
-    drawn = f"{len(among)} drawn from the {sample.num_seen}" if len(among) < sample.num_seen else f"the {len(among)}"
+    among, seen = reward_sample(map(rewards_of, read()), QUANTILE_SAMPLE, seed)
+    drawn = f"{len(among)} drawn from the {seen}" if len(among) < seen else f"the {len(among)}"
     return Fitted(f"quantile: place among {drawn} rewards", lambda group: transforms.quantiles(rewards_of(group), among))
 
 
@@ -199,15 +174,8 @@ def lengths_of(group: Group, unit: Unit) -> list[float]:
     return [transforms.text_length(transforms.text_of(candidate.completion), unit) for candidate in group.candidates]
 
 
-def _fit_slope(read: Read, unit: Unit) -> LengthSlope:
-    regression = LengthSlope()
-    for group in read():
-        regression.add(rewards_of(group), lengths_of(group, unit))
-    return regression
-
-
 def _fit_length(unit: Unit, read: Read, seed: int) -> Fitted:
-    slope = _fit_slope(read, unit).slope
+    slope, _ = length_slope((rewards_of(group), lengths_of(group, unit)) for group in read())
     if slope is None:
         return Fitted("length: nothing to remove, since no lengths differ within a group", rewards_of)
     return Fitted(
@@ -217,7 +185,7 @@ def _fit_length(unit: Unit, read: Read, seed: int) -> Fitted:
 
 
 def _fit_length_glm(unit: Unit, read: Read, seed: int) -> Fitted:
-    scale = _fit_slope(read, unit).spread
+    _, scale = length_slope((rewards_of(group), lengths_of(group, unit)) for group in read())
     if scale == 0:
         return Fitted("length_glm: nothing to remove, since no lengths differ within a group", rewards_of)
     pairs = PairwiseLength(scale)
@@ -299,3 +267,30 @@ def aspects_of(group: Group) -> dict[str, list[float | None]]:
                     f"metadata.aspects.{name} holds {shown(value)}: numbers or null are needed", reason="wrong type"
                 )
     return found
+
+
+_STEPS: Mapping[str, tuple[str, Callable[[str, Sequence[str]], Step]]] = {
+    **{name: (name, partial(_within_group, name)) for name in transforms.GROUP_TRANSFORMS},
+    "quantile": ("quantile", lambda *_: Step("quantile", _fit_quantile)),
+    "clip": ("clip:LOW:HIGH", _clip),
+    "scale": ("scale:FACTOR", _scale),
+    "length": (
+        "length[:words|characters|log_words]",
+        lambda spelling, arguments: Step("length", partial(_fit_length, _unit(spelling, arguments, "words"))),
+    ),
+    "length_glm": (
+        "length_glm[:characters|words|log_words]",
+        lambda spelling, arguments: Step(
+            "length_glm", partial(_fit_length_glm, _unit(spelling, arguments, "characters")), _check_shares
+        ),
+    ),
+    "aspects": (
+        "aspects[:NAME[=WEIGHT]]...",
+        lambda spelling, arguments: Step(
+            "aspects", partial(_fit_aspects, spelling, _weights(spelling, arguments)), _check_aspects
+        ),
+    ),
+    # The verb joins the files here: the step itself changes no rewards.
+    MERGE: (MERGE, lambda *_: _without_fit(MERGE, MERGE, rewards_of)),
+}
+"""For each step, how it is written and what makes it of that."""

@@ -20,9 +20,10 @@ Rewards: TypeAlias = Sequence[float | None]
 Unit: TypeAlias = Literal["words", "characters", "log_words"]
 GROUP_TRANSFORMS: Mapping[str, Transform] = {
     "zscore": TRANSFORMS["z_score"],
-    **{name: TRANSFORMS[name] for name in ("z_score", "rank", "dense_rank")},
+    "rank": TRANSFORMS["rank"],
+    "dense_rank": TRANSFORMS["dense_rank"],
 }
-"""Steps that an objective's `transform` has too, under the same names; ``zscore`` is ``z_score``."""
+"""Steps that an objective's `transform` has too."""
 UNITS: tuple[Unit, ...] = ("words", "characters", "log_words")
 
 _WORD = re.compile(r"\w+")
@@ -149,22 +150,3 @@ def without_length_odds(rewards: Rewards, lengths: Sequence[float], phi: float, 
     """
     shift = phi * np.tanh(length_deviations(rewards, lengths) / scale)
     return _on_known(rewards, lambda known: expit(logit(known) - shift))
-
-
-def combined(rows: Sequence[Rewards], how: str, weights: Sequence[float]) -> list[float | None]:
-    """The rewards of several sources as one: mean, min, max, or weighted mean; missing where one of them is.
-
-    >>> combined([[1.0, 2.0], [3.0, None]], "weights", [3, 1])
-    [1.5, None]
-    """
-    found: list[float | None] = []
-    for values in zip(*rows, strict=True):
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            found.append(None)
-        elif how in ("min", "max"):
-            found.append(min(known) if how == "min" else max(known))
-        else:
-            shares = weights if how == "weights" else [1.0] * len(known)
-            found.append(sum(share * value for share, value in zip(shares, known, strict=True)) / sum(shares))
-    return found

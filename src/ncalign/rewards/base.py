@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from ncalign.data.groups import Group
@@ -48,3 +48,22 @@ def completion_texts(group: Group) -> list[str]:
 def where(group: Group) -> str:
     """The group's name, and the place it was read from where that is known."""
     return f"{group.origin}: group {group.id!r}" if group.origin else f"group {group.id!r}"
+
+
+def combined(rows: Iterable[Sequence[float | None]], how: str, weights: Sequence[float] = ()) -> list[float | None]:
+    """The rewards of several sources as one: mean, min, max, or weighted mean; missing where one of them is.
+
+    >>> combined([[1.0, 2.0], [3.0, None]], "weights", [3, 1])
+    [1.5, None]
+    """
+    found: list[float | None] = []
+    for values in zip(*rows, strict=True):
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            found.append(None)
+        elif how in ("min", "max"):
+            found.append(min(known) if how == "min" else max(known))
+        else:
+            shares = weights if how == "weights" else [1.0] * len(known)
+            found.append(sum(share * value for share, value in zip(shares, known, strict=True)) / sum(shares))
+    return found

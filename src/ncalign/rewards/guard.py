@@ -8,7 +8,7 @@ from dataclasses import replace
 from threading import Thread
 
 from ncalign.data.groups import Group
-from ncalign.rewards.base import RewardSource, score_many, where
+from ncalign.rewards.base import RewardSource, combined, score_many, where
 
 _FEW = 20
 """Candidates below which a share says nothing yet, unless none may fail."""
@@ -109,13 +109,4 @@ class Ensemble:
     def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """Score several groups, each source all of them at once where it can."""
         found = [score_many(source, groups) for source in self.sources]
-        return [
-            [self._combined([rows[g][k] for rows in found]) for k in range(len(group.candidates))]
-            for g, group in enumerate(groups)
-        ]
-
-    def _combined(self, values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return None
-        return min(known) if self._combine == "min" else sum(known) / len(known)
+        return [combined(rows, self._combine) for rows in zip(*found, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -38,8 +38,9 @@ class ScoreCounts:
     groups_with_spread: int = 0
     total: float = 0.0
 
-    def add(self, rewards: Sequence[float | None]) -> None:
-        """Count a group with these rewards."""
+    def add(self, group: Group) -> None:
+        """Count a group."""
+        rewards = [candidate.reward for candidate in group.candidates]
         known = [reward for reward in rewards if reward is not None]
         self.groups += 1
         self.candidates += len(rewards)
@@ -47,32 +48,30 @@ class ScoreCounts:
         self.groups_with_spread += len(set(known)) > 1
         self.total += sum(known)
 
-    @property
-    def mean_reward(self) -> float:
-        """Mean of the known rewards; NaN when there is none."""
+    def result(self) -> dict[str, int | float]:
+        """The counts, and the mean of the known rewards, NaN when there is none, as a verb's results name them."""
         known = self.candidates - self.unknown
-        return self.total / known if known else math.nan
+        return {
+            "groups": self.groups,
+            "candidates": self.candidates,
+            "unknown_rewards": self.unknown,
+            "groups_with_spread": self.groups_with_spread,
+            "mean_reward": self.total / known if known else math.nan,
+        }
 
 
-def score_groups(groups: Iterable[Group], source: RewardSource, counts: ScoreCounts | None = None) -> Iterator[Group]:
-    """The groups with their candidates' rewards replaced by the source's.
-
-    Args:
-        groups: groups with candidates.
-        source: what scores them.
-        counts: filled in on the way.
-    """
-    counts = counts if counts is not None else ScoreCounts()
+def score_groups(groups: Iterable[Group], source: RewardSource) -> Iterator[Group]:
+    """The groups with their candidates' rewards replaced by the source's."""
     remaining = iter(groups)
     while chunk := list(islice(remaining, _TOGETHER)):
         for group, rewards in zip(chunk, score_many(source, chunk), strict=True):
-            counts.add(rewards)
             yield replace(group, candidates=[replace(c, reward=r) for c, r in zip(group.candidates, rewards, strict=True)])
 
 
-def _recorded(groups: Iterable[Group], source: RewardSource, record: str, bar: Bar) -> Iterator[Group]:
+def _scored(groups: Iterable[Group], source: RewardSource, record: str, counts: ScoreCounts, bar: Bar) -> Iterator[Group]:
     """Scored groups, which say where their rewards came from and no longer how earlier rewards were made."""
-    for group in groups:
+    for group in score_groups(groups, source):
+        counts.add(group)
         yield replace(group, metadata={**group.metadata, REWARD_STEPS: [record]})
         bar.advance()
     # Too many failures raise here, before the file takes its place.
@@ -108,14 +107,10 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         say(report.notice(config.data))
     with Bar("Scoring groups", total) as bar, closing(read_groups(config.data, on_bad_row=config.on_bad_row)) as groups:
         record = source_record(config.reward, combine=config.combine, judge=config.judge)
-        write_groups(_recorded(score_groups(groups, source, counts), source, record, bar), config.output)
+        write_groups(_scored(groups, source, record, counts, bar), config.output)
     result: dict[str, object] = {
         "output": str(config.output),
-        "groups": counts.groups,
-        "candidates": counts.candidates,
-        "unknown_rewards": counts.unknown,
-        "groups_with_spread": counts.groups_with_spread,
-        "mean_reward": counts.mean_reward,
+        **counts.result(),
         "rows_skipped": report.skipped,
     }
     for part in parts(source):
