@@ -43,7 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 def only(*statements: Statement, curves: tuple[Curve, ...] = ()) -> tuple[Callable[[], Findings], ...]:
     def experiment() -> Findings:
-        return Findings(statements, curves)
+        return Findings("", list(statements), list(curves))
 
     return (experiment,)
 
@@ -114,7 +114,7 @@ def test_the_page_escapes_every_text(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_a_logarithmic_plot_leaves_out_what_it_cannot_show() -> None:
-    curve = Curve("c", "t", "x", "y", {"none": [(0.0, 0.0)], "some": [(0.0, 1.0), (1.0, 0.0), (2.0, 3.0)]}, True, True)
+    curve = Curve("c", "t", "x", "y", {"none": [(0.0, 0.0)], "some": [(0.0, 1.0), (1.0, 0.0), (2.0, 3.0)]}, log="xy")
     assert report.plot(curve).startswith(b"\x89PNG")
 
 
@@ -167,13 +167,13 @@ def half_nca(r: Tensor, rewards: Tensor, mask: Tensor, *, alpha: float) -> Tenso
     ("module", "name", "replacement", "experiment"),
     [
         (identities, "rnce_loss", tempered_rnce, identities.rnce_is_dpo),
-        (identities, "nca_loss", half_nca, identities.gradient_coefficients),
+        (policies, "nca_loss", half_nca, identities.gradient_coefficients),
         (policies, "firsts", lambda values: torch.ones(values.shape[0], dtype=torch.long), normalizer.proposition_3_3),
         (normalizer, "rnce_loss", linear_contrast_loss, normalizer.proposition_3_3),
         (fixed_points, "rnce_loss", tempered_rnce, fixed_points.rnce_recovers_the_data),
         (fixed_points, "linear_contrast_loss", rnce_loss, fixed_points.chain_bias),
-        (optima, "info_nca_loss", half_info_nca, optima.info_nca_optimum),
-        (optima, "nca_loss", half_nca, optima.nca_optimum_of_a_group),
+        (policies, "info_nca_loss", half_info_nca, optima.info_nca_optimum),
+        (policies, "nca_loss", half_nca, optima.nca_optimum_of_a_group),
         (online, "rnce_loss", tempered_rnce, online.beta_mismatch),
     ],
 )

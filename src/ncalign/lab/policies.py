@@ -1,18 +1,18 @@
 """Policies small enough to enumerate, and exact expectations over everything that could be drawn from them.
 
-All of it is float64. A tabular policy has a logit for each completion; a linear-softmax policy has features that completions
-share, so that raising one completion moves others too.
+All of it is float64. A policy is a table with a logit, or an implicit reward, for each completion of the alphabet.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from ncalign.objectives import info_nca_loss, nca_loss
 
 Loss = Callable[[Tensor], Tensor]
 GroupLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,15 +46,14 @@ def total_variation(left: Tensor, right: Tensor) -> Tensor:
     return (left - right).abs().sum(dim=-1) / 2
 
 
-@dataclass(frozen=True)
-class LinearSoftmax:
-    """A policy whose logits are linear in its parameters: completions with like features rise and fall together."""
+def info_nca(alpha: float) -> RewardLoss:
+    """InfoNCA of whole groups at one alpha."""
+    return lambda r, rewards: info_nca_loss(r, rewards, every(r), alpha=alpha)
 
-    features: Float[Tensor, "V D"]
 
-    def logprobs(self, parameters: Float[Tensor, " D"]) -> Float[Tensor, " V"]:
-        """Log-prob of each completion."""
-        return (self.features @ parameters).log_softmax(dim=0)
+def nca(alpha: float) -> RewardLoss:
+    """NCA of whole groups at one alpha."""
+    return lambda r, rewards: nca_loss(r, rewards, every(r), alpha=alpha)
 
 
 def value_and_gradient(loss: Loss, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,10 +114,10 @@ def multisets(size: int, length: int) -> tuple[Int[Tensor, "N length"], Int[Tens
 
 
 def multiset_probabilities(
-    counts: Int[Tensor, "N V"], log_orders: Float[Tensor, " N"], probabilities: Float[Tensor, " V"]
-) -> Float[Tensor, " N"]:
-    """Probability of each multiset when its letters are drawn independently."""
-    return (log_orders + torch.xlogy(counts.double(), probabilities).sum(dim=1)).exp()
+    counts: Int[Tensor, "N V"], log_orders: Float[Tensor, " N"], probabilities: Float[Tensor, "*R V"]
+) -> Float[Tensor, "*R N"]:
+    """Probability of each multiset when its letters are drawn independently, for each distribution."""
+    return (log_orders + torch.xlogy(counts.double(), probabilities.unsqueeze(-2)).sum(dim=-1)).exp()
 
 
 def sequence_probabilities(columns: Int[Tensor, "N L"], probabilities: Float[Tensor, " V"]) -> Float[Tensor, " N"]:
@@ -147,8 +146,3 @@ def mean_gradient(
 def spread(values: Float[Tensor, " V"]) -> float:
     """Distance of the largest and the smallest: 0 for a constant."""
     return float(values.max() - values.min())
-
-
-def share(mask: Bool[Tensor, " N"]) -> float:
-    """Share of the cases that are true."""
-    return float(mask.double().mean())

@@ -42,11 +42,11 @@ def plot(curve: Curve) -> bytes:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, points in curve.lines.items():
-        drawn = [point for point in points if (point[0] > 0 or not curve.log_x) and (point[1] > 0 or not curve.log_y)]
+        drawn = [(x, y) for x, y in points if (x > 0 or "x" not in curve.log) and (y > 0 or "y" not in curve.log)]
         if drawn:
             axes.plot(*zip(*drawn, strict=True), marker="." if len(drawn) < 50 else "", label=name)
-    axes.set_xscale("log" if curve.log_x else "linear")
-    axes.set_yscale("log" if curve.log_y else "linear")
+    axes.set_xscale("log" if "x" in curve.log else "linear")
+    axes.set_yscale("log" if "y" in curve.log else "linear")
     label_axes(axes, curve.title, curve.x_label, curve.y_label)
     return png(figure)
 

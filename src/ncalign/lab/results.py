@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from ncalign.core.json import json_ready
 
 EXACT = 1e-12
 """Tolerance of what holds up to the rounding of float64."""
+
+Line = list[tuple[float, float]]
+"""Points of a plot."""
+Measured = Tensor | float | list[float]
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,7 @@ class Statement:
             >>> Statement("one and one is two", "arithmetic", 2.0, 1.0 + 1.0, 0.0).row()["holds"]
             True
         """
-        return {
-            "statement": self.statement,
-            "source": self.source,
-            "predicted": self.predicted,
-            "measured": json_ready(self.measured),
-            "tolerance": self.tolerance,
-            "holds": self.holds,
-        }
-
-
-def zero(statement: str, source: str, measured: float, tolerance: float = EXACT) -> Statement:
-    """A statement that a number is 0."""
-    return Statement(statement, source, 0.0, measured, tolerance)
+        return asdict(self) | {"measured": json_ready(self.measured), "holds": self.holds}
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,7 @@ class Curve:
         x_label: What is on the horizontal axis.
         y_label: What is on the vertical axis.
         lines: Points of each line; in a plot with a logarithmic axis only positive numbers are drawn.
-        log_x: Whether the horizontal axis is logarithmic.
-        log_y: Whether the vertical axis is.
+        log: The axes that are logarithmic.
         note: What to see in it.
     """
 
@@ -78,18 +70,48 @@ class Curve:
     title: str
     x_label: str
     y_label: str
-    lines: Mapping[str, Sequence[tuple[float, float]]]
-    log_x: bool = False
-    log_y: bool = False
+    lines: Mapping[str, Line]
+    log: Literal["", "x", "y", "xy"] = ""
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Findings:
-    """Statements and curves of one experiment."""
+    """Statements and curves of one experiment, in the order in which it adds them.
 
-    statements: Sequence[Statement]
-    curves: Sequence[Curve] = field(default=())
+    Attributes:
+        source: Where the statements come from, unless one of them names another source.
+        statements: What was predicted and measured.
+        curves: The plots.
+
+    Example:
+        >>> found = Findings("arithmetic")
+        >>> found.equal("a third of three numbers", 1.0, torch.tensor([3.0, 3.0]) / 3)
+        >>> found.share("squares that are negative", 0.0, torch.tensor([-1.0, 2.0]).square() < 0)
+        >>> [statement.holds for statement in found.statements]
+        [True, True]
+    """
+
+    source: str
+    statements: list[Statement] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+
+    def equal(
+        self, statement: str, predicted: float, measured: Measured, tolerance: float = EXACT, *, source: str | None = None
+    ) -> None:
+        """Add that each measured number is the predicted one; the number furthest from it is kept."""
+        value = furthest(torch.as_tensor(measured, dtype=torch.float64), predicted)
+        self.statements.append(Statement(statement, source or self.source, predicted, value, tolerance))
+
+    def zero(self, statement: str, measured: Measured, tolerance: float = EXACT, *, source: str | None = None) -> None:
+        """Add that each measured number is 0; the largest absolute value is kept."""
+        value = largest(torch.as_tensor(measured, dtype=torch.float64))
+        self.equal(statement, 0.0, value, tolerance, source=source)
+
+    def share(self, statement: str, predicted: float, cases: Tensor | list[bool], *, source: str | None = None) -> None:
+        """Add what share of the cases is true, without tolerance."""
+        share = float(torch.as_tensor(cases, dtype=torch.float64).mean())
+        self.equal(statement, predicted, share, 0.0, source=source)
 
 
 def furthest(values: Tensor, predicted: float) -> float:

@@ -12,11 +12,32 @@ from ncalign.lab.report import page, plot, table
 from ncalign.lab.results import Curve, Findings, Statement
 
 EXPERIMENTS: tuple[Callable[[], Findings], ...] = (
-    *identities.EXPERIMENTS,
-    *normalizer.EXPERIMENTS,
-    *fixed_points.EXPERIMENTS,
-    *optima.EXPERIMENTS,
-    *online.EXPERIMENTS,
+    identities.rnce_is_dpo,
+    identities.rnce_is_one_hot_info_nca,
+    identities.info_nca_of_two_is_smoothed_dpo,
+    identities.values_at_the_reference,
+    identities.gradient_coefficients,
+    identities.invariances,
+    normalizer.proposition_3_3,
+    normalizer.bias_and_variance,
+    fixed_points.consistency,
+    fixed_points.rnce_recovers_the_data,
+    fixed_points.kernel_is_reversible,
+    fixed_points.accepted_proposals,
+    fixed_points.chain_bias,
+    optima.info_nca_optimum,
+    optima.info_nca_depends_on_alpha_times_beta,
+    optima.nca_optimum_with_true_normalizer,
+    optima.nca_optimum_of_a_group,
+    optima.nca_ceiling,
+    optima.nca_never_lowers_the_best,
+    optima.pair_cap,
+    optima.limits_of_alpha,
+    online.pair_gradient,
+    online.beta_mismatch,
+    online.best_of_n,
+    online.displacement,
+    online.single_steps_of_nca,
 )
 
 
