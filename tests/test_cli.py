@@ -37,10 +37,11 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[TrainConfig
     """Put a function in the place of `run_training`; the real one needs a model."""
 
     def _install(work: Callable[[TrainConfig], object]) -> None:
-        module = ModuleType("ncalign.training")
-        module.run_training = work  # type: ignore[attr-defined]
-        module.dry_run = lambda config: {"text": f"would train {config.model}", "groups": 3}  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "ncalign.training", module)
+        train, plan = ModuleType("ncalign.training.train"), ModuleType("ncalign.training.plan")
+        train.run_training = work  # type: ignore[attr-defined]
+        plan.dry_run = lambda config: {"text": f"would train {config.model}", "groups": 3}  # type: ignore[attr-defined]
+        for module in (train, plan):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return _install
 

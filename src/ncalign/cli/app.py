@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from pydantic import BaseModel
+
 from ncalign import __version__
 from ncalign.cli import settings
 from ncalign.cli.flags import Arguments, parse
-from ncalign.cli.verbs import VERBS, Config, Result, Verb
+from ncalign.cli.verbs import VERBS, Result, Verb
 from ncalign.core.errors import ConfigError
 from ncalign.core.json import json_ready
 
@@ -45,7 +47,7 @@ exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted
 """
 
 
-def _configure(model: type[Config], arguments: Arguments) -> Config:
+def _configure(model: type[BaseModel], arguments: Arguments) -> BaseModel:
     """Load the configuration; problems of the command line and of the values are reported together."""
     try:
         config = settings.load(model, arguments.config, arguments.flags, guessed=arguments.guessed)
@@ -116,7 +118,7 @@ def _overview() -> str:
     return _HELP.format(verbs="\n".join(f"  {verb.name:<10} {verb.purpose}" for verb in VERBS))
 
 
-def _run(verb: Verb[Config], rest: Sequence[str]) -> int:
+def _run(verb: Verb, rest: Sequence[str]) -> int:
     arguments = parse(verb, rest)
     if arguments.help is not None:
         _show(arguments.help)
@@ -125,11 +127,10 @@ def _run(verb: Verb[Config], rest: Sequence[str]) -> int:
     if arguments.print_config:
         _show(settings.to_yaml(config))
         return DONE
-    work = verb.plan if arguments.dry_run and verb.plan is not None else verb.work
     try:
         # stdout is for the result alone: what libraries print on the way goes where progress goes.
         with contextlib.redirect_stdout(sys.stderr), _thread_failures_are_lines():
-            result = work(config)
+            result = verb.run(config, dry_run=arguments.dry_run)
     except KeyboardInterrupt as stop:
         _tell(f"interrupted; {verb.when_interrupted(config)}")
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -135,7 +135,7 @@ def _method_list(info: FieldInfo) -> str:
     return "\n".join(lines)
 
 
-def _parser(verb: Verb[Any], model: type[BaseModel]) -> _Parser:
+def _parser(verb: Verb, model: type[BaseModel]) -> _Parser:
     """Generate the parser of a verb from the fields of its configuration."""
     positional = "".join(f" [{name.upper()}]" for name in verb.positional)
     parser = _Parser(
@@ -185,7 +185,7 @@ def _spelt(argument: str, aliases: Mapping[str, str]) -> str:
     return options.get(name[2:], name) + equals + value
 
 
-def parse(verb: Verb[Any], arguments: Sequence[str]) -> Arguments:
+def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
     """Parse what follows the verb; unknown flags and stray words are kept as problems, to be reported with the others.
 
     Args:
