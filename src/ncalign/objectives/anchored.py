@@ -18,6 +18,8 @@ from ncalign.objectives.config import Beta
 from ncalign.objectives.method import Method, PairConfig
 from ncalign.objectives.targets import working_precision
 
+__all__ = ["apo_zero_loss", "apo_down_loss", "dpop_loss", "cal_dpo_loss", "APOZero", "APODown", "DPOP", "CalDPO"]
+
 
 def apo_zero_loss(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     r"""APO-zero: the chosen completion up and the rejected one down, each by itself.

@@ -28,6 +28,10 @@ from ncalign.objectives.method import (
 )
 from ncalign.objectives.targets import TRANSFORMS, TargetConfig, Weights, target_weights, working_precision
 
+__all__ = ["nca_loss", "nca_weighted_loss", "nca_pair_loss", "biased_nca_loss", "kto_loss", "bco_loss"]
+__all__ += ["log_normalizer", "normalized_weights"]
+__all__ += ["NCA", "NCAPair", "BiasedNCA", "KTO", "BCO"]
+
 LARGEST_EXPONENT = 80.0
 """e^80 and its products with implicit rewards still fit float32."""
 

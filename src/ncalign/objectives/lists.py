@@ -22,6 +22,8 @@ from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, 
 from ncalign.objectives.samplers import all_below
 from ncalign.objectives.targets import target_weights, working_precision
 
+__all__ = ["exo_loss", "lipo_lambda_loss", "hps_loss", "swepo_loss", "EXO", "LiPOLambda", "HPS", "SWEPO"]
+
 LOWEST = -1e30
 """Least exponent: a weight of 0 whose logarithm can still be multiplied by a probability of 0."""
 MOST_LIPO_REWARD = 60

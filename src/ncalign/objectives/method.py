@@ -18,6 +18,10 @@ from ncalign.objectives.config import Beta, Frozen, Pairing
 from ncalign.objectives.samplers import PAIRINGS, Sampler
 from ncalign.objectives.targets import working_precision
 
+__all__ = ["log_ratio", "mean_log_ratio", "policy_logprob", "mean_logprob"]
+__all__ += ["compose", "mean_over_negatives", "mean_over_pairs", "chosen_nll", "needs_candidates", "needs_preference"]
+__all__ += ["LossInputs", "Baseline", "Hooks", "Method", "PairConfig"]
+
 
 @dataclass(frozen=True)
 class LossInputs:

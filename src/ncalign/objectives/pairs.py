@@ -20,6 +20,9 @@ from ncalign.objectives.config import Beta
 from ncalign.objectives.method import Method, PairConfig, chosen_nll, mean_logprob, policy_logprob
 from ncalign.objectives.targets import working_precision
 
+__all__ = ["dpo_loss", "simpo_loss", "exo_pair_loss", "reward_aware_rpo_loss"]
+__all__ += ["DPO", "RPO", "SimPO", "CPO", "EXOPair", "RewardAwareRPO"]
+
 
 def dpo_loss(
     chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], *, label_smoothing: float = 0.0

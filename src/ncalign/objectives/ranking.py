@@ -21,6 +21,9 @@ from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, 
 from ncalign.objectives.samplers import all_below, by_log_ratio, by_logprob, mc_sampler, some_below
 from ncalign.objectives.targets import TargetConfig, target_weights, working_precision
 
+__all__ = ["rnce_loss", "info_nca_loss", "info_nca_weighted_loss", "linear_contrast_loss"]
+__all__ += ["RNCE", "InfoNCA", "MCPO", "ContrastiveDivergence"]
+
 
 def rnce_loss(
     implicit_rewards: Float[Tensor, "B K"], positive: Int[Tensor, " B"], mask: Bool[Tensor, "B K"]

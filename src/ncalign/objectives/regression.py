@@ -25,6 +25,8 @@ from ncalign.objectives.method import (
 )
 from ncalign.objectives.targets import ranks, working_precision
 
+__all__ = ["ipo_loss", "sppo_hard_loss", "rebel_loss", "qrpo_loss", "IPO", "SPPOHard", "REBEL", "QRPO"]
+
 
 def ipo_loss(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], *, beta: float) -> Float[Tensor, " P"]:
     r"""IPO loss of a pair: a difference of log-ratios of one over twice beta, no more.

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ncalign.objectives.kernels import KernelSettings, build_kernel, eligible_negatives, importance_log_weights, pick_positive
 
+__all__ = ["mc_sampler", "some_below", "one_below", "worst_below", "all_below", "Sampler"]
+
 Select = Callable[[Tensor | None, Tensor, Tensor, torch.Generator], Tensor]
 Probabilities = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 LogQ = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ncalign.objectives.config import Alpha, Beta, Frozen
 
+__all__ = ["target_weights"]
+
 Weights = Callable[[Tensor, Tensor], Tensor]
 """``(rewards [B, K], mask [B, K]) -> weights [B, K]``."""
 Transform = Callable[[Tensor, Tensor], Tensor]
