@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ncalign.data.groups import Group, Message, read_groups
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.config import GenerateConfig
-from ncalign.generation.generate import SampleCounts, run_generate, sample_groups
+from ncalign.generation.generate import run_generate, sample_groups
 from ncalign.generation.local import TransformersGenerator
 
 PROMPTS: list[str | list[Message]] = [
@@ -191,7 +191,7 @@ def test_completions_are_of_the_prompt_s_kind_and_never_empty() -> None:
         Group(id="s", prompt="Q", candidates=[], metadata={"k": 1, "reward_steps": ["of other candidates"]}),
         Group(id="c", prompt=[{"role": "user", "content": "Q"}], candidates=[]),
     ]
-    groups = sample_groups(
+    groups, _ = sample_groups(
         prompts, Scripted("yes", " \n", "yes"), num_samples=3, params=SamplingParams(4), seed=0, source="model"
     )
     assert [candidate.completion for candidate in groups[0].candidates] == ["yes", "yes"]
@@ -202,10 +202,9 @@ def test_completions_are_of_the_prompt_s_kind_and_never_empty() -> None:
 
 def test_completions_are_counted() -> None:
     prompts = [Group(id=name, prompt="Q", candidates=[]) for name in "ab"]
-    counts = SampleCounts()
     # A fourth completion is asked for and not given.
-    sample_groups(
-        prompts, Scripted("yes", " \n", "no"), num_samples=4, params=SamplingParams(4), seed=0, source="m", counts=counts
+    _, counts = sample_groups(
+        prompts, Scripted("yes", " \n", "no"), num_samples=4, params=SamplingParams(4), seed=0, source="m"
     )
     assert (counts.groups, counts.candidates, counts.empty, counts.missing, counts.unfinished) == (2, 4, 2, 2, 0)
     assert counts.tokens == 2 * (4 + 3 + 3)

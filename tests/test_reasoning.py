@@ -20,9 +20,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ncalign.generation.base import SamplingParams
+from ncalign.model.policy import model_identity
 from ncalign.report.tables import Column, Table, model_name, to_csv, to_latex
 from ncalign.tasks import lm_backend, reasoning
-from ncalign.tasks.lm_backend import Backend, BackendGenerator, backend_arguments, load_backend, model_identity
+from ncalign.tasks.lm_backend import Backend, BackendGenerator, backend_arguments, load_backend
 from ncalign.tasks.reasoning import TaskProtocol, run_tasks, score_key
 from ncalign.tasks.reasoning_table import COLUMNS, paper_table
 from ncalign.tasks.task_data import READERS, TASK_FOLDER, prepare

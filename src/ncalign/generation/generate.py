@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import asdict, dataclass, replace
 
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
 from ncalign.generation.config import GenerateConfig
-from ncalign.generation.local import TransformersGenerator
+from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
-from ncalign.model.config import DType, StringPrompts
-from ncalign.model.policy import DTYPES, load_model, load_tokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleCounts:
     """Counts of what was sampled.
 
@@ -30,29 +26,22 @@ class SampleCounts:
         missing: completions that the generator did not give.
         unfinished: completions cut at ``max_new_tokens``.
         tokens: tokens sampled, EOS included.
-        seconds: time it took.
+        tokens_per_second: sampled, over all prompts.
     """
 
-    groups: int = 0
-    candidates: int = 0
-    empty: int = 0
-    missing: int = 0
-    unfinished: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    groups: int
+    candidates: int
+    empty: int
+    missing: int
+    unfinished: int
+    tokens: int
+    tokens_per_second: float
 
 
 def sample_groups(
-    prompts: Sequence[Group],
-    generator: Generator,
-    *,
-    num_samples: int,
-    params: SamplingParams,
-    seed: int,
-    source: str,
-    counts: SampleCounts | None = None,
-) -> list[Group]:
-    """The groups with newly sampled candidates in place of those that they had.
+    prompts: Sequence[Group], generator: Generator, *, num_samples: int, params: SamplingParams, seed: int, source: str
+) -> tuple[list[Group], SampleCounts]:
+    """The groups with newly sampled candidates in place of those that they had, and counts of what was sampled.
 
     A conversational prompt gets conversational completions, one assistant's turn each. Equal completions stay as they
     were drawn: how often one occurs is part of what a sample says about the model.
@@ -64,30 +53,31 @@ def sample_groups(
         params: how they are sampled.
         seed: of the sampling.
         source: recorded with each candidate.
-        counts: filled in on the way.
     """
-    counts = counts if counts is not None else SampleCounts()
     start = time.perf_counter()
     try:
         sampled = generator.generate([group.prompt for group in prompts], num_samples=num_samples, params=params, seed=seed)
     except PromptError as error:
         group = prompts[error.index]
         raise ValueError(f"{group.origin or f'prompt {error.index + 1}'}: group {group.id!r}: {error.detail}") from error
-    counts.seconds += time.perf_counter() - start
+    seconds = time.perf_counter() - start
     groups = []
     for group, completions in zip(prompts, sampled, strict=True):
-        kept = [completion for completion in completions if completion.text.strip()]
-        counts.groups += 1
-        counts.candidates += len(kept)
-        counts.empty += len(completions) - len(kept)
-        counts.missing += num_samples - len(completions)
-        counts.unfinished += sum(not completion.finished for completion in completions)
-        counts.tokens += sum(completion.num_tokens for completion in completions)
-        candidates = [completion_as_candidate(group, completion, source) for completion in kept]
+        candidates = [completion_as_candidate(group, one, source) for one in completions if one.text.strip()]
         # New candidates have no rewards yet: the record of how rewards were made is of others.
         metadata = {name: value for name, value in group.metadata.items() if name != REWARD_STEPS}
         groups.append(replace(group, candidates=candidates, metadata=metadata))
-    return groups
+    every = [completion for completions in sampled for completion in completions]
+    kept, tokens = sum(len(group.candidates) for group in groups), sum(completion.num_tokens for completion in every)
+    return groups, SampleCounts(
+        groups=len(groups),
+        candidates=kept,
+        empty=len(every) - kept,
+        missing=num_samples * len(groups) - len(every),
+        unfinished=sum(not completion.finished for completion in every),
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+    )
 
 
 def completion_as_candidate(group: Group, completion: Completion, source: str) -> Candidate:
@@ -95,16 +85,6 @@ def completion_as_candidate(group: Group, completion: Completion, source: str) -
     text = completion.text
     given = text if isinstance(group.prompt, str) else [{"role": "assistant", "content": text}]
     return Candidate(given, source=source, finished=completion.finished)
-
-
-def _loaded(
-    model: str, *, dtype: DType, string_prompts: StringPrompts, batch_size: int, trust_remote_code: bool
-) -> TransformersGenerator:
-    loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    # nn.Module's own `to`: transformers' wrapper of it lost its type.
-    torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    return TransformersGenerator(loaded, tokenizer, string_prompts=string_prompts, batch_size=batch_size)
 
 
 def run_generate(config: GenerateConfig) -> dict[str, object]:
@@ -129,16 +109,11 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         name, answers = config.server.model, Store(config.output.with_name(f".{config.output.name}.answers"))
         generator: Generator = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
     else:
-        generator = _loaded(
-            name,
-            dtype=config.dtype,
-            string_prompts=config.string_prompts,
-            batch_size=config.batch_size,
-            trust_remote_code=config.trust_remote_code,
-        )
-    counts, params = SampleCounts(), SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-    groups = sample_groups(
-        prompts, generator, num_samples=config.num_samples, params=params, seed=config.seed, source=name, counts=counts
+        model, tokenizer = load_for_generation(name, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        generator = TransformersGenerator(model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size)
+    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    groups, counts = sample_groups(
+        prompts, generator, num_samples=config.num_samples, params=params, seed=config.seed, source=name
     )
     answered = [group for group in groups if group.candidates]
     if not answered:
@@ -148,12 +123,7 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         answers.delete()
     return {
         "output": str(config.output),
+        **asdict(counts),
         "groups": len(answered),
-        "candidates": counts.candidates,
-        "empty": counts.empty,
-        "missing": counts.missing,
-        "unfinished": counts.unfinished,
-        "tokens": counts.tokens,
-        "tokens_per_second": counts.tokens / counts.seconds,
         "rows_skipped": report.skipped,
     }

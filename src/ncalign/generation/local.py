@@ -22,7 +22,9 @@ from transformers.cache_utils import Cache
 from ncalign.core.progress import Bar
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, SamplingParams
+from ncalign.model.config import DType
 from ncalign.model.encoding import render_prompt
+from ncalign.model.policy import DTYPES, load_model, load_tokenizer
 
 # Rows whose completion has ended stay in the batch until they are this share of it: taking rows out copies the cache.
 _COMPACT_AT = 0.2
@@ -158,6 +160,16 @@ class TransformersGenerator:
         )
         assert isinstance(text, str)
         return Completion(text, len(tokens), finished, token_ids=tuple(tokens), logprob=logprob)
+
+
+def load_for_generation(
+    model: str, *, dtype: DType, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model folder's or hub id's model, on the GPU where there is one, and its tokenizer."""
+    loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    # nn.Module's own `to`: transformers' wrapper of it lost its type.
+    torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
+    return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
 def encode_prompts(

@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.atomic import check_writable
@@ -18,7 +17,7 @@ from ncalign.core.store import Store
 from ncalign.data.groups import Message
 from ncalign.generation.base import Generator, PromptError, SamplingParams
 from ncalign.generation.config import ServerConfig
-from ncalign.generation.local import TransformersGenerator
+from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.vllm import VLLMGenerator
 from ncalign.judging.answers import check_form, write_answers
@@ -26,9 +25,8 @@ from ncalign.judging.config import AnswerConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
 from ncalign.model.config import DType
-from ncalign.model.policy import DTYPES, adapter_base, load_model, load_tokenizer, weights_fingerprint
+from ncalign.model.policy import adapter_base, load_tokenizer, model_identity, weights_fingerprint
 from ncalign.report.tables import model_name
-from ncalign.tasks.lm_backend import model_identity
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """MT-Bench's, by category; the others are greedy."""
@@ -86,12 +84,9 @@ def _generator(model: str | ServerConfig, answering: Answering, store: Store) ->
     trusted = answering.trust_remote_code
     if answering.vllm:
         return _in_vllm(model, load_tokenizer(model, trust_remote_code=trusted)), Store.key("vllm", model_identity(model))
-    loaded = load_model(model, dtype=DTYPES[answering.dtype], trust_remote_code=trusted)
-    tokenizer = load_tokenizer(model, trust_remote_code=trusted)
+    loaded, tokenizer = load_for_generation(model, dtype=answering.dtype, trust_remote_code=trusted)
     # What is asked depends on the chat template too.
     identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "")
-    # nn.Module's own `to`: transformers' wrapper of it lost its type.
-    torch.nn.Module.to(loaded, "cuda" if torch.cuda.is_available() else "cpu")
     return TransformersGenerator(loaded, tokenizer, string_prompts="user_turn", batch_size=answering.batch_size), identity
 
 

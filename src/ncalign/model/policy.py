@@ -18,10 +18,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from ncalign.core.store import Store
 from ncalign.model.config import LoRA
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _ADAPTER_FILE = "adapter_config.json"
+_MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 _NOT_NUMBERS = frozenset({"_name_or_path", "transformers_version", "architectures"})
 
 
@@ -213,6 +215,22 @@ def weights_fingerprint(model: PreTrainedModel, *, computation: str) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def model_identity(model: str) -> str:
+    """Stands for a model in fingerprints: for a folder its files' names, sizes and times, and an adapter's base; else its name.
+
+    Weights are not read: a folder that was copied counts as another one, and is evaluated anew.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return Store.key(model)
+    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+    described: list[object] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    if (folder / _ADAPTER_FILE).is_file():
+        base = adapter_base(model)
+        described.append(base if Path(base).resolve() == folder.resolve() else model_identity(base))
+    return Store.key(described)
 
 
 @contextmanager

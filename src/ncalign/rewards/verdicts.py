@@ -20,6 +20,7 @@ Verdict = TypeVar("Verdict")
 
 _RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
 
+_LONG_PROMPT = "prompt too long for the judge"
 # What servers say of a prompt that does not fit: OpenAI, vLLM, SGLang, TGI and llama.cpp word it differently.
 _TOO_LONG = re.compile(
     r"context[ _](?:length|size|window)|maximum context|exceeds? the (?:available )?context|too long|too many tokens"
@@ -59,8 +60,10 @@ class Account:
 
     def add_usage(self, before: Usage, after: Usage) -> None:
         """Add what the server did between two moments."""
-        for name in ("remembered", "requests", "prompt_tokens", "completion_tokens"):
-            setattr(self, name, getattr(self, name) + getattr(after, name) - getattr(before, name))
+        self.remembered += after.remembered - before.remembered
+        self.requests += after.requests - before.requests
+        self.prompt_tokens += after.prompt_tokens - before.prompt_tokens
+        self.completion_tokens += after.completion_tokens - before.completion_tokens
 
     def text(self) -> str:
         """One line."""
@@ -105,37 +108,34 @@ def ask_verdicts(
     """
     before = replace(server.usage)
     values: list[Verdict | None] = [None] * len(prompts)
-    reasons = ["unreadable"] * len(prompts)
-    open_ = list(range(len(prompts)))
+    reasons, open_ = [""] * len(prompts), list(range(len(prompts)))
     for attempt in range(attempts):
         if not open_:
             break
         requests = [_request(prompts[index], attempt, body) for index in open_]
         answers = server.ask(requests, done=done if attempt == 0 else lambda index: None)
-        again, down = list[int](), list[ServerError]()
         for index, answer in zip(open_, answers, strict=True):
-            if isinstance(answer, ServerError):
-                account.first_failure = account.first_failure or str(answer)
-                too_long = answer.refused and _TOO_LONG.search(str(answer)) is not None
-                reasons[index] = "prompt too long for the judge" if too_long else "no answer"
-                if not too_long:
-                    down.append(answer)
-                    again.append(index)
-                continue
-            values[index] = read(answer[0])
-            if values[index] is None:
-                reasons[index] = "unreadable"
-                again.append(index)
-        if all(isinstance(answer, ServerError) for answer in answers):
-            if len(answers) == len(prompts) and down:
+            values[index], reasons[index] = _verdict(answer, read)
+        errors = [answer for answer in answers if isinstance(answer, ServerError)]
+        account.first_failure = account.first_failure or next(map(str, errors), "")
+        again = [index for index in open_ if values[index] is None and reasons[index] != _LONG_PROMPT]
+        if len(errors) == len(answers):
+            if len(answers) == len(prompts) and again:
                 # Nothing was judged: a server that is down, not a judge without an opinion. It has been tried again already.
-                raise down[0]
+                raise errors[again[0]]
             break
         open_ = again
     account.asked += len(prompts)
     account.missing.update(reason for reason, value in zip(reasons, values, strict=True) if value is None)
     account.add_usage(before, server.usage)
     return values
+
+
+def _verdict(answer: list[Choice] | ServerError, read: Callable[[Choice], Verdict | None]) -> tuple[Verdict | None, str]:
+    """The verdict in an answer, and why it is missing where it is."""
+    if not isinstance(answer, ServerError):
+        return read(answer[0]), "unreadable"
+    return None, _LONG_PROMPT if answer.refused and _TOO_LONG.search(str(answer)) else "no answer"
 
 
 def _request(prompt: str, attempt: int, body: Mapping[str, Any]) -> Request:

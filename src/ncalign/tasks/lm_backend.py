@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from ncalign.core.store import Store
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.model.policy import adapter_base, quiet_transformers
 
 _LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
-_WEIGHTS = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def check_installed() -> None:
@@ -93,22 +91,6 @@ def load_backend(backend: Backend, arguments: Mapping[str, Any]) -> Any:
         reason = str(error).strip().split("\n", 1)[0]
         described = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise ValueError(f"lm-eval's backend {backend.name!r} can't be made with {described}: {reason}") from error
-
-
-def model_identity(model: str) -> str:
-    """Stands for a model in fingerprints: for a folder its files' names, sizes and times, and an adapter's base; else its name.
-
-    Weights are not read: a folder that was copied counts as another one, and is evaluated anew.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return Store.key(model)
-    files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern) if path.is_file()})
-    described: list[object] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    if (folder / "adapter_config.json").is_file():
-        base = adapter_base(model)
-        described.append(base if Path(base).resolve() == folder.resolve() else model_identity(base))
-    return Store.key(described)
 
 
 class BackendGenerator:

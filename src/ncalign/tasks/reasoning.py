@@ -19,6 +19,7 @@ from ncalign.core.errors import nearest
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.base import SamplingParams
+from ncalign.model.policy import model_identity
 from ncalign.report.tables import model_name
 from ncalign.tasks.human_eval import (
     STOPS,
@@ -36,7 +37,6 @@ from ncalign.tasks.lm_backend import (
     backend_arguments,
     check_installed,
     load_backend,
-    model_identity,
 )
 from ncalign.tasks.sandbox.run import isolation
 from ncalign.tasks.task_data import READERS, TASK_FOLDER, prepare
