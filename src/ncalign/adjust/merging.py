@@ -14,12 +14,7 @@ from ncalign.data.groups import Group, recorded_steps
 
 
 class RewardIndex:
-    """One file's rewards.
-
-    Args:
-        path: SQLite file to make.
-        label: the file's path, for messages.
-    """
+    """The rewards of the file ``label``, kept in a SQLite file that is made at ``path``."""
 
     def __init__(self, path: Path, label: str) -> None:
         self.label = label

@@ -74,14 +74,12 @@ class Request:
 
 @dataclass
 class Usage:
-    """What was asked and answered, this process's share.
+    """What this process asked and was answered; tokens as the server counted them.
 
     Attributes:
         requests: HTTP requests that were answered.
         malformed: answers that could not be used, and were asked for again.
         remembered: requests whose answers were on disk.
-        prompt_tokens: as the server counted them.
-        completion_tokens: as the server counted them.
     """
 
     requests: int = 0
@@ -153,7 +151,7 @@ class Server:
             For each request, in order, its answers: ``n`` or, where the server stopped giving more, fewer; or why there are
             none.
         """
-        return _run(self._ask, requests, done)
+        return self._run(lambda client: self._ask(client, requests, done))
 
     def post(self, path: str, body: Mapping[str, Any]) -> None:
         """Tell the server something that has no answer, such as to load an adapter.
@@ -167,15 +165,28 @@ class Server:
         """
         if path.startswith("//"):
             path = self.config.base_url.rstrip("/").removesuffix("/v1") + path[1:]
-        _run(self._post, path, body)
+        self._run(lambda client: self._sent(client, path, body))
 
-    async def _ask(self, requests: Sequence[Request], done: Callable[[int], None]) -> list[list[Choice] | ServerError]:
+    def _run(self, work: Callable[[AsyncOpenAI], Awaitable[Result]]) -> Result:
+        """Run work with a client on an event loop in a thread of its own."""
+        from anyio.from_thread import start_blocking_portal
+
+        async def connected() -> Result:
+            async with self._client() as client:
+                return await work(client)
+
+        with start_blocking_portal() as portal:
+            return portal.call(connected)
+
+    async def _ask(
+        self, client: AsyncOpenAI, requests: Sequence[Request], done: Callable[[int], None]
+    ) -> list[list[Choice] | ServerError]:
         most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0
         not_asked = f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer"
         found: list[list[Choice] | ServerError] = [ServerError(not_asked) for _ in requests]
         waiting = iter(enumerate(requests))
 
-        async def work(client: AsyncOpenAI) -> None:
+        async def work() -> None:
             nonlocal in_a_row
             for index, request in waiting:
                 if in_a_row < most:
@@ -186,13 +197,8 @@ class Server:
                         in_a_row += not error.refused
                 done(index)
 
-        async with self._client() as client:
-            await gather(*(work(client) for _ in range(min(self.config.max_concurrency, len(requests)))))
+        await gather(*(work() for _ in range(min(self.config.max_concurrency, len(requests)))))
         return found
-
-    async def _post(self, path: str, body: Mapping[str, Any]) -> None:
-        async with self._client() as client:
-            await self._sent(client, path, body)
 
     def _client(self) -> AsyncOpenAI:
         import openai
@@ -299,13 +305,6 @@ class Server:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
-
-
-def _run(work: Callable[..., Awaitable[Result]], *arguments: Any) -> Result:
-    from anyio.from_thread import start_blocking_portal
-
-    with start_blocking_portal() as portal:
-        return portal.call(work, *arguments)
 
 
 class _Malformed(ValueError):

@@ -77,7 +77,9 @@ class TransformersGenerator:
         with Bar("Sampling", len(prompts) * num_samples, shown=self._progress) as bar:
             batches = _batches([len(ids) for ids in encoded], num_samples, self._batch_size)
             for number, (indices, repeats) in enumerate(batches):
-                generator = torch.Generator(self._model.device).manual_seed(_batch_seed(seed, number))
+                # 63 bits that differ for every seed and batch.
+                batch_seed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+                generator = torch.Generator(self._model.device).manual_seed(batch_seed)
                 with torch.autocast(self._model.device.type, dtype=self._autocast, enabled=self._autocast is not None):
                     rows = self._sample([encoded[index] for index in indices], repeats, params, generator)
                 for row, (tokens, logprob) in enumerate(rows):
@@ -183,33 +185,25 @@ def encode_prompts(
     encoded = []
     for index, prompt in enumerate(prompts):
         try:
-            encoded.append(_prompt_ids(tokenizer, prompt, string_prompts))
+            if isinstance(prompt, str) and string_prompts == "raw":
+                ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+                # Some tokenizers close plain text with EOS, after which nothing is left to say.
+                while ids and ids[-1] == tokenizer.eos_token_id:
+                    ids.pop()
+            else:
+                ids = list(tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False, verbose=False)["input_ids"])
         except ValueError as error:
             raise PromptError(index, str(error)) from error
+        if not ids:
+            raise PromptError(index, "it has no tokens: a completion needs something before it")
+        encoded.append(ids)
     return encoded
-
-
-def _prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], string_prompts: Literal["raw", "user_turn"]
-) -> list[int]:
-    if isinstance(prompt, str) and string_prompts == "raw":
-        ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-        # Some tokenizers close plain text with EOS, after which nothing is left to say.
-        while ids and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()
-    else:
-        ids = list(tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False, verbose=False)["input_ids"])
-    if not ids:
-        raise ValueError("it has no tokens: a completion needs something before it")
-    return ids
 
 
 def _eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a completion."""
-    generation_config = getattr(model, "generation_config", None)
-    configured = generation_config.eos_token_id if generation_config is not None else None
-    ids = set(configured) if isinstance(configured, list) else {configured}
-    ids.add(tokenizer.eos_token_id)
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
     found = frozenset(int(token) for token in ids if token is not None)
     if not found:
         raise ValueError(
@@ -231,11 +225,6 @@ def _batches(lengths: list[int], num_samples: int, batch_size: int) -> list[tupl
         at_once = max(1, batch_size // repeats)
         batches += [(order[start : start + at_once], repeats) for start in range(0, len(order), at_once)]
     return batches
-
-
-def _batch_seed(seed: int, batch: int) -> int:
-    """A 63-bit seed that differs for every (seed, batch)."""
-    return int(np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:

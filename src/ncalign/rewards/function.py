@@ -16,11 +16,7 @@ class FunctionReward:
     """Calls ``function(prompt, completions)``, or ``function(prompt, completions, metadata=...)`` where it takes that.
 
     The prompt comes as it is in the group (a string or a list of messages), the completions as texts. The function returns
-    one number per completion, or None where it has none to give.
-
-    Args:
-        function: the function.
-        name: how messages call it.
+    one number per completion, or None where it has none to give. Messages call it by ``name``.
 
     >>> from ncalign.data.groups import Candidate
     >>> source = FunctionReward(lambda prompt, completions: [len(text) for text in completions], "length")
@@ -35,11 +31,9 @@ class FunctionReward:
     def score(self, group: Group) -> list[float | None]:
         """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         texts = completion_texts(group)
+        metadata = {"metadata": group.metadata} if self._takes_metadata else {}
         try:
-            if self._takes_metadata:
-                rewards = self._function(group.prompt, texts, metadata=group.metadata)
-            else:
-                rewards = self._function(group.prompt, texts)
+            rewards = self._function(group.prompt, texts, **metadata)
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise ValueError(f"reward {self._name} raised {type(error).__name__} on {where(group)}: {error}") from error
         return self._checked(rewards, group)

@@ -92,12 +92,7 @@ class Guarded:
 
 
 class Ensemble:
-    """Several sources as one: a candidate's reward is the mean or the smallest of theirs, and missing where one is.
-
-    Args:
-        sources: what scores.
-        combine: ``mean`` or ``min``.
-    """
+    """Several sources as one: a candidate's reward is the ``mean`` or ``min`` of theirs, and missing where one is."""
 
     def __init__(self, sources: Sequence[RewardSource], *, combine: str) -> None:
         self.sources, self._combine = tuple(sources), combine

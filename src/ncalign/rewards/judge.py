@@ -56,23 +56,20 @@ class JudgeReward:
 
     def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """Score several groups with all their verdicts asked for at once."""
-        return self._ratings(groups) if self._config.mode == "pointwise" else self._win_shares(groups)
-
-    def _ratings(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        asked = [
-            self._filled(prompt=prompt_text(group), completion=text) for group in groups for text in completion_texts(group)
-        ]
+        if self._config.mode == "pairwise":
+            return self._win_shares(groups)
+        asked = [{"prompt": prompt_text(group), "completion": text} for group in groups for text in completion_texts(group)]
         ratings = iter(self._verdicts(asked, partial(read_rating, lowest=self._config.lowest, highest=self._config.highest)))
         return [[next(ratings) for _ in group.candidates] for group in groups]
 
     def _win_shares(self, groups: Sequence[Group]) -> list[list[float | None]]:
         pairs = [(g, a, b) for g, group in enumerate(groups) for a, b in self._pairs(group)]
         texts = [completion_texts(group) for group in groups]
-        asked = []
-        for g, a, b in pairs:
-            for first, second in ((a, b), (b, a)):
-                prompt = prompt_text(groups[g])
-                asked.append(self._filled(prompt=prompt, completion_a=texts[g][first], completion_b=texts[g][second]))
+        asked = [
+            {"prompt": prompt_text(groups[g]), "completion_a": texts[g][first], "completion_b": texts[g][second]}
+            for g, a, b in pairs
+            for first, second in ((a, b), (b, a))
+        ]
         verdicts = self._verdicts(asked, _read_choice)
         won: list[list[list[float]]] = [[[] for _ in group.candidates] for group in groups]
         for (g, a, b), forward, backward in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
@@ -99,21 +96,16 @@ class JudgeReward:
                 met[a], met[b] = met[a] + 1, met[b] + 1
         return sorted(chosen)
 
-    def _filled(self, **texts: str) -> str:
+    def _verdicts(self, asked: Sequence[dict[str, str]], read: Callable[[Choice], float | None]) -> list[float | None]:
         scale = {"lowest": f"{self._config.lowest:g}", "highest": f"{self._config.highest:g}"}
-        return fill(self._template, {**scale, **texts})
-
-    def _verdicts(self, prompts: Sequence[str], read: Callable[[Choice], float | None]) -> list[float | None]:
-        body = {"max_tokens": self._config.max_tokens}
+        prompts, body = [fill(self._template, scale | texts) for texts in asked], {"max_tokens": self._config.max_tokens}
         return ask_verdicts(self._server, prompts, read, attempts=self._config.attempts, body=body, account=self.account)
 
 
 def prompt_text(group: Group) -> str:
     """A prompt as a judge reads it: a single question as it is, a conversation with its roles."""
     messages = as_messages(group.prompt)
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return transcript(messages)
+    return messages[0]["content"] if len(messages) == 1 else transcript(messages)
 
 
 def _read_choice(choice: Choice) -> float | None:

@@ -12,8 +12,9 @@ from ncalign.core.progress import Bar, say
 from ncalign.data.groups import REWARD_STEPS, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.config import ScoreConfig
+from ncalign.rewards.guard import Guarded
 from ncalign.rewards.judge import JudgeReward
-from ncalign.rewards.sources import check_failures, parts, reward_source, source_record
+from ncalign.rewards.sources import check_failures, members, reward_source, source_record
 from ncalign.rewards.verifiable import ReasoningGymReward
 
 _TOGETHER = 32
@@ -113,12 +114,16 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         **counts.result(),
         "rows_skipped": report.skipped,
     }
-    for part in parts(source):
-        if isinstance(part, ReasoningGymReward):
-            result["refused_by_verifier"] = part.num_refused
+    for part in members(source):
+        if isinstance(part, Guarded) and isinstance(part.source, ReasoningGymReward):
+            result["refused_by_verifier"] = part.source.num_refused
         if isinstance(part, JudgeReward):
-            account, missing = part.account, sum(part.account.missing.values())
-            result |= {"verdicts": account.asked, "verdicts_missing": missing, "order_decided": part.num_changed}
-            result |= {"prompt_tokens": account.prompt_tokens, "completion_tokens": account.completion_tokens}
+            result |= {
+                "verdicts": part.account.asked,
+                "verdicts_missing": part.account.missing.total(),
+                "order_decided": part.num_changed,
+                "prompt_tokens": part.account.prompt_tokens,
+                "completion_tokens": part.account.completion_tokens,
+            }
     result["failed_rewards"] = check_failures(source)
     return result

@@ -37,15 +37,7 @@ def reward_source(
 ) -> RewardSource:
     """The source, or the ensemble of sources, of these names.
 
-    Args:
-        names: as field ``reward`` of `ScoreConfig` describes them.
-        combine: how the rewards of several sources become one.
-        judge: the judge that the name ``judge`` stands for.
-        batch_size: completions that a reward model scores at a time.
-        timeout: seconds for a group's rewards, of a function or a verifier.
-        max_failed_share: share of the candidates on which a function or a verifier may fail.
-        cache_dir: where scores of judges and reward models are kept; default: the user's cache folder.
-        trust_remote_code: run code that comes with a reward model.
+    The arguments are the fields of `ScoreConfig`: ``names`` is its ``reward``.
 
     Raises:
         ValueError: a name is of no known form, or what it names can't be loaded.
@@ -78,9 +70,9 @@ def source_record(names: Sequence[str], *, combine: str, judge: JudgeConfig | No
     return f"score: {named[0]}" if len(named) == 1 else f"score: {combine} of {', '.join(named)}"
 
 
-def parts(source: RewardSource) -> list[RewardSource]:
-    """The sources of an ensemble, without their guards."""
-    return [one.source if isinstance(one, Guarded) else one for one in _members(source)]
+def members(source: RewardSource) -> Sequence[RewardSource]:
+    """The sources of an ensemble; of another source, itself."""
+    return source.sources if isinstance(source, Ensemble) else (source,)
 
 
 def check_failures(source: RewardSource) -> int:
@@ -89,11 +81,7 @@ def check_failures(source: RewardSource) -> int:
     Raises:
         ValueError: one failed on too many.
     """
-    guarded = [one for one in _members(source) if isinstance(one, Guarded)]
+    guarded = [one for one in members(source) if isinstance(one, Guarded)]
     for one in guarded:
         one.check()
     return sum(one.num_failed for one in guarded)
-
-
-def _members(source: RewardSource) -> Sequence[RewardSource]:
-    return source.sources if isinstance(source, Ensemble) else (source,)
