@@ -43,23 +43,14 @@ def interval_chart(
     models = list(dict.fromkeys(model for values in series.values() for model in values))
     if not any(math.isfinite(value) for values in series.values() for value, _ in values.values()):
         raise ValueError(f"{title}: there is no value to draw")
-    figure, axes = _axes(width=8.0, height=1.6 + 0.42 * len(models))
+    figure, axes = _axes(title, width=8.0, height=1.6 + 0.42 * len(models))
     for number, (measure, values) in enumerate(series.items()):
-        offset = (number - (len(series) - 1) / 2) * 0.5 / len(series)
-        known = [(models.index(model) + offset, value, ci) for model, (value, ci) in values.items() if math.isfinite(value)]
-        errors = np.array([_arms(value, ci) for _, value, ci in known]).reshape(-1, 2).T
-        axes.errorbar(
-            [value for _, value, _ in known],
-            [place for place, _, _ in known],
-            xerr=errors,
-            fmt="o",
-            capsize=3,
-            label=_label(measure),
-        )
-    axes.set_yticks(range(len(models)), labels=[_label(model) for model in models], parse_math=False)
+        known = {models.index(model): found for model, found in values.items() if math.isfinite(found[0])}
+        places, points, arms = _points(known, shift=(number - (len(series) - 1) / 2) * 0.5 / len(series))
+        axes.errorbar(points, places, xerr=arms, fmt="o", capsize=3, label=_label(measure))
+    axes.set_yticks(range(len(models)), labels=map(_label, models), parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
     axes.set_xlabel(_label(unit, _LONGEST_TITLE), parse_math=False)
-    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
     axes.grid(axis="x", alpha=0.3)
     if reference is not None:
         axes.axvline(reference, color="0.5", linewidth=1, linestyle="--")
@@ -77,20 +68,15 @@ def category_chart(scores: Sequence[MTBench], *, title: str = "MT-Bench by categ
     categories = sorted({name for score in scores for name in score.categories})
     if not any(score.overall.num_counted for score in scores):
         raise ValueError(f"{title}: there is no rating to draw")
-    figure, axes = _axes(width=max(6.0, 1.5 + 0.9 * len(categories)), height=4.2)
+    figure, axes = _axes(title, width=max(6.0, 1.5 + 0.9 * len(categories)), height=4.2)
     width = 0.8 / len(scores)
     for number, score in enumerate(scores):
-        known = [(place, score.categories[name]) for place, name in enumerate(categories) if name in score.categories]
-        known = [(place, mean) for place, mean in known if mean.num_counted]
-        places = [place + (number - (len(scores) - 1) / 2) * width for place, _ in known]
-        errors = np.array([_arms(mean.mean, mean.ci) for _, mean in known]).reshape(-1, 2).T
-        axes.bar(places, [mean.mean for _, mean in known], width, yerr=errors, capsize=2, label=_label(score.model))
-    axes.set_xticks(
-        range(len(categories)), labels=[_label(name) for name in categories], parse_math=False, rotation=30, ha="right"
-    )
+        known = {categories.index(name): (one.mean, one.ci) for name, one in score.categories.items() if one.num_counted}
+        places, heights, arms = _points(known, shift=(number - (len(scores) - 1) / 2) * width)
+        axes.bar(places, heights, width, yerr=arms, capsize=2, label=_label(score.model))
+    axes.set_xticks(range(len(categories)), labels=map(_label, categories), parse_math=False, rotation=30, ha="right")
     axes.set_ylim(0, HIGHEST)
     axes.set_ylabel("mean rating")
-    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
     _legend(axes)
     return figure
 
@@ -98,19 +84,18 @@ def category_chart(scores: Sequence[MTBench], *, title: str = "MT-Bench by categ
 def matrix_chart(matrix: WinMatrix, *, title: str = "Win rate of the row's model (%)") -> Figure:
     """A heat map from 0 (red) over 50 (white) to 100 (blue); cells of models that never met are grey."""
     size = len(matrix.models)
-    figure, axes = _axes(width=3.2 + 0.55 * size, height=2.4 + 0.5 * size)
+    figure, axes = _axes(title, width=3.2 + 0.55 * size, height=2.4 + 0.5 * size)
     # Where models never met: grey, as white is an even rate.
     axes.set_facecolor("0.85")
     image = axes.imshow(matrix.rates, cmap="RdBu", vmin=0, vmax=100)
     labels = [_label(name) for name in matrix.models]
     axes.set_xticks(range(size), labels=labels, parse_math=False, rotation=40, ha="right")
     axes.set_yticks(range(size), labels=labels, parse_math=False)
-    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
     if size <= _MOST_WITH_NUMBERS:
         for (row, column), rate in np.ndenumerate(matrix.rates):
             if math.isfinite(rate):
-                dark = abs(rate - 50) > 35
-                axes.text(column, row, f"{rate:.0f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+                color = "white" if abs(rate - 50) > 35 else "black"
+                axes.text(column, row, f"{rate:.0f}", ha="center", va="center", color=color, fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
@@ -129,9 +114,11 @@ def write_chart(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, format=form, dpi=130, metadata={"Date": None} if form == "svg" else None)
 
 
-def _axes(*, width: float, height: float) -> tuple[Figure, Axes]:
+def _axes(title: str, *, width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
+    return figure, axes
 
 
 def _legend(axes: Axes) -> None:
@@ -140,10 +127,12 @@ def _legend(axes: Axes) -> None:
         text.set_parse_math(False)
 
 
-def _arms(value: float, interval: Interval) -> tuple[float, float]:
-    """Lengths of the error bar on either side; none where the interval is not known or lies to one side."""
-    low, high = interval
-    return (max(0.0, value - low) if math.isfinite(low) else 0.0, max(0.0, high - value) if math.isfinite(high) else 0.0)
+def _points(known: Mapping[int, tuple[float, Interval]], *, shift: float) -> tuple[list[float], list[float], np.ndarray]:
+    """Places, values, and lengths of the error bars on either side: 0 where a bound is unknown or beyond the value."""
+    values = [value for value, _ in known.values()]
+    arms = [[value - low, high - value] for value, (low, high) in known.values()]
+    lengths = np.nan_to_num(np.clip(np.array(arms).reshape(-1, 2).T, 0, None), posinf=0.0)
+    return [place + shift for place in known], values, lengths
 
 
 def _label(text: str, longest: int = _LONGEST_LABEL) -> str:

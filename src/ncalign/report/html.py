@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from ncalign.core.atomic import write_text_atomic
 
 _ENVIRONMENT = Environment(
     loader=PackageLoader("ncalign.report"),
@@ -21,13 +24,15 @@ _ENVIRONMENT.filters["base64"] = lambda data: base64.b64encode(data).decode()
 
 
 def render(template: str, **values: object) -> str:
-    """A page as HTML.
-
-    Args:
-        template: a file of ``templates/``, without its ending.
-        **values: what the template shows; a name that it asks for and that is missing is an error.
-    """
+    """A page as HTML, from a file of ``templates/`` (without its ending) and its values; a missing value is an error."""
     return _ENVIRONMENT.get_template(f"{template}.html.j2").render(values)
+
+
+def write_run_page(run_folder: Path, template: str, **values: object) -> Path:
+    """Write ``report.html``, named after its folder, into a run folder."""
+    page = run_folder / "report.html"
+    write_text_atomic(render(template, name=run_folder.name, **values), page)
+    return page
 
 
 def png(figure: Figure) -> bytes:

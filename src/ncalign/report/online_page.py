@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ncalign.core.atomic import write_text_atomic
-from ncalign.report.html import label_axes, png, render
+from ncalign.report.html import label_axes, png, write_run_page
 from ncalign.report.page import plot, read_metrics
 
 DRIFT_LIMIT = 0.1
@@ -30,28 +30,22 @@ _EXAMPLES = 3
 def write_rounds_report(
     run_folder: Path, rounds: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], *, method: str
 ) -> Path:
-    """Write ``report.html`` into the folder of an online run.
+    """Write ``report.html`` into the folder of an online run, with its metrics.jsonl and rounds/, and return its path.
 
     Args:
-        run_folder: of the run, with its metrics.jsonl and rounds/.
+        run_folder: of the run.
         rounds: what the rounds' ``round.json`` hold, in order.
         evaluation: steps and mean rewards of the held-out prompts; empty where there are none.
         method: its name.
-
-    Returns:
-        The page's path.
     """
-    text = render(
+    return write_run_page(
+        run_folder,
         "online",
-        name=run_folder.name,
         method=method,
         rounds=rounds,
         pictures={"rounds": plot_rounds(rounds, evaluation), "metrics": plot(read_metrics(run_folder / "metrics.jsonl"))},
         samples=_samples(run_folder / "rounds" / f"{rounds[-1]['round'] - 1:03d}" / "pool.jsonl"),
     )
-    page = run_folder / "report.html"
-    write_text_atomic(text, page)
-    return page
 
 
 def plot_rounds(rounds: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> bytes:
@@ -71,10 +65,8 @@ def plot_rounds(rounds: Sequence[Mapping[str, Any]], evaluation: Mapping[str, An
 
 
 def _plot_evaluation(axes: Axes, evaluation: Mapping[str, Any]) -> None:
-    points = [
-        (s, m) for s, m in zip(evaluation.get("steps", ()), evaluation.get("mean_reward", ()), strict=False) if m is not None
-    ]
-    if points:
+    logged = zip(evaluation.get("steps", ()), evaluation.get("mean_reward", ()), strict=False)
+    if points := [(step, mean) for step, mean in logged if mean is not None]:
         axes.plot(*zip(*points, strict=True), marker="o")
     else:
         axes.text(0.5, 0.5, "no prompts were held out", ha="center", va="center", transform=axes.transAxes)
@@ -85,10 +77,9 @@ def _plot_drift(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     measured = [row for row in rounds if row["drift"] is not None]
     for name, label in (("kl", "KL(generating ‖ current)"), ("reverse_kl", "KL(current ‖ generating)")):
         values = [row["drift"][name] for row in measured]
-        below, above = (
-            [abs(row["drift"][f"{name}_interval"][side] - row["drift"][name]) for row in measured] for side in (0, 1)
-        )
-        axes.errorbar([row["round"] for row in measured], values, yerr=[below, above], marker="o", capsize=3, label=label)
+        bounds = np.array([row["drift"][f"{name}_interval"] for row in measured]).reshape(-1, 2).T
+        arms = np.abs(bounds - np.array(values))
+        axes.errorbar([row["round"] for row in measured], values, yerr=arms, marker="o", capsize=3, label=label)
     axes.axhline(DRIFT_LIMIT, color="0.5", linestyle="--")
     label_axes(axes, "Drift at the round's end", "round", "nats a completion")
     axes.set_xticks([row["round"] for row in rounds])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ncalign.core.atomic import write_text_atomic
-from ncalign.report.html import label_axes, png, render
+from ncalign.report.html import label_axes, png, write_run_page
 
 PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats", ("loss",)),
@@ -30,10 +29,7 @@ _NAMES = {
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write ``report.html`` into a run folder from its metrics.jsonl and results.json.
-
-    Returns:
-        The page's path.
+    """Write ``report.html`` into a run folder from its metrics.jsonl and results.json, and return its path.
 
     Raises:
         ValueError: the folder has no metrics.jsonl with a line in it.
@@ -41,26 +37,22 @@ def write_report(run_folder: Path) -> Path:
     metrics = plot(read_metrics(run_folder / "metrics.jsonl"))
     results_file = run_folder / "results.json"
     results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else {}
-    answers = results.pop("answers", ())
-    text = render(
+    answers = results.pop("answers", ())  # before the results are shown
+    return write_run_page(
+        run_folder,
         "run",
-        name=run_folder.name,
         method=results.get("method", run_folder.name),
         comparison=results.get("comparison"),
         metrics=metrics,
         answers=answers,
         results=json.dumps(results, indent=2),
     )
-    page = run_folder / "report.html"
-    write_text_atomic(text, page)
-    return page
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The logged training steps of a metrics.jsonl."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows: list[dict[str, float]] = [json.loads(line) for line in lines]
-    rows = [row for row in rows if "loss" in row]
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
     if not rows:
         raise ValueError(f"{path} has no logged steps: a report needs the folder of a run that trained")
     return rows

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -21,26 +22,11 @@ Cell = str | int | float | None
 MISSING = "–"
 _TERMINAL_WIDTH = 120
 _WHOLE = 40
+_COMMANDS = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar", '"': "quotedbl"}
 _LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "{": r"\{",
-        "}": r"\}",
-        "$": r"\$",
-        "&": r"\&",
-        "#": r"\#",
-        "%": r"\%",
-        "_": r"\_",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        '"': r"\textquotedbl{}",
-        MISSING: "--",
-        "↑": r"$\uparrow$",
-        "↓": r"$\downarrow$",
-    }
+    {character: rf"\{character}" for character in "{}$&#%_"}
+    | {character: rf"\text{name}{{}}" for character, name in _COMMANDS.items()}
+    | {MISSING: "--", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
 )
 
 
@@ -81,17 +67,26 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"row {number} has {len(row)} cells; there are {len(self.columns)} columns")
 
+    def is_text(self, place: int) -> bool:
+        """Whether a column holds text, which stands to the left; numbers stand to the right."""
+        return any(isinstance(row[place], str) for row in self.rows)
+
+    def shown_rows(self) -> list[list[str]]:
+        """The cells as a terminal and LaTeX show them."""
+        digits = [column.digits for column in self.columns]
+        return [list(map(_shown, row, digits)) for row in self.rows]
+
 
 def rich_table(table: Table) -> RichTable:
     """For a rich console: numbers to the right, no cell read as markup, control characters taken out."""
     made = RichTable(caption=Text(_printable(table.caption)) if table.caption else None)
     for place, column in enumerate(table.columns):
-        textual = any(isinstance(row[place], str) for row in table.rows)
         # The names that rows go by stay whole where they are not very long: other columns give way.
         whole = place == 0 and all(len(str(row[0])) <= _WHOLE for row in table.rows)
-        made.add_column(Text(_printable(column.name)), justify="left" if textual else "right", overflow="fold", no_wrap=whole)
-    for row in table.rows:
-        made.add_row(*(Text(text) for text in _shown(table, row)))
+        justify: Literal["left", "right"] = "left" if table.is_text(place) else "right"
+        made.add_column(Text(_printable(column.name)), justify=justify, overflow="fold", no_wrap=whole)
+    for row in table.shown_rows():
+        made.add_row(*map(Text, row))
     return made
 
 
@@ -145,15 +140,14 @@ def to_latex(table: Table) -> str:
     \end{tabular}
     \end{table}
     """
-    kinds = ["l" if any(isinstance(row[i], str) for row in table.rows) else "r" for i in range(len(table.columns))]
-    lines = [r"\begin{table}", r"\centering"]
-    if table.caption:
-        lines.append(rf"\caption{{{escape_latex(table.caption)}}}")
-    lines += [rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule"]
-    lines.append(" & ".join(_latex_cell(column.name) for column in table.columns) + r" \\")
-    lines.append(r"\midrule")
-    lines += [" & ".join(_latex_cell(text) for text in _shown(table, row)) + r" \\" for row in table.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+    kinds = "".join("l" if table.is_text(place) else "r" for place in range(len(table.columns)))
+    names, *rows = (
+        " & ".join(map(_latex_cell, cells)) + r" \\"
+        for cells in ([column.name for column in table.columns], *table.shown_rows())
+    )
+    caption = [rf"\caption{{{escape_latex(table.caption)}}}"] if table.caption else []
+    head = [r"\begin{table}", r"\centering", *caption, rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", names, r"\midrule"]
+    return "\n".join([*head, *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
 def escape_latex(text: str) -> str:
@@ -172,19 +166,19 @@ def write_table(table: Table, path: str | Path) -> None:
         ValueError: another ending.
         OSError: the file can't be written.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix == ".json":
-        # No ASCII escapes: names are to be read.
-        text = json.dumps(to_json(table), ensure_ascii=False, indent=2, allow_nan=False)
-    elif suffix == ".csv":
-        text = to_csv(table).rstrip("\n")
-    elif suffix == ".tex":
-        text = to_latex(table)
-    elif suffix == ".txt":
-        text = to_text(table)
-    else:
+    write = _WRITERS.get(Path(path).suffix.lower())
+    if write is None:
         raise ValueError(f"{path}: a table's file ends in .json, .csv, .tex or .txt")
-    write_text_atomic(text + "\n", path)
+    write_text_atomic(write(table).removesuffix("\n") + "\n", path)
+
+
+# No ASCII escapes in JSON: names are to be read.
+_WRITERS: Mapping[str, Callable[[Table], str]] = {
+    ".json": lambda table: json.dumps(to_json(table), ensure_ascii=False, indent=2, allow_nan=False),
+    ".csv": to_csv,
+    ".tex": to_latex,
+    ".txt": to_text,
+}
 
 
 def _latex_cell(text: str) -> str:
@@ -198,17 +192,11 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def _shown(table: Table, row: tuple[Cell, ...]) -> list[str]:
-    return [_shown_cell(cell, column.digits) for cell, column in zip(row, table.columns, strict=True)]
-
-
-def _shown_cell(cell: Cell, digits: int) -> str:
+def _shown(cell: Cell, digits: int) -> str:
     value = json_ready(cell)
-    if value is None:
-        return MISSING
-    if isinstance(value, str):
-        return _printable(value)
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.{digits}f}"
+    return MISSING if value is None else _printable(str(value))
 
 
 def model_name(spec: str) -> str:
