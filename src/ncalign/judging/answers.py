@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ncalign.core.atomic import write_json_atomic, write_jsonl_atomic
 from ncalign.core.errors import DataError, names
 from ncalign.data.formats.sources import rows_of
-from ncalign.judging.records import Answer, Question
+from ncalign.judging.records import Answer, Question, fastchat_id
 from ncalign.stats.style import markdown_counts
 
 Form: TypeAlias = Literal["ncalign", "alpaca_eval", "fastchat", "arena_hard"]
@@ -41,29 +42,16 @@ def write_answers(answers: Sequence[Answer], questions: Sequence[Question], path
     """
     check_form(questions, form)
     asked = {question.id: question for question in questions}
+    rows = [_ROWS[form](answer, asked[answer.question]) for answer in answers]
     if form == "alpaca_eval":
-        rows = [
-            {
-                "instruction": asked[answer.question].turns[0],
-                "output": answer.turns[0],
-                "generator": answer.model,
-                "dataset": asked[answer.question].category,
-            }
-            for answer in answers
-        ]
         write_json_atomic(rows, path)
-        return
-    writers = {"ncalign": _our_row, "fastchat": _fastchat_row, "arena_hard": _arena_row}
-    write_jsonl_atomic((writers[form](answer, asked[answer.question]) for answer in answers), path)
+    else:
+        write_jsonl_atomic(rows, path)
 
 
-def _our_row(answer: Answer, question: Question) -> dict[str, Any]:
-    return {
-        "question": answer.question,
-        "model": answer.model,
-        "turns": list(answer.turns),
-        "num_tokens": list(answer.num_tokens),
-    }
+def _alpaca_row(answer: Answer, question: Question) -> dict[str, Any]:
+    row = {"instruction": question.turns[0], "output": answer.turns[0], "generator": answer.model}
+    return {**row, "dataset": question.category}
 
 
 def _id(answer: Answer) -> str:
@@ -72,14 +60,9 @@ def _id(answer: Answer) -> str:
     return hashlib.blake2b(text.encode(), digest_size=11).hexdigest()
 
 
-def _number(question: str) -> int | str:
-    """FastChat's question ids are numbers."""
-    return int(question) if question.isdigit() else question
-
-
 def _fastchat_row(answer: Answer, question: Question) -> dict[str, Any]:
     return {
-        "question_id": _number(answer.question),
+        "question_id": fastchat_id(answer.question),
         "answer_id": _id(answer),
         "model_id": answer.model,
         "choices": [{"index": 0, "turns": list(answer.turns)}],
@@ -89,11 +72,8 @@ def _fastchat_row(answer: Answer, question: Question) -> dict[str, Any]:
 
 def _arena_row(answer: Answer, question: Question) -> dict[str, Any]:
     """A row for both versions: 2.0 reads uid, model, messages and metadata, 0.1 the others."""
-    talk = [
-        message
-        for asked, text in zip(question.turns, answer.turns, strict=False)
-        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": {"answer": text}})
-    ]
+    said = zip(question.turns, [{"answer": text} for text in answer.turns], strict=False)
+    talk = [{"role": role, "content": text} for both in said for role, text in zip(("user", "assistant"), both, strict=True)]
     turns: list[dict[str, Any]] = [{"content": text} for text in answer.turns]
     for turn, number in zip(turns, answer.num_tokens, strict=False):
         turn["token_len"] = number
@@ -111,6 +91,14 @@ def _arena_row(answer: Answer, question: Question) -> dict[str, Any]:
         "tstamp": time.time(),
         **({"metadata": style} if style is not None else {}),
     }
+
+
+_ROWS: Mapping[Form, Callable[[Answer, Question], dict[str, Any]]] = {
+    "ncalign": lambda answer, question: asdict(answer),
+    "alpaca_eval": _alpaca_row,
+    "fastchat": _fastchat_row,
+    "arena_hard": _arena_row,
+}
 
 
 def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
@@ -139,21 +127,21 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
 
 
 def _answer(row: Mapping[str, Any], by_text: Mapping[str, str]) -> Answer | None:
-    if "question" in row and "turns" in row:
-        return Answer(str(row["question"]), str(row["model"]), tuple(row["turns"]), tuple(row.get("num_tokens") or ()))
-    if "instruction" in row and "output" in row:
-        # One to a question of another set counts nowhere.
-        question = by_text.get(row["instruction"], f"another set: {row['instruction']}")
-        return Answer(question, str(row["generator"]), (row["output"],))
-    if "choices" in row:
-        turns = row["choices"][0]["turns"]
-        texts = tuple(turn["content"] if isinstance(turn, dict) else turn for turn in turns)
-        numbers = tuple(int(turn["token_len"]) for turn in turns if isinstance(turn, dict) and "token_len" in turn)
-        return Answer(str(row["question_id"]), str(row["model_id"]), texts, numbers if len(numbers) == len(texts) else ())
-    if "messages" in row:
-        said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-        # Arena-Hard keeps a reasoning model's answer apart from its thoughts.
-        texts = tuple(text["answer"] if isinstance(text, dict) else text for text in said)
-        length = (row.get("metadata") or {}).get("token_len")
-        return Answer(str(row["uid"]), str(row["model"]), texts, (int(length),) if length and len(texts) == 1 else ())
+    match row:
+        case {"question": question, "turns": turns}:
+            return Answer(str(question), str(row["model"]), tuple(turns), tuple(row.get("num_tokens") or ()))
+        case {"instruction": text, "output": output}:
+            # One to a question of another set counts nowhere.
+            return Answer(by_text.get(text, f"another set: {text}"), str(row["generator"]), (output,))
+        case {"choices": [{"turns": turns}, *_]}:
+            texts = tuple(turn["content"] if isinstance(turn, dict) else turn for turn in turns)
+            numbers = tuple(int(turn["token_len"]) for turn in turns if isinstance(turn, dict) and "token_len" in turn)
+            counted = numbers if len(numbers) == len(texts) else ()
+            return Answer(str(row["question_id"]), str(row["model_id"]), texts, counted)
+        case {"messages": messages}:
+            said = [message["content"] for message in messages if message["role"] == "assistant"]
+            # Arena-Hard keeps a reasoning model's answer apart from its thoughts.
+            texts = tuple(text["answer"] if isinstance(text, dict) else text for text in said)
+            length = (row.get("metadata") or {}).get("token_len")
+            return Answer(str(row["uid"]), str(row["model"]), texts, (int(length),) if length and len(texts) == 1 else ())
     return None

@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ncalign.core.atomic import write_json_atomic, write_jsonl_atomic
 from ncalign.core.errors import DataError, names, shown
-from ncalign.data.formats.group import number_or_none
 from ncalign.data.formats.sources import rows_of
-from ncalign.judging.records import LABELS, Answer, Question, verdict_weight
+from ncalign.judging.records import LABELS, Answers, Question, fastchat_id, verdict_weight
 from ncalign.stats.records import Game, Rating
 
 _SAME_AS = {"A<B": "B>A", "A<<B": "B>>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
 """Labels that Arena-Hard-Auto 2.0 takes too."""
-_WORDS = {1.0: "A>B", 0.5: "A=B", 0.0: "B>A"}
+_WINNERS: Mapping[str, float | None] = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}
+_TURN = re.compile(r"(.*) \(turn (\d+)\)", re.DOTALL)
+
+Fields: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""The fields that a row needs: whether a value can be used, and what is needed, for the message."""
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+_ANYTHING = (lambda value: True, "a value")
+_TEXT = (lambda value: isinstance(value, str), "a text")
+_WINNER = (lambda value: value in tuple(_WINNERS), f"one of {', '.join(_WINNERS)}")
+_ANNOTATION: Fields = {
+    **dict.fromkeys(("instruction", "output_1", "output_2"), _TEXT),
+    "preference": (
+        # AlpacaEval writes a missing one as NaN.
+        lambda value: value is None or value != value or _is_number(value, 0, 0) or _is_number(value, 1, 2),
+        "1 to 2, 0 for a tie, or null",
+    ),
+}
+_JUDGEMENT: Fields = {
+    "uid": (lambda value: value is not None, "uid or question_id"),
+    "model": _TEXT,
+    "games": (lambda value: isinstance(value, list) and len(value) == 2, "a list of two games"),
+}
+_RATING: Fields = {
+    **dict.fromkeys(("question_id", "model"), _ANYTHING),
+    "turn": (lambda value: type(value) is int and value >= 1, "1 or 2"),
+    "score": (lambda value: value is None or _is_number(value, -1, -1) or _is_number(value, 0, 10), "0 to 10, -1 or null"),
+}
+_PAIR: Fields = {
+    **dict.fromkeys(("question_id", "model_1", "model_2"), _ANYTHING),
+    **dict.fromkeys(("g1_winner", "g2_winner"), _WINNER),
+}
+
+
+def _check(row: Mapping[str, Any], fields: Fields, place: str, what: str) -> None:
+    """Raise, with the row's place, where a field is lacking or can't be used."""
+    lacking = [name for name in fields if name not in row]
+    if lacking:
+        raise DataError(f"{place} is no {what}: it lacks {names(lacking)}, found {names(row)}")
+    for name, (usable, needed) in fields.items():
+        if not usable(row[name]):
+            raise DataError(f"{place}: {name} is {shown(row[name])}: {needed} is needed")
 
 
 @dataclass(frozen=True)
@@ -31,7 +76,6 @@ class Annotation:
         generators: who wrote them.
         preference: from 1 for the baseline to 2 for the model, 0 and 1.5 for a tie; None where there is none.
         dataset: the part of the question set.
-        annotator: who judged.
     """
 
     instruction: str
@@ -39,7 +83,6 @@ class Annotation:
     generators: tuple[str, str]
     preference: float | None
     dataset: str = ""
-    annotator: str = ""
 
 
 def read_alpaca_annotations(path: Path) -> list[Annotation]:
@@ -50,73 +93,48 @@ def read_alpaca_annotations(path: Path) -> list[Annotation]:
     """
     found = []
     for place, row in rows_of(path):
-        needed = ("instruction", "output_1", "output_2", "preference")
-        lacking = [name for name in needed if name not in row]
-        if lacking:
-            raise DataError(f"{place} is no annotation of AlpacaEval's: it lacks {names(lacking)}, found {names(row)}")
-        for name in needed[:3]:
-            if not isinstance(row[name], str):
-                raise DataError(f"{place}: {name} is {shown(row[name])}: a text is needed")
-        try:
-            preference = number_or_none(row["preference"], "preference")
-        except DataError:
-            # The package writes a missing one as NaN.
-            preference = None if row["preference"] != row["preference"] else _refuse(place, row["preference"])
-        if preference is not None and preference != 0 and not 1 <= preference <= 2:
-            _refuse(place, preference)
+        _check(row, _ANNOTATION, place, "annotation of AlpacaEval's")
+        value = row["preference"]
         found.append(
             Annotation(
                 row["instruction"],
                 (row["output_1"], row["output_2"]),
                 (str(row.get("generator_1") or "output_1"), str(row.get("generator_2") or "output_2")),
-                preference,
+                None if value is None or value != value else float(value),
                 str(row.get("dataset") or ""),
-                str(row.get("annotator") or ""),
             )
         )
     return found
 
 
-def _refuse(place: str, value: object) -> float | None:
-    raise DataError(f"{place}: preference is {shown(value)}: 1 to 2, 0 for a tie, or null is needed")
-
-
 def write_alpaca_annotations(
     path: Path,
     questions: Sequence[Question],
-    ours: Mapping[str, Answer],
-    theirs: Mapping[str, Answer],
+    ours: Answers,
+    theirs: Answers,
     preferences: Mapping[str, float],
     *,
     annotator: str,
 ) -> None:
     """Write annotations as `alpaca_eval` reads them: the baseline's output is the first; a missing preference is null.
 
-    Args:
-        path: of the file.
-        questions: of the set.
-        ours: the model's answers by question.
-        theirs: the baseline's.
-        preferences: 0 (baseline) to 1 (model) by question, NaN where there is none; questions may be absent.
-        annotator: what the judge is called.
+    Preferences are from 0 (the baseline, ``theirs``) to 1 (the model, ``ours``) by question, NaN where there is none; questions
+    may be absent.
     """
-    rows = []
-    for question in questions:
-        if question.id not in preferences:
-            continue
-        value, mine, other = preferences[question.id], ours[question.id], theirs[question.id]
-        rows.append(
-            {
-                "instruction": question.turns[0],
-                "dataset": question.category,
-                "generator_1": other.model,
-                "output_1": "\n\n".join(other.turns),
-                "generator_2": mine.model,
-                "output_2": "\n\n".join(mine.turns),
-                "annotator": annotator,
-                "preference": 1 + value if value == value else None,
-            }
-        )
+    rows = [
+        {
+            "instruction": question.turns[0],
+            "dataset": question.category,
+            "generator_1": theirs[question.id].model,
+            "output_1": "\n\n".join(theirs[question.id].turns),
+            "generator_2": ours[question.id].model,
+            "output_2": "\n\n".join(ours[question.id].turns),
+            "annotator": annotator,
+            "preference": None if math.isnan(preferences[question.id]) else 1 + preferences[question.id],
+        }
+        for question in questions
+        if question.id in preferences
+    ]
     write_json_atomic(rows, path)
 
 
@@ -124,36 +142,28 @@ def read_arena_judgements(path: Path, *, baseline: str | None = None) -> list[Ga
     """Games of Arena-Hard-Auto's judgement files, of its version 0.1 and 2.0.
 
     In the first game of a row A is the baseline, in the second the model. A label that is null is a missing verdict.
-
-    Args:
-        path: of the file.
-        baseline: whom the models were compared with, where the file does not say (version 0.1).
+    ``baseline`` names whom the models were compared with where the file does not (version 0.1).
 
     Raises:
         ValueError: the file can't be read, or a row is no judgement.
     """
     games = []
     for place, row in rows_of(path):
-        question, model = row.get("uid", row.get("question_id")), row.get("model")
-        other, played = row.get("baseline", baseline), row.get("games")
-        if question is None or not isinstance(model, str) or not isinstance(played, list) or len(played) != 2:
-            raise DataError(f"{place} is no judgement of Arena-Hard's: uid or question_id, model and two games are needed")
+        row = {"uid": row.get("question_id"), **row}
+        _check(row, _JUDGEMENT, place, "judgement of Arena-Hard's")
+        other = row.get("baseline", baseline)
         if not isinstance(other, str):
             raise DataError(f"{place} does not name the baseline: give it")
-        for number, game in enumerate(played):
+        for game, model_first in zip(row["games"], (False, True), strict=True):
             label = game.get("score") if isinstance(game, dict) else None
             label = _SAME_AS.get(label, label) if isinstance(label, str) else label
-            if label is not None and label not in LABELS:
+            if label not in (None, *LABELS):
                 raise DataError(f"{place}: score is {shown(label)}: one of {', '.join(LABELS)}, or null, is needed")
-            games.append(_game(str(question), model, other, label, model_first=number == 1))
+            first = None if label is None else LABELS[label]
+            mine = first if first is None or model_first else 1 - first
+            weight = verdict_weight(label or "")
+            games.append(Game(str(row["uid"]), row["model"], other, model_first, mine, weight, label or ""))
     return games
-
-
-def _game(question: str, model: str, baseline: str, label: str | None, *, model_first: bool) -> Game:
-    first = None if label is None else LABELS[label]
-    mine = first if first is None or model_first else 1 - first
-    weight = verdict_weight(label or "")
-    return Game(question, model, baseline, model_first, mine, weight, label or "")
 
 
 def write_arena_judgements(
@@ -162,12 +172,7 @@ def write_arena_judgements(
     """Write games as Arena-Hard-Auto reads them, in both its versions; both orders of a question make a row.
 
     A missing verdict is null. Verdicts by log-probs have no label: theirs is that of the preferred answer, or a tie.
-
-    Args:
-        games: of one or more models.
-        path: of the file.
-        judge: what the judge is called.
-        categories: of the questions, by which version 2.0 takes its means.
+    Version 2.0 takes its means by the questions' categories.
 
     Raises:
         ValueError: a question was judged twice in one order.
@@ -193,29 +198,20 @@ def _label(game: Game | None) -> str | None:
     if game.verdict:
         return game.verdict
     first = game.preference if game.model_first else 1 - game.preference
-    return _WORDS[0.5 if first == 0.5 else float(first > 0.5)]
+    return "A=B" if first == 0.5 else "A>B" if first > 0.5 else "B>A"
 
 
 def read_fastchat_ratings(path: Path, *, categories: Mapping[str, str] | None = None) -> list[Rating]:
-    """MT-Bench's single-answer judgements; a score of -1 is a missing one.
-
-    Args:
-        path: of the file.
-        categories: of the questions, by id.
+    """MT-Bench's single-answer judgements; a score of -1 is a missing one. Their categories are given by question.
 
     Raises:
         ValueError: the file can't be read, or a row is no rating.
     """
     ratings = []
     for place, row in rows_of(path):
-        if not {"question_id", "model", "turn", "score"} <= row.keys():
-            raise DataError(f"{place} is no rating of FastChat's: question_id, model, turn and score are needed")
-        score = number_or_none(row["score"], "score")
-        if type(row["turn"]) is not int or row["turn"] < 1 or (score is not None and score != -1 and not 0 <= score <= 10):
-            raise DataError(f"{place}: turn is {shown(row['turn'])} and score {shown(row['score'])}: 1 or 2, and -1 to 10")
-        question = str(row["question_id"])
-        category = (categories or {}).get(question, "")
-        ratings.append(Rating(question, str(row["model"]), row["turn"], category, None if score == -1 else score))
+        _check(row, _RATING, place, "rating of FastChat's")
+        question, score = str(row["question_id"]), None if row["score"] in (None, -1) else float(row["score"])
+        ratings.append(Rating(question, str(row["model"]), row["turn"], (categories or {}).get(question, ""), score))
     return ratings
 
 
@@ -223,7 +219,7 @@ def write_fastchat_ratings(ratings: Iterable[Rating], path: Path, *, judge: str)
     """Write ratings as FastChat's show_result reads them; a missing one is -1."""
     rows = [
         {
-            "question_id": int(rating.question) if rating.question.isdigit() else rating.question,
+            "question_id": fastchat_id(rating.question),
             "model": rating.model,
             "judge": [judge, "single-v1" if rating.turn == 1 else "single-v1-multi-turn"],
             "user_prompt": "",
@@ -237,9 +233,6 @@ def write_fastchat_ratings(ratings: Iterable[Rating], path: Path, *, judge: str)
     write_jsonl_atomic(rows, path)
 
 
-_WINNERS: Mapping[str, float | None] = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}
-
-
 def read_fastchat_pairs(path: Path) -> list[Game]:
     """MT-Bench's pairwise judgements: model_1 stands first in the first game; ``error`` is a missing verdict.
 
@@ -248,16 +241,11 @@ def read_fastchat_pairs(path: Path) -> list[Game]:
     """
     games: list[Game] = []
     for place, row in rows_of(path):
-        winners = [row.get("g1_winner"), row.get("g2_winner")]
-        if not {"question_id", "model_1", "model_2"} <= row.keys() or any(winner not in _WINNERS for winner in winners):
-            raise DataError(
-                f"{place} is no pairwise judgement of FastChat's: question_id, model_1, model_2, and g1_winner and g2_winner, "
-                f"each of {', '.join(_WINNERS)}, are needed; found {names(row)}"
-            )
-        question = _turn_name(row)
-        for first, winner in zip((True, False), winners, strict=True):
-            value = _WINNERS[str(winner)]
-            games.append(Game(question, str(row["model_1"]), str(row["model_2"]), first, value, 1, str(winner)))
+        _check(row, _PAIR, place, "pairwise judgement of FastChat's")
+        turn = row.get("turn", 1)
+        question = str(row["question_id"]) if turn == 1 else f"{row['question_id']} (turn {turn})"
+        for first, winner in ((True, row["g1_winner"]), (False, row["g2_winner"])):
+            games.append(Game(question, str(row["model_1"]), str(row["model_2"]), first, _WINNERS[winner], 1, winner))
     return games
 
 
@@ -273,7 +261,7 @@ def write_fastchat_pairs(games: Iterable[Game], path: Path, *, judge: str) -> No
         number, turn = (name[1], int(name[2])) if name else (question, 1)
         rows.append(
             {
-                "question_id": int(number) if number.isdigit() else number,
+                "question_id": fastchat_id(number),
                 "model_1": model,
                 "model_2": baseline,
                 "g1_winner": _winner(first),
@@ -284,9 +272,6 @@ def write_fastchat_pairs(games: Iterable[Game], path: Path, *, judge: str) -> No
             }
         )
     write_jsonl_atomic(rows, path)
-
-
-_TURN = re.compile(r"(.*) \(turn (\d+)\)", re.DOTALL)
 
 
 def _winner(game: Game | None) -> str:
@@ -304,11 +289,6 @@ def _by_question(games: Iterable[Game]) -> dict[tuple[str, str, str], list[Game 
             raise ValueError(f"question {game.question!r} of {game.model} was judged twice in one order: write one of them")
         played[game.model_first] = game
     return rows
-
-
-def _turn_name(row: Mapping[str, Any]) -> str:
-    turn: Any = row.get("turn", 1)
-    return str(row["question_id"]) if turn == 1 else f"{row['question_id']} (turn {turn})"
 
 
 def games_of_annotations(annotations: Sequence[Annotation]) -> list[Game]:

@@ -19,6 +19,11 @@ def verdict_weight(label: str) -> int:
     return STRONG_WEIGHT if ">>" in label else 1
 
 
+def fastchat_id(question: str) -> int | str:
+    """A question's id as FastChat writes it: its ids are numbers."""
+    return int(question) if question.isdigit() else question
+
+
 @dataclass(frozen=True)
 class Question:
     """One question of a set.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -40,8 +40,8 @@ def read_questions(name: str, *, file: Path | None = None) -> list[Question]:
         if file is not None:
             raise ValueError(f"set_file goes with {names(WHERE)}; {BUNDLED} is bundled")
         text = (resources.files("ncalign.judging") / "data" / "instructions.jsonl").read_text(encoding="utf-8")
-        rows = [(f"{BUNDLED}:{number}", json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]
-        return [_question(row, place, number) for number, (place, row) in enumerate(rows)]
+        rows = enumerate(map(json.loads, text.splitlines()))
+        return [question for number, row in rows if (question := _from_row(row, number))]
     if file is None and name in WHERE:
         raise ValueError(f"the set {name} needs its file: --set_file PATH. It is {WHERE[name]}; it is not bundled")
     path = Path(name) if file is None else file
@@ -74,23 +74,25 @@ def read_references(path: Path, questions: Sequence[Question]) -> list[Question]
 
 
 def _read(path: Path) -> list[Question]:
-    rows = list(rows_of(path))
-    if rows and not any(recognised(rows[0][1]) for recognised, _ in _READERS):
-        return _from_groups(path)
-    return [_question(row, place, number) for number, (place, row) in enumerate(rows)]
+    questions: list[Question] = []
+    for number, (place, row) in enumerate(rows_of(path)):
+        question = _question(row, place, number)
+        if question is None and not questions:
+            return _from_groups(path)
+        if question is None:
+            raise DataError(f"{place} is no question: found {names(row)}; the rows before had other columns")
+        questions.append(question)
+    return questions
 
 
-def _question(row: Mapping[str, Any], place: str, number: int) -> Question:
-    for recognised, read in _READERS:
-        if recognised(row):
-            try:
-                question = read(row, number)
-            except (KeyError, TypeError, IndexError) as error:
-                raise DataError(f"{place} is no question: {type(error).__name__} at {error}; found {names(row)}") from None
-            if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
-                raise DataError(f"{place}: its turns are {shown(list(question.turns))}: texts, not empty, are needed")
-            return question
-    raise DataError(f"{place} is no question: found {names(row)}; the rows before had other columns")
+def _question(row: Mapping[str, Any], place: str, number: int) -> Question | None:
+    try:
+        question = _from_row(row, number)
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{place} is no question: {type(error).__name__} at {error}; found {names(row)}") from None
+    if question and not (question.turns and all(isinstance(turn, str) and turn for turn in question.turns)):
+        raise DataError(f"{place}: its turns are {shown(list(question.turns))}: texts, not empty, are needed")
+    return question
 
 
 def _from_groups(path: Path) -> list[Question]:
@@ -108,47 +110,21 @@ def _from_groups(path: Path) -> list[Question]:
     return questions
 
 
-def _is_fastchat(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("turns"), list) and "question_id" in row
-
-
-def _fastchat(row: Mapping[str, Any], number: int) -> Question:
-    # Arena-Hard's turns are objects with a content.
-    turns = tuple(turn["content"] if isinstance(turn, dict) else turn for turn in row["turns"])
-    reference = row.get("reference") or ()
-    references = (reference,) if isinstance(reference, str) else tuple(str(text) for text in reference)
-    return Question(str(row["question_id"]), turns, str(row.get("category") or row.get("cluster") or ""), references)
-
-
-def _is_arena(row: Mapping[str, Any]) -> bool:
-    return "uid" in row and isinstance(row.get("prompt"), str)
-
-
-def _arena(row: Mapping[str, Any], number: int) -> Question:
-    return Question(str(row["uid"]), (row["prompt"],), str(row.get("category") or ""))
-
-
-def _is_alpaca(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("instruction"), str) and not {"completions", "chosen", "candidates"} & row.keys()
-
-
-def _alpaca(row: Mapping[str, Any], number: int) -> Question:
-    # AlpacaEval knows its questions by their place and their text.
-    return Question(str(number), (row["instruction"],), str(row.get("dataset") or ""))
-
-
-def _is_instructions(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("prompt"), str) and "instruction_id_list" in row
-
-
-def _instructions(row: Mapping[str, Any], number: int) -> Question:
-    checks = {"instruction_id_list": row["instruction_id_list"], "kwargs": row["kwargs"]}
-    return Question(str(row.get("key", number)), (row["prompt"],), metadata=checks)
-
-
-_READERS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any], int], Question]], ...] = (
-    (_is_fastchat, _fastchat),
-    (_is_arena, _arena),
-    (_is_instructions, _instructions),
-    (_is_alpaca, _alpaca),
-)
+def _from_row(row: Mapping[str, Any], number: int) -> Question | None:
+    """The question of a row of FastChat, Arena-Hard, IFEval or AlpacaEval; None for a row of none of them."""
+    match row:
+        case {"question_id": question, "turns": list(turns)}:
+            # Arena-Hard's turns are objects with a content.
+            texts = tuple(turn["content"] if isinstance(turn, dict) else turn for turn in turns)
+            given = row.get("reference") or ()
+            references = (given,) if isinstance(given, str) else tuple(map(str, given))
+            return Question(str(question), texts, str(row.get("category") or row.get("cluster") or ""), references)
+        case {"uid": question, "prompt": str(prompt)}:
+            return Question(str(question), (prompt,), str(row.get("category") or ""))
+        case {"instruction_id_list": checks, "prompt": str(prompt)}:
+            metadata = {"instruction_id_list": checks, "kwargs": row["kwargs"]}
+            return Question(str(row.get("key", number)), (prompt,), metadata=metadata)
+        case {"instruction": str(text)} if not {"completions", "chosen", "candidates"} & row.keys():
+            # AlpacaEval knows its questions by their place and their text.
+            return Question(str(number), (text,), str(row.get("dataset") or ""))
+    return None

@@ -28,12 +28,12 @@ def count_verdicts(
     baseline: str | None,
     read_categories: Callable[[], Mapping[str, str]],
 ) -> Results:
-    """What files of verdicts say; whose they are is seen from their rows.
+    """What AlpacaEval's annotations, and Arena-Hard's and FastChat's judgements, say; a file's rows tell which tool wrote it.
 
     Args:
-        files: AlpacaEval's annotations, or Arena-Hard's or FastChat's judgements.
+        files: of any of them.
         counting: how verdicts are counted.
-        baseline: whom models were compared with, where a file does not say.
+        baseline: the model that others were compared with, where a file does not say.
         read_categories: gives the questions' categories by id; called where there are ratings.
 
     Raises:
@@ -65,9 +65,10 @@ def count_verdicts(
 
 def _first_row(path: Path) -> dict[str, Any]:
     with closing(rows_of(path)) as rows:
-        for _, row in rows:
-            return row
-    raise ValueError(f"{path} has no verdict")
+        _, first = next(rows, ("", None))
+    if first is None:
+        raise ValueError(f"{path} has no verdict")
+    return first
 
 
 def _annotated(path: Path, answers: dict[str, dict[str, Answer]], before: set[str]) -> list[Game]:
@@ -77,10 +78,9 @@ def _annotated(path: Path, answers: dict[str, dict[str, Answer]], before: set[st
     baseline = _only({row.generators[0] for row in rows}, path, "baseline")
     if model in before:
         raise ValueError(f"{path}: there are verdicts of {model} in a file before it: name each model once")
-    for name, which in ((model, 1), (baseline, 0)):
-        given = answers.setdefault(name, {})
-        for number, row in enumerate(rows):
-            given[str(number)] = Answer(str(number), name, (row.outputs[which],))
+    for which, name in enumerate((baseline, model)):
+        given = {str(number): Answer(str(number), name, (row.outputs[which],)) for number, row in enumerate(rows)}
+        answers.setdefault(name, {}).update(given)
     return games_of_annotations(rows)
 
 
