@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.vllm import VLLMGenerator
 from ncalign.judging.answers import check_form, write_answers
-from ncalign.judging.config import AnswerConfig
+from ncalign.judging.config import AnswerConfig, EvaluateConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
 from ncalign.model.config import DType
@@ -55,17 +55,18 @@ class Answering:
     trust_remote_code: bool = False
 
 
+def answering_of(config: AnswerConfig | EvaluateConfig, max_new_tokens: int) -> Answering:
+    """How a verb's configuration has models answer."""
+    names = [field.name for field in fields(Answering) if field.name != "max_new_tokens"]
+    return Answering(max_new_tokens, **{name: getattr(config, name) for name in names})
+
+
 def answers_of_model(
     model: str | ServerConfig, questions: Sequence[Question], answering: Answering, *, name: str, store: Store
 ) -> list[Answer]:
-    """The answers of a model in this process or on a server.
+    """The answers of a model, named by its folder, its hub id or its server; ``name`` is what the answers call it.
 
-    Args:
-        model: a folder, a hub id, or a server.
-        questions: of a set.
-        answering: how it answers.
-        name: of the model in the answers.
-        store: keeps answers, each batch as it comes: a run that is stopped goes on from there.
+    The store keeps answers, each batch as it comes: a run that is stopped goes on from there.
 
     Raises:
         ValueError: the model can't be loaded, vLLM is not installed, the server's client can't be made, or a question does not
@@ -118,7 +119,7 @@ def answer_questions(
         generator: what answers.
         answering: how long its answers may be, and how they are sampled.
         model: its name in the answers.
-        identity: of the weights; answers are kept by it, the conversation and the sampling.
+        identity: of the weights; the store keeps answers by it, the conversation and the sampling.
         store: keeps answers, each batch as it comes.
         at_a_time: questions handed to the generator at a time.
 
@@ -176,10 +177,7 @@ def _answers_to(
 
 
 def run_answer(config: AnswerConfig) -> dict[str, Any]:
-    """Answer a set and write the file.
-
-    Returns:
-        ``output``, the number of questions, of tokens, and of answers without text.
+    """Answer a set, write the file, and return ``output`` and the numbers of questions, tokens and answers without text.
 
     Raises:
         ValueError: the set can't be read, the model can't be loaded, or a question doesn't fit it; what was answered is kept.
@@ -190,17 +188,8 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     model = config.server if config.server is not None else config.model
     assert model is not None
     name = config.name or model_name(model if isinstance(model, str) else model.model)
-    answering = Answering(
-        config.max_new_tokens,
-        config.temperature,
-        config.seed,
-        config.batch_size,
-        config.dtype,
-        config.vllm,
-        config.trust_remote_code,
-    )
     store = Store((config.cache_dir or cache_folder()) / "answers.sqlite")
-    answers = answers_of_model(model, questions, answering, name=name, store=store)
+    answers = answers_of_model(model, questions, answering_of(config, config.max_new_tokens), name=name, store=store)
     write_answers(answers, questions, config.output, form=config.form)
     return {
         "output": str(config.output),

@@ -32,9 +32,9 @@ def compare_answers(
     counting: Counting,
     *,
     folder: Path,
-    called: str | None,
+    called: str,
 ) -> None:
-    """Compare the first model with each of the others, and these with the first of them, the baseline.
+    """Compare the first model and those from the third on with the second, the baseline, and add to the results.
 
     Args:
         questions: of the set.
@@ -43,7 +43,7 @@ def compare_answers(
         results: added to.
         counting: how verdicts are counted.
         folder: for the verdicts, in our form and those of other tools.
-        called: the judge's name in these files; None for the way it judges.
+        called: the judge's name in these files; empty for the way it judges.
 
     Raises:
         ValueError: two models have no question in common, or there is no verdict.
@@ -66,21 +66,16 @@ def compare_answers(
     if isinstance(judge, RewardJudge):
         _add_mean_rewards(judge, questions, answers, results, counting)
     count_games(games, results, counting, answers=answers, ordered=isinstance(judge, ServerJudge))
-    _for_other_tools(questions, answers, games, folder, judge=called or accounts[0].mode)
-
-
-def _for_other_tools(
-    questions: Sequence[Question], answers: Mapping[str, Answers], games: Sequence[Game], folder: Path, *, judge: str
-) -> None:
-    """The verdicts as AlpacaEval's annotations and Arena-Hard's and FastChat's judgements, a file for each model."""
+    called = called or accounts[0].mode
     categories = {question.id: question.category for question in questions}
-    for name, other in dict.fromkeys((game.model, game.baseline) for game in games):
+    for name, other in pairs:
+        # A file for each model, as AlpacaEval, Arena-Hard and FastChat read it.
         own = [game for game in games if (game.model, game.baseline) == (name, other)]
         file, outcomes = file_name(name), question_preferences(own).by_question
         annotations = folder / "annotations" / f"{file}.json"
-        write_alpaca_annotations(annotations, questions, answers[name], answers[other], outcomes, annotator=judge)
-        write_arena_judgements(own, folder / "arena_hard" / f"{file}.jsonl", judge=judge, categories=categories)
-        write_fastchat_pairs(own, folder / "fastchat" / f"{file}_pair.jsonl", judge=judge)
+        write_alpaca_annotations(annotations, questions, answers[name], answers[other], outcomes, annotator=called)
+        write_arena_judgements(own, folder / "arena_hard" / f"{file}.jsonl", judge=called, categories=categories)
+        write_fastchat_pairs(own, folder / "fastchat" / f"{file}_pair.jsonl", judge=called)
 
 
 def file_name(model: str) -> str:
@@ -89,11 +84,7 @@ def file_name(model: str) -> str:
 
 
 def _add_mean_rewards(
-    judge: RewardJudge,
-    questions: Sequence[Question],
-    answers: Mapping[str, Answers],
-    results: Results,
-    counting: Counting,
+    judge: RewardJudge, questions: Sequence[Question], answers: Mapping[str, Answers], results: Results, counting: Counting
 ) -> None:
     known = {
         name: {question: reward for question, reward in judge.rewards(questions, given).items() if reward is not None}
@@ -119,16 +110,9 @@ def rate_answers(
     folder: Path,
     called: str,
 ) -> None:
-    """Rate each answer by itself: means by turn and category, and models compared question by question.
+    """Rate each answer without another beside it: means by turn and category, and models compared question by question.
 
-    Args:
-        questions: of the set.
-        answers: by model.
-        judge: rates an answer.
-        results: added to.
-        counting: how ratings are counted.
-        folder: for the ratings, in our form and FastChat's.
-        called: the judge's name in FastChat's.
+    The arguments are those of `compare_answers`; the ratings are written in our form and FastChat's.
 
     Raises:
         ServerError: the judge answers nothing at all; what it answered is kept.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -12,7 +12,7 @@ import torch
 from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
 from ncalign.core.store import Store
-from ncalign.judging.answer import Answering, answers_of_model
+from ncalign.judging.answer import answering_of, answers_of_model
 from ncalign.judging.answers import read_answers, write_answers
 from ncalign.judging.compare import compare_answers, file_name, rate_answers
 from ncalign.judging.config import EvaluateConfig
@@ -20,13 +20,13 @@ from ncalign.judging.counts import Counting, Results, write_results
 from ncalign.judging.judges import RewardJudge, ServerJudge
 from ncalign.judging.records import Answers, Question
 from ncalign.judging.sets import BUNDLED, read_questions, read_references
-from ncalign.judging.tasks import score_tasks
+from ncalign.judging.tasks import tabulate_tasks
 from ncalign.judging.verdict_files import count_verdicts, read_games
 from ncalign.report.tables import model_name
 from ncalign.rewards.sources import reward_source
 from ncalign.stats.length_control import read_difficulty_table
 from ncalign.tasks.lm_backend import Backend
-from ncalign.tasks.reasoning import TaskProtocol
+from ncalign.tasks.reasoning import TaskProtocol, run_tasks
 
 Kind: TypeAlias = Literal["tasks", "verdicts", "answers"]
 
@@ -38,10 +38,7 @@ _WHAT_IT_SHOWS = (
 
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate, and leave ``results.json``, tables and charts in the output folder.
-
-    Returns:
-        What results.json holds, and the tables as printable text under ``text``.
+    """Evaluate, write ``results.json``, tables and charts, and return what results.json holds and the printable ``text``.
 
     Raises:
         ValueError: the configuration names nothing that can be evaluated, or a file or model can't be read.
@@ -64,34 +61,28 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return write_results(results, config.output_dir)
 
 
-def _rating(config: EvaluateConfig) -> bool:
-    return config.judge is not None and config.judge.mode == "rating"
-
-
-_WRONG: tuple[tuple[Kind, Callable[[EvaluateConfig], object], str], ...] = (
-    ("tasks", lambda c: c.judgements, "tasks and judgements are two evaluations: give one of them"),
-    ("tasks", lambda c: c.model is None, "model is needed: a model folder, a hub id, or the name that a backend knows"),
-    ("answers", lambda c: c.model is None, "model is needed: a model folder, a hub id, or a file of answers"),
-    (
-        "answers",
-        lambda c: not c.against and not _rating(c),
-        "against is needed: the model, or the file of answers, to compare with (ratings alone need none)",
-    ),
-    ("answers", lambda c: c.judge is not None and c.reward, "judge and reward are two judges: give one of them"),
-    (
-        "answers",
-        lambda c: c.judge is None and not c.reward and c.set_name != BUNDLED,
-        "the set {set_name} needs a judge: --judge.base_url URL --judge.model NAME, or --reward model:FOLDER; our own set "
-        "alone is checked by a program",
-    ),
-)
-"""For each kind of evaluation, what makes a configuration unusable, and the message."""
-
-
 def _check(config: EvaluateConfig, kind: Kind) -> None:
-    for of, wrong, message in _WRONG:
-        if of == kind and wrong(config):
-            raise ValueError(message.format(set_name=config.set_name))
+    """Refuse a configuration that names too much or too little for this kind of evaluation."""
+    judge = config.judge
+    compares = judge is None or judge.mode != "rating"
+    unusable: dict[Kind, dict[str, object]] = {
+        "tasks": {
+            "tasks and judgements are two evaluations: give one of them": config.judgements,
+            "model is needed: a model folder, a hub id, or the name that a backend knows": config.model is None,
+        },
+        "verdicts": {},
+        "answers": {
+            "model is needed: a model folder, a hub id, or a file of answers": config.model is None,
+            "against is needed: the model, or the file of answers, to compare with (ratings alone need none)": compares
+            and not config.against,
+            "judge and reward are two judges: give one of them": judge and config.reward,
+            f"the set {config.set_name} needs a judge: --judge.base_url URL --judge.model NAME, or --reward model:FOLDER; our "
+            "own set alone is checked by a program": not judge and not config.reward and config.set_name != BUNDLED,
+        },
+    }
+    for message, wrong in unusable[kind].items():
+        if wrong:
+            raise ValueError(message)
 
 
 def _models(specs: Sequence[str]) -> dict[str, str]:
@@ -141,10 +132,10 @@ def _of_answers(config: EvaluateConfig) -> Results:
         source = reward_source(
             config.reward or (BUNDLED,), cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
         )
-        compare_answers(questions, answers, RewardJudge(source), results, counting, folder=config.output_dir, called=None)
+        compare_answers(questions, answers, RewardJudge(source), results, counting, folder=config.output_dir, called="")
     else:
         judge = ServerJudge(config.judge, _store(config, "judgements"))
-        evaluated = rate_answers if _rating(config) else compare_answers
+        evaluated = rate_answers if config.judge.mode == "rating" else compare_answers
         evaluated(questions, answers, judge, results, counting, folder=config.output_dir, called=config.judge.server.model)
     if config.set_name == BUNDLED:
         results.lines.append(_WHAT_IT_SHOWS.format(n=len(questions)))
@@ -168,15 +159,7 @@ def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Q
         if not found:
             raise ValueError(f"{path} has no answer to a question of the set {config.set_name}")
     else:
-        answering = Answering(
-            config.max_new_tokens or (160 if config.set_name == BUNDLED else 1024),
-            config.temperature,
-            config.seed,
-            config.batch_size,
-            config.dtype,
-            config.vllm,
-            config.trust_remote_code,
-        )
+        answering = answering_of(config, config.max_new_tokens or (160 if config.set_name == BUNDLED else 1024))
         found = answers_of_model(spec, questions, answering, name=name, store=_store(config, "answers"))
         write_answers(found, questions, config.output_dir / "answers" / f"{file_name(name)}.jsonl", form="ncalign")
     return {answer.question: answer for answer in found}
@@ -201,15 +184,21 @@ def _of_tasks(config: EvaluateConfig) -> Results:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    return score_tasks(
-        _models([*config.against, config.model]),
-        config.tasks,
-        folder=config.output_dir / "tasks",
-        task_data=_pairs(config.task_data, "task_data", "TASK=FILE is needed, such as svamp=data/SVAMP.json"),
-        backend=backend,
-        protocol=TaskProtocol(config.limit, config.num_fewshot, config.apply_chat_template, config.seed),
-        allow_weak=config.allow_weak,
-    )
+    task_data = _pairs(config.task_data, "task_data", "TASK=FILE is needed, such as svamp=data/SVAMP.json")
+    found = [
+        run_tasks(
+            model,
+            config.tasks,
+            output_dir=config.output_dir / "tasks" / file_name(model.strip("/")),
+            task_data=task_data,
+            name=name,
+            backend=backend,
+            protocol=TaskProtocol(config.limit, config.num_fewshot, config.apply_chat_template, config.seed),
+            allow_weak=config.allow_weak,
+        )
+        for name, model in _models([*config.against, config.model]).items()
+    ]
+    return tabulate_tasks(found, limit=config.limit)
 
 
 def _pairs(given: Sequence[str], field: str, needed: str) -> Mapping[str, str]:
