@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,14 +80,13 @@ class PairwiseLength:
             if reward is not None
         ]
         self.num_movable += int(np.count_nonzero((known > 0) & (known < 1)))
-        for i in range(len(known)):
-            for j in range(i + 1, len(known)):
-                first, second = (i, j) if places[i] <= places[j] else (j, i)
-                won = known[first] * (1 - known[second])
-                weight = won + known[second] * (1 - known[first])
-                apart = t[first] - t[second]
-                bins = self._bins.setdefault((places[first], places[second]), np.zeros((3, _NUM_BINS)))
-                bins[:, min(int((apart + 2) * (_NUM_BINS / 4)), _NUM_BINS - 1)] += weight, won, weight * apart
+        for pair in combinations(range(len(known)), 2):
+            first, second = sorted(pair, key=places.__getitem__)
+            won = known[first] * (1 - known[second])
+            weight = won + known[second] * (1 - known[first])
+            apart = t[first] - t[second]
+            bins = self._bins.setdefault((places[first], places[second]), np.zeros((3, _NUM_BINS)))
+            bins[:, min(int((apart + 2) * (_NUM_BINS / 4)), _NUM_BINS - 1)] += weight, won, weight * apart
 
     def phi(self) -> float | None:
         """Length's coefficient at the greatest likelihood; None where it is not finite or no pair has lengths that differ."""

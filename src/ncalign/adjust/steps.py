@@ -170,8 +170,10 @@ def _fit_quantile(read: Read, seed: int) -> Fitted:
 
 
 def lengths_of(group: Group, unit: Unit) -> list[float]:
-    """The candidates' lengths."""
-    return [transforms.text_length(transforms.text_of(candidate.completion), unit) for candidate in group.candidates]
+    """The candidates' lengths; of a conversation, that of the text of its turns."""
+    completions = [candidate.completion for candidate in group.candidates]
+    texts = [one if isinstance(one, str) else "\n".join(turn["content"] for turn in one) for one in completions]
+    return [transforms.text_length(text, unit) for text in texts]
 
 
 def _fit_length(unit: Unit, read: Read, seed: int) -> Fitted:

@@ -100,11 +100,6 @@ def weighted_aspects(aspects: Mapping[str, Rewards], weights: Mapping[str, float
     return found
 
 
-def text_of(completion: Text) -> str:
-    """A completion's text; of a conversation, that of its turns."""
-    return completion if isinstance(completion, str) else "\n".join(turn["content"] for turn in completion)
-
-
 def key_of(completion: Text) -> str:
     """What completions are matched by: the text, alone or as the only turn of an assistant; else all turns."""
     if isinstance(completion, str):
