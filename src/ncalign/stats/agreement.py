@@ -32,8 +32,7 @@ class PositionBias:
         num_incomplete: questions with a verdict in one order alone, or in none.
         contradictions: percent of pairs in which either order prefers the other answer.
         half_contradictions: percent of pairs in which one order calls a tie and the other does not.
-        biased: whether ``p_value`` is below 5 %.
-        summary: the finding in words.
+        biased: whether ``p_value`` is below 5 %; ``summary`` says so in words.
     """
 
     first_place: float
@@ -55,10 +54,7 @@ def position_bias(games: Iterable[Game], *, seed: int = 0, num_resamples: int = 
     position wins every game, the p-value is the smaller of the permutation test's and ``2 / 4^n``, the largest probability of
     that for an unbiased judge whose two verdicts are independent: with few questions the permutation test has no power.
 
-    Args:
-        games: of any models, all by one judge. Several of one order are averaged.
-        seed: of the bootstrap and of the test.
-        num_resamples: of both.
+    The games may be of any models, all by one judge; several of one order are averaged.
 
     Raises:
         ValueError: there are no games.
@@ -114,10 +110,8 @@ class LengthBias:
         longer_preferred: percent of decided questions with answers of different lengths won by the longer one;
             NaN where there are none.
         longer_p_value: two-sided, of a binomial test of ``longer_preferred`` against 50; NaN likewise.
-        related: whether either p-value is below 5 %.
-        summary: the finding in words.
-        num_counted: questions with a verdict.
-        num_missing: questions without.
+        related: whether either p-value is below 5 %; ``summary`` says so in words.
+        num_counted: questions with a verdict; ``num_missing`` have none.
     """
 
     correlation: float
@@ -135,10 +129,7 @@ def length_bias(games: Iterable[Game], lengths: Mapping[tuple[str, str], int]) -
     """Correlate each question's mean preference with how much longer the model's answer is.
 
     Longer answers may be better ones: this is a correlation. The length-controlled win rate says what is left without length.
-
-    Args:
-        games: of any models, all by one judge.
-        lengths: of each answer, by question and model.
+    The games are all by one judge; ``lengths`` has each answer's, by question and model.
 
     Raises:
         ValueError: an answer's length is missing.

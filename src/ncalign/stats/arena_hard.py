@@ -17,12 +17,10 @@ class ArenaScore:
     """Arena-Hard's score of one model without style control.
 
     Attributes:
-        model: its name.
         score: mean preference in percent, strong verdicts counting with their weight.
         bootstrap_mean: mean of the bootstrap rounds, which Arena-Hard prints as its score.
         ci: bootstrap interval of ``score``.
-        num_games: games with a verdict.
-        num_missing: games without.
+        num_games: games with a verdict; ``num_missing`` have none.
     """
 
     model: str

@@ -33,7 +33,6 @@ class Strength:
     """One model's strength.
 
     Attributes:
-        model: its name.
         rating: on Elo's scale, the anchor having 1000.
         rating_ci: bootstrap interval of ``rating``.
         win_rate: percent of games it is expected to win against the anchor, ties counting half.
@@ -58,8 +57,7 @@ class BradleyTerry:
         anchor: the model that the others are measured against.
         style: log-odds that one standard deviation of each style difference is worth, without those that never differ; empty
             without style control.
-        num_games: games with a verdict.
-        num_missing: games without, which count nowhere.
+        num_games: games with a verdict; the ``num_missing`` without count nowhere.
         num_failed_rounds: bootstrap rounds whose draw allowed no finite fit; the intervals rest on the others.
     """
 
@@ -94,7 +92,7 @@ def bradley_terry(
         anchor: the model whose rating is 1000.
         styles: of each answer, by question and model; None for no style control.
         centered: see above.
-        ridge: L2 penalty; needed where a model won all its games or lost them all.
+        ridge: needed where a model won all its games or lost them all.
         bootstrap: how the rounds behind the intervals are drawn.
 
     Raises:
@@ -113,7 +111,12 @@ def bradley_terry(
         design = np.hstack([design, style_columns])
     if ridge == 0:
         _check_connected(judged)
-    theta = _finite_fit(design, outcomes, weights, ridge)
+    theta = fit_bradley_terry(design, outcomes, weights, ridge=ridge)
+    if theta is None:
+        raise ValueError(
+            "the games don't determine finite strengths: style separates all verdicts, or can't be told from the models; "
+            "give a ridge above 0, or leave out style control"
+        )
     draws = resampled_counts(units, bootstrap.num_rounds, bootstrap.seed)
     rounds = _fitted_rounds(design, outcomes, (weights * counts for counts in draws), ridge)
     num_games = Counter(name for game in judged for name in (game.model, game.baseline))
@@ -135,14 +138,7 @@ def bradley_terry(
 def fit_bradley_terry(
     design: Float[Array, "N P"], outcomes: Float[Array, " N"], weights: Float[Array, " N"], *, ridge: float = 0.0
 ) -> Float[Array, " P"] | None:
-    """Maximum likelihood of a logistic regression without intercept; None where no finite one exists.
-
-    Args:
-        design: a row for each game.
-        outcomes: in [0, 1].
-        weights: not negative.
-        ridge: L2 penalty.
-    """
+    """Maximum likelihood of :func:`fit_logistic` with the L2 penalty ``ridge``; None where no finite one exists."""
     with warnings.catch_warnings():
         # scikit-learn warns of a singular Hessian and of a fit that does not converge, and goes on with another solver.
         warnings.simplefilter("error", RuntimeWarning)
@@ -152,16 +148,6 @@ def fit_bradley_terry(
         except (RuntimeWarning, UserWarning):
             return None
     return None if ridge == 0 and np.abs(theta).max() > _LARGEST_LOG_ODDS else theta
-
-
-def _finite_fit(design: Array, outcomes: Array, weights: Array, ridge: float) -> Array:
-    theta = fit_bradley_terry(design, outcomes, weights, ridge=ridge)
-    if theta is None:
-        raise ValueError(
-            "the games don't determine finite strengths: style separates all verdicts, or can't be told from the models; "
-            "give a ridge above 0, or leave out style control"
-        )
-    return theta
 
 
 def _pair_columns(games: Sequence[Game], anchor: str) -> tuple[Float[Array, "N M"], list[str]]:

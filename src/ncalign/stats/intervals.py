@@ -39,13 +39,7 @@ DEFAULT_BOOTSTRAP = Bootstrap()
 
 
 def mean_interval(values: Float[NDArray[np.float64], " n"], num_resamples: int, rng: np.random.Generator) -> Interval:
-    """95 % percentile bootstrap interval of a mean: defined, unlike BCa, where all values are equal.
-
-    Args:
-        values: finite; the interval of fewer than 2 is NaN.
-        num_resamples: bootstrap resamples.
-        rng: for the draws.
-    """
+    """95 % percentile bootstrap interval of a mean: defined, unlike BCa, where all values are equal; NaN of fewer than 2."""
     return _percentile_interval((values,), np.mean, num_resamples, rng)
 
 
@@ -60,7 +54,7 @@ def ratio_interval(
     Args:
         totals: each cluster's sum; the interval of fewer than 2 clusters is NaN.
         sizes: how many values each cluster has, above 0.
-        num_resamples: bootstrap resamples of clusters.
+        num_resamples: of clusters.
         rng: for the draws.
     """
 
@@ -103,11 +97,7 @@ def resampled_counts(
 ) -> Iterator[Float[NDArray[np.float64], " N"]]:
     """For each bootstrap round, how often each row is drawn.
 
-    Args:
-        units: the number of each row's unit, from 0. As many units are drawn with replacement as there are, each with all its
-            rows.
-        num_rounds: how many rounds.
-        seed: of the draws.
+    ``units`` numbers each row's unit, from 0. As many units are drawn with replacement as there are, each with all its rows.
     """
     rng = np.random.default_rng(seed)
     num_units = int(units.max()) + 1

@@ -92,11 +92,11 @@ def length_controlled_win_rate(
 
     Args:
         preferences: 0 (baseline) to 1 (model), NaN where there is no verdict.
-        model_lengths: characters of the model's answers.
-        baseline_lengths: characters of the baseline's.
+        model_lengths: of the model's answers, in characters.
+        baseline_lengths: of the baseline's.
         table: of difficulties.
         questions: each row's place in the set, from 0; without it the rows are the set in its order.
-        regularized: whether the gamed baselines' rows take part.
+        regularized: see above.
         seed: of the bootstrap.
         num_resamples: of the bootstrap.
 
@@ -108,7 +108,9 @@ def length_controlled_win_rate(
     whose solver, settings and numbers these are.
     """
     targets = checked_preferences(preferences)
-    num_known = _enough_for_folds(targets)
+    num_known = int(np.isfinite(targets).sum())
+    if num_known < NUM_FOLDS:
+        raise ValueError(f"{num_known} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
     features = _features(model_lengths, baseline_lengths, len(targets), table, questions)
     gamed = _gamed_rows(table if regularized else None, features.shape[1])
     inverse_penalty = _chosen_inverse_penalty(*_training_rows(gamed, features, targets, np.ones(len(targets))))
@@ -220,14 +222,6 @@ def _difficulties(table: DifficultyTable, questions: Sequence[int]) -> Array:
     return np.array([known[question] for question in questions])
 
 
-def _enough_for_folds(targets: Array) -> int:
-    """How many questions have a verdict, which must be enough for cross-validation."""
-    num_known = int(np.isfinite(targets).sum())
-    if num_known < NUM_FOLDS:
-        raise ValueError(f"{num_known} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
-    return num_known
-
-
 def _gamed_rows(table: DifficultyTable | None, num_features: int) -> tuple[Array, Array, Array]:
     """Features, preferences and weights of the table's rows with a verdict; none without a table."""
     if table is None:
@@ -242,12 +236,8 @@ def _training_rows(
 ) -> tuple[Array, Array, Array]:
     """Features, preferences and weights of the gamed baselines' rows and of the questions with a verdict."""
     known = ~np.isnan(targets)
-    rows, labels, weights = gamed
-    return (
-        np.concatenate([rows, features[known]]),
-        np.concatenate([labels, targets[known]]),
-        np.concatenate([weights, counts[known]]),
-    )
+    rows, labels, weights = map(np.concatenate, zip(gamed, (features[known], targets[known], counts[known]), strict=True))
+    return rows, labels, weights
 
 
 def _fit(rows: Array, targets: Array, weights: Array, inverse_penalty: float, seeds: np.random.RandomState) -> Array:

@@ -28,9 +28,9 @@ def fit_logistic(
     minimum; or ``|w|^2 / 2``, fitted by Newton steps to the minimum.
 
     Args:
-        features: one row for each observation.
+        features: a row for each observation.
         preferences: in [0, 1].
-        weights: of the observations, not negative.
+        weights: not negative.
         penalty: which of the two.
         inverse_penalty: C; infinite for no L2 penalty.
         seeds: LIBLINEAR's random order of coordinates; each fit draws one seed.

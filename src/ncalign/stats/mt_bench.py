@@ -1,8 +1,8 @@
-"""MT-Bench: mean ratings by turn and by category, and wins and losses of one model's ratings against another's."""
+"""MT-Bench: mean ratings by turn and by category."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +13,6 @@ from ncalign.stats.records import Rating
 
 # MT-Bench asks for 1 to 10; some judges give 0, and FastChat counts it.
 LOWEST, HIGHEST = 0.0, 10.0
-TIE_DELTA = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,9 @@ class MTBench:
     """One model's scores.
 
     Attributes:
-        model: its name.
         overall: of all ratings, both turns together.
         turns: by turn, from 1.
-        categories: by category, both turns together, in the order of their names.
+        categories: both turns together, in the order of their names.
     """
 
     model: str
@@ -52,11 +50,6 @@ class MTBench:
 
 def mt_bench(ratings: Iterable[Rating], *, seed: int = 0, num_resamples: int = 10_000) -> tuple[MTBench, ...]:
     """Plain means of ratings: every rating with a score counts once. Best model first.
-
-    Args:
-        ratings: of any models.
-        seed: of the bootstrap.
-        num_resamples: of the bootstrap.
 
     Raises:
         ValueError: there are no ratings, a score is outside 0 to 10 (FastChat's -1 is None here), or an answer was rated twice.
@@ -101,58 +94,6 @@ def question_scores(ratings: Iterable[Rating], model: str) -> dict[str, float]:
     """
     by_question = _scores_by_question(rating for rating in _checked(ratings) if rating.model == model)
     return {question: float(np.mean(scores)) if scores else float("nan") for question, scores in by_question.items()}
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Answers of one model against those of another to the same questions and turns.
-
-    Attributes:
-        num_wins: rated higher by at least the tie's width.
-        num_ties: rated alike.
-        num_losses: rated lower.
-        num_missing: answers that lack a score on either side.
-    """
-
-    num_wins: int
-    num_ties: int
-    num_losses: int
-    num_missing: int
-
-    @property
-    def win_rate(self) -> float:
-        """Percent won, ties counting half; NaN where nothing counts."""
-        counted = self.num_wins + self.num_ties + self.num_losses
-        return 100 * (self.num_wins + self.num_ties / 2) / counted if counted else float("nan")
-
-
-def rating_tally(ratings: Iterable[Rating], model: str, baseline: str, *, tie_delta: float = TIE_DELTA) -> Tally:
-    """Wins, ties (scores that differ by less than ``tie_delta``) and losses of two models' ratings, turn by turn.
-
-    Raises:
-        ValueError: either model has no rating.
-
-    Source: FastChat, ``llm_judge``, where a tie's width is 0.1.
-    """
-    scores: dict[tuple[str, int], dict[str, float | None]] = defaultdict(dict)
-    met = set()
-    for rating in _checked(ratings):
-        if rating.model in (model, baseline):
-            met.add(rating.model)
-            scores[rating.question, rating.turn][rating.model] = rating.score
-    absent = {model, baseline} - met
-    if absent:
-        raise ValueError(f"there are no ratings of {', '.join(sorted(absent))}")
-    counts: Counter[str] = Counter()
-    for pair in scores.values():
-        ours, theirs = pair.get(model), pair.get(baseline)
-        if ours is None or theirs is None:
-            counts["missing"] += 1
-        elif abs(ours - theirs) < tie_delta:
-            counts["tie"] += 1
-        else:
-            counts["win" if ours > theirs else "loss"] += 1
-    return Tally(counts["win"], counts["tie"], counts["loss"], counts["missing"])
 
 
 def _checked(ratings: Iterable[Rating]) -> list[Rating]:

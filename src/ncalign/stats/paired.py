@@ -17,13 +17,10 @@ from ncalign.stats.intervals import Interval, mean_interval
 class PairedComparison:
     """What a treatment changed, measured on the same n items before and after.
 
+    Each ``ci`` is a 95 % bootstrap interval; items are resampled, so that pairs stay together.
+
     Attributes:
-        mean_before: mean before.
-        mean_after: mean after.
-        ci_before: 95 % bootstrap interval of ``mean_before``.
-        ci_after: 95 % bootstrap interval of ``mean_after``.
         difference: ``mean_after - mean_before``.
-        ci_difference: 95 % bootstrap interval of ``difference``, resampling items, so that pairs stay together.
         p_value: two-sided, of a sign-flip permutation test of the paired differences.
     """
 
@@ -48,12 +45,6 @@ def paired_comparison(
     The intervals are percentile bootstrap intervals over items. The p-value is that of the permutation test in which each
     item's difference keeps or flips its sign with equal chance; with few items all ``2^n`` sign patterns are enumerated, else
     ``num_resamples`` are drawn and the observed one counted among them, so it is never 0.
-
-    Args:
-        before: one finite value per item.
-        after: the same items' values afterwards, in the same order.
-        seed: of the resampling.
-        num_resamples: bootstrap resamples, and sign patterns drawn when they are not enumerated.
 
     Raises:
         ValueError: the arrays are not of one length n ≥ 2, or hold NaN or infinities.
@@ -83,11 +74,7 @@ def paired_comparison(
 def paired_values(
     before: Mapping[str, float], after: Mapping[str, float]
 ) -> tuple[Float[NDArray[np.float64], " n"], Float[NDArray[np.float64], " n"], int]:
-    """The values of items that both have, in ``before``'s order, and how many items lack a value on either side.
-
-    Args:
-        before: a value for each item; NaN is none.
-        after: likewise.
+    """The values of items that both have, in ``before``'s order, and how many items lack a value, or have NaN, on either side.
 
     >>> first, second, left_out = paired_values({"a": 0.5, "b": 1.0}, {"b": 0.0, "a": float("nan"), "c": 1.0})
     >>> first.tolist(), second.tolist(), left_out

@@ -159,12 +159,7 @@ def checked_preferences(values: Float[NDArray[np.float64], " Q"]) -> Float[NDArr
 def verdict_arrays(
     games: Sequence[Game], resample: Literal["questions", "games"]
 ) -> tuple[Float[NDArray[np.float64], " N"], Float[NDArray[np.float64], " N"], Int[NDArray[np.int64], " N"]]:
-    """Preferences, weights, and the number of what a bootstrap round draws: the game's question, or the game itself.
-
-    Args:
-        games: with a verdict.
-        resample: what a round draws.
-    """
+    """Preferences and weights of games with a verdict, and the number of what a bootstrap round draws: question, or game."""
     places: dict[str, int] = {}
     questions = [places.setdefault(game.question, len(places)) for game in games]
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -26,14 +26,7 @@ _MARKDOWN = {
 
 @dataclass(frozen=True)
 class Style:
-    """The counts by which an answer's style is measured.
-
-    Attributes:
-        num_tokens: its length.
-        num_headers: markdown headings of any level.
-        num_list_items: numbered and bulleted ones.
-        num_bold: bold spans.
-    """
+    """The counts by which an answer's style is measured; headers of any level, list items numbered and bulleted."""
 
     num_tokens: int
     num_headers: int
@@ -75,8 +68,7 @@ def style_differences(ours: Sequence[Style], theirs: Sequence[Style]) -> Float[N
 
 
 def _counts(styles: Sequence[Style]) -> NDArray[np.float64]:
-    rows = [(style.num_tokens, style.num_headers, style.num_list_items, style.num_bold) for style in styles]
-    return np.array(rows, dtype=np.float64).reshape(-1, len(FEATURES))
+    return np.array([astuple(style) for style in styles], dtype=np.float64).reshape(-1, len(FEATURES))
 
 
 def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:

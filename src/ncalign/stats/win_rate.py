@@ -24,11 +24,8 @@ class WinRate:
         standard_error: of ``win_rate``, in points; NaN for one question.
         ci: 95 % bootstrap interval of ``win_rate``, resampling questions; NaN for one question.
         discrete_win_rate: percent of questions won, ties counting half.
-        num_wins: questions with a preference above 1/2.
-        num_losses: questions with a preference below 1/2.
-        num_ties: questions with a preference of exactly 1/2.
-        num_counted: questions with a verdict, which the numbers are computed from.
-        num_missing: questions without a verdict, which are left out.
+        num_ties: questions with a preference of exactly 1/2; wins lie above it, losses below.
+        num_counted: questions with a verdict; the ``num_missing`` without are left out.
     """
 
     win_rate: float
@@ -47,10 +44,7 @@ def win_rate(preferences: Float[NDArray[np.float64], " Q"], *, seed: int = 0, nu
 
     The standard error is ``100 * sd(p) / sqrt(n)`` with n − 1 in the variance.
 
-    Args:
-        preferences: 0 (baseline) to 1 (model) for each question, NaN where there is no verdict.
-        seed: of the bootstrap.
-        num_resamples: of the bootstrap.
+    Preferences are from 0 (baseline) to 1 (model), and NaN where there is no verdict.
 
     Raises:
         ValueError: a preference is outside [0, 1], or there is no verdict at all.

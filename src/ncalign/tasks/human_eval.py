@@ -1,4 +1,4 @@
-"""Problems whose answers are programs, HumanEval's and LeetCode's: asked, run in the sandbox, counted as pass@k."""
+"""Problems whose answers are programs, HumanEval's and LeetCode's: asked, run in the sandbox, counted as pass@1."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ast
 import importlib.util
 import re
 import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,30 +95,6 @@ class ProblemResult:
     def num_correct(self) -> int:
         """Answers that passed their tests."""
         return sum(status == "completed" for status in self.statuses)
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that at least one of k answers, drawn from the samples without putting back, is right.
-
-    ``1 - C(n - c, k) / C(n, k)``, unbiased for the chance with k fresh answers (Chen et al. 2021, equation 1).
-
-    Args:
-        num_samples: n, answers that were tried.
-        num_correct: c of them are right.
-        k: answers that one may give.
-
-    Raises:
-        ValueError: not ``0 <= c <= n`` and ``1 <= k <= n``.
-
-    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 4)
-    (0.25, 1.0)
-    """
-    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
-        raise ValueError(f"pass@{k} of {num_correct} right ones among {num_samples}: 0 ≤ c ≤ n and 1 ≤ k ≤ n are needed")
-    if num_samples - num_correct < k:
-        return 1.0
-    # The binomials cancel to a product of c factors below 1, which can't overflow.
-    return float(1.0 - np.prod(1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)))
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------
@@ -299,19 +277,16 @@ def sample_answers(
     store: Store,
     model: str,
 ) -> list[list[str]]:
-    """Ask for an answer to each problem.
+    """For each problem a list with its one answer; problems are asked in order, ``CHUNK`` at a time with a seed for each chunk.
 
     Args:
         generator: what answers.
-        problems: asked in this order, ``CHUNK`` at a time; each chunk has a seed of its own.
+        problems: the problems.
         form: ``chat`` asks in words, ``completion`` gives the program's beginning.
         params: how answers are sampled.
         seed: of the sampling.
         store: keeps answers, so that a run that was interrupted goes on.
         model: stands for the weights in the store's keys.
-
-    Returns:
-        For each problem a list with its answer.
     """
     answers: list[list[str]] = []
     with Bar("Answers", len(problems)) as bar:
@@ -343,7 +318,7 @@ def check_answers(
         problems: the problems.
         answers: of each problem its answers.
         form: how they were asked for.
-        store: keeps verdicts, except those that may depend on time or the machine; None for none.
+        store: keeps verdicts, except those that may depend on time or the machine.
         allow_weak: see :func:`ncalign.tasks.sandbox.run.run_sandboxed`.
 
     Raises:
@@ -361,49 +336,42 @@ def check_answers(
             store.put(key, outcome.status)
         return outcome.status
 
-    programs = [
-        whole_program(problem, answer, form) for problem, some in zip(problems, answers, strict=True) for answer in some
-    ]
-    statuses = []
+    asked = list(zip(problems, answers, strict=True))
+    programs = [whole_program(problem, answer, form) for problem, some in asked for answer in some]
+    results = []
     with Bar("Tests", len(programs)) as bar, ThreadPoolExecutor(num_workers()) as pool:
-        for status in pool.map(verdict, programs):
-            statuses.append(status)
-            bar.advance()
-    rest = iter(statuses)
-    return [ProblemResult(problem, tuple(next(rest) for _ in some)) for problem, some in zip(problems, answers, strict=True)]
+        statuses = pool.map(verdict, programs)
+        for problem, some in asked:
+            results.append(ProblemResult(problem, tuple(islice(statuses, len(some)))))
+            bar.advance(len(some))
+    return results
 
 
-def summary(results: Sequence[ProblemResult], *, ks: Sequence[int] = (1,)) -> dict[str, Any]:
+def summary(results: Sequence[ProblemResult]) -> dict[str, Any]:
     """Count the answers that pass.
 
-    Args:
-        results: of all problems.
-        ks: k of pass@k; those above a problem's number of answers are left out.
-
     Returns:
-        ``pass@k`` for each k, in [0, 1], ``problems``, ``samples``, ``statuses`` (how many answers ended how), and
-        ``by_difficulty`` with pass@1 where the problems have one.
+        ``pass@1``, the share of a problem's answers that pass, averaged over problems; ``problems``, ``samples``, ``statuses``
+        (how many answers ended how), and ``by_difficulty`` with pass@1 where the problems have one.
 
     Raises:
-        ValueError: there is no result, or no k that the answers suffice for.
+        ValueError: there is no result, or a problem without an answer.
     """
     if not results:
         raise ValueError("there is no problem to sum up")
-    fewest = min(len(result.statuses) for result in results)
-    usable = [k for k in ks if k <= fewest]
-    if not usable:
-        raise ValueError(f"pass@{min(ks)} needs at least {min(ks)} answers a problem, and there are {fewest}: sample more")
-    statuses = [status for result in results for status in result.statuses]
-    summed: dict[str, Any] = {f"pass@{k}": _mean_pass(results, k) for k in usable}
-    summed |= {"problems": len(results), "samples": len(statuses)}
-    summed["statuses"] = {status: statuses.count(status) for status in sorted(set(statuses))}
-    difficulties = sorted({result.problem.difficulty for result in results} - {""})
-    if difficulties:
-        summed["by_difficulty"] = {
-            name: _mean_pass([result for result in results if result.problem.difficulty == name], 1) for name in difficulties
-        }
+    if not all(result.statuses for result in results):
+        raise ValueError("pass@1 needs at least 1 answer a problem, and a problem has none")
+    statuses = Counter(status for result in results for status in result.statuses)
+    shares = [result.num_correct / len(result.statuses) for result in results]
+    by_difficulty: dict[str, list[float]] = defaultdict(list)
+    for result, share in zip(results, shares, strict=True):
+        by_difficulty[result.problem.difficulty].append(share)
+    summed = {
+        "pass@1": float(np.mean(shares)),
+        "problems": len(results),
+        "samples": statuses.total(),
+        "statuses": dict(sorted(statuses.items())),
+    }
+    if by_difficulty.keys() - {""}:
+        summed["by_difficulty"] = {name: float(np.mean(some)) for name, some in sorted(by_difficulty.items()) if name}
     return summed
-
-
-def _mean_pass(results: Sequence[ProblemResult], k: int) -> float:
-    return float(np.mean([pass_at_k(len(result.statuses), result.num_correct, k) for result in results]))
