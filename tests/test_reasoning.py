@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ncalign.generation.base import SamplingParams
 from ncalign.model.policy import model_identity
 from ncalign.report.tables import Column, Table, model_name, to_csv, to_latex
-from ncalign.tasks import lm_backend, reasoning
+from ncalign.tasks import reasoning
 from ncalign.tasks.lm_backend import Backend, BackendGenerator, backend_arguments, load_backend
 from ncalign.tasks.reasoning import TaskProtocol, run_tasks, score_key
 from ncalign.tasks.reasoning_table import COLUMNS, paper_table
@@ -351,7 +351,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(
     monkeypatch.setattr(reasoning, "load_backend", lambda *_, **__: pytest.fail("a model was loaded"))
     model = str(tiny_model_dir)
     with monkeypatch.context() as patched:
-        patched.setattr(lm_backend.importlib.util, "find_spec", lambda name: None)
+        patched.setattr(reasoning.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match=r"pip install 'ncalign\[eval\]'"):
             run_tasks(model, ["svamp"], output_dir=tmp_path)
     if importlib.util.find_spec("lm_eval") is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from ncalign.audit.config import AuditConfig
 from ncalign.audit.copies import clusters_across
 from ncalign.audit.findings import findings
-from ncalign.audit.kernel import KernelAudit, audit_kernel, kernel_scores
+from ncalign.audit.kernel import Tables, audit_kernel, kernel_scores
 from ncalign.audit.measures import (
     GroupMeasures,
     length_regression,
@@ -45,9 +45,7 @@ class Totals:
     """Sums over all groups; only the sample keeps their texts.
 
     Attributes:
-        groups: groups read.
-        candidates: their candidates.
-        missing: those without a reward.
+        missing: candidates without a reward.
         with_spread: groups in which two rewards differ.
         tied_best: groups in which several share the best.
         sizes: groups by their number of candidates.
@@ -111,7 +109,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         numbers[f"{name}/random"] = mean(meaning.random)
     to_best = {"words": [[one.edit for one in group.likeness] for group in measured]}
     to_best |= {name: meaning.to_best for name, meaning in meanings.items()}
-    kernel = KernelAudit()
+    tables = _tables(measured, to_best, across)
     if config.model is not None:
         scores = kernel_scores(
             sample,
@@ -122,15 +120,16 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
             max_length=config.max_length,
             string_prompts=config.string_prompts,
         )
-        kernel = audit_kernel(sample, measured, to_best, scores, beta=config.beta, seed=config.seed)
-        numbers |= kernel.numbers
+        kernel_numbers, kernel_tables = audit_kernel(sample, measured, to_best, scores, beta=config.beta, seed=config.seed)
+        numbers |= kernel_numbers
+        tables |= kernel_tables
         numbers["beta/low"], numbers["beta/high"] = beta_range(list(scores.values())) or (math.nan, math.nan)
-    found = [asdict(finding) for finding in findings(numbers)]
+    found = findings(numbers)
     result: dict[str, Any] = {
         "data": config.data,
         "numbers": json_ready(numbers),
         "findings": found,
-        "tables": {name: table for name, table in _tables(measured, to_best, kernel, across).items() if table},
+        "tables": {name: table for name, table in tables.items() if table},
         "sizes": dict(sorted(totals.sizes.items())),
         "sources": dict(totals.sources.most_common(_MOST_SOURCES)),
         "rows_skipped": report.skipped,
@@ -160,12 +159,8 @@ def _measured(sample: Sequence[Group]) -> list[GroupMeasures]:
 
 
 def _meanings(sample: Sequence[Group], embedder: str | None, bertscore: str | None, *, seed: int) -> dict[str, Meaning]:
-    found = {}
-    if embedder is not None:
-        found["meaning"] = measure_meaning(sample, embedding_cosine(embedder), seed=seed)
-    if bertscore is not None:
-        found["bertscore"] = measure_meaning(sample, bertscore_f1(bertscore), seed=seed)
-    return found
+    measures = (("meaning", embedding_cosine, embedder), ("bertscore", bertscore_f1, bertscore))
+    return {name: measure_meaning(sample, score(model), seed=seed) for name, score, model in measures if model is not None}
 
 
 def _numbers(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence[int], *, seed: int) -> dict[str, float]:
@@ -176,6 +171,8 @@ def _numbers(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence
     noise = [difference for group in measured for difference in group.noise]
     alphas = alpha_range([group.rewards for group in spread]) or (math.nan, math.nan)
     winners = _winners(measured)
+    pairs = ([group.length_pairs for group in measured], [group.character_pairs for group in measured])
+    explained, slope = length_regression(measured)
     return {
         "groups": totals.groups,
         "groups/with_spread": totals.with_spread / totals.groups,
@@ -201,7 +198,11 @@ def _numbers(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence
         "copies/across": sum(across) / max(1, compared),
         "sources/number": len(totals.sources),
         "sources/most_best": max(winners.values(), default=0) / max(1, winners.total()),
-        **_length_numbers(measured),
+        "length/words": mean([length for group in measured for length in group.lengths]),
+        # By words or by characters, whichever the rewards follow more.
+        "length/agreement": max(*map(share_of_agreement, pairs), key=abs),
+        "length/explained": explained,
+        "length/slope": slope,
     }
 
 
@@ -210,32 +211,18 @@ def _winners(measured: Sequence[GroupMeasures]) -> Counter[str]:
     return Counter(group.best_source for group in measured if group.best_source)
 
 
-def _length_numbers(measured: Sequence[GroupMeasures]) -> dict[str, float]:
-    """How rewards follow length within groups; by words or by characters, whichever they follow more."""
-    by_words = share_of_agreement([group.length_pairs for group in measured])
-    by_characters = share_of_agreement([group.character_pairs for group in measured])
-    explained, slope = length_regression(measured)
-    return {
-        "length/words": mean([length for group in measured for length in group.lengths]),
-        "length/agreement": max(by_words, by_characters, key=abs),
-        "length/explained": explained,
-        "length/slope": slope,
-    }
-
-
 def _tables(
     measured: Sequence[GroupMeasures],
     to_best: Mapping[str, Sequence[Sequence[float]]],
-    kernel: KernelAudit,
     across: Sequence[int],
-) -> dict[str, list[dict[str, Any]]]:
+) -> Tables:
     """What is not a single number: by rank, by source, by beta, and the sizes of sets of near-copies."""
     ranks = range(max((len(row) for row in to_best["words"]), default=0))
-    rewards: dict[str, list[float]] = {}
+    rewards: dict[str, list[float]] = defaultdict(list)
     for group in measured:
         if len(group.sources) == len(group.rewards):
             for source, reward in zip(group.sources, group.rewards, strict=True):
-                rewards.setdefault(source, []).append(reward)
+                rewards[source].append(reward)
     winners = _winners(measured)
     by_reward = sorted(((mean(values), source) for source, values in rewards.items() if source), key=lambda pair: -pair[0])
     within = Counter(size for group in measured for size in group.clusters)
@@ -250,11 +237,6 @@ def _tables(
         ],
         "copies_within_groups": [{"size": size, "sets": number} for size, number in sorted(within.items())],
         "copies_across_groups": [{"size": size, "sets": number} for size, number in sorted(Counter(across).items())],
-        "kernel_by_rank": [{"rank": k, "drawn": drawn, "random": even} for k, (drawn, even) in enumerate(kernel.by_rank, 2)],
-        "kernel_by_source": [
-            {"source": source, "drawn": drawn, "random": even} for source, (drawn, even) in kernel.by_source.items()
-        ],
-        "kernel_by_beta": [{"beta": beta, "effective_share": share} for beta, share in kernel.by_beta.items()],
     }
 
 

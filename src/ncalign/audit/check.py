@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from copy import copy
@@ -29,17 +29,8 @@ _EXAMPLES, _SHOWN_TOKENS = 2, 48
 _LENGTHS = {"prompt": "prompt tokens", "completion": "completion tokens", "both": "together"}
 _ACROSS = ("repeated_prompts", "copies_across_groups", "near_copies_across_groups")
 _ENCODING_COUNTS = ("boundary_merges", "repeated_eos", "template_mismatches", "prompts_truncated", "completions_truncated")
-_SHOWN_COUNTS = (
-    "groups_without_spread",
-    "candidates_without_reward",
-    "copies",
-    "near_copies",
-    "copies_across_groups",
-    "near_copies_across_groups",
-    "repeated_prompts",
-    "boundary_merges",
-    "repeated_eos",
-)
+_COUNTS = ("groups_without_spread", "candidates_without_reward", "copies", "near_copies")
+_SHOWN_COUNTS = (*_COUNTS, *_ACROSS[1:], *_ACROSS[:1], *_ENCODING_COUNTS[:2])
 RUN_WORDS = 13
 """A prompt is contaminated if it shares this many words in a row with one of the evaluation set, or is the same."""
 
@@ -92,9 +83,8 @@ class Account:
     Attributes:
         counts: groups, candidates, and of these how many have each fault, by the names under which `check` reports them.
         first: a group with each fault, by the same names; for a group that can't be encoded, by the reason.
-        bos_tokens: candidates by how many BOS tokens their prompt and completion hold.
-        end_tokens: finished, uncut candidates by how many end tokens their completion holds.
-        lengths: candidates by their tokens: of the prompt, of the completion and of both together.
+        tokens: candidates by how many tokens their ``prompt``, ``completion`` and ``both`` have, how many BOS tokens both hold
+            (``bos``), and if they are finished and not cut, how many end tokens their completion holds (``end``).
         examples: the first encoded groups.
         encoding: what encoding counted.
         texts: for each count of texts that occur in several groups, digests of the texts, with the groups they are from.
@@ -102,21 +92,17 @@ class Account:
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
-    bos_tokens: Counter[int] = field(default_factory=Counter)
-    end_tokens: Counter[int] = field(default_factory=Counter)
-    lengths: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in _LENGTHS})
+    tokens: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     examples: list[EncodedGroup] = field(default_factory=list)
     encoding: EncodingReport = field(default_factory=EncodingReport)
-    texts: dict[str, list[tuple[bytes, str]]] = field(default_factory=lambda: {name: [] for name in _ACROSS})
+    texts: dict[str, list[tuple[bytes, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, other: Account) -> None:
         """Add what was counted in other groups, except for the texts."""
         self.counts += other.counts
         self.first = other.first | self.first
-        self.bos_tokens += other.bos_tokens
-        self.end_tokens += other.end_tokens
-        for name, counted in other.lengths.items():
-            self.lengths[name] += counted
+        for name, counted in other.tokens.items():
+            self.tokens[name] += counted
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
         self.encoding.add(other.encoding)
 
@@ -242,11 +228,12 @@ def _count_copies(group: Group, account: Account) -> None:
 def _count_tokens(encoder: Encoder, marks: Marks, group: Group, encoded: EncodedGroup, account: Account) -> None:
     for candidate, completion in zip(group.candidates, encoded.completions, strict=True):
         both = len(encoded.prompt) + len(completion)
-        for name, size in zip(_LENGTHS, (len(encoded.prompt), len(completion), both), strict=True):
-            account.lengths[name][size] += 1
-        account.bos_tokens[marks.count_bos(encoded.prompt, completion)] += 1
+        found = {"prompt": len(encoded.prompt), "completion": len(completion), "both": both}
+        found["bos"] = marks.count_bos(encoded.prompt, completion)
         if candidate.finished and both < encoder.max_length:
-            account.end_tokens[int(np.isin(completion, marks.ends).sum())] += 1
+            found["end"] = int(np.isin(completion, marks.ends).sum())
+        for name, number in found.items():
+            account.tokens[name][number] += 1
 
 
 def _positions(model: str, *, trust_remote_code: bool) -> int | None:
@@ -274,13 +261,13 @@ def _unreadable(read: ReadReport, account: Account) -> Iterator[str]:
 def _token_faults(account: Account, *, max_length: int, positions: int | None) -> Iterator[str]:
     """Wrong BOS and end tokens, cut texts, and completions that the template renders differently."""
     encoding = account.encoding
-    doubled = sum(count for number, count in account.bos_tokens.items() if number > 1)
+    doubled = sum(count for number, count in account.tokens["bos"].items() if number > 1)
     if doubled:
         yield (
             f"{doubled} candidates have more than one BOS token: prompts hold one as text, or template and tokenizer add one "
             "each"
         )
-    wrong = sum(count for number, count in account.end_tokens.items() if number != 1)
+    wrong = sum(count for number, count in account.tokens["end"].items() if number != 1)
     if wrong:
         yield f"{wrong} candidates that are not cut don't end with exactly one end token: look at the chat template"
     if positions is not None and max_length > positions:
@@ -321,22 +308,18 @@ def _quantiles(counts: Counter[int]) -> dict[str, int]:
 
 
 def _facts(account: Account, across: Mapping[str, int], *, rows_skipped: int) -> dict[str, Any]:
-    counts, encoding = account.counts, account.encoding
+    encoding, tokens = account.encoding, account.tokens
     return {
-        "groups": counts["groups"],
-        "candidates": counts["candidates"],
+        "groups": account.counts["groups"],
+        "candidates": account.counts["candidates"],
         "rows_skipped": rows_skipped,
         "groups_dropped": dict(encoding.dropped),
-        "groups_without_spread": counts["groups_without_spread"],
-        "candidates_without_reward": counts["candidates_without_reward"],
-        "copies": counts["copies"],
-        "near_copies": counts["near_copies"],
+        **{name: account.counts[name] for name in _COUNTS},
         **across,
-        "contaminated_prompts": counts["contaminated_prompts"],
-        "bos_tokens": {str(number): count for number, count in sorted(account.bos_tokens.items())},
-        "end_tokens": {str(number): count for number, count in sorted(account.end_tokens.items())},
+        "contaminated_prompts": account.counts["contaminated_prompts"],
+        **{f"{mark}_tokens": {str(n): count for n, count in sorted(tokens[mark].items())} for mark in ("bos", "end")},
         **{name: getattr(encoding, name) for name in _ENCODING_COUNTS},
-        "tokens": {name: _quantiles(counted) for name, counted in account.lengths.items()},
+        "tokens": {name: _quantiles(tokens[name]) for name in _LENGTHS},
     }
 
 

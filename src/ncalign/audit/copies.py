@@ -29,13 +29,9 @@ def clusters_of(texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], Pairs]
 
 
 def clusters_across(texts: Sequence[Sequence[str]], owners: Sequence[int]) -> list[int]:
-    """Sizes of the sets of near-copies that several groups share, the largest first.
+    """Sizes of the sets of near-copies that several groups share, the largest first; ``owners`` has the group of each text.
 
     Two candidates whose runs of three words overlap by two thirds are compared, word by word, with a probability of 97 %.
-
-    Args:
-        texts: the candidates' words.
-        owners: the group of each.
     """
     candidates: set[tuple[int, int]] = set()
     signatures = _signatures(texts)

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Level = Literal["problem", "note", "advice"]
 Numbers = Mapping[str, Any]
 Named = Iterator[tuple[str, str]]
 """Names and texts of findings."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a user should know.
-
-    Attributes:
-        name: for programs.
-        level: ``problem`` for what spoils training, ``note`` for what is worth knowing, ``advice`` for what to do.
-        text: for people.
-    """
-
-    name: str
-    level: Level
-    text: str
 
 
 LENGTH_AGREEMENT, LENGTH_EXPLAINED = 0.65, 0.4
@@ -33,12 +16,16 @@ NOTED_AGREEMENT = 0.3
 NEAR_COPIES, SWAPPED, LEAST_SPREAD = 0.2, 0.3, 0.2
 
 
-def findings(numbers: Numbers) -> list[Finding]:
-    """The findings of an audit's numbers; no problem among them means that none of the known failures shows."""
-    found = [Finding(name, level, text) for level, find in _FINDERS for name, text in find(numbers)]
-    if not any(finding.level == "problem" for finding in found):
+def findings(numbers: Numbers) -> list[dict[str, str]]:
+    """The findings of an audit's numbers; no problem among them means that none of the known failures shows.
+
+    Each has a ``name`` for programs, a ``text`` for people, and a ``level``: ``problem`` for what spoils training, ``note`` for
+    what is worth knowing, ``advice`` for what to do.
+    """
+    found = [{"name": name, "level": level, "text": text} for level, find in _FINDERS for name, text in find(numbers)]
+    if not any(finding["level"] == "problem" for finding in found):
         text = "none of the known failures shows: candidates are real alternatives, and their rewards differ"
-        found.insert(0, Finding("healthy", "note", text))
+        found.insert(0, {"name": "healthy", "level": "note", "text": text})
     return found
 
 
@@ -235,7 +222,7 @@ def _method(n: Numbers) -> str:
     )
 
 
-_FINDERS: tuple[tuple[Level, Callable[[Numbers], Named]], ...] = (
+_FINDERS: tuple[tuple[str, Callable[[Numbers], Named]], ...] = (
     ("problem", _problems),
     ("note", _reward_notes),
     ("note", _likeness_notes),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,26 +26,11 @@ from ncalign.objectives.kernels import effective_sample_size
 from ncalign.objectives.targets import target_weights
 from ncalign.stats.intervals import mean_interval
 
+Tables = dict[str, list[dict[str, Any]]]
+
 _FALSE_MARGIN = 0.1
 """A lower-scored candidate may be as good as the best if its reward is this near, as a share of the group's spread."""
 _RESAMPLES = 2000
-
-
-@dataclass
-class KernelAudit:
-    """What the kernel would do.
-
-    Attributes:
-        numbers: means over groups, by name.
-        by_rank: for the second-best candidate, the third and so on: its weight, and its weight in a random draw.
-        by_source: the same for each source.
-        by_beta: effective sample size, as a share of the candidates, for several betas.
-    """
-
-    numbers: dict[str, float] = field(default_factory=dict)
-    by_rank: list[tuple[float, float]] = field(default_factory=list)
-    by_source: dict[str, tuple[float, float]] = field(default_factory=dict)
-    by_beta: dict[float, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ def audit_kernel(
     *,
     beta: float,
     seed: int,
-) -> KernelAudit:
+) -> tuple[dict[str, float], Tables]:
     """Weights ``softmax(beta r)`` over each group's lower-scored candidates, and what they mean.
 
     Args:
@@ -76,6 +62,10 @@ def audit_kernel(
         scores: r, as :func:`kernel_scores` gives it.
         beta: of the kernel.
         seed: of the bootstrap.
+
+    Returns:
+        Means over groups, by name; and tables: the weight, and the weight in a random draw, by rank (2 is the second-best
+        candidate) and by source, and for several betas the effective sample size as a share of the candidates.
     """
     drawn = []
     for number, values in scores.items():
@@ -87,10 +77,10 @@ def audit_kernel(
     numbers = _evenness(drawn) | _false_negatives(drawn) | _lengths(drawn)
     for name in to_best:
         numbers |= _likeness_gain(name, drawn, seed=seed)
-    by_rank, by_source = _shares(drawn)
     several, mask = padded([values for values in scores.values() if len(values) > 1])
-    by_beta = {beta: mean((sample_sizes(several, mask, beta) / mask.sum(dim=1)).tolist()) for beta in BETAS}
-    return KernelAudit(numbers, by_rank, by_source, by_beta)
+    shares = {beta: (sample_sizes(several, mask, beta) / mask.sum(dim=1)).tolist() for beta in BETAS}
+    by_beta = [{"beta": beta, "effective_share": mean(found)} for beta, found in shares.items()]
+    return numbers, {**_shares(drawn), "kernel_by_beta": by_beta}
 
 
 def _evenness(drawn: Sequence[_Drawn]) -> dict[str, float]:
@@ -148,22 +138,22 @@ def _lengths(drawn: Sequence[_Drawn]) -> dict[str, float]:
     return {"kernel/length_drawn": mean(ratios), "kernel/length_correlation": mean(correlations)}
 
 
-def _shares(drawn: Sequence[_Drawn]) -> tuple[list[tuple[float, float]], dict[str, tuple[float, float]]]:
+def _shares(drawn: Sequence[_Drawn]) -> Tables:
     """Mean weight, and mean weight in a random draw, by rank of reward and by source."""
-    ranks: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    sources: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    found: dict[str, dict[Any, list[tuple[float, float]]]] = {"rank": defaultdict(list), "source": defaultdict(list)}
     for one in drawn:
-        for rank, (k, weight) in enumerate(zip(one.order.lower, one.weights, strict=True)):
+        for rank, (k, weight) in enumerate(zip(one.order.lower, one.weights, strict=True), start=2):
             both = (float(weight), 1 / len(one.weights))
-            ranks[rank].append(both)
-            source = one.group.candidates[k].source
-            if source:
-                sources[source].append(both)
-
-    def means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        return mean([weight for weight, _ in pairs]), mean([uniform for _, uniform in pairs])
-
-    return [means(ranks[rank]) for rank in sorted(ranks)], {name: means(sources[name]) for name in sorted(sources)}
+            found["rank"][rank].append(both)
+            if source := one.group.candidates[k].source:
+                found["source"][source].append(both)
+    return {
+        f"kernel_by_{name}": [
+            {name: key, "drawn": mean([weight for weight, _ in pairs]), "random": mean([even for _, even in pairs])}
+            for key, pairs in sorted(shares.items())
+        ]
+        for name, shares in found.items()
+    }
 
 
 def kernel_scores(

@@ -62,7 +62,9 @@ def _charts(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> byt
         _histogram(axis, values)
         axis.set_title(title)
         axis.set_xlabel(label)
-    _length_and_reward(next(axes), measured)
+    axis = next(axes)
+    axis.scatter(*within_groups(measured), s=4, alpha=0.4)
+    label_axes(axis, "Reward and length within groups", "words, less the group's mean", "reward, less the group's mean")
     axis = next(axes)
     axis.bar([str(size) for size in result["sizes"]], list(result["sizes"].values()))
     axis.set_title("Candidates of a group")
@@ -90,11 +92,6 @@ def _histogram(axis: Axes, values: Sequence[float]) -> None:
         axis.hist(np.asarray(values, dtype=np.float64) if high - low < 1e300 else np.asarray(values) / 2, bins=30)
 
 
-def _length_and_reward(axis: Axes, measured: Sequence[GroupMeasures]) -> None:
-    axis.scatter(*within_groups(measured), s=4, alpha=0.4)
-    label_axes(axis, "Reward and length within groups", "words, less the group's mean", "reward, less the group's mean")
-
-
 def _drawn(axis: Axes, table: Sequence[Mapping[str, Any]]) -> None:
     places = np.arange(len(table))
     axis.bar(places - 0.2, [row["drawn"] for row in table], width=0.4, label="kernel")
@@ -114,11 +111,7 @@ def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> lis
         group, places = sample[number], measured[number].order
         assert places is not None
         shown = [group.candidates[k] for k in (places.best, *places.lower[:2])]
-        rows.append(
-            {
-                "id": group.id,
-                "prompt": as_messages(group.prompt)[-1]["content"][:_SHOWN],
-                "candidates": [{"text": completion_text(c, group)[:_SHOWN], "reward": c.reward} for c in shown],
-            }
-        )
+        candidates = [{"text": completion_text(c, group)[:_SHOWN], "reward": c.reward} for c in shown]
+        prompt = as_messages(group.prompt)[-1]["content"][:_SHOWN]
+        rows.append({"id": group.id, "prompt": prompt, "candidates": candidates})
     return rows

@@ -88,8 +88,10 @@ def bertscore_f1(name: str) -> Score:
     model, layers = (folder, int(layer)) if colon and layer.isdigit() else (name, None)
     with _optional("bertscore", model, package="bert-score"):
         from bert_score import BERTScorer
+        from transformers import AutoConfig
 
-        scorer: Any = BERTScorer(model_type=model, num_layers=layers or _num_layers(model), batch_size=32)
+        layers = layers or int(AutoConfig.from_pretrained(Path(model) if Path(model).is_dir() else model).num_hidden_layers)
+        scorer: Any = BERTScorer(model_type=model, num_layers=layers, batch_size=32)
 
     def score(pairs: Sequence[tuple[str, str]]) -> list[float]:
         say(f"BERTScore of {len(pairs)} pairs")
@@ -112,9 +114,3 @@ def _optional(option: str, model: str, *, package: str) -> Iterator[None]:
         if isinstance(error, ImportError) and error.name == package.replace("-", "_"):
             raise ValueError(f"{option} needs the package {package}: pip install 'ncalign[audit]'") from None
         raise ValueError(f"{option} {model!r} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def _num_layers(model: str) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(Path(model) if Path(model).is_dir() else model).num_hidden_layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -69,17 +70,15 @@ def mt_bench(ratings: Iterable[Rating], *, seed: int = 0, num_resamples: int = 1
         raise ValueError("there are no ratings: a score needs judged answers")
     scores = []
     for model, group in by_model.items():
-        rng = np.random.default_rng(seed)
-        turns, categories = defaultdict(list), defaultdict(list)
-        for rating in group:
-            turns[rating.turn].append(rating)
-            categories[rating.category].append(rating)
+        mean = partial(_mean_score, num_resamples=num_resamples, rng=np.random.default_rng(seed))
         scores.append(
             MTBench(
                 model=model,
-                overall=_mean_score(group, num_resamples, rng),
-                turns={turn: _mean_score(turns[turn], num_resamples, rng) for turn in sorted(turns)},
-                categories={name: _mean_score(categories[name], num_resamples, rng) for name in sorted(categories)},
+                overall=mean(group),
+                turns={turn: mean([r for r in group if r.turn == turn]) for turn in sorted({r.turn for r in group})},
+                categories={
+                    name: mean([r for r in group if r.category == name]) for name in sorted({r.category for r in group})
+                },
             )
         )
     # A model whose ratings are all missing comes last.

@@ -62,14 +62,11 @@ def style_differences(ours: Sequence[Style], theirs: Sequence[Style]) -> Float[N
     Source: Arena-Hard-Auto, ``show_result.py``.
     """
     first, second = _counts(ours), _counts(theirs)
-    length = _ratio(first[:, 0] - second[:, 0], first[:, 0] + second[:, 0])
+    total = first[:, 0] + second[:, 0]
+    length = np.divide(first[:, 0] - second[:, 0], total, out=np.zeros_like(total), where=total != 0)
     first_rate, second_rate = first[:, 1:] / (first[:, :1] + 1), second[:, 1:] / (second[:, :1] + 1)
     return np.column_stack([length, (first_rate - second_rate) / (first_rate + second_rate + 1)])
 
 
 def _counts(styles: Sequence[Style]) -> NDArray[np.float64]:
     return np.array([astuple(style) for style in styles], dtype=np.float64).reshape(-1, len(FEATURES))
-
-
-def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)

@@ -93,11 +93,7 @@ def win_matrix(games: Iterable[Game], *, both_orders: bool = True) -> WinMatrix:
     """Win rates of all pairs of models that met, as :func:`win_rate` computes them.
 
     The games of one pair may name either as the model; the two halves of the matrix add up to 100. Rows are sorted by their
-    mean rate over the opponents they met.
-
-    Args:
-        games: of any models.
-        both_orders: as in :func:`question_preferences`.
+    mean rate over the opponents they met. ``both_orders`` is as in :func:`question_preferences`.
 
     Raises:
         ValueError: there are no games, or a model meets itself.

@@ -217,8 +217,7 @@ def cut_completion(completion: str) -> str:
     >>> cut_completion("    return 1\n\nprint(f())")
     '    return 1\n'
     """
-    ends = [found for stop in STOPS if (found := completion.find(stop)) >= 0]
-    return completion[: min(ends)] if ends else completion
+    return re.split("|".join(map(re.escape, STOPS)), completion, maxsplit=1)[0]
 
 
 def whole_program(problem: Problem, answer: str, form: Form) -> str:
@@ -277,16 +276,11 @@ def sample_answers(
     store: Store,
     model: str,
 ) -> list[list[str]]:
-    """For each problem a list with its one answer; problems are asked in order, ``CHUNK`` at a time with a seed for each chunk.
+    """Ask for one answer to each problem, which is returned as a list of one.
 
-    Args:
-        generator: what answers.
-        problems: the problems.
-        form: ``chat`` asks in words, ``completion`` gives the program's beginning.
-        params: how answers are sampled.
-        seed: of the sampling.
-        store: keeps answers, so that a run that was interrupted goes on.
-        model: stands for the weights in the store's keys.
+    Problems are asked in this order, ``CHUNK`` at a time, each chunk with a seed of its own. The form ``chat`` asks in words,
+    ``completion`` gives the program's beginning. The store keeps answers, so that a run that was interrupted goes on; ``model``
+    stands for the weights in its keys.
     """
     answers: list[list[str]] = []
     with Bar("Answers", len(problems)) as bar:
@@ -312,14 +306,10 @@ def check_answers(
     store: Store | None = None,
     allow_weak: bool = False,
 ) -> list[ProblemResult]:
-    """Run each answer with its problem's tests in the sandbox, ``TIMEOUT_SECONDS`` at most.
+    """Run each problem's answers with its tests in the sandbox, ``TIMEOUT_SECONDS`` at most.
 
-    Args:
-        problems: the problems.
-        answers: of each problem its answers.
-        form: how they were asked for.
-        store: keeps verdicts, except those that may depend on time or the machine.
-        allow_weak: see :func:`ncalign.tasks.sandbox.run.run_sandboxed`.
+    The store keeps verdicts, except those that may depend on time or the machine. ``allow_weak`` is as in
+    :func:`ncalign.tasks.sandbox.run.run_sandboxed`.
 
     Raises:
         ValueError: this system can't confine the programs and ``allow_weak`` is off; none was run.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,6 @@ from ncalign.generation.base import Completion, SamplingParams
 from ncalign.model.policy import adapter_base, quiet_transformers
 
 _LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
-
-
-def check_installed() -> None:
-    """Check that lm-eval is installed.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("evaluating on tasks needs the package lm-eval: pip install 'ncalign[eval]'")
 
 
 @dataclass(frozen=True)
@@ -49,11 +38,7 @@ class Backend:
 
 
 def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
-    """The arguments that lm-eval creates the backend with.
-
-    Args:
-        model: a Hugging Face folder or hub id, a folder with an adapter, or the name that a server knows.
-        backend: which backend, and how it runs the model.
+    """The arguments that lm-eval creates the backend with; ``model`` is as in :func:`ncalign.tasks.reasoning.run_tasks`.
 
     Raises:
         ValueError: the folder is no model, or its adapter can't be put on its base by this backend.

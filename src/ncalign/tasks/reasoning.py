@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import time
@@ -35,7 +36,6 @@ from ncalign.tasks.lm_backend import (
     Backend,
     BackendGenerator,
     backend_arguments,
-    check_installed,
     load_backend,
 )
 from ncalign.tasks.sandbox.run import isolation
@@ -114,7 +114,8 @@ def run_tasks(
     Raises:
         ValueError: a task does not exist, its file is missing or wrong, or the model can't be loaded; nothing was run.
     """
-    check_installed()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("evaluating on tasks needs the package lm-eval: pip install 'ncalign[eval]'")
     wanted, backend = list(dict.fromkeys(tasks)), backend or Backend()
     arguments = backend_arguments(model, backend)
     identity = Store.key(model_identity(model), backend.name, backend.dtype, {k: str(v) for k, v in backend.arguments.items()})
@@ -297,10 +298,7 @@ def _lm_eval_result(run: _Run, task: str, backend: Any, manager: Any) -> dict[st
         apply_chat_template=protocol.apply_chat_template,
         fewshot_as_multiturn=protocol.apply_chat_template,
         task_manager=manager,
-        random_seed=protocol.seed,
-        numpy_random_seed=protocol.seed,
-        torch_random_seed=protocol.seed,
-        fewshot_random_seed=protocol.seed,
+        **{f"{drawn}random_seed": protocol.seed for drawn in ("", "numpy_", "torch_", "fewshot_")},
     )
     if report is None:
         raise ValueError("lm-eval gave no result: only the first of several processes has one")
@@ -333,12 +331,9 @@ def score_key(measured: Mapping[str, Any]) -> str:
         ValueError: there is no number among them.
     """
 
-    def order(key: str) -> tuple[int, int]:
-        metric, _, kind = key.partition(",")
-        return (
-            _METRICS.index(metric) if metric in _METRICS else len(_METRICS),
-            _FILTERS.index(kind) if kind in _FILTERS else len(_FILTERS),
-        )
+    def order(key: str) -> list[int]:
+        parts = zip(key.split(",", 1), (_METRICS, _FILTERS), strict=True)
+        return [known.index(part) if part in known else len(known) for part, known in parts]
 
     numbers = [
         key for key, value in measured.items() if "," in key and "_stderr," not in key and isinstance(value, int | float)

@@ -7,8 +7,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ncalign.core.atomic import write_text_atomic
 from ncalign.core.errors import DataError, names, shown
@@ -60,8 +61,13 @@ def read_rows(source: Path) -> Iterator[tuple[str, object]]:
         whole = json.loads(text)
     except json.JSONDecodeError:
         for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{source}:{number}", _loaded(line, f"{source}:{number}")
+            if not line.strip():
+                continue
+            where = f"{source}:{number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: this line is not JSON ({error})", reason="not JSON") from error
         return
     if isinstance(whole, dict):
         # A single line of JSONL is an object too, whose lists are a question's own.
@@ -74,13 +80,6 @@ def read_rows(source: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{source}: {shown(whole)}; an array of questions is needed", reason="not an array")
     for number, row in enumerate(whole, 1):
         yield f"{source}: question {number}", row
-
-
-def _loaded(line: str, where: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: this line is not JSON ({error})", reason="not JSON") from error
 
 
 def _text(row: Row, where: str, *keys: str) -> str:
@@ -119,38 +118,34 @@ def _theoremqa(row: Row, where: str) -> tuple[str, str]:
     """The answer as JSON of its type; the authors' own file has values of any type, copies of it have texts."""
     kind, value = str(row.get("Answer_type", "")), row.get("Answer")
     if isinstance(value, str) and kind != "option":
-        try:
+        # A text that is no literal is of no type that is asked for below.
+        with suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError) as error:
-            raise _odd(row, where) from error
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+    if kind == "float" and _is_number(value):
         value = float(value)
     if kind == "list of float" and isinstance(value, list) and all(map(_is_number, value)):
         value = [float(each) for each in value]
     if kind == "integer" and isinstance(value, float) and value.is_integer():
         value = int(value)
+    of_numbers = isinstance(value, list) and all(map(_is_number, value))
     right = {
         "bool": isinstance(value, bool),
-        "integer": isinstance(value, int) and not isinstance(value, bool),
+        "integer": _is_number(value) and isinstance(value, int),
         "float": isinstance(value, float),
-        "list of integer": isinstance(value, list) and all(map(_is_number, value)),
-        "list of float": isinstance(value, list) and all(map(_is_number, value)),
+        "list of integer": of_numbers,
+        "list of float": of_numbers,
         "option": isinstance(value, str),
     }
     if not right.get(kind, False):
-        raise _odd(row, where)
+        raise DataError(
+            f"{where}: `Answer` is {shown(row.get('Answer'))} and `Answer_type` {shown(row.get('Answer_type'))}; an answer of "
+            f"one of the types {', '.join(right)} is needed",
+            reason="odd answer",
+        )
     return _text(row, where, "Question"), json.dumps(value)
 
 
-def _odd(row: Row, where: str) -> DataError:
-    return DataError(
-        f"{where}: `Answer` is {shown(row.get('Answer'))} and `Answer_type` {shown(row.get('Answer_type'))}; an answer of "
-        "one of the types bool, integer, float, list of integer, list of float, option is needed",
-        reason="odd answer",
-    )
-
-
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
