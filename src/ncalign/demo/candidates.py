@@ -12,7 +12,7 @@ from ncalign.data.groups import Group, read_groups, write_groups
 from ncalign.demo.tasks import make_prompts
 from ncalign.generation.config import GenerateConfig
 from ncalign.generation.generate import run_generate
-from ncalign.rewards.config import ScoreConfig
+from ncalign.rewards.config import RewardConfig, ScoreConfig
 from ncalign.rewards.score import run_score
 
 NUM_PROMPTS = 240
@@ -60,7 +60,7 @@ def make_candidates(model_folder: str | Path, output: str | Path, seed: int) -> 
                 trust_remote_code=False,
             )
         )
-        run_score(ScoreConfig(data=sampled, output=scored, reward="reasoning_gym"))
+        run_score(ScoreConfig(data=sampled, output=scored, rewards=RewardConfig(reward=("reasoning_gym",))))
         groups = [_with_source(group, Path(model_folder).name) for group in read_groups(scored)]
     random.Random(seed).shuffle(groups)
     groups.sort(key=lambda group: not has_spread(group))

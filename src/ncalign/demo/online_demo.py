@@ -21,6 +21,7 @@ from ncalign.model.config import EncodingConfig, LoRA
 from ncalign.online.config import OnlineConfig
 from ncalign.online.online import run_online
 from ncalign.online.pool import read_artefact
+from ncalign.rewards.config import RewardConfig
 from ncalign.stats.paired import paired_comparison
 from ncalign.training.config import TrainConfig
 
@@ -74,7 +75,7 @@ def arm_config(config: DemoConfig, model: str, prompts: Path, held_out: Path, ar
     )
     return OnlineConfig(
         training=training,
-        reward=("reasoning_gym",),
+        rewards=RewardConfig(reward=("reasoning_gym",), reward_timeout=300.0, max_failed_share=0.1),
         num_samples=NUM_SAMPLES,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=1.0,

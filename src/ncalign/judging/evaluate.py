@@ -23,6 +23,7 @@ from ncalign.judging.sets import BUNDLED, read_questions, read_references
 from ncalign.judging.tasks import tabulate_tasks
 from ncalign.judging.verdict_files import count_verdicts, read_games
 from ncalign.report.tables import model_name
+from ncalign.rewards.config import RewardConfig
 from ncalign.rewards.sources import reward_source
 from ncalign.stats.length_control import read_difficulty_table
 from ncalign.tasks.lm_backend import Backend
@@ -130,7 +131,9 @@ def _of_answers(config: EvaluateConfig) -> Results:
         results.lines += [f"{name} has no answer to {count} questions: they count nowhere" for name, count in missing.items()]
     if config.judge is None:
         source = reward_source(
-            config.reward or (BUNDLED,), cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+            RewardConfig(reward=config.reward or (BUNDLED,)),
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
         )
         compare_answers(questions, answers, RewardJudge(source), results, counting, folder=config.output_dir, called="")
     else:

@@ -19,6 +19,9 @@ from torch import Tensor
 from ncalign.objectives.config import Strategy
 from ncalign.objectives.targets import working_precision
 
+__all__ = ["pick_positive", "eligible_negatives", "sample_negatives", "kernel_probabilities", "importance_log_weights"]
+__all__ += ["kernel_entropy", "effective_sample_size", "transition_matrix", "build_kernel", "Kernel", "KernelSettings"]
+
 
 def pick_positive(
     rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], *, generator: torch.Generator | None

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ncalign.core.config import Flat, Frozen
 from ncalign.generation.config import ServerConfig
-from ncalign.rewards.config import Combine, Judge, MaxFailedShare, Rewards, RewardTimeout
+from ncalign.rewards.config import RewardConfig
 from ncalign.training.config import TrainConfig
 
 
@@ -68,12 +68,7 @@ class OnlineConfig(Frozen):
         "policy where the theory asks for the model; they differ unless beta is 1.",
     )
     max_importance: float = Field(10.0, ge=1, description="Upper limit of the importance weights, as a multiple of their mean.")
-    reward: Rewards
-    combine: Combine = "mean"
-    judge: Judge = None
-    reward_batch_size: int = Field(16, ge=1, description="Number of completions that a reward model scores at a time.")
-    reward_timeout: RewardTimeout = 300.0
-    max_failed_share: MaxFailedShare = 0.1
+    rewards: Annotated[RewardConfig, Flat(defaults={"reward_timeout": 300.0, "max_failed_share": 0.1})]
     generator: Literal["transformers", "server", "vllm"] = Field(
         "transformers",
         description="What samples candidates: the policy in this process, a server (section server), or vLLM in this process.",

@@ -145,7 +145,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         )
     pool = build_pool(answered, ranked, generating, reference, method=run.method, config=config)
     if not made:
-        write_groups(pool_groups(answered, _source_record(config)), folder / "pool.jsonl")
+        write_groups(pool_groups(answered, source_record(config.rewards)), folder / "pool.jsonl")
     if not pool.groups:
         raise ValueError(
             f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
@@ -336,13 +336,9 @@ def report(run: Run) -> Path:
     return write_rounds_report(run.config.training.output_dir, run.rounds, compare(run), method=run.method.name)
 
 
-def _source_record(config: OnlineConfig) -> str:
-    return source_record(config.reward, combine=config.combine, judge=config.judge)
-
-
 def reward_steps(run: Run) -> list[dict[str, Any]]:
     """The steps that made the rewards of the new candidates, and of the data's where these are mixed in."""
-    rows = [{"candidates": "fresh", "steps": [_source_record(run.config)], "groups": len(run.prompts)}]
+    rows = [{"candidates": "fresh", "steps": [source_record(run.config.rewards)], "groups": len(run.prompts)}]
     if run.config.candidates == "fresh":
         return rows
     counts: Counter[tuple[str, ...]] = Counter()

@@ -90,16 +90,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
     training = config.training
     torch.manual_seed(training.seed)
-    source = reward_source(
-        config.reward,
-        combine=config.combine,
-        judge=config.judge,
-        batch_size=config.reward_batch_size,
-        timeout=config.reward_timeout,
-        max_failed_share=config.max_failed_share,
-        cache_dir=training.cache_dir,
-        trust_remote_code=training.trust_remote_code,
-    )
+    source = reward_source(config.rewards, cache_dir=training.cache_dir, trust_remote_code=training.trust_remote_code)
     prompts, held_out = load_prompts(config)
     say(f"Loading {training.model}")
     policy, encoder = open_policy(training)

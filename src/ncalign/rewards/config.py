@@ -36,37 +36,30 @@ class JudgeConfig(Frozen):
     attempts: int = Field(3, ge=1, description="Number of times that a verdict is asked for until one can be read.")
 
 
-Rewards = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    Field(
-        min_length=1,
+class RewardConfig(Frozen):
+    """Where rewards come from."""
+
+    reward: Annotated[
+        tuple[str, ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+        Field(min_length=1),
+    ] = Field(
         description="Where rewards come from: 'package.module:function' or 'file.py:function', called with (prompt, "
         "completions); 'reasoning_gym', 'math_verify' or 'instructions', which read a group's metadata; 'model:FOLDER', a "
         "reward model; 'judge', the language model of section judge. Several make an ensemble.",
-    ),
-]
-
-
-Combine = Annotated[Literal["mean", "min"], Field(description="How the rewards of several sources are combined into one.")]
-
-
-Judge = Annotated[JudgeConfig | None, Field(description="Language model on a server that judges, with reward: judge.")]
-
-
-RewardTimeout = Annotated[
-    float | None, Field(gt=0, description="Seconds that a function or a verifier may take for a group; none: no limit.")
-]
-
-
-MaxFailedShare = Annotated[
-    float,
-    Field(
+    )
+    combine: Literal["mean", "min"] = Field("mean", description="How the rewards of several sources are combined into one.")
+    judge: JudgeConfig | None = Field(None, description="Language model on a server that judges, with reward: judge.")
+    reward_batch_size: int = Field(16, ge=1, description="Number of completions that a reward model scores at a time.")
+    reward_timeout: float | None = Field(
+        None, gt=0, description="Seconds that a function or a verifier may take for a group; none: no limit."
+    )
+    max_failed_share: float = Field(
+        0.0,
         ge=0,
         le=1,
         description="Fraction of the candidates that may be left without a reward because computing it failed; 0: none.",
-    ),
-]
+    )
 
 
 class ScoreConfig(Frozen):
@@ -74,12 +67,7 @@ class ScoreConfig(Frozen):
 
     data: Path = Field(description="Groups to score.")
     output: Path = Field(description="Groups file to write.")
-    reward: Rewards
-    combine: Combine = "mean"
-    judge: Judge = None
-    reward_batch_size: int = Field(16, ge=1, description="Number of completions that a reward model scores at a time.")
-    reward_timeout: RewardTimeout = None
-    max_failed_share: MaxFailedShare = 0.0
+    rewards: Annotated[RewardConfig, Flat()]
     cache_dir: Path | None = Field(
         None, description="Folder in which the scores of judges and reward models are kept; default: the user's cache folder."
     )

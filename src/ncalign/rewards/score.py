@@ -89,16 +89,7 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         ValueError: the data can't be read, or the reward source fails on a group; nothing is written.
     """
     check_output(config.output)
-    source = reward_source(
-        config.reward,
-        combine=config.combine,
-        judge=config.judge,
-        batch_size=config.reward_batch_size,
-        timeout=config.reward_timeout,
-        max_failed_share=config.max_failed_share,
-        cache_dir=config.cache_dir,
-        trust_remote_code=config.trust_remote_code,
-    )
+    source = reward_source(config.rewards, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code)
     report, counts = ReadReport(), ScoreCounts()
     # Read once before: a row that can't be used is told before anything is paid for.
     total = sum(1 for _ in read_groups(config.data, on_bad_row=config.on_bad_row, report=report))
@@ -107,7 +98,7 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     if report.skipped:
         say(report.notice(config.data))
     with Bar("Scoring groups", total) as bar, closing(read_groups(config.data, on_bad_row=config.on_bad_row)) as groups:
-        record = source_record(config.reward, combine=config.combine, judge=config.judge)
+        record = source_record(config.rewards)
         write_groups(_scored(groups, source, record, counts, bar), config.output)
     result: dict[str, object] = {
         "output": str(config.output),

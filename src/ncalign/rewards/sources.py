@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from ncalign.core.cache import cache_folder
 from ncalign.core.store import Store
 from ncalign.rewards.base import RewardSource
-from ncalign.rewards.config import JudgeConfig
+from ncalign.rewards.config import RewardConfig
 from ncalign.rewards.function import FunctionReward, load_function
 from ncalign.rewards.guard import Ensemble, Guarded
 from ncalign.rewards.instructions import InstructionReward
@@ -24,24 +23,18 @@ _VERIFIERS: dict[str, type[ReasoningGymReward | MathVerifyReward | InstructionRe
 }
 
 
-def reward_source(
-    names: Sequence[str],
-    *,
-    combine: Literal["mean", "min"] = "mean",
-    judge: JudgeConfig | None = None,
-    batch_size: int = 16,
-    timeout: float | None = None,
-    max_failed_share: float = 0.0,
-    cache_dir: Path | None = None,
-    trust_remote_code: bool = False,
-) -> RewardSource:
-    """The source, or the ensemble of sources, of these names.
+def reward_source(config: RewardConfig, *, cache_dir: Path | None = None, trust_remote_code: bool = False) -> RewardSource:
+    """The source, or the ensemble of sources, that a configuration names.
 
-    The arguments are the fields of `ScoreConfig`: ``names`` is its ``reward``.
+    Args:
+        config: names of sources, and how they are called.
+        cache_dir: where scores of judges and reward models are kept; default: the user's cache folder.
+        trust_remote_code: run code that comes with a reward model.
 
     Raises:
         ValueError: a name is of no known form, or what it names can't be loaded.
     """
+    names, judge, batch_size = config.reward, config.judge, config.reward_batch_size
     if (judge is not None) != ("judge" in names):
         raise ValueError("reward: judge and the section judge go together: give both or neither")
 
@@ -58,16 +51,18 @@ def reward_source(
             folder = name.removeprefix(_MODEL)
             return ModelReward(folder, batch_size=batch_size, store=store("reward-models"), trust_remote_code=trust_remote_code)
         checked = _VERIFIERS[name]() if name in _VERIFIERS else FunctionReward(load_function(name), repr(name))
-        return Guarded(checked, timeout=timeout, max_failed_share=max_failed_share)
+        return Guarded(checked, timeout=config.reward_timeout, max_failed_share=config.max_failed_share)
 
     sources = [source(name) for name in names]
-    return sources[0] if len(sources) == 1 else Ensemble(sources, combine=combine)
+    return sources[0] if len(sources) == 1 else Ensemble(sources, combine=config.combine)
 
 
-def source_record(names: Sequence[str], *, combine: str, judge: JudgeConfig | None) -> str:
+def source_record(config: RewardConfig) -> str:
     """What is recorded of the source: for instance ``score: min of judge (pairwise) my-judge, model:my-reward-model``."""
-    named = [f"judge ({judge.mode}) {judge.server.model}" if name == "judge" and judge is not None else name for name in names]
-    return f"score: {named[0]}" if len(named) == 1 else f"score: {combine} of {', '.join(named)}"
+    judge = config.judge
+    judged = {} if judge is None else {"judge": f"judge ({judge.mode}) {judge.server.model}"}
+    named = [judged.get(name, name) for name in config.reward]
+    return f"score: {named[0]}" if len(named) == 1 else f"score: {config.combine} of {', '.join(named)}"
 
 
 def members(source: RewardSource) -> Sequence[RewardSource]:
