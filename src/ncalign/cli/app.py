@@ -96,7 +96,7 @@ def _drop_stdout() -> None:
 def _dispatch(arguments: list[str]) -> int:
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
-        print(_overview(), end="")
+        print(_HELP.format(verbs="\n".join(f"  {verb.name:<10} {verb.purpose}" for verb in VERBS)), end="")
         return DONE
     if first == "--version":
         print(f"ncalign {__version__}")
@@ -108,14 +108,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError([f"unknown flag '{first}' before the verb; write ncalign VERB [--FIELD VALUE ...]"])
     verb = next((verb for verb in VERBS if verb.name == first), None)
     if verb is None:
-        guess = settings.nearest(first, names)
-        hint = f"did you mean '{guess}'?" if guess else f"must be one of {', '.join(names)}"
-        raise ConfigError([f"unknown verb '{first}'; {hint}"])
+        raise ConfigError([f"unknown verb '{first}'; {settings.hint(first, names)}"])
     return _run(verb, arguments[1:])
-
-
-def _overview() -> str:
-    return _HELP.format(verbs="\n".join(f"  {verb.name:<10} {verb.purpose}" for verb in VERBS))
 
 
 def _run(verb: Verb, rest: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -46,7 +46,7 @@ class Arguments:
 
 
 # Flags of fields are spelt as their YAML keys, with underscores; these belong to the command line alone.
-_OPTIONS = ("--print-config", "--dry-run", "--json", "--debug", "--help", "--config")
+_OPTIONS = {name.replace("-", "_"): name for name in ("print-config", "dry-run", "json", "debug", "help", "config")}
 
 
 def _metavar(info: FieldInfo) -> str:
@@ -58,7 +58,9 @@ def _metavar(info: FieldInfo) -> str:
         if get_origin(kind) is Literal:
             names.append("{" + ",".join(map(str, get_args(kind))) + "}")
         elif get_origin(kind) is tuple:
-            names = [{float: "FLOAT", Path: "PATH"}.get(settings.item_kind(kind), "NAME")]
+            item = get_args(kind)[0]
+            item = get_args(item)[0] if get_origin(item) is Annotated else item
+            names = [{float: "FLOAT", Path: "PATH"}.get(item, "NAME")]
         elif isinstance(kind, type) and kind is not type(None):
             names.append({str: "TEXT", bool: "true|false"}.get(kind, kind.__name__.upper()))
     return "|".join(names)
@@ -151,13 +153,12 @@ def _parser(verb: Verb, model: type[BaseModel]) -> _Parser:
     )
     starts = {first: title for title, first in verb.groups}
     titles = [title for title, _ in verb.groups] or ["fields"]
-    methods = {
-        starts.get(name, "fields"): _method_list(info) for name, info in fields(model).items() if settings.is_choice(info)
-    }
-    groups = {title: parser.add_argument_group(title, methods.get(title)) for title in titles}
+    groups = {title: parser.add_argument_group(title) for title in titles}
     title = titles[0]
     for name, info in fields(model).items():
         title = starts.get(name, title)
+        if settings.is_choice(info):
+            groups[title].description = _method_list(info)
         _add_field(groups[title], name, info)
     _add_options(parser, dry_run=verb.plan is not None)
     return parser
@@ -180,9 +181,8 @@ def _spelt(argument: str, aliases: Mapping[str, str]) -> str:
         return argument
     name, equals, value = argument.partition("=")
     name = name[2:].replace("-", "_")
-    name = "--" + aliases.get(name, name)
-    options = {option.replace("--", "").replace("-", "_"): option for option in _OPTIONS}
-    return options.get(name[2:], name) + equals + value
+    name = aliases.get(name, name)
+    return f"--{_OPTIONS.get(name, name)}{equals}{value}"
 
 
 def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
@@ -203,7 +203,7 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
     namespace, rest = parser.parse_known_args([_spelt(argument, dict(verb.aliases)) for argument in arguments])
     given = vars(namespace)
     names = settings.field_names(model)
-    options = [option.removeprefix("--") for option in _OPTIONS if option != "--dry-run" or verb.plan is not None]
+    options = [option for option in _OPTIONS.values() if option != "dry-run" or verb.plan is not None]
     problems, guessed = [], set()
     for flag in (argument.partition("=")[0] for argument in rest if argument.startswith("-") and argument != "--"):
         guess = settings.nearest(flag.lstrip("-"), [*names, *options])

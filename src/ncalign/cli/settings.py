@@ -34,6 +34,8 @@ _NEEDS = {
     "path_type": "must be a path",
     "tuple_type": "must be a list",
     "string_type": "must be text",
+    "model_type": "must be true, false or a section with fields of its own",
+    "model_attributes_type": "must be true, false or a section with fields of its own",
 }
 
 
@@ -123,12 +125,6 @@ def is_list(info: FieldInfo) -> bool:
     return any(get_origin(kind) is tuple for kind in kinds(info))
 
 
-def item_kind(kind: Any) -> Any:
-    """Return the type of a list's items."""
-    item = get_args(kind)[0]
-    return get_args(item)[0] if get_origin(item) is Annotated else item
-
-
 def is_choice(info: FieldInfo) -> bool:
     """Whether a field is a section whose model is chosen by its ``name``."""
     return info.discriminator is not None
@@ -144,20 +140,24 @@ def own_fields(model: type[BaseModel]) -> list[str]:
     return [name for name in fields(model) if name != "name"]
 
 
-def field_names(model: type[BaseModel], values: Mapping[str, Any] | None = None) -> list[str]:
-    """List the dotted names of all fields; with values, of the methods only the chosen one's."""
+def field_names(model: type[BaseModel]) -> list[str]:
+    """List the dotted names of all fields, those of every method included."""
     names = []
     for key, info in fields(model).items():
-        names.append(key)
-        chosen = _chosen(info, values.get(key)) if values is not None else None
-        for section in (chosen,) if chosen else section_models(info):
-            names += [f"{key}.{inner}" for inner in fields(section) if not (is_choice(info) and inner == "name")]
+        inner = (name for section in section_models(info) for name in fields(section))
+        names += [key, *(f"{key}.{name}" for name in inner if not (is_choice(info) and name == "name"))]
     return list(dict.fromkeys(names))
 
 
 def nearest(name: str, names: Collection[str]) -> str | None:
     """Return the known name that was probably meant: the same inside a section, or the one most alike."""
     return next((known for known in names if known.rpartition(".")[2] == name), None) or errors.nearest(name, names)
+
+
+def hint(name: object, names: Collection[str]) -> str:
+    """Say which known name was probably meant, or which ones there are."""
+    guess = nearest(name, names) if isinstance(name, str) else None
+    return f"did you mean '{guess}'?" if guess else f"must be one of {', '.join(names)}"
 
 
 def _chosen(info: FieldInfo, value: object) -> type[BaseModel] | None:
@@ -256,25 +256,15 @@ def _apply_flags(known: Mapping[str, FieldInfo], draft: Draft, flags: Mapping[st
     """Lay flags over the file's values; the switch of a section goes before the fields in it."""
     for name in sorted(flags, key=lambda name: name.count(".")):
         head, _, inner = name.partition(".")
-        if inner:
-            _apply_inner_flag(draft, flags, head, inner)
-        elif section_models(known[head]):
+        section = draft.values.get(head)
+        if inner and section is None and head in flags:
+            draft.problems.append(f"--{name}: can't be used with --{head} {flags[head]}, which switches it off")
+        elif not inner and section_models(known[head]):
             _switch_section(known[head], draft, head, flags[head])
         else:
-            draft.values[head] = flags[name]
-            draft.where[(head,)] = f"--{name}"
-
-
-def _apply_inner_flag(draft: Draft, flags: Mapping[str, str], head: str, inner: str) -> None:
-    section = draft.values.get(head)
-    if section is None and head in flags:
-        draft.problems.append(f"--{head}.{inner}: can't be used with --{head} {flags[head]}, which switches it off")
-        return
-    if not isinstance(section, dict):
-        section = {}
-    section[inner] = flags[f"{head}.{inner}"]
-    draft.values[head] = section
-    draft.where[(head, inner)] = f"--{head}.{inner}"
+            fields_so_far = section if isinstance(section, dict) else {}
+            draft.values[head] = {**fields_so_far, inner: flags[name]} if inner else flags[name]
+            draft.where[tuple(name.split("."))] = f"--{name}"
 
 
 def _switch_section(info: FieldInfo, draft: Draft, head: str, text: str) -> None:
@@ -321,7 +311,8 @@ def _read_values(
         elif isinstance(value, dict) and section_models(info):
             chosen = _chosen(info, value)
             if chosen is None:
-                draft.problems.append(_unknown_method(info, draft, key, value["name"]))
+                known = [model_name(model) for model in section_models(info)]
+                draft.problems.append(f"{draft.label(key)}: found {_shown(value['name'])}; {hint(value['name'], known)}")
                 del values[name]
                 continue
             if is_choice(info):
@@ -356,13 +347,6 @@ def _report_unknown(draft: Draft, key: Key, model: type[BaseModel], choices: tup
     has = f"{owner} has {', '.join(own_fields(model))}" if around else "--help lists the fields"
     draft.problems.append(f"{start}{belongs}; {has}")
     return ""
-
-
-def _unknown_method(info: FieldInfo, draft: Draft, key: Key, name: object) -> str:
-    names = [model_name(model) for model in section_models(info)]
-    guess = nearest(name, names) if isinstance(name, str) else None
-    hint = f"did you mean '{guess}'?" if guess else f"must be one of {', '.join(names)}"
-    return f"{draft.label(key)}: found {_shown(name)}; {hint}"
 
 
 def _explain(model: type[BaseModel], draft: Draft, error: ValidationError, missed: Collection[str]) -> list[str]:
@@ -406,8 +390,6 @@ def _field_key(model: type[BaseModel], location: tuple[int | str, ...]) -> Key:
 
 
 def _needs(kind: str, message: str, found: object) -> str:
-    if kind in ("model_type", "model_attributes_type"):
-        return "must be true, false or a section with fields of its own"
     text = _NEEDS.get(kind) or message.partition(", unable")[0].replace("Input should be", "must be")
     if kind == "literal_error" and isinstance(found, str):
         guess = nearest(found, re.findall(r"'([^']+)'", message))
