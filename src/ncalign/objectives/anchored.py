@@ -123,7 +123,6 @@ class APOZero(PairConfig):
     name: Literal["apo_zero"] = "apo_zero"
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(apo_zero_loss)
 
 
@@ -133,7 +132,6 @@ class APODown(PairConfig):
     name: Literal["apo_down"] = "apo_down"
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(apo_down_loss)
 
 
@@ -145,7 +143,6 @@ class DPOP(PairConfig):
     penalty: float = Field(50.0, ge=0, description="Weight of the chosen completion's shortfall below the reference.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(partial(dpop_loss, penalty=self.penalty))
 
 
@@ -155,7 +152,6 @@ class CalDPO(PairConfig):
     name: Literal["cal_dpo"] = "cal_dpo"
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(partial(cal_dpo_loss, beta=self.beta))
 
 

@@ -317,7 +317,6 @@ class NCA(TargetConfig):
         return self
 
     def method(self) -> Method:
-        """The method with these settings."""
         if self.normalizer == "data":
             return self._composed(_unfitted, self._fit)
         return self._composed(self.weights(), self._fit if self.target_entropy is not None else None)
@@ -350,7 +349,6 @@ class NCAPair(PairConfig):
     name: Literal["nca_pair"] = "nca_pair"
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(nca_pair_loss)
 
 
@@ -360,7 +358,6 @@ class BiasedNCA(PairConfig):
     name: Literal["biased_nca"] = "biased_nca"
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(biased_nca_loss)
 
 
@@ -394,7 +391,6 @@ class KTO(LabelConfig):
     undesirable_weight: float = Field(1.0, gt=0, description="Weight of undesirable candidates.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         # The score arrives with the baseline taken off.
         loss = partial(
             kto_loss, baseline=0.0, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
@@ -414,7 +410,6 @@ class BCO(LabelConfig):
     name: Literal["bco"] = "bco"
 
     def method(self) -> Method:
-        """The method with these settings."""
         return compose(
             self.name,
             beta=self.beta,

@@ -224,14 +224,8 @@ class EXO(Frozen):
     alpha: Alpha = 0.1
 
     def method(self) -> Method:
-        """The method with these settings."""
-        return compose(
-            self.name,
-            beta=self.beta,
-            loss=partial(exo_loss, alpha=self.alpha),
-            refuse=needs_candidates,
-            hooks=Hooks(target_weights=partial(target_weights, alpha=self.alpha)),
-        )
+        loss, hooks = partial(exo_loss, alpha=self.alpha), Hooks(target_weights=partial(target_weights, alpha=self.alpha))
+        return compose(self.name, beta=self.beta, loss=loss, refuse=needs_candidates, hooks=hooks)
 
 
 class LiPOLambda(Frozen):
@@ -241,7 +235,6 @@ class LiPOLambda(Frozen):
     beta: Beta = 0.05
 
     def method(self) -> Method:
-        """The method with these settings."""
         return compose(self.name, beta=self.beta, loss=lipo_lambda_loss, refuse=_refuse_for_lipo)
 
 
@@ -255,14 +248,8 @@ class HPS(Frozen):
     )
 
     def method(self) -> Method:
-        """The method with these settings."""
-        return compose(
-            self.name,
-            beta=self.beta,
-            loss=partial(hps_loss, gamma=self.gamma),
-            refuse=needs_preference,
-            sampler=all_below(),
-        )
+        loss = partial(hps_loss, gamma=self.gamma)
+        return compose(self.name, beta=self.beta, loss=loss, refuse=needs_preference, sampler=all_below())
 
 
 class SWEPO(Frozen):
@@ -277,13 +264,8 @@ class SWEPO(Frozen):
     )
 
     def method(self) -> Method:
-        """The method with these settings."""
-        return compose(
-            self.name,
-            beta=self.beta,
-            loss=partial(swepo_loss, alpha=self.alpha),
-            refuse=needs_preference,
-        )
+        loss = partial(swepo_loss, alpha=self.alpha)
+        return compose(self.name, beta=self.beta, loss=loss, refuse=needs_preference)
 
 
 Config = EXO | LiPOLambda | HPS | SWEPO

@@ -152,7 +152,6 @@ class DPO(PairConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Probability that a preference is labelled wrongly (cDPO).")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(partial(dpo_loss, label_smoothing=self.label_smoothing))
 
 
@@ -163,7 +162,6 @@ class RPO(PairConfig):
     nll_weight: float = Field(1.0, ge=0, description="Weight of the chosen completion's mean negative log-likelihood a token.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(dpo_loss, anchors=[chosen_nll(self.nll_weight)])
 
 
@@ -175,7 +173,6 @@ class SimPO(PairConfig):
     gamma: float = Field(1.0, ge=0, description="Margin that the difference of scores should exceed.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(partial(simpo_loss, gamma=self.gamma), score=mean_logprob)
 
 
@@ -186,7 +183,6 @@ class CPO(PairConfig):
     nll_weight: float = Field(1.0, ge=0, description="Weight of the chosen completion's mean negative log-likelihood a token.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(dpo_loss, score=policy_logprob, anchors=[chosen_nll(self.nll_weight)])
 
 
@@ -197,7 +193,6 @@ class EXOPair(PairConfig):
     label_smoothing: float = Field(1e-3, gt=0, lt=0.5, description="The label's probability for the rejected completion.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(partial(exo_pair_loss, label_smoothing=self.label_smoothing))
 
 
@@ -208,7 +203,6 @@ class RewardAwareRPO(PairConfig):
     eta: float = Field(1.0, gt=0, description="Scale of the rewards: 1 / alpha.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.rewarded(partial(reward_aware_rpo_loss, eta=self.eta))
 
 

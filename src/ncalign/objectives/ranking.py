@@ -185,7 +185,6 @@ class RNCE(Frozen):
     )
 
     def method(self) -> Method:
-        """The method with these settings."""
         return compose(
             self.name,
             beta=self.beta,
@@ -213,7 +212,6 @@ class InfoNCA(TargetConfig):
     beta: Beta = 0.1
 
     def method(self) -> Method:
-        """The method with these settings."""
         weights = self.weights()
         return compose(
             self.name,
@@ -258,7 +256,6 @@ class MCPO(Frozen):
         return self
 
     def method(self) -> Method:
-        """The method with these settings."""
         return compose(
             self.name,
             beta=self.beta,
@@ -291,7 +288,6 @@ class ContrastiveDivergence(Frozen):
     num_proposals: NumProposals = None
 
     def method(self) -> Method:
-        """The method with these settings."""
         return compose(
             self.name,
             beta=self.beta,

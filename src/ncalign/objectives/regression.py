@@ -191,7 +191,6 @@ class IPO(PairConfig):
     length_normalized: bool = Field(True, description="Whether log-ratios are means over the tokens, as the authors' are.")
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(partial(ipo_loss, beta=self.beta), score=mean_log_ratio if self.length_normalized else log_ratio)
 
 
@@ -201,7 +200,6 @@ class SPPOHard(PairConfig):
     name: Literal["sppo_hard"] = "sppo_hard"
 
     def method(self) -> Method:
-        """The method with these settings."""
         return self.pairs(partial(sppo_hard_loss, beta=self.beta))
 
 
@@ -212,7 +210,6 @@ class REBEL(Frozen):
     beta: Beta = 1.0
 
     def method(self) -> Method:
-        """The method with these settings."""
         return compose(self.name, beta=self.beta, loss=rebel_loss, refuse=needs_preference)
 
 
@@ -228,20 +225,15 @@ class QRPO(Frozen):
     )
 
     def method(self) -> Method:
-        """The method with these settings."""
         loss = partial(qrpo_loss, beta=self.beta)
         given = self.reference_rewards == "data"
         return compose(
             self.name,
             beta=self.beta,
             loss=loss if given else lambda values, rewards, mask: loss(values, ranks(rewards, mask), mask),
-            refuse=_takes_any if given else needs_preference,
+            refuse=(lambda rewards: None) if given else needs_preference,
             hooks=Hooks(rewards_from=reference_quantiles if given else None),
         )
-
-
-def _takes_any(rewards: Sequence[float]) -> str | None:
-    return None
 
 
 Config = IPO | SPPOHard | REBEL | QRPO
