@@ -10,7 +10,7 @@ import numpy as np
 
 from ncalign.core.atomic import write_jsonl_atomic
 from ncalign.core.progress import say
-from ncalign.judging.counts import Counting, Results, add_accounts, add_comparisons, count_games, count_ratings, paired
+from ncalign.judging.counts import Counting, Results, add_accounts, add_comparisons, count_games, count_ratings
 from ncalign.judging.interop import (
     write_alpaca_annotations,
     write_arena_judgements,
@@ -92,12 +92,8 @@ def _add_mean_rewards(
     }
     results.values["mean_reward"] = {name: float(np.mean(list(rewards.values()))) for name, rewards in known.items() if rewards}
     baseline = list(answers)[1]
-    compared = {
-        f"mean reward: {baseline} to {name}": paired(known[baseline], rewards, counting)
-        for name, rewards in known.items()
-        if name != baseline
-    }
-    add_comparisons(compared, results)
+    others = {f"mean reward: {baseline} to {name}": (known[baseline], known[name]) for name in known if name != baseline}
+    add_comparisons(others, results, counting)
 
 
 def rate_answers(

@@ -25,9 +25,9 @@ from ncalign.judging.summaries import (
 from ncalign.report.charts import category_chart, interval_chart, matrix_chart, write_chart
 from ncalign.report.tables import Table, to_text, write_table
 from ncalign.rewards.verdicts import Account
-from ncalign.stats.agreement import PositionBias, judge_agreement, length_bias, position_bias
+from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
-from ncalign.stats.bradley_terry import BradleyTerry, bradley_terry
+from ncalign.stats.bradley_terry import bradley_terry
 from ncalign.stats.intervals import Bootstrap
 from ncalign.stats.length_control import DifficultyTable, LengthControlled, length_controlled_win_rate
 from ncalign.stats.mt_bench import mt_bench, question_scores
@@ -83,19 +83,14 @@ class Results:
 
 
 def count_games(
-    games: Sequence[Game],
-    results: Results,
-    counting: Counting,
-    *,
-    answers: Mapping[str, Answers] | None,
-    ordered: bool,
+    games: Sequence[Game], results: Results, counting: Counting, *, answers: Mapping[str, Answers] | None, ordered: bool
 ) -> None:
     """Add what games say: win rates, length-controlled ones, strengths, and the judge's biases.
 
     Args:
         games: of models against one baseline, or several.
         results: added to.
-        counting: how they are counted.
+        counting: how verdicts are counted.
         answers: by model and question, for their lengths; None where they are not known.
         ordered: whether the judge saw both orders, so that its position bias is known.
 
@@ -156,14 +151,12 @@ def _add_win_rates(
 def _compare_models(preferences: Mapping[str, QuestionPreferences], results: Results, counting: Counting) -> None:
     """The first model against each other one that met the same baseline, question by question."""
     first, *others = preferences.values()
-    compared = {
-        f"win rate against {first.baseline}: {other.model} to {first.model}": paired(
-            other.by_question, first.by_question, counting
-        )
+    pairs = {
+        f"win rate against {first.baseline}: {other.model} to {first.model}": (other.by_question, first.by_question)
         for other in others
         if other.baseline == first.baseline
     }
-    add_comparisons(compared, results)
+    add_comparisons(pairs, results, counting)
 
 
 def _controlled(
@@ -198,8 +191,7 @@ def _length(answer: Answer) -> int:
 def _judge_report(
     games: Sequence[Game], answers: Mapping[str, Answers] | None, other_judge: Sequence[Game] | None, results: Results
 ) -> None:
-    place: PositionBias = position_bias(games)
-    length = None
+    place, length = position_bias(games), None
     if answers is not None:
         lengths = {(q, name): _length(answer) for name, given in answers.items() for q, answer in given.items()}
         length = length_bias(games, lengths)
@@ -223,9 +215,7 @@ def _strengths(
     }
     for name, style in (("strengths", None), *((("strengths_style_controlled", styles),) if styles else ())):
         try:
-            found: BradleyTerry = bradley_terry(
-                games, anchor=baseline, styles=style, centered=False, bootstrap=Bootstrap(seed=seed)
-            )
+            found = bradley_terry(games, anchor=baseline, styles=style, centered=False, bootstrap=Bootstrap(seed=seed))
         except ValueError as error:
             results.lines.append(f"{name.replace('_', ' ')}: {error}")
             continue
@@ -238,24 +228,20 @@ def count_ratings(ratings: Sequence[Rating], results: Results, counting: Countin
     results.add("ratings", scores, mt_bench_table(scores))
     results.charts["ratings.png"] = category_chart(scores)
     first, *others = dict.fromkeys(rating.model for rating in ratings)
-    compared = {
-        f"rating: {other} to {first}": paired(question_scores(ratings, other), question_scores(ratings, first), counting)
-        for other in others
-    }
-    add_comparisons(compared, results)
+    values = question_scores(ratings, first)
+    pairs = {f"rating: {other} to {first}": (question_scores(ratings, other), values) for other in others}
+    add_comparisons(pairs, results, counting)
 
 
-def paired(before: Mapping[str, float], after: Mapping[str, float], counting: Counting) -> PairedComparison | None:
-    """Two models' values of the same questions; None where they share fewer than two."""
-    first, second, _ = paired_values(before, after)
-    if len(first) < 2:
-        return None
-    return paired_comparison(first, second, seed=counting.seed, num_resamples=counting.num_resamples)
-
-
-def add_comparisons(compared: Mapping[str, PairedComparison | None], results: Results) -> None:
-    """Add comparisons to those that are there."""
-    results.comparisons |= {name: found for name, found in compared.items() if found is not None}
+def add_comparisons(
+    pairs: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]], results: Results, counting: Counting
+) -> None:
+    """Add comparisons of two models' values by question, before and after, where they share two questions or more."""
+    for name, (before, after) in pairs.items():
+        first, second, _ = paired_values(before, after)
+        if len(first) >= 2:
+            found = paired_comparison(first, second, seed=counting.seed, num_resamples=counting.num_resamples)
+            results.comparisons[name] = found
     if results.comparisons:
         results.add("comparisons", results.comparisons, comparison_table(results.comparisons))
 
@@ -271,11 +257,7 @@ def add_accounts(accounts: Sequence[Account], results: Results) -> None:
 
 
 def write_results(results: Results, folder: Path) -> dict[str, Any]:
-    """Write results.json, each table as text, CSV and LaTeX, and the charts.
-
-    Returns:
-        The values, with the tables as printable text under ``text``.
-    """
+    """Write results.json, tables and charts, and return the values, with the tables as printable text under ``text``."""
     values = json_ready({**results.values, "notes": results.lines})
     for name, table in results.tables.items():
         for suffix in ("txt", "json", "csv", "tex"):

@@ -138,13 +138,9 @@ class ServerJudge:
             prompts = [prompt for given in answers for *_, prompt in rating_prompts(self._templates, questions, given)]
         else:
             ours, *others = answers
-            prompts = [
-                prompt
-                for theirs in others
-                for prompt in pair_prompts(
-                    self._templates[self._mode or "labels"], _that_differ(questions, ours, theirs), ours, theirs
-                )
-            ]
+            template = self._templates[self._mode or "labels"]
+            asked = [pair_prompts(template, _that_differ(questions, ours, theirs), ours, theirs) for theirs in others]
+            prompts = [prompt for pairs in asked for prompt in pairs]
         most = len(prompts) * (1 if self._mode == "logprobs" else self._config.max_tokens)
         tokens = sum(map(len, prompts)) // _CHARACTERS_A_TOKEN
         cost = self._cost(tokens, most)
@@ -162,17 +158,9 @@ class ServerJudge:
     ) -> list[Verdict | None]:
         found: list[Verdict | None] = []
         if prompts:
-            attempts = attempts or self._config.attempts
+            ask = partial(ask_verdicts, attempts=attempts or self._config.attempts, body=body, account=account)
             with Bar("Judging", len(prompts)) as bar:
-                found = ask_verdicts(
-                    self._server,
-                    prompts,
-                    read,
-                    attempts=attempts,
-                    body=body,
-                    account=account,
-                    done=lambda index: bar.advance(),
-                )
+                found = ask(self._server, prompts, read, done=lambda index: bar.advance())
         account.cost = self._cost(account.prompt_tokens, account.completion_tokens)
         return found
 

@@ -17,15 +17,9 @@ from ncalign.stats.win_rate import WinMatrix, WinRate
 
 
 def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, LengthControlled], *, baseline: str) -> Table:
-    """A row for each model: win rate with its interval, length-controlled where known, and what was counted.
-
-    Args:
-        rates: by model.
-        controlled: length-controlled ones by model; models may be absent.
-        baseline: whom the models were compared with.
-    """
+    """A row for each model: win rate with its interval, the length-controlled one where there is one, and what was counted."""
     names = ("model", "win rate (%)", "low", "high", "LC (%)", "LC low", "LC high")
-    counted = ("wins", "ties", "losses", "missing", "detectable")
+    heads = columns(*names, "wins", "ties", "losses", "missing", "detectable")
     rows: list[tuple[Cell, ...]] = []
     for model, rate in sorted(rates.items(), key=lambda item: -item[1].win_rate):
         lc = controlled.get(model)
@@ -37,7 +31,7 @@ def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, Length
         f"Win rate against {baseline} and length-controlled win rate (LC); low and high bound 95 % intervals; a difference "
         f"from 50 is found with 80 % chance if it is at least the detectable one, in points."
     )
-    return Table(columns(*names, *counted), tuple(rows), caption)
+    return Table(heads, tuple(rows), caption)
 
 
 def strength_table(found: BradleyTerry) -> Table:
@@ -63,18 +57,12 @@ def mt_bench_table(scores: Sequence[MTBench]) -> Table:
     categories = sorted({name for score in scores for name in score.categories})
     parts = (*(f"turn {turn}" for turn in turns), *(f"category {name}" for name in categories))
     heads = columns("model", "mean", "low", "high", *parts, "missing")
-    rows = tuple(
-        (
-            score.model,
-            score.overall.mean,
-            *score.overall.ci,
-            *(score.turns[turn].mean if turn in score.turns else None for turn in turns),
-            *(score.categories[name].mean if name in score.categories else None for name in categories),
-            score.overall.num_missing,
-        )
-        for score in scores
-    )
-    return Table(heads, rows, "Mean ratings, at most 10; low and high bound the mean's 95 % interval.")
+    rows: list[tuple[Cell, ...]] = []
+    for score in scores:
+        means = {f"turn {turn}": one.mean for turn, one in score.turns.items()}
+        means |= {f"category {name}": one.mean for name, one in score.categories.items()}
+        rows.append((score.model, score.overall.mean, *score.overall.ci, *map(means.get, parts), score.overall.num_missing))
+    return Table(heads, tuple(rows), "Mean ratings, at most 10; low and high bound the mean's 95 % interval.")
 
 
 def win_matrix_table(matrix: WinMatrix) -> Table:
@@ -88,22 +76,14 @@ def win_matrix_table(matrix: WinMatrix) -> Table:
 def comparison_table(comparisons: Mapping[str, PairedComparison]) -> Table:
     """A row for each measure: two models on the same questions, their difference, its interval and p-value."""
     heads = (*columns("measure", "before", "after", "difference", "low", "high"), Column("p", 4))
-    rows = tuple(
-        (name, c.mean_before, c.mean_after, c.difference, *c.ci_difference, c.p_value) for name, c in comparisons.items()
-    )
-    return Table(
-        heads, rows, "Paired by question; low and high bound the difference's 95 % interval; p is a permutation test's."
-    )
+    found = comparisons.items()
+    rows = tuple((name, c.mean_before, c.mean_after, c.difference, *c.ci_difference, c.p_value) for name, c in found)
+    caption = "Paired by question; low and high bound the difference's 95 % interval; p is a permutation test's."
+    return Table(heads, rows, caption)
 
 
 def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agreement | None) -> Table:
-    """Measures of a judge, a row each; the caption says in words how it is biased.
-
-    Args:
-        place: from both orders.
-        length: None where lengths are not known.
-        agreement: with a second judge; None where there is none.
-    """
+    """Measures of a judge, a row each; the caption says in words how it is biased."""
     rows: list[tuple[Cell, ...]] = [
         ("answer shown first preferred (%)", place.first_place),
         ("interval's low bound", place.ci[0]),
