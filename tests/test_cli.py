@@ -103,6 +103,11 @@ def test_help_of_train_has_the_methods_with_their_fields_and_its_groups(capsys: 
         assert f"\n{title}:\n" in printed
 
 
+@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
+def test_every_verb_names_work_that_exists(verb: verbs.Verb) -> None:
+    assert all(callable(verbs.resolve(name)) for name in (verb.work, verb.plan) if isinstance(name, str))
+
+
 @pytest.mark.parametrize("verb", [verbs.TRAIN, verbs.ONLINE], ids=lambda verb: verb.name)
 def test_every_method_has_its_own_description_of_each_field(verb: verbs.Verb, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main([verb.name, "--help"])
