@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from ncalign.data.groups import Group, read_groups, write_groups
+from ncalign.data.groups import REWARD_STEPS, Group, read_groups, write_groups
 from ncalign.demo.tasks import make_prompts
-from ncalign.generation.config import GenerateConfig
-from ncalign.generation.generate import run_generate
-from ncalign.rewards.config import RewardConfig, ScoreConfig
-from ncalign.rewards.score import run_score
+from ncalign.generation.base import SamplingParams
+from ncalign.generation.generate import sample_groups
+from ncalign.generation.local import TransformersGenerator, load_for_generation
+from ncalign.rewards.config import RewardConfig
+from ncalign.rewards.score import score_groups
+from ncalign.rewards.sources import source_record
+from ncalign.rewards.verifiable import ReasoningGymReward
 
 NUM_PROMPTS = 240
 NUM_SAMPLES = 8
 MAX_NEW_TOKENS = 24
 TEMPERATURE = 0.8
 TOP_P = 0.95
+GENERATION_BATCH = 128
+REWARDS = RewardConfig(reward=("reasoning_gym",), reward_timeout=300.0, max_failed_share=0.1)
 
 
 def shipped_candidates() -> list[Group]:
@@ -28,48 +33,39 @@ def shipped_candidates() -> list[Group]:
         return list(read_groups(path))
 
 
-def make_candidates(model_folder: str | Path, output: str | Path, seed: int) -> None:
+def make_candidates(model: str | Path, output: str | Path, seed: int) -> None:
     """Sample and score the training groups: K completions a prompt from the model itself, rewards from the verifiers.
 
     Groups in which rewards differ come first, since only they can teach a preference; the rest follow.
 
     Args:
-        model_folder: the model that answers.
+        model: the model that answers.
         output: groups file to write.
         seed: of the prompts and the sampling.
+
+    Raises:
+        ValueError: the model gives only empty completions.
     """
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=".candidates-") as name:
-        work = Path(name)
-        prompts, sampled, scored = (work / f"{stage}.jsonl" for stage in ("prompts", "sampled", "scored"))
-        write_groups(make_prompts(NUM_PROMPTS, seed, "train"), prompts)
-        run_generate(
-            GenerateConfig(
-                model=str(model_folder),
-                prompts=prompts,
-                output=sampled,
-                num_samples=NUM_SAMPLES,
-                max_new_tokens=MAX_NEW_TOKENS,
-                temperature=TEMPERATURE,
-                top_p=TOP_P,
-                top_k=0,
-                batch_size=128,
-                dtype="bfloat16",
-                seed=seed,
-                trust_remote_code=False,
-            )
-        )
-        run_score(ScoreConfig(data=sampled, output=scored, rewards=RewardConfig(reward=("reasoning_gym",))))
-        groups = [_with_source(group, Path(model_folder).name) for group in read_groups(scored)]
+    params = SamplingParams(MAX_NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P)
+    groups = sample_and_score(str(model), make_prompts(NUM_PROMPTS, seed, "train"), NUM_SAMPLES, params, seed)
+    if not any(group.candidates for group in groups):
+        raise ValueError(f"{model} gave only empty completions to the demo's prompts: check its chat template and EOS token")
+    record = source_record(REWARDS)
+    groups = [replace(group, metadata={**group.metadata, REWARD_STEPS: [record]}) for group in groups if group.candidates]
     random.Random(seed).shuffle(groups)
     groups.sort(key=lambda group: not has_spread(group))
-    write_groups(groups, output)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_groups(groups, Path(output))
 
 
-def _with_source(group: Group, source: str) -> Group:
-    """The group with its candidates' source renamed: a path of this machine means nothing on another."""
-    return replace(group, candidates=[replace(candidate, source=source) for candidate in group.candidates])
+def sample_and_score(model: str, prompts: Sequence[Group], num_samples: int, params: SamplingParams, seed: int) -> list[Group]:
+    """The prompts with a model's completions, scored by the tasks' verifiers; empty completions are left out."""
+    loaded, tokenizer = load_for_generation(model, dtype="bfloat16", trust_remote_code=False)
+    generator = TransformersGenerator(loaded, tokenizer, batch_size=GENERATION_BATCH)
+    # Of the model's path only the name is recorded: a path of this machine means nothing on another.
+    source = Path(model).name
+    groups, _ = sample_groups(prompts, generator, num_samples=num_samples, params=params, seed=seed, source=source)
+    return list(score_groups(groups, ReasoningGymReward()))
 
 
 def has_spread(group: Group) -> bool:

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import say
-from ncalign.data.groups import Candidate, Group, read_groups, write_groups
-from ncalign.demo.candidates import MAX_NEW_TOKENS, has_spread, make_candidates, shipped_candidates
+from ncalign.data.groups import Group, read_groups, write_groups
+from ncalign.demo.candidates import MAX_NEW_TOKENS, has_spread, make_candidates, sample_and_score, shipped_candidates
 from ncalign.demo.config import DemoConfig
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
 from ncalign.generation.base import SamplingParams
-from ncalign.generation.local import TransformersGenerator
 from ncalign.model.config import LoRA
 from ncalign.model.encoding import as_messages
-from ncalign.model.policy import load_model, load_tokenizer
 from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
 from ncalign.report.page import write_report
-from ncalign.rewards.verifiable import ReasoningGymReward
-from ncalign.stats.paired import PairedComparison, paired_comparison
+from ncalign.rewards.base import completion_texts
+from ncalign.stats.paired import paired_comparison
 from ncalign.training.config import TrainConfig
 from ncalign.training.train import run_training, versions
 
+Rewards = Float[NDArray[np.float64], " prompts"]
+
 HELD_OUT_SEED = 0
 NUM_BETTER = 2
-EVAL_BATCH = 128
 # From a rough trial on other prompts; MC-PO's epochs were compared on the validation split, nothing on the held-out one.
 OBJECTIVES: Mapping[str, ObjectiveConfig] = {
     "mc_po": MCPO(beta=0.1),
@@ -40,6 +40,13 @@ OBJECTIVES: Mapping[str, ObjectiveConfig] = {
     "info_nca": InfoNCA(beta=0.1, alpha=0.1),
     "dpo": DPO(beta=0.1),
 }
+SETTINGS: Mapping[str, Any] = {
+    "lora": LoRA(r=16, alpha=32),
+    "dtype": "bfloat16",
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 8,
+}
+"""What every training run of the demos has in common."""
 # Methods that train on all eight candidates of a group at once take one epoch, those that train on two take two.
 EPOCHS: Mapping[str, int] = {"mc_po": 2, "dpo": 2, "nca": 1, "info_nca": 1}
 
@@ -49,7 +56,12 @@ class Answers:
     """A model's greedy answers to the held-out prompts and their rewards."""
 
     texts: list[str]
-    rewards: np.ndarray[Any, np.dtype[np.float64]]
+    rewards: Rewards
+
+    @property
+    def solved(self) -> Rewards:
+        """1 where the verifier gives full marks."""
+        return (self.rewards >= 1.0).astype(np.float64)
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -80,11 +92,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     training = run_training(train_config(config, model, candidates))
     say("Answering the same prompts with the aligned model")
     after = answer(training["model"], prompts)
-    comparison = {
-        "mean_reward": paired_comparison(before.rewards, after.rewards, seed=config.seed),
-        "solved_share": paired_comparison(solved(before), solved(after), seed=config.seed),
-    }
-    results = assemble(config, model, prompts, before, after, comparison, training, time.monotonic() - started)
+    results = assemble(config, model, prompts, before, after, training) | {"seconds": time.monotonic() - started}
     write_json_atomic(results, folder / "results.json")
     page = write_report(folder)
     return {**results, "report": str(page), "text": summary(results, page)}
@@ -107,80 +115,55 @@ def train_config(config: DemoConfig, model: str, data: Path) -> TrainConfig:
         data=data,
         output_dir=config.output_dir,
         objective=OBJECTIVES[config.objective],
-        lora=LoRA(r=16, alpha=32),
-        dtype="bfloat16",
-        learning_rate=2e-4,
         num_train_epochs=EPOCHS[config.objective],
-        per_device_train_batch_size=8,
         overwrite=True,
         seed=config.seed,
+        **SETTINGS,
     )
 
 
 def answer(model: str, prompts: Sequence[Group]) -> Answers:
-    """Greedy answers, scored by the verifiers."""
-    generator = TransformersGenerator(
-        load_model(model, dtype=torch.bfloat16, trust_remote_code=False), load_tokenizer(model), batch_size=EVAL_BATCH
-    )
-    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0)
-    completions = generator.generate([group.prompt for group in prompts], num_samples=1, params=params, seed=0)
-    texts = [samples[0].text for samples in completions]
-    verifier = ReasoningGymReward()
-    rewards = [
-        verifier.score(replace(group, candidates=[Candidate(completion=text)]))[0] or 0.0
-        for group, text in zip(prompts, texts, strict=True)
-    ]
-    return Answers(texts, np.asarray(rewards, dtype=np.float64))
-
-
-def solved(answers: Answers) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """1 where the verifier pays full marks."""
-    return (answers.rewards >= 1.0).astype(np.float64)
+    """Greedy answers, scored by the verifiers; an empty answer, which leaves its group without a candidate, earns nothing."""
+    groups = sample_and_score(model, prompts, 1, SamplingParams(MAX_NEW_TOKENS, temperature=0.0), seed=0)
+    rewards = [sum(candidate.reward or 0.0 for candidate in group.candidates) for group in groups]
+    return Answers(["".join(completion_texts(group)) for group in groups], np.asarray(rewards, dtype=np.float64))
 
 
 def assemble(
-    config: DemoConfig,
-    model: str,
-    prompts: Sequence[Group],
-    before: Answers,
-    after: Answers,
-    comparison: Mapping[str, PairedComparison],
-    training: Mapping[str, Any],
-    seconds: float,
+    config: DemoConfig, model: str, prompts: Sequence[Group], before: Answers, after: Answers, training: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The demo's results.json: the mean reward in front, everything that led to it behind."""
-    rows = {name: comparison_row(value) for name, value in comparison.items()}
-    main = rows["mean_reward"]
+    """The demo's results: the mean reward in front, everything that led to it behind."""
+    main = comparison_row(before.rewards, after.rewards, config.seed)
     return {
         "method": training["method"],
         "before": main["before"],
         "after": main["after"],
         "intervals": {name: main[f"{name}_interval"] for name in ("before", "after", "difference")},
         "p_value": main["p_value"],
-        "comparison": rows,
+        "comparison": {"mean_reward": main, "solved_share": comparison_row(before.solved, after.solved, config.seed)},
         "by_task": by_task(prompts, before, after),
         "num_eval_prompts": len(prompts),
         "base_model": model,
         "model": training["model"],
         "candidates": "sampled anew" if config.fresh else "shipped",
         "seed": config.seed,
-        "seconds": seconds,
         "versions": versions(),
         "training": dict(training),
         "answers": side_by_side(prompts, before, after),
     }
 
 
-def comparison_row(comparison: PairedComparison) -> dict[str, Any]:
-    """A comparison as JSON values."""
+def comparison_row(before: Rewards, after: Rewards, seed: int) -> dict[str, Any]:
+    """Means, their intervals and the p-value of the same prompts' rewards, as JSON values."""
+    found = paired_comparison(before, after, seed=seed)
     return {
-        "before": comparison.mean_before,
-        "after": comparison.mean_after,
-        "difference": comparison.difference,
-        "before_interval": list(comparison.ci_before),
-        "after_interval": list(comparison.ci_after),
-        "difference_interval": list(comparison.ci_difference),
-        "p_value": comparison.p_value,
+        "before": found.mean_before,
+        "after": found.mean_after,
+        "difference": found.difference,
+        "before_interval": list(found.ci_before),
+        "after_interval": list(found.ci_after),
+        "difference_interval": list(found.ci_difference),
+        "p_value": found.p_value,
     }
 
 
@@ -192,8 +175,8 @@ def by_task(prompts: Sequence[Group], before: Answers, after: Answers) -> dict[s
         here = np.array([name == task for name in names])
         found[task] = {
             "prompts": int(here.sum()),
-            "before": float(solved(before)[here].mean()),
-            "after": float(solved(after)[here].mean()),
+            "before": float(before.solved[here].mean()),
+            "after": float(after.solved[here].mean()),
         }
     return found
 

@@ -12,17 +12,15 @@ import numpy as np
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import say
 from ncalign.data.groups import write_groups
-from ncalign.demo.candidates import MAX_NEW_TOKENS, NUM_PROMPTS, NUM_SAMPLES
+from ncalign.demo.candidates import GENERATION_BATCH, MAX_NEW_TOKENS, NUM_PROMPTS, NUM_SAMPLES, REWARDS
 from ncalign.demo.config import DemoConfig
-from ncalign.demo.demo import HELD_OUT_SEED, OBJECTIVES, comparison_row, shown
+from ncalign.demo.demo import HELD_OUT_SEED, OBJECTIVES, SETTINGS, Rewards, comparison_row, shown
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
-from ncalign.model.config import EncodingConfig, LoRA
+from ncalign.model.config import EncodingConfig
 from ncalign.online.config import OnlineConfig
 from ncalign.online.online import run_online
 from ncalign.online.pool import read_artefact
-from ncalign.rewards.config import RewardConfig
-from ncalign.stats.paired import paired_comparison
 from ncalign.training.config import TrainConfig
 
 NUM_ROUNDS, STEPS_PER_ROUND = 3, 10
@@ -64,22 +62,19 @@ def arm_config(config: DemoConfig, model: str, prompts: Path, held_out: Path, ar
         output_dir=output,
         objective=OBJECTIVES[config.objective],
         max_steps=NUM_ROUNDS * STEPS_PER_ROUND,
-        lora=LoRA(r=16, alpha=32),
-        dtype="bfloat16",
-        learning_rate=2e-4,
-        per_device_train_batch_size=8,
         save_steps=5,
         report_to=(),
         resume=(output / "config.yaml").exists(),
         seed=config.seed,
+        **SETTINGS,
     )
     return OnlineConfig(
         training=training,
-        rewards=RewardConfig(reward=("reasoning_gym",), reward_timeout=300.0, max_failed_share=0.1),
+        rewards=REWARDS,
         num_samples=NUM_SAMPLES,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=1.0,
-        generation_batch_size=128,
+        generation_batch_size=GENERATION_BATCH,
         regenerate_every=regenerate_every,
     )
 
@@ -87,14 +82,10 @@ def arm_config(config: DemoConfig, model: str, prompts: Path, held_out: Path, ar
 def assemble(config: DemoConfig, model: str, results: Mapping[str, Mapping[str, Any]], seconds: float) -> dict[str, Any]:
     """Both arms' held-out rewards before and after, and online against offline on the same prompts."""
     rewards = {arm: _rewards(config.output_dir / arm) for arm in _ARMS}
-    comparisons = {
-        "offline": paired_comparison(*rewards["offline"], seed=config.seed),
-        "online": paired_comparison(*rewards["online"], seed=config.seed),
-        "online against offline": paired_comparison(rewards["offline"][1], rewards["online"][1], seed=config.seed),
-    }
+    pairs = {**rewards, "online against offline": (rewards["offline"][1], rewards["online"][1])}
     return {
         "method": results["online"]["method"],
-        "comparison": {name: comparison_row(value) for name, value in comparisons.items()},
+        "comparison": {name: comparison_row(*pair, config.seed) for name, pair in pairs.items()},
         "arms": {
             arm: {
                 "steps": found["steps"],
@@ -117,7 +108,7 @@ def assemble(config: DemoConfig, model: str, results: Mapping[str, Mapping[str, 
     }
 
 
-def _rewards(folder: Path) -> tuple[Any, Any]:
+def _rewards(folder: Path) -> tuple[Rewards, Rewards]:
     """Rewards of the held-out prompts before and after; an empty answer earns nothing."""
     found = [read_artefact(folder / "rounds" / name) for name in ("000/evaluation.json", "evaluation.json")]
     before, after = (np.array([row["reward"] or 0.0 for row in rows], dtype=np.float64) for rows in found)
