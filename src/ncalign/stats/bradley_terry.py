@@ -96,8 +96,7 @@ def bradley_terry(
         bootstrap: how the rounds behind the intervals are drawn.
 
     Raises:
-        ValueError: the anchor has no verdict, a style is missing, scikit-learn is missing, or the games don't determine finite
-            strengths.
+        ValueError: the anchor has no verdict, a style or scikit-learn is missing, or no finite strengths fit the games.
 
     Source: Bradley and Terry, 1952; Arena-Hard-Auto, ``utils/math_utils.py``.
     """
@@ -105,10 +104,7 @@ def bradley_terry(
     judged = [game for game in every if game.preference is not None]
     design, names = _pair_columns(judged, anchor)
     outcomes, weights, units = verdict_arrays(judged, bootstrap.resample)
-    controlled: list[str] = []
-    if styles is not None:
-        style_columns, controlled = _standardized(_style_rows(judged, styles), weights, centered)
-        design = np.hstack([design, style_columns])
+    design, controlled = _with_style(design, judged, styles, weights, centered)
     if ridge == 0:
         _check_connected(judged)
     theta = fit_bradley_terry(design, outcomes, weights, ridge=ridge)
@@ -194,14 +190,19 @@ def _style_rows(games: Sequence[Game], styles: Mapping[tuple[str, str], Style]) 
     )
 
 
-def _standardized(rows: Float[Array, "N 4"], weights: Array, centered: bool) -> tuple[Array, list[str]]:
-    """The features that differ at all, in standard deviations, and their names; a constant one would have no coefficient."""
+def _with_style(
+    design: Array, games: Sequence[Game], styles: Mapping[tuple[str, str], Style] | None, weights: Array, centered: bool
+) -> tuple[Array, list[str]]:
+    """The design with columns of the style features that vary, in standard deviations, and the names of these."""
+    if styles is None:
+        return design, []
+    rows = _style_rows(games, styles)
     mean = np.average(rows, axis=0, weights=weights)
     spread: Array = np.sqrt(weights @ (rows - mean) ** 2 / max(weights.sum() - 1, 1))
     varied = np.ptp(rows, axis=0) > 0
     shifted = rows - mean if centered else rows
     names = [name for name, differs in zip(FEATURES, varied, strict=True) if differs]
-    return np.asarray(shifted[:, varied] / spread[varied]), names
+    return np.hstack([design, shifted[:, varied] / spread[varied]]), names
 
 
 def _fitted_rounds(

@@ -101,11 +101,9 @@ def length_controlled_win_rate(
         num_resamples: of the bootstrap.
 
     Raises:
-        ValueError: the lengths don't match or all differ by the same number, fewer than 5 questions have a verdict, the table
-            lacks a question, or scikit-learn is not installed.
+        ValueError: lengths don't match or all differ alike, under 5 verdicts, a question without difficulty, no scikit-learn.
 
-    Source: Dubois et al., "Length-Controlled AlpacaEval", 2024, eq. 2; ``alpaca_eval.metrics.get_length_controlled_winrate``,
-    whose solver, settings and numbers these are.
+    Source: Dubois et al., 2024, eq. 2; solver, settings and numbers of ``alpaca_eval.metrics.get_length_controlled_winrate``.
     """
     targets = checked_preferences(preferences)
     num_known = int(np.isfinite(targets).sum())
