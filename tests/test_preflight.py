@@ -56,7 +56,7 @@ def test_what_is_planted_is_found(write_jsonl: Write, tiny_model_dir: Path, caps
     text = "\n".join(found["mend"])
     for expected in (
         "1 of 8 rows can't be read",
-        "1 groups can't be encoded: empty completion (first: groups.jsonl:4); mend them, or",
+        "1 groups can't be encoded: empty completion (first: groups.jsonl:4); fix them, or",
         "2 candidates have more than one BOS",
         "1 completions lose their end at max_length 256 (first: groups.jsonl:6",
         "2 prompts are prompts of",
@@ -65,7 +65,7 @@ def test_what_is_planted_is_found(write_jsonl: Write, tiny_model_dir: Path, caps
         assert expected in text
     words = ["check", str(data), "--model", str(tiny_model_dir), "--max_length", "256", "--against", str(held_out)]
     assert main(words) == 1
-    assert "To mend:\n  1. 1 of 8 rows" in capsys.readouterr().out
+    assert "To fix:\n  1. 1 of 8 rows" in capsys.readouterr().out
     assert main([*words, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["ready"] is False
 

@@ -313,7 +313,7 @@ def test_other_models_are_given_by_name(tiny_model_dir: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"neither config\.json nor"):
         backend_arguments(str(tmp_path), Backend())
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="copy the adapter anew"):
+    with pytest.raises(ValueError, match="copy the adapter again"):
         backend_arguments(str(tmp_path), Backend())
 
 

@@ -1,1 +1,1 @@
-"""`ncalign adjust`: rewards made anew from rewards."""
+"""`ncalign adjust`: new rewards computed from existing ones."""

@@ -128,7 +128,7 @@ def _changed(opened: Opened, change: Callable[[Group], Group], on_bad_row: OnBad
         except DataError as error:
             located = error.within(where(group))
             if on_bad_row == "error":
-                text = f"{located}. Mend it, or leave such groups out with `on_bad_row: skip`"
+                text = f"{located}. Fix it, or leave such groups out with `on_bad_row: skip`"
                 raise DataError(text, reason=error.reason) from error
             report.groups -= 1
             report.skip(located)
@@ -175,6 +175,6 @@ def _all_taken(groups: Iterable[Group], indices: Sequence[RewardIndex], label: s
         text = f"{index.label}: {count} of its groups are not in {label}, the first {first}"
         if on_bad_row == "error":
             raise DataError(
-                f"{text}: files to merge hold the same groups. Mend it, or leave such groups out with `on_bad_row: skip`"
+                f"{text}: files to merge hold the same groups. Fix it, or leave such groups out with `on_bad_row: skip`"
             )
         say(f"note: {text}: left out")

@@ -12,7 +12,7 @@ from ncalign.data.config import OnBadRow, SchemaChoice
 
 
 class AdjustConfig(Frozen):
-    """`ncalign adjust`: rewards made anew from what is there, with a record of how."""
+    """`ncalign adjust`: new rewards computed from existing ones, with a record of how."""
 
     input: str = Field(description="Groups to read: a file, folder or hub id in any schema that `convert` reads.")
     output: Path = Field(description="Groups file to write: .jsonl, .jsonl.gz or .parquet; may be the input itself.")

@@ -134,7 +134,7 @@ def _weights(spelling: str, arguments: Sequence[str]) -> dict[str, float]:
         name, equals, text = argument.partition("=")
         weight = _number(spelling, text) if equals else 1.0
         if not name or name in weights:
-            raise ValueError(f"{spelling!r}: {f'{name} stands there twice' if name else 'an aspect has no name'}; mend it")
+            raise ValueError(f"{spelling!r}: {f'{name} stands there twice' if name else 'an aspect has no name'}; fix it")
         if weight <= 0:
             raise ValueError(f"{spelling!r}: {name} has weight {weight:g}; a weight must be above 0, so leave the aspect out")
         weights[name] = weight

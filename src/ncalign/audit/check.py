@@ -250,12 +250,12 @@ def _unreadable(read: ReadReport, account: Account) -> Iterator[str]:
     """Rows that can't be read and groups that can't be encoded."""
     if read.skipped:
         yield (
-            f"{read.skipped} of {read.rows} rows can't be read (first: {read.examples[0]}): mend them, or train with "
+            f"{read.skipped} of {read.rows} rows can't be read (first: {read.examples[0]}): fix them, or train with "
             "on_bad_row: skip"
         )
     for reason, count in account.encoding.dropped.most_common():
         where = f" (first: {account.first[reason]})" if reason in account.first else ""
-        yield f"{count} groups can't be encoded: {reason}{where}; mend them, or on_bad_row: skip leaves them out of training"
+        yield f"{count} groups can't be encoded: {reason}{where}; fix them, or on_bad_row: skip leaves them out of training"
 
 
 def _token_faults(account: Account, *, max_length: int, positions: int | None) -> Iterator[str]:
@@ -281,7 +281,7 @@ def _token_faults(account: Account, *, max_length: int, positions: int | None) -
         yield f"{encoding.prompts_truncated} prompts lose their beginning (first: {encoding.first_truncated}): raise max_length"
     if encoding.template_mismatches:
         yield (
-            f"the chat template renders {encoding.template_mismatches} completions differently from a generated turn: mend the "
+            f"the chat template renders {encoding.template_mismatches} completions differently from a generated turn: fix the "
             "template"
         )
 
@@ -336,7 +336,7 @@ def _text(
         lines += ["", f"Group {group.id!r}, scored tokens in [brackets]:", token_layout(group, tokenizer, most=_SHOWN_TOKENS)]
     lines.append("")
     if mend:
-        lines += ["To mend:", *(f"  {number}. {text}" for number, text in enumerate(mend, start=1))]
+        lines += ["To fix:", *(f"  {number}. {text}" for number, text in enumerate(mend, start=1))]
     else:
         lines.append("ready")
     return "\n".join(lines)

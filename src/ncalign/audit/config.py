@@ -41,7 +41,7 @@ class AuditConfig(Frozen):
 
 
 class CheckConfig(Frozen):
-    """`ncalign check`: every group encoded as training will, and a list of what to mend."""
+    """`ncalign check`: every group encoded as training will, and a list of what to fix."""
 
     encoding: Annotated[EncodingConfig, Flat()] = Field(default_factory=EncodingConfig)
     data: DataSource = Field(description="Groups to check: whatever `convert` reads.")

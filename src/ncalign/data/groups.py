@@ -362,7 +362,7 @@ class _Reader:
         if self._on_bad_row == "skip":
             self._report.skip(located, rows)
             return
-        raise DataError(f"{located}. Mend it, or leave such rows out with `on_bad_row: skip`", reason=error.reason) from error
+        raise DataError(f"{located}. Fix it, or leave such rows out with `on_bad_row: skip`", reason=error.reason) from error
 
     def _place(self, number: int) -> str:
         place = f"{self._source.unit or 'line '}{number}"

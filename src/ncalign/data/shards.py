@@ -34,7 +34,7 @@ _ACCOUNT = ".ncalign"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a shard is made: the options of `convert_folder`, and a digest of the adapter's code, whose change makes it anew."""
+    """How a shard is made: the options of `convert_folder`, and a digest of the adapter's code."""
 
     schema: SchemaName
     adapter: str | None

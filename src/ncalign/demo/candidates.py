@@ -1,4 +1,4 @@
-"""The demo's candidates: shipped with the package, or sampled and scored anew."""
+"""The demo's candidates: shipped with the package, or sampled and scored again."""
 
 from __future__ import annotations
 

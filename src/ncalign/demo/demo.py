@@ -145,7 +145,7 @@ def assemble(
         "num_eval_prompts": len(prompts),
         "base_model": model,
         "model": training["model"],
-        "candidates": "sampled anew" if config.fresh else "shipped",
+        "candidates": "sampled again" if config.fresh else "shipped",
         "seed": config.seed,
         "versions": versions(),
         "training": dict(training),

@@ -128,7 +128,7 @@ def _convert(gguf: Path, output: Path) -> None:
 
 def _verify_folder(folder: Path) -> None:
     """Compare every file of a converted folder with the checksums written beside it."""
-    remedy = f"delete {folder} and run again: it is made anew"
+    remedy = f"delete {folder} and run again: it is made again"
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

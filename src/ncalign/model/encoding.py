@@ -259,7 +259,7 @@ class Encoder:
             rendered = self._render([*as_messages(group.prompt), {"role": "assistant", "content": _PROBE}], group)
             if _PROBE not in rendered:
                 raise ValueError(
-                    f"{_where(group)}the chat template does not render an assistant's turn as it is: mend the template"
+                    f"{_where(group)}the chat template does not render an assistant's turn as it is: fix the template"
                 )
             after = rendered.rpartition(_PROBE)[2]
             special = set(self.tokenizer.all_special_tokens) | {

@@ -125,7 +125,7 @@ def load_model(model: str, *, dtype: torch.dtype, trust_remote_code: bool) -> Pr
     if report["missing_keys"]:
         raise ValueError(
             f"model {base!r} lacks {len(report['missing_keys'])} weights that its config.json asks for (first: "
-            f"{min(report['missing_keys'])}): copy or download it anew, or mend its config.json"
+            f"{min(report['missing_keys'])}): copy or download it again, or fix its config.json"
         )
     if base != model:
         try:
@@ -162,7 +162,7 @@ def adapter_base(folder: str) -> str:
         if not base:
             raise ValueError("it names no base model")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder}/{_ADAPTER_FILE} can't be read: {_first_line(error)}; copy the adapter anew") from error
+        raise ValueError(f"{folder}/{_ADAPTER_FILE} can't be read: {_first_line(error)}; copy the adapter again") from error
     return str(base)
 
 
@@ -170,7 +170,7 @@ def _why_not_loaded(base: str, error: Exception) -> str:
     """The library's reason, and the remedy for a folder, a name that is neither folder nor hub id, and a hub id."""
     reason = _first_line(error).rstrip(".")
     if isinstance(error, SafetensorError):
-        return f"a safetensors file is damaged ({reason}): copy or download it anew"
+        return f"a safetensors file is damaged ({reason}): copy or download it again"
     if isinstance(error, RuntimeError):
         return "its weights do not have the sizes that its config.json asks for: they belong to different models"
     if Path(base).is_dir():
@@ -220,7 +220,7 @@ def weights_fingerprint(model: PreTrainedModel, *, computation: str) -> str:
 def model_identity(model: str) -> str:
     """Stands for a model in fingerprints: for a folder its files' names, sizes and times, and an adapter's base; else its name.
 
-    Weights are not read: a folder that was copied counts as another one, and is evaluated anew.
+    Weights are not read: a folder that was copied counts as another one, and is evaluated again.
     """
     folder = Path(model)
     if not folder.is_dir():

@@ -299,7 +299,7 @@ def bco_loss(
 
 
 class NCA(TargetConfig):
-    """NCA: each candidate told from noise by itself, weighted by its reward (arXiv 2402.05369)."""
+    """NCA: each candidate classified against noise, weighted by its reward (arXiv 2402.05369)."""
 
     name: Literal["nca"] = "nca"
     beta: Beta = 0.1
@@ -344,7 +344,7 @@ class NCA(TargetConfig):
 
 
 class NCAPair(PairConfig):
-    """NCA, pair: the chosen completion told from noise, both also taken for noise (arXiv 2402.05369)."""
+    """NCA, pair: the chosen completion classified against noise, and both as noise (arXiv 2402.05369)."""
 
     name: Literal["nca_pair"] = "nca_pair"
 
@@ -353,7 +353,7 @@ class NCAPair(PairConfig):
 
 
 class BiasedNCA(PairConfig):
-    """Biased NCA: the chosen completion told from noise, the rejected one alone taken for it (release of arXiv 2402.05369)."""
+    """Biased NCA: the chosen completion against noise, the rejected one alone as noise (release of arXiv 2402.05369)."""
 
     name: Literal["biased_nca"] = "biased_nca"
 

@@ -82,7 +82,7 @@ class Hooks:
         target_weights: ``(rewards, mask) -> [B, K]``, what the loss aims at; for metrics and the check of alpha.
         baseline: Level subtracted from the scores.
         rewards_from: ``(rewards, metadata) -> rewards`` of a group, applied as it is loaded.
-        fit: Makes the method anew from the rewards ``[N, K]`` of the whole training set and their mask.
+        fit: Makes the method again from the rewards ``[N, K]`` of the whole training set and their mask.
     """
 
     target_weights: Weights | None = None

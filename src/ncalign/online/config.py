@@ -41,7 +41,7 @@ class OnlineConfig(Frozen):
         None, ge=1, description="Number of optimizer steps in a round; none: rounds begin as regenerate_at says."
     )
     regenerate_at: tuple[float, ...] = Field(
-        (1 / 3, 2 / 3), description="Fractions of the training at which candidates are sampled anew, besides at its start."
+        (1 / 3, 2 / 3), description="Fractions of the training at which candidates are sampled again, besides at its start."
     )
     regenerate_on_drift: float | None = Field(
         None,
@@ -98,7 +98,7 @@ class OnlineConfig(Frozen):
         "before each round; none: no check.",
     )
     learning_rate_over: Literal["run", "round"] = Field(
-        "run", description="Whether the learning-rate schedule spans the run, or begins anew with each round."
+        "run", description="Whether the learning-rate schedule spans the run, or starts again with each round."
     )
     learning_rate_decay: float = Field(
         1.0, gt=0, le=1, description="Factor by which the learning rate is multiplied after each round."

@@ -114,7 +114,7 @@ def make_pool(run: Run, position: Position) -> Pool:
     made = (folder / "pool.jsonl").is_file()
     if position.step > position.start and not made:
         raise ValueError(
-            f"{folder} was deleted or moved, and the policy that made it is gone: restore it, or begin anew (overwrite: true)"
+            f"{folder} was deleted or moved, and the policy that made it is gone: restore it, or start again (overwrite: true)"
         )
     say(f"Round {number + 1}: steps {position.start + 1} to {end} of {run.total}, {len(prompts)} prompts")
     if not made:
@@ -152,7 +152,7 @@ def make_pool(run: Run, position: Position) -> Pool:
             f"{folder / 'pool.jsonl'} holds them: easier or harder prompts, more samples or another reward are needed"
         )
     if position.pool is not None and position.pool != data_digest(pool.groups):
-        raise ValueError(f"{folder} holds another pool than the checkpoint was trained on: restore it, or begin anew")
+        raise ValueError(f"{folder} holds another pool than the checkpoint was trained on: restore it, or start again")
     position.pool = data_digest(pool.groups)
     return pool
 
@@ -262,7 +262,7 @@ def _drifted(run: Run, pool: Pool, steps: int) -> bool:
     drift = measure_drift(run, pool)
     if drift is None or drift.kl <= limit:
         return False
-    say(f"Drift: KL of generating and current policy is {drift.kl:.3f} nats, above {limit}: generating anew")
+    say(f"Drift: KL of generating and current policy is {drift.kl:.3f} nats, above {limit}: generating again")
     return True
 
 

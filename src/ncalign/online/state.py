@@ -146,7 +146,7 @@ def last_position(run: Run) -> Position:
     for name, found in _identity(run).items():
         if state[name] != found:
             what = "the model's weights or precision" if name == "weights" else "the prompts"
-            raise ValueError(f"{last} is of a run with other inputs: {what} changed since; restore them, or begin anew")
+            raise ValueError(f"{last} is of a run with other inputs: {what} changed since; restore them, or start again")
     run.reference.restore(further_tensors(last))
     run.rounds = [dict(row) for row in state["rounds"]]
     say(f"Resuming from {last}")

@@ -55,7 +55,7 @@ class ReasoningGymReward:
 
     def _verifier(self, task: str, group: Group) -> ScoreAnswer:
         if task not in self._verifiers:
-            # Imported at the first use: it takes a second, and scoring with a function of one's own does without it.
+            # Imported at the first use: it takes a second, and scoring with your own function does without it.
             gym = importlib.import_module("reasoning_gym")
             try:
                 self._verifiers[task] = gym.get_score_answer_fn(task)

@@ -55,7 +55,7 @@ class LengthControlled:
         win_rate: in percent.
         standard_error: of the predictions' mean over questions, in points, as AlpacaEval gives it. It leaves out the
             uncertainty of the regression: it is 0 without difficulties, where all predictions are the same.
-        ci: 95 % bootstrap interval of ``win_rate``: questions are resampled and the regression is fitted anew.
+        ci: 95 % bootstrap interval of ``win_rate``: questions are resampled and the regression is fitted again.
         coefficients: of ``length``, ``difficulty`` (where a table was given) and ``model``.
         strength: C, the inverse of the penalty, as cross-validation chose it.
         num_fitted: questions with a verdict.
@@ -249,7 +249,7 @@ def _chosen_inverse_penalty(rows: Array, targets: Array, weights: Array) -> floa
     losses = np.zeros(len(_INVERSE_PENALTIES))
     for fold in range(NUM_FOLDS):
         train, held_out = folds != fold, folds == fold
-        # LogisticRegressionCV seeds each fold anew, and draws from one generator along the grid.
+        # LogisticRegressionCV seeds each fold again, and draws from one generator along the grid.
         seeds = np.random.RandomState(_SEED)
         for i, inverse_penalty in enumerate(_INVERSE_PENALTIES):
             coefficients = _fit(rows[train], targets[train], weights[train], inverse_penalty, seeds)

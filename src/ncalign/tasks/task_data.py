@@ -56,7 +56,7 @@ def read_rows(source: Path) -> Iterator[tuple[str, object]]:
         raw = source.read_bytes()
         text = (gzip.decompress(raw) if source.suffix == ".gz" else raw).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} can't be read as JSON in UTF-8: {error}; copy or download it anew") from error
+        raise ValueError(f"{source} can't be read as JSON in UTF-8: {error}; copy or download it again") from error
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:

@@ -93,7 +93,7 @@ def load_checkpoint(
     if written_by != accelerator.num_processes:
         raise ValueError(
             f"{folder} was written by {written_by} process(es), and {accelerator.num_processes} would see other groups in each "
-            f"step: resume with {written_by} (torchrun --nproc_per_node {written_by}), or begin anew with overwrite: true"
+            f"step: resume with {written_by} (torchrun --nproc_per_node {written_by}), or start again with overwrite: true"
         )
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())

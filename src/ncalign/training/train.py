@@ -214,7 +214,7 @@ def make_engine(
         recompute_activations(base_causal_model(policy.model))
     reason = share_prompts(policy.model) if config.share_prompts else None
     if reason is not None:
-        _say(accelerator, f"note: each completion computes its prompt anew, since prompts can't be shared here: {reason}")
+        _say(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
     autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     model = LogprobModel(policy.model, autocast=autocast)
@@ -381,7 +381,7 @@ def log_to_trackers(config: TrainConfig, accelerator: Accelerator, row: dict[str
     except Exception as error:  # each tracker raises classes of its own
         cause = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"step {row['step']:.0f}: a tracker of report_to ({', '.join(config.report_to)}) failed: {cause}; mend it, or "
+            f"step {row['step']:.0f}: a tracker of report_to ({', '.join(config.report_to)}) failed: {cause}; fix it, or "
             "resume without it. The last checkpoint and metrics are kept"
         ) from error
 
@@ -391,7 +391,7 @@ def _refuse_other_run(checkpoint: Path, state: dict[str, Any], prepared: Prepare
         if state[name] != found:
             what = "the model's weights or precision" if name == "weights" else "the training groups"
             raise ValueError(
-                f"{checkpoint} is of a run with other inputs: {what} changed since; restore them, or begin anew with "
+                f"{checkpoint} is of a run with other inputs: {what} changed since; restore them, or start again with "
                 "overwrite: true"
             )
 

@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
         with _opened(path) as file:
             yield from _rows(_Text(file, path))
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: can't read the file to its end: {error}; copy or make it anew") from error
+        raise DataError(f"{path}: can't read the file to its end: {error}; copy it again, or make a new one") from error
 
 
 class _Text:
@@ -146,7 +146,9 @@ class _Text:
     def damaged(self, what: str, position: int | None = None) -> DataError:
         """The error for what is found at a position, or at the current one."""
         line = self._line + self._buffer.count("\n", 0, self._at if position is None else position)
-        return DataError(f"{self.path}:{line}: malformed JSON: {what}; copy or make it anew", reason="malformed JSON")
+        return DataError(
+            f"{self.path}:{line}: malformed JSON: {what}; copy it again, or make a new one", reason="malformed JSON"
+        )
 
 
 def _rows(text: _Text) -> Generator[tuple[int, Row | DataError], None, None]:

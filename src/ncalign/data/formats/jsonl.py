@@ -38,7 +38,7 @@ def read_rows(path: Path, *, compressed: bool) -> Generator[tuple[int, Row | Dat
                     yield number, _parsed(line, number)
     except (OSError, EOFError, zlib.error) as error:
         kind = "gzip file" if compressed else "file"
-        raise DataError(f"{path}: can't read the {kind} to its end: {error}; copy or make it anew") from error
+        raise DataError(f"{path}: can't read the {kind} to its end: {error}; copy it again, or make a new one") from error
 
 
 def too_many_values(text: bytes) -> bool:

@@ -36,7 +36,7 @@ def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
         with pq.ParquetFile(path) as file:
             yield from numbered_rows(_batches_of(file))
     except UNREADABLE as error:
-        raise DataError(f"{path}: can't read the Parquet file: {cause_of(error)}; copy or make it anew") from error
+        raise DataError(f"{path}: can't read the Parquet file: {cause_of(error)}; copy it again, or make a new one") from error
 
 
 def cause_of(error: Exception) -> str:

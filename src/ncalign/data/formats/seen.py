@@ -29,7 +29,7 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        # Cursors are made anew at each use: a generator that is closed late finalises nothing of a closed connection.
+        # Cursors are made at each use: a generator that is closed late finalises nothing of a closed connection.
         self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for setting in (f"cache_size=-{_CACHE_KIB}", "journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE"):
             self._connection.execute(f"PRAGMA {setting}")

@@ -129,7 +129,7 @@ def _arrow_rows(path: Path) -> Rows:
                 batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
             yield from parquet.numbered_rows(_small(batches))
     except parquet.UNREADABLE as error:
-        raise DataError(f"{path}: can't read the Arrow file: {parquet.cause_of(error)}; save the dataset anew") from error
+        raise DataError(f"{path}: can't read the Arrow file: {parquet.cause_of(error)}; save the dataset again") from error
 
 
 def _small(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
