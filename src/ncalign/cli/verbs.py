@@ -117,9 +117,9 @@ def _demo(config: DemoConfig) -> Result:
 
 
 def _lab(config: LabConfig) -> Result:
-    from ncalign.lab.theory import run_lab  # the one experiment
+    from ncalign.lab.theory import run_lab
 
-    return run_lab(config.output_dir)
+    return {"theory": run_lab}[config.experiment](config.output_dir)
 
 
 def _after_training_stopped(config: TrainConfig) -> str:
