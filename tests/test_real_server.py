@@ -80,9 +80,9 @@ def test_a_judge_is_driven_end_to_end(url: str, tmp_path: Path) -> None:
     template.write_text("Say exactly [[7]] and nothing else.\n\nquestion: {prompt}\nanswer: {completion}\n")
     judge = JudgeReward(JudgeConfig(base_url=url, template=template, max_tokens=24), Store(tmp_path / "verdicts"))
     rewards = judge.score(Group(id="g", prompt="Say hi.", candidates=[Candidate("Hi!"), Candidate("No.")]))
-    assert judge.num_asked == 2
+    assert judge.account.asked == 2
     assert len(rewards) == 2
-    assert sum(reward is None for reward in rewards) == judge.num_missing
+    assert sum(reward is None for reward in rewards) == judge.account.missing.total()
     assert all(reward is None or 1 <= reward <= 10 for reward in rewards)
 
 
