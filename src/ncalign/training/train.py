@@ -315,7 +315,8 @@ def _fill_reference(config: TrainConfig, prepared: Prepared) -> None:
         return
     cache = ReferenceCache(_reference_folder(config, prepared))
     try:
-        if missing_groups(groups, cache):
+        # One process on each machine: a check removes the folders that it made, which another may be about to write to.
+        if prepared.engine.accelerator.is_local_main_process and missing_groups(groups, cache):
             check_writable(cache.folder / "part.parquet")
         prepared.engine.fill_reference(groups, cache)
     except OSError as error:
