@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ncalign.data.formats.parsing import implicit_prompt
-from ncalign.data.groups import DataError, Group, ReadReport, convert, read_groups
+from ncalign.data.groups import DataError, Group, convert, read_groups
 
 WriteJsonl = Callable[..., Path]
 
@@ -207,33 +207,6 @@ def test_a_row_that_does_not_fit_its_schema(write_jsonl: WriteJsonl, row: dict[s
 def test_no_schema_matches(write_jsonl: WriteJsonl, row: dict[str, Any], schema: Any, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         list(read_groups(write_jsonl([row]), schema=schema))
-
-
-def test_neighbouring_unpaired_rows_with_one_prompt_are_one_group(write_jsonl: WriteJsonl) -> None:
-    rows = [
-        {"prompt": "p", "completion": "a", "label": True, "topic": "t", "rater": 1},
-        {"prompt": "p", "completion": "b", "label": "?"},
-        {"prompt": "p", "completion": "c", "label": False, "topic": "t", "rater": 2},
-        {"prompt": "q", "completion": "d", "label": False},
-        {"prompt": "p", "completion": "e", "label": True},
-    ]
-    report = ReadReport()
-    groups = list(read_groups(write_jsonl(rows), on_bad_row="skip", report=report))
-    assert [content(group) for group in groups] == [
-        ("p", [("a", 1.0), ("c", 0.0)]),
-        ("q", [("d", 0.0)]),
-        ("p", [("e", 1.0)]),
-    ]
-    assert [group.id for group in groups] == ["1", "4", "5"]
-    assert groups[0].metadata == {"topic": "t", "rater": [1, 2]}
-    assert (report.rows, report.groups, report.skipped) == (5, 3, 1)
-
-
-def test_a_repeated_id_counts_all_rows_of_its_group(write_jsonl: WriteJsonl) -> None:
-    rows = [{"id": "x", "prompt": prompt, "completion": "a", "label": True} for prompt in ("p", "q", "q")]
-    report = ReadReport()
-    assert [group.prompt for group in read_groups(write_jsonl(rows), on_bad_row="skip", report=report)] == ["p"]
-    assert (report.skipped, dict(report.reasons)) == (2, {"duplicate id": 2})
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])

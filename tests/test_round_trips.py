@@ -106,7 +106,7 @@ def test_pairs_keep_prompt_completions_and_both_rewards(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"pairs.{kind}"
         assert write_pairs(given_groups, path, target=target, seed=seed) == len(expected)
-        found = list(read_groups(path, schema="trl_preference"))
+        found = list(read_groups(path, schema="trl_preference", join_rows=False))
     pairs = [(g.prompt, *(c.completion for c in g.candidates), *(c.reward for c in g.candidates)) for g in found]
     assert pairs == expected
     assert all(better > worse for *_, better, worse in expected if better is not None and worse is not None)

@@ -16,7 +16,7 @@ import pytest
 from ncalign.cli.app import main
 from ncalign.core.errors import DataError
 from ncalign.data.groups import read_groups
-from ncalign.data.shards import convert_folder
+from ncalign.data.shards import Recipe, convert_folder
 
 
 def row(number: int, **more: Any) -> str:
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
 def test_the_shards_hold_what_the_folder_does(folder: Path, tmp_path: Path, kind: Any) -> None:
-    report = convert_folder(folder, tmp_path / "out", kind=kind)
+    report = convert_folder(folder, tmp_path / "out", Recipe(kind=kind))
     assert (report.rows, report.groups, report.skipped) == (15, 15, 0)
     files = sorted(path.name for path in (tmp_path / "out").glob(f"*.{kind}"))
     assert files == sorted(["deep--part-4." + kind, *(f"part-{k}.{kind}" for k in range(4))])
@@ -58,7 +58,7 @@ def test_only_what_has_changed_is_made_again(folder: Path, tmp_path: Path) -> No
         convert_folder(folder, out)
     assert {name for name, when in made(out).items() if when != before.get(name)} == set()
     (out / "part-2.jsonl").unlink()
-    report = convert_folder(folder, out, on_bad_row="skip")
+    report = convert_folder(folder, out, Recipe(on_bad_row="skip"))
     assert (report.rows, report.groups, report.skipped) == (14, 13, 1)
 
 
@@ -92,7 +92,7 @@ def test_ids_that_repeat_across_shards(folder: Path, tmp_path: Path) -> None:
 
 def test_pairs_and_shards_without_any(folder: Path, tmp_path: Path) -> None:
     (folder / "part-2.jsonl").write_text(json.dumps({"prompt": "p", "candidates": [{"completion": "a", "reward": 1}]}) + "\n")
-    convert_folder(folder, tmp_path / "out", target="best_vs_worst", kind="parquet")
+    convert_folder(folder, tmp_path / "out", Recipe(target="best_vs_worst", kind="parquet"))
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 4
     assert len(list(read_groups(tmp_path / "out", schema="trl_preference"))) == 12
 
@@ -100,10 +100,10 @@ def test_pairs_and_shards_without_any(folder: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_changes_makes_all_anew(folder: Path, tmp_path: Path) -> None:
     code = tmp_path / "mine.py"
     code.write_text("def read(row):\n    return row if row['prompt'] != 'Q0' else None\n")
-    report = convert_folder(folder, tmp_path / "out", adapter=f"{code}:read")
+    report = convert_folder(folder, tmp_path / "out", Recipe(adapter=f"{code}:read"))
     assert (report.rows, report.groups, report.reasons) == (15, 14, {"left out by the adapter": 1})
     code.write_text("def read(row):\n    return dict(row, prompt=row['prompt'] + '?')\n")
-    convert_folder(folder, tmp_path / "out", adapter=f"{code}:read")
+    convert_folder(folder, tmp_path / "out", Recipe(adapter=f"{code}:read"))
     assert all(group.prompt.endswith("?") for group in read_groups(tmp_path / "out"))
 
 

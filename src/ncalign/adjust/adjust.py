@@ -54,7 +54,7 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
     report, counts = ReadReport(), ScoreCounts()
     on_bad_row = config.on_bad_row
     fit = partial(fit_steps, seed=config.seed, on_bad_row=on_bad_row)
-    originals = partial(_originals, schema=config.schema_name, on_bad_row=on_bad_row)
+    originals = partial(_originals, schema=config.schema_name, on_bad_row=on_bad_row, join_rows=config.join_rows)
     indices: list[RewardIndex] = []
     with ExitStack() as stack:
         opened, notes = fit(before, partial(originals, config.input))
@@ -64,8 +64,8 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
                 indices.append(stack.enter_context(closing(RewardIndex(folder / f"{number}.sqlite", path))))
                 other = ReadReport()
                 indices[-1].fill(fit(before, partial(originals, path))[0](other))
-                if other.skipped:
-                    say(other.notice(path))
+                if notice := other.notice(path):
+                    say(notice)
             join = partial(_joined, indices, config.merge_with, config.merge_weights)
             opened = partial(_changed, opened, join, on_bad_row)
             notes.append(_merge_note(config.merge_with, config.merge_weights, (Path(path).name for path in config.merge)))
@@ -73,8 +73,8 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
         groups = _all_taken(opened(report), indices, config.input, on_bad_row)
         with Bar("Adjusting groups", None) as bar:
             write_groups(_counted(groups, config.input, report, counts, bar), config.output)
-        if report.skipped:
-            say(report.notice(config.input))
+        if notice := report.notice(config.input):
+            say(notice)
     return {
         "output": str(config.output),
         "steps": [*notes, *more],
@@ -109,9 +109,11 @@ def fit_steps(steps: Sequence[Step], opened: Opened, *, seed: int, on_bad_row: O
     return opened, notes
 
 
-def _originals(path: str, report: ReadReport, *, schema: SchemaChoice, on_bad_row: OnBadRow) -> Iterator[Group]:
+def _originals(
+    path: str, report: ReadReport, *, schema: SchemaChoice, on_bad_row: OnBadRow, join_rows: bool
+) -> Iterator[Group]:
     """The groups as they are in a file, each with a record of where its rewards came from."""
-    groups = read_groups(path, schema=schema, on_bad_row=on_bad_row, report=report)
+    groups = read_groups(path, schema=schema, on_bad_row=on_bad_row, report=report, join_rows=join_rows)
 
     def begun(group: Group) -> Group:
         steps = recorded_steps(group) or (rewards_origin(path, report.schema),)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ncalign.core.config import Frozen, Seed
-from ncalign.data.config import OnBadRow, SchemaChoice
+from ncalign.data.config import JoinRows, OnBadRow, SchemaChoice
 
 
 class AdjustConfig(Frozen):
@@ -38,6 +38,7 @@ class AdjustConfig(Frozen):
         0, description="Random seed of the sample from which quantile works, where there are more than 2**20 rewards."
     )
     on_bad_row: OnBadRow = "error"
+    join_rows: JoinRows = True
 
     @model_validator(mode="after")
     def _something_to_do(self) -> AdjustConfig:

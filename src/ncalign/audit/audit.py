@@ -93,12 +93,18 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     json_file, page = config.output_dir / "audit.json", config.output_dir / "audit.html"
     check_writable(json_file)
     report = ReadReport()
-    groups = read_groups(config.data, schema=config.schema_name, on_bad_row=config.on_bad_row, report=report)
+    groups = read_groups(
+        config.data,
+        schema=config.schema_name,
+        on_bad_row=config.on_bad_row,
+        report=report,
+        join_rows=config.join_rows,
+    )
     totals = _read(groups, config.sample, seed=config.seed)
     if not totals.groups:
         raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
-    if report.skipped:
-        say(report.notice(config.data))
+    if notice := report.notice(config.data):
+        say(notice)
     sample, measured = totals.sample, _measured(totals.sample)
     texts = [words(completion_text(candidate, group)) for group in sample for candidate in group.candidates]
     across = clusters_across(texts, [number for number, group in enumerate(sample) for _ in group.candidates])

@@ -131,7 +131,7 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
     )
     held_out = frozenset[int]() if config.against is None else _held_out_runs(config.against)
     report, account = ReadReport(), Account()
-    groups = read_groups(config.data, schema=config.schema_name, on_bad_row="skip", report=report)
+    groups = read_groups(config.data, schema=config.schema_name, on_bad_row="skip", report=report, join_rows=config.join_rows)
     examine = partial(_examine, encoder, marks_of(tokenizer), held_out)
     with ExitStack() as stack:
         seen = {name: stack.enter_context(closing(Seen())) for name in _ACROSS}
@@ -150,7 +150,7 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
         *_token_faults(account, max_length=config.encoding.max_length, positions=positions),
         *_content_faults(account, against=config.against),
     ]
-    facts = _facts(account, across, rows_skipped=report.skipped)
+    facts = {**_facts(account, across, rows_skipped=report.skipped), "notes": report.counted_notes()}
     return {**facts, "ready": not mend, "mend": mend, "text": _text(config.data, facts, mend, account, tokenizer)}
 
 
@@ -160,7 +160,8 @@ def _held_out_runs(path: str) -> frozenset[int]:
     Raises:
         ValueError: it can't be read, or is empty.
     """
-    texts = [prompt_words(group, user_only=True) for group in read_groups(path, on_bad_row="skip", allow_empty=True)]
+    groups = read_groups(path, on_bad_row="skip", allow_empty=True, join_rows=False)
+    texts = [prompt_words(group, user_only=True) for group in groups]
     if not texts:
         raise ValueError(f"against: {path} has no prompt")
     return frozenset(run for text in texts for run in _hashed_runs(text))
@@ -331,6 +332,7 @@ def _text(
         row = facts["tokens"][name]
         lines.append(f"  {label}: median {row['0.5']}, 90 % {row['0.9']}, 99 % {row['0.99']}, longest {row['1']}")
     lines += [f"  {name.replace('_', ' ')}: {facts[name]}" for name in _SHOWN_COUNTS]
+    lines += [f"  note: {note}" for note in facts["notes"]]
     lines.append(f"  BOS tokens of a candidate: {_counts(facts['bos_tokens'])}; end tokens: {_counts(facts['end_tokens'])}")
     for group in account.examples:
         lines += ["", f"Group {group.id!r}, scored tokens in [brackets]:", token_layout(group, tokenizer, most=_SHOWN_TOKENS)]

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ncalign.core.config import Flat, Frozen, Seed
-from ncalign.data.config import DataSource, OnBadRow, SchemaChoice
+from ncalign.data.config import DataSource, JoinRows, OnBadRow, SchemaChoice
 from ncalign.model.config import DType, EncodingConfig, StringPrompts
 
 
@@ -38,6 +38,7 @@ class AuditConfig(Frozen):
     dtype: DType = "float32"
     seed: Seed = Field(0, description="Random seed of the sample of groups.")
     on_bad_row: OnBadRow = "error"
+    join_rows: JoinRows = True
 
 
 class CheckConfig(Frozen):
@@ -47,5 +48,6 @@ class CheckConfig(Frozen):
     data: DataSource = Field(description="Groups to check: whatever `convert` reads.")
     model: str = Field(description="Model folder or hub id; only its tokenizer and configuration are read.")
     schema_name: SchemaChoice = "auto"
+    join_rows: JoinRows = True
     against: DataSource | None = Field(None, description="Evaluation set; its prompts must not be among these groups'.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the tokenizer.")

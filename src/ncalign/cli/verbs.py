@@ -92,7 +92,7 @@ def _online(config: OnlineConfig) -> Result:
 def _convert(config: ConvertConfig) -> Result:
     from ncalign.data.formats.sources import is_folder_name
     from ncalign.data.groups import convert
-    from ncalign.data.shards import convert_folder
+    from ncalign.data.shards import Recipe, convert_folder
 
     options: dict[str, Any] = {
         "schema": config.schema_name,
@@ -100,13 +100,14 @@ def _convert(config: ConvertConfig) -> Result:
         "target": config.target,
         "seed": config.seed,
         "on_bad_row": config.on_bad_row,
+        "join_rows": config.join_rows,
     }
     if is_folder_name(config.output):
-        report = convert_folder(config.input, config.output, kind=config.shards, **options)
+        report = convert_folder(config.input, config.output, Recipe(kind=config.shards, **options))
     else:
         report = convert(config.input, config.output, **options)
-    text = "\n".join([f"{config.output}: {report.summary()}", *(f"  {example}" for example in report.examples)])
-    return {"output": str(config.output), **asdict(report), "text": text}
+    lines = [f"{config.output}: {report.summary()}", *(f"  {line}" for line in (*report.examples, *report.counted_notes()))]
+    return {"output": str(config.output), **asdict(report), "text": "\n".join(lines)}
 
 
 def _demo(config: DemoConfig) -> Result:

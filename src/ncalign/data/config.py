@@ -14,6 +14,14 @@ OnBadRow = Annotated[
     Field(description="What to do with rows that can't be used: stop with the list of them, or leave them out and count them."),
 ]
 
+JoinRows = Annotated[
+    bool,
+    Field(
+        description="Join rows with the same prompt into one group, where the schema has one completion or one pair a row; "
+        "a completion that occurs in several rows gets the mean of its rewards."
+    ),
+]
+
 
 PublicSchema: TypeAlias = Literal[
     "auto",
@@ -66,3 +74,4 @@ class ConvertConfig(Frozen):
     target: Target = Field("ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them.")
     seed: Seed = Field(0, description="Random seed of the candidates drawn for best_vs_random.")
     on_bad_row: OnBadRow = "error"
+    join_rows: JoinRows = True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from ncalign.data.formats import (
     parquet,
     recognise,
     schemas,
-    trl,
 )
 from ncalign.data.formats.group import JSON, Candidate, Group, Message, Text
+from ncalign.data.formats.joined import JoinedRows, ReadRow, merge
 from ncalign.data.formats.pairs import write_pairs
-from ncalign.data.formats.parsing import Row
+from ncalign.data.formats.parsing import Row, tool_notes
 from ncalign.data.formats.seen import Seen
 from ncalign.data.formats.sources import Source, find_sources, kind_of
 
@@ -51,6 +51,21 @@ REWARD_STEPS = "reward_steps"
 """Key of a group's metadata that lists the steps that made its rewards."""
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What is done with rows as they are read.
+
+    Attributes:
+        on_bad_row: stop at a row that can't be used, or leave it out and count it.
+        allow_empty: whether prompts without candidates are groups too.
+        join_rows: whether rows with the same prompt are one group, in schemas whose rows are completions or pairs.
+    """
+
+    on_bad_row: OnBadRow = "error"
+    allow_empty: bool = False
+    join_rows: bool = True
+
+
 @dataclass
 class ReadReport:
     """Counts of what was read from a file.
@@ -59,10 +74,12 @@ class ReadReport:
         rows: Rows read, blank lines not counted.
         groups: Groups handed on.
         skipped: Rows left out.
-        joined: Rows that went into the group of the row before, as unpaired ones of one prompt do; ``rows`` is always
+        joined: Rows that went into the group of an earlier row with the same prompt; ``rows`` is always
             ``groups + skipped + joined`` of what was read.
+        joined_groups: Groups made of several rows.
         reasons: Rows left out, by kind of problem.
         examples: The whole messages of the first few.
+        notes: What was read otherwise than it is written, as a text without its number, and how often.
         schema: The schema of the row read last.
     """
 
@@ -70,8 +87,10 @@ class ReadReport:
     groups: int = 0
     skipped: int = 0
     joined: int = 0
+    joined_groups: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
     schema: SchemaName | None = None
 
     def skip(self, error: DataError, rows: int = 1) -> None:
@@ -83,10 +102,16 @@ class ReadReport:
     def add(self, other: ReadReport) -> None:
         """Add another file's counts."""
         self.rows, self.groups = self.rows + other.rows, self.groups + other.groups
-        self.joined += other.joined
+        self.joined, self.joined_groups = self.joined + other.joined, self.joined_groups + other.joined_groups
         for reason, rows in other.reasons.items():
             self.leave_out(reason, rows)
         self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
+        self.note(other.notes)
+
+    def note(self, notes: Mapping[str, int]) -> None:
+        """Count what was read otherwise than it is written."""
+        for text, number in notes.items():
+            self.notes[text] = self.notes.get(text, 0) + number
 
     def leave_out(self, reason: str, rows: int = 1) -> None:
         """Count rows left out."""
@@ -94,10 +119,17 @@ class ReadReport:
         self.reasons[reason] = self.reasons.get(reason, 0) + rows
 
     def notice(self, path: str | Path) -> str:
-        """Return what a user should know of the rows left out, with the first few; empty when there are none."""
-        if not self.skipped:
-            return ""
-        return "\n".join([f"note: {path}: {self.summary()}", *(f"  {example}" for example in self.examples)])
+        """Return what a user should know of rows left out, with the first few, and of those read otherwise; may be empty."""
+        left_out = [f"note: {path}: {self.summary()}", *(f"  {example}" for example in self.examples)]
+        return "\n".join([*(left_out if self.skipped else []), *(f"note: {path}: {text}" for text in self.counted_notes())])
+
+    def counted_notes(self) -> list[str]:
+        """Return the notes, each with its number."""
+        joined = (
+            f"{self.joined + self.joined_groups:,} rows joined into {self.joined_groups:,} groups by their prompt "
+            "(join_rows: false keeps them apart)"
+        )
+        return [*([joined] if self.joined else []), *(f"{number} {text}" for text, number in self.notes.items())]
 
     def summary(self) -> str:
         """Return one line of counts, and the reasons when rows were left out."""
@@ -116,6 +148,7 @@ def read_groups(
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
     allow_empty: bool = False,
+    join_rows: bool = True,
 ) -> Generator[Group, None, None]:
     """Read groups one by one, validating each; the whole file is never in memory.
 
@@ -127,9 +160,11 @@ def read_groups(
         on_bad_row: Stop at a row that can't be used, or leave it out and count it.
         report: Filled in while reading.
         allow_empty: Whether prompts without candidates are groups too.
+        join_rows: Whether rows with the same prompt are one group, in schemas whose rows are completions or pairs.
 
     Returns:
-        An iterator over the groups, in the file's order; the file is closed at its end, on an error, or by ``close()``.
+        An iterator over the groups, in the order in which their prompts come first; where rows are joined, it begins once
+        all are read. The file is closed at its end, on an error, or by ``close()``.
 
     Raises:
         ValueError: The file is not there or of no known kind; or, while iterating, a row that can't be used under
@@ -140,27 +175,39 @@ def read_groups(
     tried = schemas(schema, allow_empty) if adapter is None else (adapted(adapter),)
     sources = find_sources(path)
     found = report if report is not None else ReadReport()
-    return read_sources(sources, tried, on_bad_row=on_bad_row, report=found, allow_empty=allow_empty, many=len(sources) > 1)
+    return read_sources(sources, tried, Rules(on_bad_row, allow_empty, join_rows), report=found, many=len(sources) > 1)
 
 
 def read_sources(
     sources: Sequence[Source],
     tried: tuple[Schema, ...],
+    rules: Rules,
     *,
-    on_bad_row: OnBadRow,
     report: ReadReport,
-    allow_empty: bool = False,
     many: bool,
 ) -> Generator[Group, None, None]:
     """Read sources one after the other, as :func:`read_groups` does, in one of the schemas ``tried``.
 
     ``many``: these are some of several files, so that ids which rows lack begin with the file's name.
     """
-    with closing(Seen()) as seen:
-        reader = _Reader(tried, on_bad_row, report, allow_empty, seen)
+    with ExitStack() as stack:
+        reader = _Reader(tried, rules, report, stack)
         for source in sources:
             with closing(reader.groups(source, prefix=f"{source.name}:" if many else "")) as groups:
                 yield from groups
+        yield from reader.joined()
+
+
+def joins(source: Source, tried: tuple[Schema, ...]) -> bool:
+    """Whether a source's first usable row is of a schema whose rows are joined by their prompt."""
+    with closing(source.rows()) as rows:
+        for _, row in rows:
+            try:
+                if isinstance(row, dict):
+                    return recognise(row, tried).joins
+            except DataError:
+                continue  # such a row is told, or left out, when it is read
+    return False
 
 
 def write_groups(groups: Iterable[Group], path: str | Path) -> int:
@@ -247,6 +294,7 @@ def convert(
     target: Target = "ncalign",
     seed: int = 0,
     on_bad_row: OnBadRow = "error",
+    join_rows: bool = True,
 ) -> ReadReport:
     """Read any schema and write our own, or TRL's preference pairs.
 
@@ -258,8 +306,8 @@ def convert(
         OSError: The output can't be written.
     """
     report, sources = ReadReport(), find_sources(input)
-    tried = convertible(schema, adapter)
-    with closing(read_sources(sources, tried, on_bad_row=on_bad_row, report=report, many=len(sources) > 1)) as groups:
+    tried, rules = convertible(schema, adapter), Rules(on_bad_row, join_rows=join_rows)
+    with closing(read_sources(sources, tried, rules, report=report, many=len(sources) > 1)) as groups:
         checked = _at_least_one(groups, input, report)
         if target == "ncalign":
             write_groups(checked, output)
@@ -287,83 +335,83 @@ def _with_distinct_ids(groups: Iterable[Group]) -> Iterator[Group]:
 
 
 class _Reader:
-    """Rows → groups: the schema, the policy for bad rows, ids seen so far."""
+    """Rows → groups: the schema, the rules, ids seen so far, rows that wait for others with the same prompt."""
 
-    def __init__(
-        self, tried: tuple[Schema, ...], on_bad_row: OnBadRow, report: ReadReport, allow_empty: bool, seen: Seen
-    ) -> None:
-        self._tried = tried
-        self._on_bad_row = on_bad_row
-        self._report = report
-        self._allow_empty = allow_empty
-        self._seen = seen
+    def __init__(self, tried: tuple[Schema, ...], rules: Rules, report: ReadReport, stack: ExitStack) -> None:
+        self._tried, self._rules, self._report, self._stack = tried, rules, report, stack
+        self._seen = stack.enter_context(closing(Seen()))
+        self._waiting: JoinedRows | None = None
         self._schema: Schema | None = None
 
     def groups(self, source: Source, *, prefix: str) -> Generator[Group, None, None]:
-        """Yield a source's groups, and close the source with this generator; ids made of row numbers begin with ``prefix``."""
+        """Yield a source's groups, except for those of rows that may be joined with others, and close the source.
+
+        Ids made of row numbers begin with ``prefix``.
+        """
         self._source, self._prefix, self._schema = source, prefix, None
         with closing(source.rows()) as rows:
-            yield from self._groups(rows)
+            for number, row in rows:
+                self._report.rows += 1
+                read = self._read(number, row)
+                if read is not None:
+                    yield from self._used(read)
 
-    def _groups(self, rows: Iterable[tuple[int, Row | DataError]]) -> Iterator[Group]:
-        """Yield the groups that pass; neighbouring rows of one prompt are joined where the schema says so."""
-        pending: list[tuple[int, Group]] = []
-        for number, row in rows:
-            self._report.rows += 1
-            group = self._read(number, row)
-            if group is None:
-                continue
-            if self._schema is None or not self._schema.one_completion_a_row:
-                yield from self._checked([(number, group)])
-                continue
-            if pending and pending[0][1].prompt != group.prompt:
-                yield from self._checked(pending)
-                pending = []
-            pending.append((number, group))
-        if pending:
-            yield from self._checked(pending)
+    def joined(self) -> Iterator[Group]:
+        """Yield the groups of the rows that waited, each made of all rows with its prompt."""
+        if self._waiting is not None:
+            for rows in self._waiting.together():
+                yield from self._checked(rows, allow_empty=False)
 
-    def _read(self, number: int, row: Row | DataError) -> Group | None:
+    def _used(self, row: ReadRow) -> Iterator[Group]:
+        """Yield a row's group, or let it wait for others with the same prompt."""
+        assert self._schema is not None
+        if not (self._rules.join_rows and self._schema.joins):
+            yield from self._checked([row], allow_empty=self._schema is TRL_PROMPTS)
+            return
+        if self._waiting is None:
+            self._waiting = self._stack.enter_context(closing(JoinedRows()))
+        self._waiting.add(row)
+
+    def _read(self, number: int, row: Row | DataError) -> ReadRow | None:
+        where = f"{self._source.label}:{self._source.unit}{number}"
         try:
             if isinstance(row, DataError):
                 raise row
             if self._schema is None:
                 self._schema = recognise(row, self._tried)
                 self._report.schema = self._schema.name
-            return self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
+            group = self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
+            self._report.note(tool_notes(group.metadata))
         except LeftOut:
             self._report.leave_out("left out by the adapter")
             return None
         except DataError as error:
-            self._refuse(number, row.get("id") if isinstance(row, dict) else None, error)
+            self._refuse(where, row.get("id") if isinstance(row, dict) else None, error)
             return None
+        place = f"{self._source.unit or 'line '}{number}"
+        return ReadRow(where, f"{self._source.name}, {place}" if self._prefix else place, row.get("id") is not None, group)
 
-    def _checked(self, numbered: list[tuple[int, Group]]) -> Iterator[Group]:
+    def _checked(self, rows: list[ReadRow], *, allow_empty: bool) -> Iterator[Group]:
         """Yield the group that the rows make, unless it has no candidates or its id was used before."""
-        number = numbered[0][0]
-        group = trl.merge([group for _, group in numbered])
-        if not group.candidates and not self._allow_empty and self._schema is not TRL_PROMPTS:
+        group = merge(rows)
+        if not group.candidates and not self._rules.allow_empty and not allow_empty:
             error = DataError("candidates is empty: at least one completion is needed", reason="no candidates")
         else:
-            before = self._seen.add(group.id, self._place(number))
+            before = self._seen.add(group.id, rows[0].place)
             if before is None:
                 self._report.groups += 1
-                self._report.joined += len(numbered) - 1
+                self._report.joined += len(rows) - 1
+                self._report.joined_groups += len(rows) > 1
                 yield group
                 return
             error = DataError(f"the id was used before, at {before}: ids must differ", reason="duplicate id")
-        self._refuse(number, group.id, error, rows=len(numbered))
+        self._refuse(rows[0].where, group.id, error, rows=len(rows))
 
-    def _refuse(self, number: int, group_id: object, error: DataError, rows: int = 1) -> None:
-        where = f"{self._source.label}:{self._source.unit}{number}"
+    def _refuse(self, where: str, group_id: object, error: DataError, rows: int = 1) -> None:
         if isinstance(group_id, str) or (type(group_id) is int and group_id.bit_length() <= 64):
             where += f": group {group_id!r:.80}"
         located = error.within(where)
-        if self._on_bad_row == "skip":
+        if self._rules.on_bad_row == "skip":
             self._report.skip(located, rows)
             return
         raise DataError(f"{located}. Fix it, or leave such rows out with `on_bad_row: skip`", reason=error.reason) from error
-
-    def _place(self, number: int) -> str:
-        place = f"{self._source.unit or 'line '}{number}"
-        return f"{self._source.name}, {place}" if self._prefix else place

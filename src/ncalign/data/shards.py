@@ -1,7 +1,8 @@
 """A folder of shards converted into a folder of shards: several at once, and only those that are not finished yet.
 
 Beside the shards lies `.ncalign/`: for each finished one, what it was made from and how, the counts of its rows, and
-the digests of its ids, which show ids that repeat across shards.
+the digests of its ids, which show ids that repeat across shards. Where rows are joined by their prompt, a group may have
+rows of several shards: then one process reads them all, and one record tells what they all were made from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,31 @@ from ncalign.data.formats.group import Group
 from ncalign.data.formats.pairs import write_pairs
 from ncalign.data.formats.seen import Seen, digest
 from ncalign.data.formats.sources import Source, find_sources
-from ncalign.data.groups import ReadReport, convertible, read_groups, read_sources, write_groups
+from ncalign.data.groups import ReadReport, Rules, convertible, joins, read_groups, read_sources, write_groups
 
 _ACCOUNT = ".ncalign"
+_JOINED = ".joined.json"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a shard is made: the options of `convert_folder`, and a digest of the adapter's code."""
+    """How shards are made: the options of :func:`ncalign.data.groups.convert`, and the kind of the files."""
 
-    schema: SchemaName
-    adapter: str | None
-    target: Target
-    seed: int
-    on_bad_row: OnBadRow
-    kind: ShardKind
-    code: str
+    schema: SchemaName = "auto"
+    adapter: str | None = None
+    target: Target = "ncalign"
+    seed: int = 0
+    on_bad_row: OnBadRow = "error"
+    join_rows: bool = True
+    kind: ShardKind = "jsonl"
+
+    @property
+    def rules(self) -> Rules:
+        """How rows are read."""
+        return Rules(self.on_bad_row, join_rows=self.join_rows)
+
+
+DEFAULT = Recipe()
 
 
 @dataclass(frozen=True)
@@ -58,31 +68,28 @@ class Shard:
         path = Path(self.source.label)
         found = path.stat() if path.exists() else None
         size = None if found is None else [found.st_size, found.st_mtime_ns]
-        return {"source": self.source.label, "size": size, **asdict(recipe)}
+        return {"source": self.source.label, "size": size, **asdict(recipe), "code": code_digest(recipe.adapter)}
 
     def done(self, recipe: Recipe) -> ReadReport | None:
         """The counts of an earlier call with the same inputs; None where the file must be converted."""
-        try:
-            account = json.loads(self.account.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        account = _account(self.account)
         if account.get("made_from") != self.made_from(recipe) or not (self.output.exists() or account["written"] == 0):
             return None
         return ReadReport(**account["report"])
 
 
-def convert_folder(
-    input: str | Path,
-    output: Path,
-    *,
-    schema: SchemaName = "auto",
-    adapter: str | None = None,
-    target: Target = "ncalign",
-    seed: int = 0,
-    on_bad_row: OnBadRow = "error",
-    kind: ShardKind = "jsonl",
-) -> ReadReport:
+def _account(path: Path) -> dict[str, Any]:
+    """What an earlier call recorded; empty where it recorded nothing that can be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def convert_folder(input: str | Path, output: Path, recipe: Recipe = DEFAULT) -> ReadReport:
     """Convert each file of a folder into a file of another, in worker processes; what an earlier call finished is kept.
+
+    Where rows are joined by their prompt, a group lies in the file of its first row, and one process makes all files.
 
     Returns:
         The counts over all shards.
@@ -92,9 +99,21 @@ def convert_folder(
             input's folder, or holds files that this input does not make.
         OSError: the output can't be written.
     """
-    recipe = Recipe(schema, adapter, target, seed, on_bad_row, kind, code_digest(adapter))
     shards = _shards(input, output, recipe)
     check_writable(output / _ACCOUNT / "account")
+    tried = convertible(recipe.schema, recipe.adapter)
+    if recipe.join_rows and len(shards) > 1 and any(joins(shard.source, tried) for shard in shards):
+        total = _convert_together(shards, recipe, output / _ACCOUNT / _JOINED)
+    else:
+        (output / _ACCOUNT / _JOINED).unlink(missing_ok=True)
+        total = _convert_apart(shards, recipe)
+    if not total.groups:
+        raise DataError(f"{input}: no group to write: {total.summary()}" + "".join(f"\n  {e}" for e in total.examples))
+    return total
+
+
+def _convert_apart(shards: Sequence[Shard], recipe: Recipe) -> ReadReport:
+    """Convert the shards that are not finished yet, several at once."""
     reports = {k: found for k, shard in enumerate(shards) if (found := shard.done(recipe)) is not None}
     open_ = [(k, shard) for k, shard in enumerate(shards) if k not in reports]
     with Bar("Converting shards", len(shards), completed=len(reports)) as bar:
@@ -105,11 +124,41 @@ def convert_folder(
     total = ReadReport()
     for k in range(len(shards)):
         total.add(reports[k])
-    if not total.groups:
-        raise DataError(f"{input}: no group to write: {total.summary()}" + "".join(f"\n  {e}" for e in total.examples))
-    if target == "ncalign":
+    if recipe.target == "ncalign" and total.groups:
         _check_ids(shards)
     return total
+
+
+def _convert_together(shards: Sequence[Shard], recipe: Recipe, record: Path) -> ReadReport:
+    """Convert all shards in this process, as one stream of rows, unless an earlier call finished them."""
+    made_from, account = [shard.made_from(recipe) for shard in shards], _account(record)
+    if account.get("made_from") == made_from and all(Path(path).exists() for path in account["written"]):
+        return ReadReport(**account["report"])
+    for stale in (record, *(shard.account for shard in shards)):
+        stale.unlink(missing_ok=True)  # they tell of files that are replaced now
+    outputs, report, written = {shard.source.name: shard.output for shard in shards}, ReadReport(), []
+    sources, tried = [shard.source for shard in shards], convertible(recipe.schema, recipe.adapter)
+    with (
+        Bar("Converting shards", len(shards)) as bar,
+        closing(read_sources(sources, tried, recipe.rules, report=report, many=True)) as groups,
+    ):
+        for name, some in groupby(groups, key=lambda group: str(group.origin).rpartition(":")[0]):
+            if _write(some, outputs[name], recipe):
+                written.append(outputs[name])
+            bar.advance()
+    for output in set(outputs.values()).difference(written):
+        output.unlink(missing_ok=True)  # all its rows are in groups of other files, or none makes a pair
+    write_json_atomic({"made_from": made_from, "report": asdict(report), "written": [*map(str, written)]}, record)
+    return report
+
+
+def _write(groups: Iterable[Group], output: Path, recipe: Recipe) -> int:
+    """Write a shard's groups or pairs, and return how many."""
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
+        left.unlink()  # by a call that was killed
+    if recipe.target == "ncalign":
+        return write_groups(groups, output)
+    return write_pairs(groups, output, target=recipe.target, seed=recipe.seed, allow_none=True)
 
 
 def _shards(input: str | Path, output: Path, recipe: Recipe) -> list[Shard]:
@@ -138,15 +187,9 @@ def _convert_some(recipe: Recipe, numbered: Sequence[tuple[int, Shard]]) -> dict
 def _convert_one(recipe: Recipe, shard: Shard) -> ReadReport:
     """Write one file, then its record: if the process is killed between the two, the file is written again."""
     made_from, report, digests = shard.made_from(recipe), ReadReport(), bytearray()
-    for left in shard.output.parent.glob(f".{glob.escape(shard.output.name)}.*.tmp"):
-        left.unlink()  # by a call that was killed
     tried = convertible(recipe.schema, recipe.adapter)
-    with closing(read_sources([shard.source], tried, on_bad_row=recipe.on_bad_row, report=report, many=True)) as groups:
-        noted = _noting(groups, digests)
-        if recipe.target == "ncalign":
-            written = write_groups(noted, shard.output)
-        else:
-            written = write_pairs(noted, shard.output, target=recipe.target, seed=recipe.seed, allow_none=True)
+    with closing(read_sources([shard.source], tried, recipe.rules, report=report, many=True)) as groups:
+        written = _write(_noting(groups, digests), shard.output, recipe)
     if not written:
         shard.output.unlink()  # an empty file of some kinds can't be read
     with atomic_path(shard.account.with_suffix(".ids")) as temporary:

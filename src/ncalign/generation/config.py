@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from ncalign.core.config import Frozen, Seed
-from ncalign.data.config import OnBadRow
+from ncalign.data.config import JoinRows, OnBadRow
 from ncalign.model.config import DType, StringPrompts
 
 
@@ -47,6 +47,7 @@ class GenerateConfig(Frozen):
     dtype: DType = "float32"
     seed: Seed = Field(0, description="Random seed of the sampling.")
     on_bad_row: OnBadRow = "error"
+    join_rows: JoinRows = True
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
     @model_validator(mode="after")

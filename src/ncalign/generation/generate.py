@@ -98,11 +98,14 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
     """
     check_output(config.output)
     report = ReadReport()
-    prompts = list(read_groups(config.prompts, on_bad_row=config.on_bad_row, report=report, allow_empty=True))
+    groups_read = read_groups(
+        config.prompts, on_bad_row=config.on_bad_row, report=report, allow_empty=True, join_rows=config.join_rows
+    )
+    prompts = list(groups_read)
     if not prompts:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
-    if report.skipped:
-        say(report.notice(config.prompts))
+    if notice := report.notice(config.prompts):
+        say(notice)
     name, answers = config.model or "", None
     if config.server is not None:
         # What a server answered is kept until the output is written.

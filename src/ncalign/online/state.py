@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ncalign.core.progress import say
 from ncalign.core.seeds import seed_of
-from ncalign.data.groups import Group, read_groups
+from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.model.encoding import Encoder
 from ncalign.model.policy import Policy
 from ncalign.objectives import Method
@@ -112,7 +112,18 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
     """Prompts to train on and held-out ones; equal prompts fall on the same side."""
 
     def read(path: Path) -> list[Group]:
-        return list(read_groups(path, on_bad_row=config.training.on_bad_row, allow_empty=True))
+        report = ReadReport()
+        groups = read_groups(
+            path,
+            on_bad_row=config.training.on_bad_row,
+            report=report,
+            allow_empty=True,
+            join_rows=config.training.join_rows,
+        )
+        found = list(groups)
+        if notice := report.notice(path):
+            say(notice)
+        return found
 
     prompts = read(config.training.data)
     if not prompts:

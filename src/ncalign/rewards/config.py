@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from ncalign.core.config import Flat, Frozen
-from ncalign.data.config import OnBadRow
+from ncalign.data.config import JoinRows, OnBadRow
 from ncalign.generation.config import ServerConfig
 
 
@@ -73,3 +73,4 @@ class ScoreConfig(Frozen):
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a reward model.")
     on_bad_row: OnBadRow = "error"
+    join_rows: JoinRows = True

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 from ncalign.core.progress import Bar, say
@@ -92,12 +93,13 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     source = reward_source(config.rewards, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code)
     report, counts = ReadReport(), ScoreCounts()
     # Read once before: a row that can't be used is told before anything is paid for.
-    total = sum(1 for _ in read_groups(config.data, on_bad_row=config.on_bad_row, report=report))
+    read = partial(read_groups, config.data, on_bad_row=config.on_bad_row, join_rows=config.join_rows)
+    total = sum(1 for _ in read(report=report))
     if not total:
         raise ValueError(f"{config.data} has no group to score: {report.summary()}")
-    if report.skipped:
-        say(report.notice(config.data))
-    with Bar("Scoring groups", total) as bar, closing(read_groups(config.data, on_bad_row=config.on_bad_row)) as groups:
+    if notice := report.notice(config.data):
+        say(notice)
+    with Bar("Scoring groups", total) as bar, closing(read()) as groups:
         record = source_record(config.rewards)
         write_groups(_scored(groups, source, record, counts, bar), config.output)
     result: dict[str, object] = {

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ncalign.core.config import Flat, Frozen, Seed
-from ncalign.data.config import OnBadRow
+from ncalign.data.config import JoinRows, OnBadRow
 from ncalign.model.config import DType, EncodingConfig, LoRA
 from ncalign.objectives import MCPO, ObjectiveConfig
 
@@ -33,6 +33,7 @@ class TrainConfig(Frozen):
         None, description="Folder in which reference log-probs are kept; default: the user's cache folder."
     )
     on_bad_row: OnBadRow = "error"
+    join_rows: JoinRows = True
     dtype: DType = "float32"
     scoring_dtype: Literal["bfloat16"] | None = Field(
         None, description="Precision of the pass that scores candidates for the kernel; none: the training's."

@@ -33,7 +33,7 @@ class LoadedGroups:
         examples: the first group of each reason.
         unscored: candidates left out for want of a reward.
         reward_steps: groups used, counted by the steps that made their rewards.
-        notice: what a user should know of the groups left out, if any were.
+        notice: what a user should know of the rows joined and the groups left out, if any were.
     """
 
     groups: list[EncodedGroup] = field(default_factory=list)
@@ -55,7 +55,9 @@ class LoadedGroups:
         }
 
 
-def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str, shown: bool = True) -> LoadedGroups:
+def load_groups(
+    path: Path, encoder: Encoder, *, method: Method, on_bad_row: str, join_rows: bool = True, shown: bool = True
+) -> LoadedGroups:
     """Read and encode the groups of a file that the method can use.
 
     ``on_bad_row``: ``error`` raises where a group can't be used, once all have been read; ``skip`` leaves such groups out.
@@ -64,7 +66,7 @@ def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str
         ValueError: rows that can't be read, groups that can't be used (under ``error``), or none left to train on.
     """
     loaded, report = LoadedGroups(), ReadReport()
-    groups = read_groups(path, on_bad_row="skip" if on_bad_row == "skip" else "error", report=report)
+    groups = read_groups(path, on_bad_row="skip" if on_bad_row == "skip" else "error", report=report, join_rows=join_rows)
     with Bar(f"Encoding {path.name}", None, shown=shown) as bar:
         for outcomes, encoding in map_chunks(partial(_encode, encoder, method), groups, workers=num_workers()):
             encoder.report.add(encoding)
@@ -86,8 +88,8 @@ def load_groups(path: Path, encoder: Encoder, *, method: Method, on_bad_row: str
         raise ValueError(_complaint(path, loaded, method.name) + "\nMend them, or set on_bad_row: skip to leave them out")
     if not loaded.groups:
         raise ValueError(_complaint(path, loaded, method.name) + "\nNo group is left to train on")
-    if loaded.unusable:
-        loaded.notice = _complaint(path, loaded, method.name)
+    complaint = [_complaint(path, loaded, method.name)] if loaded.unusable else []
+    loaded.notice = "\n".join([*complaint, *(f"{path}: {note}" for note in report.counted_notes())])
     return loaded
 
 

@@ -152,7 +152,14 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
             read_groups(path).close()  # a missing file must be reported before the model is loaded
     _say(accelerator, f"Loading {config.model}")
     policy, encoder = open_policy(config)
-    load = partial(load_groups, encoder=encoder, method=method, on_bad_row=config.on_bad_row, shown=accelerator.is_main_process)
+    load = partial(
+        load_groups,
+        encoder=encoder,
+        method=method,
+        on_bad_row=config.on_bad_row,
+        join_rows=config.join_rows,
+        shown=accelerator.is_main_process,
+    )
     loaded = load(config.data)
     train, held_out = split_held_out(loaded.groups, fraction=config.eval_fraction, seed=config.seed)
     notices = [loaded.notice]

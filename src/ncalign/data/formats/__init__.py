@@ -47,7 +47,7 @@ class Schema:
         required: The columns a row must have, given the ones it has.
         known: The columns that are read, given the ones there are; others go to the metadata.
         parse: Row, default id and origin → group.
-        one_completion_a_row: Whether neighbouring rows with the same prompt are one group.
+        joins: Whether a row is one completion or one pair, so that several rows may belong to one prompt.
         recognises: What a row's values must be besides; others share these columns.
     """
 
@@ -55,7 +55,7 @@ class Schema:
     required: Columns
     known: Columns
     parse: Callable[[Row, str, str], Group]
-    one_completion_a_row: bool = False
+    joins: bool = False
     recognises: Callable[[Row], bool] = _any_row
 
     def read(self, row: Row, default_id: str, origin: str) -> Group:
@@ -73,14 +73,7 @@ def _preference_columns(columns: Iterable[str]) -> tuple[str, ...]:
 
 NATIVE = Schema("ncalign", lambda _: ("prompt", "candidates"), lambda _: native.COLUMNS, native.parse)
 PROMPTS = Schema("ncalign", lambda _: ("prompt",), lambda _: native.COLUMNS, native.parse)
-PREFERENCE = Schema("trl_preference", lambda _: ("chosen", "rejected"), _preference_columns, trl.parse_preference)
-UNPAIRED = Schema(
-    "trl_unpaired",
-    lambda _: ("prompt", "completion", "label"),
-    lambda _: trl.UNPAIRED_COLUMNS,
-    trl.parse_unpaired,
-    one_completion_a_row=True,
-)
+PREFERENCE = Schema("trl_preference", lambda _: ("chosen", "rejected"), _preference_columns, trl.parse_preference, joins=True)
 NCA = Schema("nca", nca.required_columns, nca.known_columns, nca.parse)
 
 
@@ -100,9 +93,11 @@ def _fixed(
     known: tuple[str, ...],
     parse: Callable[[Row, str, str], Group],
     recognises: Callable[[Row], bool] = _any_row,
+    *,
+    joins: bool = False,
 ) -> Schema:
     """A schema whose columns have fixed names."""
-    return Schema(name, lambda _: required, lambda _: known, parse, recognises=recognises)
+    return Schema(name, lambda _: required, lambda _: known, parse, joins, recognises)
 
 
 # Those with more columns, or told by their values, come before those whose columns they hold too.
@@ -126,13 +121,13 @@ PUBLIC = (
         ranked.parse_solutions,
         lambda row: bool(ranked.solution_columns(row)),
     ),
-    _fixed("sharegpt", others.SHAREGPT, others.SHAREGPT_KNOWN, others.parse_sharegpt, others.is_sharegpt),
-    _fixed("alpaca", others.ALPACA, others.ALPACA_KNOWN, others.parse_alpaca, lambda row: "prompt" not in row),
-    _fixed("nemo_aligner", others.NEMO_ALIGNER, others.NEMO_ALIGNER_KNOWN, others.parse_nemo_aligner),
+    _fixed("sharegpt", others.SHAREGPT, others.SHAREGPT_KNOWN, others.parse_sharegpt, others.is_sharegpt, joins=True),
+    _fixed("alpaca", others.ALPACA, others.ALPACA_KNOWN, others.parse_alpaca, lambda row: "prompt" not in row, joins=True),
+    _fixed("nemo_aligner", others.NEMO_ALIGNER, others.NEMO_ALIGNER_KNOWN, others.parse_nemo_aligner, joins=True),
     _fixed("alpaca_eval", others.ANNOTATION, others.ANNOTATION_KNOWN, others.parse_annotation),
-    _fixed("hh", ("chosen", "rejected"), transcripts.COLUMNS, transcripts.parse, transcripts.is_pair),
+    _fixed("hh", ("chosen", "rejected"), transcripts.COLUMNS, transcripts.parse, transcripts.is_pair, joins=True),
     PREFERENCE,
-    UNPAIRED,
+    _fixed("trl_unpaired", trl.UNPAIRED, trl.UNPAIRED_COLUMNS, trl.parse_unpaired, joins=True),
 )
 
 

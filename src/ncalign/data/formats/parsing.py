@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ncalign.core.errors import DataError, names, nearest, shown
 from ncalign.data.formats.group import MAX_INT_BITS, Candidate, Message, Text, check_text
 
 Row: TypeAlias = dict[str, Any]
+TOOLS = ("tools", "functions")
+"""Columns that describe what a model may call; they are carried along in the metadata."""
 
 
 def require_columns(row: Row, required: Collection[str], known: Collection[str], schema: str) -> None:
@@ -76,6 +78,12 @@ def _decoded(text: str) -> object:
             f"metadata is {shown(text)}: an object, or a string with a JSON object, is needed; rename the column",
             reason="wrong type",
         ) from None
+
+
+def tool_notes(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """What is to be said of a row with tools: nothing puts them into its prompt."""
+    present = [name for name in TOOLS if metadata.get(name)]
+    return {f"rows have `{name}`, kept in the metadata: prompts are made without them": 1 for name in present}
 
 
 def make_candidate(where: str, completion: Text, reward: float | None) -> Candidate:

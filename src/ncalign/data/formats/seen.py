@@ -30,13 +30,9 @@ class Seen:
 
     def __init__(self) -> None:
         # Cursors are made at each use: a generator that is closed late finalises nothing of a closed connection.
-        self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        for setting in (f"cache_size=-{_CACHE_KIB}", "journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE"):
-            self._connection.execute(f"PRAGMA {setting}")
-        self._connection.execute(
+        self._connection = temporary_database(
             "CREATE TABLE seen (digest BLOB PRIMARY KEY, place TEXT NOT NULL, number INTEGER NOT NULL) WITHOUT ROWID"
         )
-        self._connection.execute("BEGIN")
 
     def add(self, text: str, place: str = "") -> str | None:
         """Count a text; the place where it came first, or None where this is the first time."""
@@ -48,7 +44,7 @@ class Seen:
             found = self._connection.execute("SELECT place FROM seen WHERE digest = ?", (key,)).fetchone()
             self._connection.execute(_COUNT, (key, place, 1))
         except sqlite3.Error as error:
-            raise DataError(f"no room to keep account of what came before: {error}; free some, or set TMPDIR") from error
+            raise no_room(error) from error
         return None if found is None else str(found[0])
 
     def add_digests(self, digests: Iterable[tuple[bytes, str]]) -> None:
@@ -56,7 +52,7 @@ class Seen:
         try:
             self._connection.executemany(_COUNT, ((key, place, 1) for key, place in digests))
         except sqlite3.Error as error:
-            raise DataError(f"no room to keep account of what came before: {error}; free some, or set TMPDIR") from error
+            raise no_room(error) from error
 
     def count(self, text: str) -> int:
         """How often a text came."""
@@ -75,6 +71,22 @@ class Seen:
     def close(self) -> None:
         """Give the file back."""
         self._connection.close()
+
+
+def temporary_database(*tables: str) -> sqlite3.Connection:
+    """A database with these tables in a file without a name, in one transaction that never ends: it is gone when closed."""
+    connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    for setting in (f"cache_size=-{_CACHE_KIB}", "journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE"):
+        connection.execute(f"PRAGMA {setting}")
+    for table in tables:
+        connection.execute(table)
+    connection.execute("BEGIN")
+    return connection
+
+
+def no_room(error: sqlite3.Error) -> DataError:
+    """The error for a temporary database that can't be written."""
+    return DataError(f"no room to keep account of what came before: {error}; free some, or set TMPDIR")
 
 
 _COUNT = "INSERT INTO seen VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE SET number = number + excluded.number"

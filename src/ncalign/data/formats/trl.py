@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ncalign.core.errors import DataError, names, shown
@@ -11,7 +10,8 @@ from ncalign.data.formats.parsing import Row, implicit_prompt, make_candidate, r
 
 REWARD_COLUMNS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
 PREFERENCE_COLUMNS = ("id", "prompt", "chosen", "rejected", "metadata")
-UNPAIRED_COLUMNS = ("id", "prompt", "completion", "label", "metadata")
+UNPAIRED = ("prompt", "completion", "label")
+UNPAIRED_COLUMNS = ("id", *UNPAIRED, "metadata")
 
 
 def parse_preference(row: Row, default_id: str, origin: str) -> Group:
@@ -42,7 +42,7 @@ def _pair_rewards(row: Row) -> tuple[tuple[Any, Any], tuple[str, ...]]:
 
 
 def parse_unpaired(row: Row, default_id: str, origin: str) -> Group:
-    """Read one labelled completion: reward 1 when it is wanted, 0 when not; its columns describe a group of one."""
+    """Read one labelled completion: reward 1 when it is wanted, 0 when not; rows with the same prompt are joined later."""
     label = row["label"]
     if not isinstance(label, int) or label not in (0, 1):
         raise DataError(f"label is {shown(label)}: true or false is needed", reason="wrong type")
@@ -54,15 +54,3 @@ def parse_unpaired(row: Row, default_id: str, origin: str) -> Group:
         metadata=row_metadata(row, UNPAIRED_COLUMNS),
         origin=origin,
     )
-
-
-def merge(groups: list[Group]) -> Group:
-    """Join groups of one prompt: the first one's id; metadata that differ become a list with an entry per candidate."""
-    first = groups[0]
-    if len(groups) == 1:
-        return first
-    metadata: dict[str, Any] = {}
-    for key in dict.fromkeys(key for group in groups for key in group.metadata):
-        values = [group.metadata.get(key) for group in groups]
-        metadata[key] = values[0] if all(value == values[0] for value in values) else values
-    return replace(first, candidates=[candidate for group in groups for candidate in group.candidates], metadata=metadata)
