@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ncalign import __version__
-from ncalign.cli import settings
+from ncalign.cli import other_names, settings
 from ncalign.cli.flags import Arguments, parse
 from ncalign.cli.verbs import VERBS, Result, Verb
 from ncalign.core.errors import ConfigError
@@ -108,7 +108,9 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError([f"unknown flag '{first}' before the verb; write ncalign VERB [--FIELD VALUE ...]"])
     verb = next((verb for verb in VERBS if verb.name == first), None)
     if verb is None:
-        raise ConfigError([f"unknown verb '{first}'; {settings.hint(first, names)}"])
+        theirs = other_names.verbs().get(first)
+        advice = f"did you mean '{theirs}'?" if theirs else settings.hint(first, names)
+        raise ConfigError([f"unknown verb '{first}'; {advice}"])
     return _run(verb, arguments[1:])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, get_args, get_origin
 
@@ -185,6 +187,19 @@ def _spelt(argument: str, aliases: Mapping[str, str]) -> str:
     return f"--{_OPTIONS.get(name, name)}{equals}{value}"
 
 
+def _is_flag(argument: str) -> bool:
+    """Whether a word is a flag: ``-1`` and ``-.5`` are values."""
+    return argument.startswith("-") and argument != "--" and not re.match(r"-\.?\d", argument)
+
+
+def _unknown(rest: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Give each flag among words that no field has taken, with the values that follow it."""
+    for number, argument in enumerate(rest):
+        flag, equals, value = argument.partition("=")
+        if _is_flag(argument):
+            yield flag, [value] if equals else list(takewhile(lambda word: not _is_flag(word), rest[number + 1 :]))
+
+
 def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
     """Parse what follows the verb; unknown flags and stray words are kept as problems, to be reported with the others.
 
@@ -205,11 +220,13 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
     names = settings.field_names(model)
     options = [option for option in _OPTIONS.values() if option != "dry-run" or verb.plan is not None]
     problems, guessed = [], set()
-    for flag in (argument.partition("=")[0] for argument in rest if argument.startswith("-") and argument != "--"):
-        guess = settings.nearest(flag.lstrip("-"), [*names, *options])
+    for flag, value in _unknown(rest):
+        theirs = settings.other_name(flag.lstrip("-"), value, names, flag=True)
+        guess = theirs.field if theirs else settings.nearest(flag.lstrip("-"), [*names, *options])
+        advice = theirs.text if theirs else f"did you mean '--{guess}'?" if guess else "--help lists the flags"
         guessed.add(guess or "")
-        problems.append(f"unknown flag '{flag}'; " + (f"did you mean '--{guess}'?" if guess else "--help lists the flags"))
-    words = [argument for argument in rest if not argument.startswith("-")]
+        problems.append(f"unknown flag '{flag}'; {advice}")
+    words = [argument for argument in rest if not _is_flag(argument)]
     # A word after an unknown flag is most likely its value: no second complaint about it.
     if len(words) > len(verb.positional) and not problems:
         wrong = words[len(verb.positional)]

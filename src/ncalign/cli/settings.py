@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ncalign.cli import other_names
 from ncalign.core import errors
 from ncalign.core.config import fields
 from ncalign.core.errors import ConfigError
@@ -46,6 +47,7 @@ class Draft:
     values: dict[str, Any] = field(default_factory=dict)
     where: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = ()  # of all fields that there are, dotted
 
     def origin(self, key: Key) -> str:
         """Return the place of the key, or of the nearest section around it; empty when it was written nowhere."""
@@ -85,7 +87,7 @@ def load(model: type[Config], config_file: Path | None, flags: Mapping[str, str]
         'error'
     """
     draft = read_yaml(config_file) if config_file is not None else Draft()
-    known = fields(model)
+    known, draft.names = fields(model), tuple(field_names(model))
     draft.values |= {name: _opened(known[name], value) for name, value in draft.values.items() if name in known}
     _apply_flags(known, draft, flags)
     missed = set(guessed) | _read_values(model, draft, draft.values, ())
@@ -152,6 +154,22 @@ def field_names(model: type[BaseModel]) -> list[str]:
 def nearest(name: str, names: Collection[str]) -> str | None:
     """Return the known name that was probably meant: the same inside a section, or the one most alike."""
     return next((known for known in names if known.rpartition(".")[2] == name), None) or errors.nearest(name, names)
+
+
+def other_name(key: str, value: object, names: Collection[str], *, flag: bool) -> other_names.Answer | None:
+    """Say what a key of another trainer's configuration is here; in a section only what that section has.
+
+    Args:
+        key: dotted.
+        value: what was written for it.
+        names: dotted names of all fields.
+        flag: whether it was written as a flag.
+    """
+    section, _, name = key.rpartition(".")
+    text = ",".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
+    found = other_names.answer(name, text, names, flag=flag)
+    elsewhere = found is not None and section not in ("", found.field.partition(".")[0])
+    return None if elsewhere else found
 
 
 def hint(name: object, names: Collection[str]) -> str:
@@ -304,7 +322,7 @@ def _read_values(
     for name, value in list(values.items()):
         key, info = (*around, name), fields(model).get(name)
         if info is None:
-            guesses.add(_report_unknown(draft, key, model, choices))
+            guesses.add(_report_unknown(draft, key, value, model, choices))
             del values[name]
         elif isinstance(value, str):
             values[name] = _read_text(info, value)
@@ -312,7 +330,9 @@ def _read_values(
             chosen = _chosen(info, value)
             if chosen is None:
                 known = [model_name(model) for model in section_models(info)]
-                draft.problems.append(f"{draft.label(key)}: found {_shown(value['name'])}; {hint(value['name'], known)}")
+                theirs = other_names.method(str(value["name"]))
+                advice = theirs.text if theirs else hint(value["name"], known)
+                draft.problems.append(f"{draft.label(key)}: found {_shown(value['name'])}; {advice}")
                 del values[name]
                 continue
             if is_choice(info):
@@ -332,12 +352,16 @@ def _read_text(info: FieldInfo, text: str) -> object:
     return [] if inside.lower() in _NULLS else [item for item in items if item]
 
 
-def _report_unknown(draft: Draft, key: Key, model: type[BaseModel], choices: tuple[type[BaseModel], ...]) -> str:
+def _report_unknown(draft: Draft, key: Key, value: object, model: type[BaseModel], choices: tuple[type[BaseModel], ...]) -> str:
     """Add the problem of one unknown key and return the field it was taken for, or ''."""
     origin, around = draft.origin(key), "".join(f"{part}." for part in key[:-1])
     dashes = "--" if origin.startswith("--") else ""
     start = f"{'unknown flag' if dashes else f'{origin}: unknown key'} '{dashes}{around}{key[-1]}'"
     others = [model_name(choice) for choice in choices if key[-1] in fields(choice)]
+    theirs = None if others else other_name(".".join(key), value, draft.names, flag=bool(dashes))
+    if theirs is not None:
+        draft.problems.append(f"{start}; {theirs.text}")
+        return theirs.field
     guess = None if others else nearest(key[-1], field_names(model))
     if guess is not None:
         draft.problems.append(f"{start}; did you mean '{dashes}{around}{guess}'?")
