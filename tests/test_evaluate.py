@@ -221,13 +221,13 @@ def test_without_scikit_learn_the_numbers_that_need_it_are_named(tmp_path: Path,
     found = evaluate(tmp_path, judgements=[tmp_path / "annotations.json"])
     assert found["win_rates"]["new"]["win_rate"] == pytest.approx(50.0)
     assert found["length_controlled"] == {}
-    assert any(re.match(r"no length-controlled win rates: .* pip install 'ncalign\[eval\]'", line) for line in found["notes"])
+    assert any(re.match(r"no length-controlled win rates: .* pip install .*\[eval\]'", line) for line in found["notes"])
     row = {"uid": "q", "model": "new", "baseline": "old", "games": [{"score": "A>B"}, {"score": "A=B"}]}
     (tmp_path / "arena.jsonl").write_text(json.dumps(row) + "\n")
     found = evaluate(tmp_path, judgements=[tmp_path / "arena.jsonl"])
     assert "arena_hard" in found
     assert "strengths" not in found
-    assert any(re.match(r"strengths: .* pip install 'ncalign\[eval\]'", line) for line in found["notes"])
+    assert any(re.match(r"strengths: .* pip install .*\[eval\]'", line) for line in found["notes"])
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

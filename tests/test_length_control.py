@@ -102,7 +102,7 @@ def test_l1_fit_is_as_near_the_minimum_as_liblinear_stops(inverse_penalty: float
 
 def test_a_missing_scikit_learn_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(MissingPackageError, match=r"scikit-learn: pip install 'ncalign\[eval\]'"):
+    with pytest.raises(MissingPackageError, match=r"scikit-learn: pip install .*\[eval\]'"):
         length_controlled_win_rate(np.full(10, 0.5), np.arange(10), np.arange(10) * 2)
 
 

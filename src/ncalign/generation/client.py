@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, AliasPath, BaseModel, Field, TypeAdapter, ValidationError
 
+from ncalign.core.install import install_hint
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
 
@@ -125,7 +126,7 @@ class Server:
         try:
             import openai  # noqa: F401
         except ImportError:
-            raise ValueError("a server needs the package openai: pip install 'ncalign[server]'") from None
+            raise ValueError(f"a server needs the package openai: {install_hint('server')}") from None
         self.config, self.usage, self._store = config, Usage(), store
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         if config.api_key_env and not self._key:

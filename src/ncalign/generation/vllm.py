@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.core.install import install_hint
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.local import encode_prompts
@@ -39,7 +40,7 @@ class VLLMGenerator:
         try:
             import vllm
         except ImportError:
-            raise ValueError("generator: vllm needs the package vllm: pip install 'ncalign[vllm]'") from None
+            raise ValueError(f"generator: vllm needs the package vllm: {install_hint('vllm')}") from None
         adapters = {"enable_lora": True, "max_lora_rank": adapter_rank} if adapter_rank is not None else {}
         self._vllm = vllm
         # Log-probs of the model itself, before temperature and truncation.

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 
 from ncalign.core.progress import say
-from ncalign.core.seeds import seed_of
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.model.encoding import Encoder
 from ncalign.model.policy import Policy
@@ -25,6 +24,7 @@ from ncalign.rewards.base import RewardSource
 from ncalign.rewards.sources import reward_source
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
+from ncalign.training.data import held_out_places, prompt_digest
 from ncalign.training.engine import Engine
 from ncalign.training.run_folder import MetricsFile
 from ncalign.training.train import log_to_trackers, make_engine, open_policy
@@ -134,17 +134,11 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
         )
     if config.training.eval_data is not None:
         return prompts, read(config.training.eval_data)
-    held_out = [_held_out(group, config) for group in prompts]
-    train = [group for group, out in zip(prompts, held_out, strict=True) if not out]
-    if not train:
-        raise ValueError(
-            f"{config.training.data}: eval_fraction={config.training.eval_fraction} leaves no prompt to train on: lower it"
-        )
-    return train, [group for group, out in zip(prompts, held_out, strict=True) if out]
-
-
-def _held_out(group: Group, config: OnlineConfig) -> bool:
-    return seed_of(config.training.seed, "held out", repr(group.prompt)) < config.training.eval_fraction * 2**63
+    out = held_out_places(
+        [prompt_digest(group) for group in prompts], fraction=config.training.eval_fraction, seed=config.training.seed
+    )
+    train = [group for place, group in enumerate(prompts) if place not in out]
+    return train, [group for place, group in enumerate(prompts) if place in out]
 
 
 def last_position(run: Run) -> Position:

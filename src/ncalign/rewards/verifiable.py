@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from ncalign.core.install import install_hint
 from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
 
@@ -32,7 +33,7 @@ class ReasoningGymReward:
 
     def __init__(self) -> None:
         if importlib.util.find_spec("reasoning_gym") is None:
-            raise ValueError("reward 'reasoning_gym' needs the package reasoning-gym: pip install 'ncalign[demo]'")
+            raise ValueError(f"reward 'reasoning_gym' needs the package reasoning-gym: {install_hint('demo')}")
         self.num_refused = 0
         self._verifiers: dict[str, ScoreAnswer] = {}
 
@@ -86,7 +87,7 @@ class MathVerifyReward:
 
     def __init__(self) -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("reward 'math_verify' needs the package math-verify: pip install 'ncalign[math]'")
+            raise ValueError(f"reward 'math_verify' needs the package math-verify: {install_hint('math')}")
 
     def score(self, group: Group) -> list[float | None]:
         """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""

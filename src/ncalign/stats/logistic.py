@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from ncalign.core.errors import MissingPackageError
+from ncalign.core.install import install_hint
 
 Array = NDArray[np.float64]
 
@@ -41,7 +42,7 @@ def fit_logistic(
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise MissingPackageError("the fit needs the package scikit-learn: pip install 'ncalign[eval]'") from None
+        raise MissingPackageError(f"the fit needs the package scikit-learn: {install_hint('eval')}") from None
     if penalty == "l1":
         model = LogisticRegression(C=inverse_penalty, fit_intercept=False, solver="liblinear", random_state=seeds)
         # Before scikit-learn 1.8 the penalty had an argument of its own, of which later versions warn.

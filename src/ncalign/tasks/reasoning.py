@@ -17,6 +17,7 @@ import yaml
 
 from ncalign.core.atomic import write_json_atomic, write_text_atomic
 from ncalign.core.errors import nearest
+from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.base import SamplingParams
@@ -115,7 +116,7 @@ def run_tasks(
         ValueError: a task does not exist, its file is missing or wrong, or the model can't be loaded; nothing was run.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("evaluating on tasks needs the package lm-eval: pip install 'ncalign[eval]'")
+        raise ValueError(f"evaluating on tasks needs the package lm-eval: {install_hint('eval')}")
     wanted, backend = list(dict.fromkeys(tasks)), backend or Backend()
     arguments = backend_arguments(model, backend)
     identity = Store.key(model_identity(model), backend.name, backend.dtype, {k: str(v) for k, v in backend.arguments.items()})

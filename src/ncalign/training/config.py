@@ -22,7 +22,11 @@ class TrainConfig(Frozen):
     output_dir: Path = Field(description="Run folder: metrics.jsonl, config.yaml, checkpoints/, model/.")
     eval_data: Path | None = Field(None, description="Held-out groups to evaluate on.")
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Fraction of the training groups held out when there is no eval_data."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the training groups held out when there is no eval_data: the nearest whole number of groups, "
+        "and at least one; groups with the same prompt stay together.",
     )
     objective: ObjectiveConfig = Field(default_factory=MCPO, description="Training method, by its name.")
     lora: LoRA | None = Field(None, description="Train a LoRA adapter instead of all weights.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
@@ -16,7 +17,7 @@ import numpy as np
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
 from ncalign.data.groups import Group, ReadReport, read_groups, recorded_steps, rewards_origin
-from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, as_messages
 from ncalign.objectives import Method
 
 _MAX_WAYS = 20
@@ -28,6 +29,7 @@ class LoadedGroups:
 
     Attributes:
         groups: what training sees.
+        prompts: a digest of each group's prompt.
         num_read: groups in the file.
         unusable: groups left out, by reason.
         examples: the first group of each reason.
@@ -37,6 +39,7 @@ class LoadedGroups:
     """
 
     groups: list[EncodedGroup] = field(default_factory=list)
+    prompts: list[bytes] = field(default_factory=list)
     num_read: int = 0
     unusable: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -75,6 +78,7 @@ def load_groups(
                 loaded.unscored += outcome.unscored
                 if outcome.encoded is not None:
                     loaded.groups.append(outcome.encoded)
+                    loaded.prompts.append(outcome.prompt)
                     count_steps(loaded.reward_steps, outcome.steps or (rewards_origin(path, report.schema),))
                 else:
                     loaded.unusable[outcome.reason] += 1
@@ -99,6 +103,7 @@ class _Outcome(NamedTuple):
     id: str
     origin: str | None
     encoded: EncodedGroup | None
+    prompt: bytes
     reason: str = ""
     unscored: int = 0
     steps: tuple[str, ...] = ()
@@ -136,7 +141,9 @@ def _encode(encoder: Encoder, method: Method, groups: Sequence[Group]) -> tuple[
                 encoded = encoder.encode(scored)
             except DroppedGroupError as dropped:
                 reason = dropped.reason
-        outcomes.append(_Outcome(group.id, group.origin, encoded, reason or "", unscored, steps_of(group)))
+        outcomes.append(
+            _Outcome(group.id, group.origin, encoded, prompt_digest(group), reason or "", unscored, steps_of(group))
+        )
     return outcomes, encoder.report
 
 
@@ -174,16 +181,47 @@ def mismatched_groups(groups: Sequence[EncodedGroup], *, max_length: int) -> lis
     return mismatched
 
 
-def split_held_out(
-    groups: Sequence[EncodedGroup], *, fraction: float, seed: int
-) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
-    """Training and held-out groups; groups with the same prompt fall on the same side."""
+def prompt_digest(group: Group) -> bytes:
+    """Sixteen bytes that are the same for equal prompts, be they strings or a user's turn."""
+    return hashlib.blake2b(json.dumps(as_messages(group.prompt)).encode(), digest_size=16).digest()
 
-    def held_out(group: EncodedGroup) -> bool:
-        digest = hashlib.blake2b(group.prompt.tobytes(), digest_size=8, salt=seed.to_bytes(8, "big")).digest()
-        return int.from_bytes(digest, "big") < fraction * 2**64
 
-    return [group for group in groups if not held_out(group)], [group for group in groups if held_out(group)]
+def held_out_places(prompts: Sequence[bytes], *, fraction: float, seed: int) -> set[int]:
+    """Places of the groups to hold out: ``round(fraction * groups)`` of them, and at least one of a fraction above 0.
+
+    Groups with one prompt stay together, so that no evaluation asks what was trained on. Prompts are taken in an order that
+    their digests and the seed give, and those whose groups would be too many are passed over: the number is missed, by no more
+    than the groups of one prompt, only where no prompt is left that fits.
+
+    Args:
+        prompts: a digest of each group's prompt.
+        fraction: of the groups, in [0, 1).
+        seed: of the order.
+
+    Returns:
+        Places in ``prompts``: the same in every process and however often it is asked. None where all prompts are equal.
+
+    >>> prompts = [b"a", b"a", b"b", b"c", b"d"]
+    >>> len(held_out_places(prompts, fraction=0.4, seed=0)), held_out_places(prompts, fraction=0.0, seed=0)
+    (2, set())
+    """
+    groups: dict[bytes, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(place)
+    if not fraction or len(groups) < 2:
+        return set()
+    salt = seed.to_bytes(8, "big")
+    ordered = sorted(groups, key=lambda prompt: hashlib.blake2b(prompt, digest_size=16, salt=salt).digest())
+    # One prompt at least is left to train on.
+    wanted, most = max(1, round(fraction * len(prompts))), len(groups) - 1
+    chosen: list[bytes] = []
+    count = 0
+    for prompt in ordered:
+        if len(chosen) < most and count + len(groups[prompt]) <= wanted:
+            chosen.append(prompt)
+            count += len(groups[prompt])
+    smallest = min(ordered, key=lambda prompt: len(groups[prompt]))
+    return {place for prompt in chosen or [smallest] for place in groups[prompt]}
 
 
 def _complaint(path: Path, loaded: LoadedGroups, method: str) -> str:

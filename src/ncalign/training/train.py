@@ -38,7 +38,7 @@ from ncalign.objectives.targets import warn_if_degenerate
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from ncalign.training.config import TrainConfig
-from ncalign.training.data import LoadedGroups, listed_steps, load_groups, mismatched_groups, split_held_out
+from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, load_groups, mismatched_groups
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.loop import Intervals, Loop
@@ -161,16 +161,17 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
         shown=accelerator.is_main_process,
     )
     loaded = load(config.data)
-    train, held_out = split_held_out(loaded.groups, fraction=config.eval_fraction, seed=config.seed)
     notices = [loaded.notice]
     if config.eval_data is not None:
         evaluated = load(config.eval_data)
         notices.append(evaluated.notice)
         train, held_out = loaded.groups, evaluated.groups
-    if not train:
-        raise ValueError(f"{config.data}: eval_fraction={config.eval_fraction} leaves no group to train on: lower it")
+    else:
+        out = held_out_places(loaded.prompts, fraction=config.eval_fraction, seed=config.seed)
+        train = [group for place, group in enumerate(loaded.groups) if place not in out]
+        held_out = [group for place, group in enumerate(loaded.groups) if place in out]
     if config.eval_fraction and not held_out:
-        notices.append(f"eval_fraction={config.eval_fraction} of {len(train)} groups holds out none: raise it to evaluate")
+        notices.append(f"eval_fraction={config.eval_fraction} holds out no group: all {len(train)} have the same prompt")
     method, notice = fit_method(method, train)
     notices.append(notice)
     for notice in filter(None, (*notices, *encoder.report.notices())):

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from ncalign.core.errors import DataError
+from ncalign.core.install import install_hint
 from ncalign.data.formats import document, jsonl, parquet
 from ncalign.data.formats.parsing import Row
 
@@ -143,9 +144,7 @@ def _small(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 def _hub_rows(name: str) -> Rows:
     """Stream a dataset of the hub, or of its cache."""
     if importlib.util.find_spec("datasets") is None:
-        raise DataError(
-            f"{name}: no such file or folder; as a hub id it needs the package datasets: pip install 'ncalign[hub]'"
-        )
+        raise DataError(f"{name}: no such file or folder; as a hub id it needs the package datasets: {install_hint('hub')}")
     import datasets
 
     repository, _, split = name.partition(":")
