@@ -329,11 +329,15 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: None)
     assert [group.prompt for group in read_groups("owner/name:test_prefs")] == ["Q1"]
     assert [group.prompt for group in read_groups(Path("owner/name"))] == ["Q1"]
     assert asked == [("owner/name", "test_prefs", True), ("owner/name", "train", True)]
     with pytest.raises(DataError, match=r"as a hub id: Couldn't find no/such$"):
         list(read_groups("no/such"))
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"data 'no/such': there is no such folder .* as a hub id: .* HF_HUB_OFFLINE forbids"):
+        read_groups("no/such")
 
 
 def test_prompts_alone_are_converted_and_nothing_else_passes_for_them(tmp_path: Path) -> None:

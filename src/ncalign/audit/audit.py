@@ -30,6 +30,7 @@ from ncalign.audit.ranges import alpha_range, beta_range
 from ncalign.audit.semantic import Meaning, bertscore_f1, embedding_cosine, measure_meaning
 from ncalign.audit.texts import prompt_key, words
 from ncalign.core.atomic import check_writable, write_json_atomic
+from ncalign.core.hub import only_cached
 from ncalign.core.json import json_ready
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar, say
@@ -92,6 +93,8 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     """
     json_file, page = config.output_dir / "audit.json", config.output_dir / "audit.html"
     check_writable(json_file)
+    for name in filter(None, (config.model, config.reference_model)):
+        only_cached(name, what="model")
     report = ReadReport()
     groups = read_groups(
         config.data,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ncalign.audit.measures import ranked
+from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.data.groups import Group
@@ -64,6 +65,10 @@ def embedding_cosine(embedder: str) -> Score:
     with _optional("embedder", embedder, package="sentence-transformers"):
         from sentence_transformers import SentenceTransformer
 
+        # The library completes short names so.
+        only_cached(
+            embedder if "/" in embedder or Path(embedder).exists() else f"sentence-transformers/{embedder}", what="model"
+        )
         model = SentenceTransformer(embedder)
 
     def score(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -91,6 +96,7 @@ def bertscore_f1(name: str) -> Score:
         from bert_score import BERTScorer
         from transformers import AutoConfig
 
+        only_cached(model, what="model")
         layers = layers or int(AutoConfig.from_pretrained(Path(model) if Path(model).is_dir() else model).num_hidden_layers)
         scorer: Any = BERTScorer(model_type=model, num_layers=layers, batch_size=32)
 

@@ -11,6 +11,7 @@ import torch
 
 from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
+from ncalign.core.hub import only_cached
 from ncalign.core.store import Store
 from ncalign.judging.answer import answering_of, answers_of_model
 from ncalign.judging.answers import read_answers, write_answers
@@ -116,7 +117,7 @@ def _of_answers(config: EvaluateConfig) -> Results:
     """Answers of the models, compared with the baseline's or rated by themselves."""
     assert config.model is not None
     specs = [config.model, *config.against]
-    _check_paths(specs)
+    _check_models(specs, config.reward)
     models = _models(specs)
     questions = read_questions(config.set_name, file=config.set_file)
     if config.reference_answers is not None:
@@ -145,12 +146,16 @@ def _of_answers(config: EvaluateConfig) -> Results:
     return results
 
 
-def _check_paths(specs: Sequence[str]) -> None:
-    """Refuse files and folders that don't exist before the first model has answered; whether a hub id exists is seen later."""
+def _check_models(specs: Sequence[str], rewards: Sequence[str]) -> None:
+    """Refuse files, folders and hub ids that don't exist before the first model has answered."""
     for spec in specs:
         is_path = spec.endswith((".json", ".jsonl")) or spec.startswith(("/", ".", "~")) or spec.count("/") > 1
         if is_path and not Path(spec).exists():
             raise ValueError(f"{spec}: there is no such folder or file; relative paths start at {Path.cwd()}")
+        only_cached(spec, what="model")
+    for reward in rewards:
+        if reward.startswith("model:"):
+            only_cached(reward.removeprefix("model:"), what="reward model")
 
 
 def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Question]) -> Answers:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from ncalign.core.hub import only_cached
 from ncalign.core.store import Store
 from ncalign.model.config import LoRA
 
@@ -111,10 +112,16 @@ def load_model(model: str, *, dtype: torch.dtype, trust_remote_code: bool) -> Pr
         base, loading_dtype = adapter_base(model), torch.promote_types(dtype, torch.float32)
     elif folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"model {model!r} has no config.json: give a Hugging Face model folder, or a hub id")
+    from_cache = only_cached(base, what="model")
     try:
         with quiet_transformers(base):
             found: Any = AutoModelForCausalLM.from_pretrained(
-                base, dtype=loading_dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+                base,
+                dtype=loading_dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                local_files_only=from_cache,
             )
     # A size that does not fit is a RuntimeError; a damaged file is safetensors' own.
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -167,7 +174,7 @@ def adapter_base(folder: str) -> str:
 
 
 def _why_not_loaded(base: str, error: Exception) -> str:
-    """The library's reason, and the remedy for a folder, a name that is neither folder nor hub id, and a hub id."""
+    """The library's reason, and the remedy for a folder."""
     reason = _first_line(error).rstrip(".")
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged ({reason}): copy or download it again"
@@ -175,14 +182,15 @@ def _why_not_loaded(base: str, error: Exception) -> str:
         return "its weights do not have the sizes that its config.json asks for: they belong to different models"
     if Path(base).is_dir():
         return f"{reason} (a folder needs config.json and *.safetensors; pickled weights such as *.bin are not read)"
-    return f"there is no such folder (relative paths start at {Path.cwd()}), and as a hub id: {reason}"
+    return reason
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token (EOS where it has none of its own)."""
+    from_cache = only_cached(model, what="model")
     try:
         with quiet_transformers(model):
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=from_cache)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the tokenizer of {model!r} can't be loaded: {_first_line(error).rstrip('.: ')} (tokenizer.json and "

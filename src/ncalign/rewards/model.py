@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from ncalign.core.hub import only_cached
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
 from ncalign.model.encoding import as_messages
@@ -41,6 +42,7 @@ class ModelReward:
     ) -> None:
         self._batch_size, self._store = batch_size, store
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        from_cache = only_cached(model, what="reward model")
         try:
             with quiet_transformers(model):
                 loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -48,6 +50,7 @@ class ModelReward:
                     dtype=torch.bfloat16 if device == "cuda" else torch.float32,
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
+                    local_files_only=from_cache,
                 )
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().split("\n", 1)[0]

@@ -17,6 +17,7 @@ import yaml
 
 from ncalign.core.atomic import write_json_atomic, write_text_atomic
 from ncalign.core.errors import nearest
+from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.core.store import Store
@@ -118,6 +119,8 @@ def run_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f"evaluating on tasks needs the package lm-eval: {install_hint('eval')}")
     wanted, backend = list(dict.fromkeys(tasks)), backend or Backend()
+    if backend.name == "hf":
+        only_cached(model, what="model")
     arguments = backend_arguments(model, backend)
     identity = Store.key(model_identity(model), backend.name, backend.dtype, {k: str(v) for k, v in backend.arguments.items()})
     data = {task: Path(path) for task, path in (task_data or {}).items()}

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from ncalign.core.errors import DataError
+from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
 from ncalign.data.formats import document, jsonl, parquet
 from ncalign.data.formats.parsing import Row
@@ -74,6 +75,7 @@ def find_sources(given: str | Path) -> list[Source]:
         return _folder(path)
     name = str(given)
     if not path.exists() and not name.lower().endswith(_SUFFIXES) and _HUB_ID.fullmatch(name):
+        _check_hub(name)
         return [Source(name, name, "row ", partial(_hub_rows, name))]
     return [_file(path, path.name)]
 
@@ -141,10 +143,19 @@ def _small(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             yield batch.slice(start, parquet.BATCH_ROWS)
 
 
+def _check_hub(name: str) -> None:
+    """Raise where a data set of the hub can't be had, before a model is loaded for it."""
+    if importlib.util.find_spec("datasets") is None:
+        needed = f"as a hub id it needs the package datasets: {install_hint('hub')}"
+        raise DataError(f"{name}: no such file or folder; {needed}")
+    try:
+        only_cached(name.partition(":")[0], what="data", kind="dataset")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
 def _hub_rows(name: str) -> Rows:
     """Stream a dataset of the hub, or of its cache."""
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError(f"{name}: no such file or folder; as a hub id it needs the package datasets: {install_hint('hub')}")
     import datasets
 
     repository, _, split = name.partition(":")
