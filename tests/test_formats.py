@@ -87,6 +87,45 @@ ROWS: list[tuple[str, str, dict[str, Any], tuple[Any, list[tuple[Any, float | No
         {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 8, "score_rejected": 8},
         ("p", [("a", 8.0), ("b", 8.0)]),
     ),
+    (
+        "several rejected",
+        "trl_preference",
+        {"prompt": "p", "chosen": "a", "rejected": ["b", "c", "b"]},
+        ("p", [("a", 1.0), ("b", 0.0), ("c", 0.0), ("b", 0.0)]),
+    ),
+    (
+        "several of both, with rewards",
+        "trl_preference",
+        {"prompt": "p", "chosen": ["a"], "rejected": ["b", "c"], "chosen_reward": [3], "rejected_reward": [0.5, None]},
+        ("p", [("a", 3.0), ("b", 0.5), ("c", None)]),
+    ),
+    (
+        "one chosen and several rejected, with scores",
+        "trl_preference",
+        {"prompt": "p", "chosen": "a", "rejected": ["b", "c"], "score_chosen": 3.5, "score_rejected": [1.0, 2.0]},
+        ("p", [("a", 3.5), ("b", 1.0), ("c", 2.0)]),
+    ),
+    (
+        "several rejected conversations",
+        "trl_preference",
+        {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [[assistant("b")], [user("p"), assistant("c")]]},
+        ([user("p")], [([assistant("a")], 1.0), ([assistant("b")], 0.0), ([assistant("c")], 0.0)]),
+    ),
+    (
+        "implicit, several strings",
+        "trl_preference",
+        {"chosen": "Q: one two x", "rejected": ["Q: one two y", "Q: one three", "Q: one two"]},
+        ("Q: one", [(" two x", 1.0), (" two y", 0.0), (" three", 0.0), (" two", 0.0)]),
+    ),
+    (
+        "implicit, several conversations",
+        "trl_preference",
+        {
+            "chosen": [SYSTEM, user("p"), assistant("a")],
+            "rejected": [[SYSTEM, user("p"), assistant("a"), user("q")], [SYSTEM, user("p"), assistant("c")]],
+        },
+        ([SYSTEM, user("p")], [([assistant("a")], 1.0), ([assistant("a"), user("q")], 0.0), ([assistant("c")], 0.0)]),
+    ),
     ("wanted", "trl_unpaired", {"prompt": "p", "completion": "a", "label": True}, ("p", [("a", 1.0)])),
     ("unwanted", "trl_unpaired", {"prompt": "p", "completion": "a", "label": 0}, ("p", [("a", 0.0)])),
     (
@@ -150,8 +189,10 @@ def test_a_parquet_row_becomes_the_same_group(tmp_path: Path, row: Any, expected
 )
 def test_an_implicit_string_prompt_ends_with_a_word(chosen: str, rejected: str, prompt: str) -> None:
     cut = len(prompt)
-    assert implicit_prompt(chosen, rejected, ("chosen", "rejected")) == (prompt, chosen[cut:], rejected[cut:])
-    assert implicit_prompt(rejected, chosen, ("rejected", "chosen")) == (prompt, rejected[cut:], chosen[cut:])
+    assert implicit_prompt({"chosen": chosen, "rejected": rejected}) == (prompt, [chosen[cut:], rejected[cut:]])
+    assert implicit_prompt({"rejected": rejected, "chosen": chosen}) == (prompt, [rejected[cut:], chosen[cut:]])
+    texts = {"a": chosen, "b": rejected, "c": chosen + " and more", "d": rejected}
+    assert implicit_prompt(texts) == (prompt, [text[cut:] for text in texts.values()])
 
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
@@ -159,14 +200,35 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"chosen": "yes", "rejected": "yet"}, "share no beginning"),
     ({"chosen": "", "rejected": ""}, "share no beginning"),
     ({"chosen": [user("a")], "rejected": [user("b")]}, "share no beginning"),
-    ({"chosen": "a b", "rejected": [user("b")]}, "both must be strings or both conversations"),
-    ({"prompt": "p", "chosen": "a", "rejected": [assistant("b")]}, "must be all strings or all conversations"),
+    ({"chosen": "a b", "rejected": [user("b")]}, "all must be strings or all conversations"),
+    ({"prompt": "p", "chosen": "a", "rejected": [assistant("b")]}, "all must be strings or all conversations"),
     ({"prompt": "p", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}, "neither open with"),
     (
         {"prompt": [user("p")], "chosen": [user("p")], "rejected": [assistant("b")]},
         "chosen repeats the prompt and adds nothing",
     ),
     ({"prompt": "p", "chosen": None, "rejected": "b"}, "chosen is null"),
+    ({"prompt": "p", "chosen": "a", "rejected": []}, "rejected is an empty list: at least one completion is needed"),
+    ({"chosen": [], "rejected": ["b"]}, "chosen is an empty list: at least one completion is needed"),
+    ({"prompt": "p", "chosen": "a", "rejected": ["b", None]}, "rejected[1] is null"),
+    ({"prompt": "p", "chosen": "a", "rejected": ["b", 2]}, "rejected[1] is 2"),
+    ({"prompt": "p", "chosen": "a", "rejected": ["b", [assistant("c")]]}, "all must be strings or all conversations"),
+    ({"prompt": "p", "chosen": "a", "rejected": [[assistant("c")]]}, "all must be strings or all conversations"),
+    ({"chosen": "a b", "rejected": ["a c", [user("a")]]}, "all must be strings or all conversations"),
+    ({"prompt": "p", "chosen": "a", "rejected": ["b", [{"role": "assistant"}]]}, "rejected[1][0] lacks `content`"),
+    (
+        {"prompt": "p", "chosen": "a", "rejected": ["b", "c"], "chosen_reward": 1, "rejected_reward": [0]},
+        "rejected_reward has 1 rewards for 2 completions",
+    ),
+    (
+        {"prompt": "p", "chosen": "a", "rejected": ["b", "c"], "score_chosen": 1, "score_rejected": 0.5},
+        "score_rejected is 0.5 (a number): a list of 2 rewards",
+    ),
+    ({"prompt": "p", "chosen": "a", "rejected": ["b"], "score_chosen": [1], "score_rejected": [0]}, "chosen: reward is a list"),
+    (
+        {"prompt": "p", "chosen": "a", "rejected": ["b", "c"], "score_chosen": 1, "score_rejected": [0, "x"]},
+        "rejected[1]: reward is 'x'",
+    ),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_reward": 1.0}, "`chosen_reward` alone"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": "9", "score_rejected": 1}, "chosen: reward is '9'"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rewards": 1}, "did you mean `chosen_reward`?"),

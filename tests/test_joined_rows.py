@@ -54,6 +54,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "sharegpt": [
         {"conversations": [turn("human", p)], "chosen": turn("gpt", a), "rejected": turn("gpt", b)} for p, a, b in STRINGS
     ],
+    "openai": [
+        {"input": {"messages": [user(p)], "tools": []}, "preferred_output": answer(a), "non_preferred_output": answer(b)}
+        for p, a, b in STRINGS
+    ],
     "nemo_aligner": [{"prompt": p, "chosen_response": a, "rejected_response": b} for p, a, b in STRINGS],
 }
 

@@ -36,6 +36,25 @@ def peak_mib(words: list[str]) -> float:
     return int(done.stderr.split()[-1]) / 1024
 
 
+def write_pairs(path: Path, number: int) -> Path:
+    """Four pairs for each prompt, with those of all other prompts between them."""
+    with path.open("w") as file:
+        for k in range(number):
+            prompt = f"What is {k % (number // 4)}?"
+            file.write(
+                json.dumps({"prompt": prompt, "chosen": f"answer {k} " * 8, "rejected": f"no answer to {k} " * 8}) + "\n"
+            )
+    return path
+
+
+def test_many_rows_are_joined_in_no_more_memory_than_few(tmp_path: Path) -> None:
+    few, many = (
+        peak_mib(["convert", str(write_pairs(tmp_path / f"{number}.jsonl", number)), str(tmp_path / "out.jsonl")])
+        for number in (FEW, MANY)
+    )
+    assert many - few < ALLOWED_MIB, (few, many)
+
+
 @pytest.mark.parametrize("verb", ["convert", "convert to parquet", "check", "audit", "adjust", "score"])
 def test_many_groups_take_no_more_than_few(verb: str, tmp_path: Path, tiny_model_dir: Path) -> None:
     scorer = f"{tmp_path / 'rewards.py'}:length"

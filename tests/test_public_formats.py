@@ -131,6 +131,20 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
         },
         ([user("Q")], [(answer("a"), 1.0), (answer("b"), 0.0)]),
     ),
+    "openai": (
+        "openai",
+        {
+            "input": {"messages": [user("Q")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": answer("a"),
+            "non_preferred_output": answer("b"),
+        },
+        ([user("Q")], [(answer("a"), 1.0), (answer("b"), 0.0)]),
+    ),
+    "openai, a chat": (
+        "openai",
+        {"messages": [user("P"), *answer("p"), user("Q"), *answer("a")], "category": "c"},
+        ([user("P"), *answer("p"), user("Q")], [(answer("a"), None)]),
+    ),
     "alpaca_eval": (
         "alpaca_eval",
         {"instruction": "Q", "output_1": "a", "output_2": "b", "generator_1": "m1", "generator_2": "m2", "preference": 1.75},

@@ -40,6 +40,7 @@ PublicSchema: TypeAlias = Literal[
     "hh",
     "trl_preference",
     "trl_unpaired",
+    "openai",
     "trl_prompts",
 ]
 Target: TypeAlias = Literal["ncalign", "best_vs_random", "best_vs_worst", "all_pairs"]

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from ncalign.core.errors import DataError, names, nearest, shown
 from ncalign.core.user_code import load_named
 from ncalign.data.config import PublicSchema
-from ncalign.data.formats import native, nca, others, ranked, transcripts, trl
+from ncalign.data.formats import native, nca, openai, others, ranked, transcripts, trl
 from ncalign.data.formats.group import Group
 from ncalign.data.formats.parsing import Row, require_columns
 
@@ -29,6 +29,7 @@ REWARDS_OF: dict[SchemaName, str] = {
     "hh": "chosen 1, rejected 0",
     "trl_preference": "scores of the pair, or chosen 1, rejected 0",
     "trl_unpaired": "label",
+    "openai": "preferred 1, not preferred 0",
 }
 """What the rewards of a public schema are."""
 Columns: TypeAlias = Callable[[Iterable[str]], tuple[str, ...]]
@@ -128,6 +129,7 @@ PUBLIC = (
     _fixed("hh", ("chosen", "rejected"), transcripts.COLUMNS, transcripts.parse, transcripts.is_pair, joins=True),
     PREFERENCE,
     _fixed("trl_unpaired", trl.UNPAIRED, trl.UNPAIRED_COLUMNS, trl.parse_unpaired, joins=True),
+    Schema("openai", openai.required_columns, openai.known_columns, openai.parse, joins=True, recognises=openai.is_row),
 )
 
 

@@ -105,12 +105,10 @@ def separate_prompt(prompt: object, completions: dict[str, Any]) -> tuple[Text, 
     values: list[Text] = list(completions.values())
     if not isinstance(prompt, str | list):  # for the type checker; check_text has raised
         raise AssertionError
+    _check_kinds(completions)
     conversations = [value for value in values if isinstance(value, list)]
     if not conversations:
         return prompt, values
-    if len(conversations) < len(values):
-        kinds = ", ".join(f"`{key}` is {shown(value)}" for key, value in completions.items())
-        raise DataError(f"{kinds}: the completions of a row must be all strings or all conversations", reason="wrong type")
     turns = _opening_turns(prompt, conversations) if isinstance(prompt, str) else prompt
     if turns is None:
         return prompt, values
@@ -138,31 +136,36 @@ def _opening_turns(prompt: str, conversations: Sequence[list[Message]]) -> list[
     )
 
 
-def implicit_prompt(first: Text, second: Text, columns: tuple[str, str]) -> tuple[Text, Text, Text]:
-    """Split what two completions share at their start off as the prompt.
+def implicit_prompt(completions: Mapping[str, Any]) -> tuple[Text, list[Text]]:
+    """Split what all completions, given by their columns, share at their start off as the prompt.
 
     Conversations share leading messages, and each keeps at least its last. Strings share a prefix that ends at a word's
     end: white space before the first word that differs belongs to the completions, where tokenizers expect it.
     """
-    for column, value in zip(columns, (first, second), strict=True):
+    for column, value in completions.items():
         check_text(value, column)
-    if isinstance(first, str) and isinstance(second, str):
-        cut = _shared_words(first, second)
-        prompt: Text = first[:cut]
-    elif isinstance(first, list) and isinstance(second, list):
-        cut = min(len(shared_turns([first, second])), len(first) - 1, len(second) - 1)
-        prompt = first[:cut]
+    _check_kinds(completions)
+    values: list[Text] = list(completions.values())
+    texts = [value for value in values if isinstance(value, str)]
+    conversations = [value for value in values if isinstance(value, list)]
+    if texts:
+        cut = _shared_words(texts)
     else:
+        cut = min(len(shared_turns(conversations)), *(len(turns) - 1 for turns in conversations))
+    if not cut:
         raise DataError(
-            f"{columns[0]} is {shown(first)} but {columns[1]} is {shown(second)}: both must be strings or both conversations",
-            reason="wrong type",
-        )
-    if not prompt:
-        raise DataError(
-            f"{names(columns)} share no beginning that could be the prompt, and there is no `prompt` column: add one",
+            f"{names(completions)} share no beginning that could be the prompt, and there is no `prompt` column: add one",
             reason="prompt not found",
         )
-    return prompt, first[cut:], second[cut:]
+    return values[0][:cut], [value[cut:] for value in values]
+
+
+def _check_kinds(completions: Mapping[str, object]) -> None:
+    """Raise unless the completions of a row are all strings or all conversations."""
+    first = {isinstance(value, str): column for column, value in reversed(list(completions.items()))}
+    if len(first) == 2:
+        kinds = ", ".join(f"`{column}` is {shown(completions[column])}" for column in completions if column in first.values())
+        raise DataError(f"{kinds}: all must be strings or all conversations", reason="wrong type")
 
 
 def shared_turns(conversations: Sequence[list[Message]]) -> list[Message]:
@@ -175,13 +178,15 @@ def shared_turns(conversations: Sequence[list[Message]]) -> list[Message]:
     return lead
 
 
-def _shared_words(first: str, second: str) -> int:
-    """Length of the shared prefix, backed up to where a word ends and something is left of both strings."""
-    pairs = enumerate(zip(first, second, strict=False))
-    shared = next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))
-    if all(text[shared : shared + 1].isspace() for text in (first, second)):
+def _shared_words(texts: Sequence[str]) -> int:
+    """Length of the shared prefix, backed up to where a word ends and something is left of each string."""
+    # What the first and the last in alphabetical order share, all share.
+    first, last = min(texts), max(texts)
+    pairs = enumerate(zip(first, last, strict=False))
+    shared = next((index for index, (left, right) in pairs if left != right), min(len(first), len(last)))
+    if all(text[shared : shared + 1].isspace() for text in texts):
         return len(first[:shared].rstrip())
-    end = min(shared, len(first) - 1, len(second) - 1)
+    end = min(shared, *(len(text) - 1 for text in texts))
     while end > 0 and not first[end - 1].isspace():
         end -= 1
-    return len(first[:end].rstrip())
+    return len(first[: max(end, 0)].rstrip())

@@ -15,30 +15,69 @@ UNPAIRED_COLUMNS = ("id", *UNPAIRED, "metadata")
 
 
 def parse_preference(row: Row, default_id: str, origin: str) -> Group:
-    """Read a pair: rewards 1 and 0 unless columns give them; without a prompt, what both completions start with."""
+    """Read chosen and rejected completions, one of each or lists: rewards 1 and 0 unless columns give them.
+
+    Without a prompt, what all completions start with is the prompt.
+    """
+    rewards_of = _reward_columns(row)
+    completions: dict[str, Any] = {}
+    rewards: list[Any] = []
+    for column, reward in (("chosen", 1.0), ("rejected", 0.0)):
+        found = _completions(row[column], column)
+        completions |= found
+        given = _rewards(row, rewards_of[column], len(found), several=column not in found) if rewards_of else None
+        rewards += [reward] * len(found) if given is None else given
     if row.get("prompt") is None:
-        prompt, chosen, rejected = implicit_prompt(row["chosen"], row["rejected"], ("chosen", "rejected"))
+        prompt, texts = implicit_prompt(completions)
     else:
-        pair = {"chosen": row["chosen"], "rejected": row["rejected"]}
-        prompt, (chosen, rejected) = separate_prompt(row["prompt"], pair)
-    rewards, reward_columns = _pair_rewards(row)
+        prompt, texts = separate_prompt(row["prompt"], completions)
     return Group(
         id=row_id(row, default_id),
         prompt=prompt,
-        candidates=[make_candidate("chosen", chosen, rewards[0]), make_candidate("rejected", rejected, rewards[1])],
-        metadata=row_metadata(row, (*PREFERENCE_COLUMNS, *reward_columns)),
+        candidates=[
+            make_candidate(where, text, reward) for where, text, reward in zip(completions, texts, rewards, strict=True)
+        ],
+        metadata=row_metadata(row, (*PREFERENCE_COLUMNS, *rewards_of.values())),
         origin=origin,
     )
 
 
-def _pair_rewards(row: Row) -> tuple[tuple[Any, Any], tuple[str, ...]]:
+def _completions(value: Any, column: str) -> dict[str, Any]:
+    """A column's completions by their places: itself, or the elements of a list of strings or of conversations."""
+    if value == []:
+        raise DataError(f"{column} is an empty list: at least one completion is needed", reason="no candidates")
+    if not isinstance(value, list) or not any(isinstance(one, str | list) for one in value):
+        return {column: value}
+    return {f"{column}[{index}]": one for index, one in enumerate(value)}
+
+
+def _reward_columns(row: Row) -> dict[str, str]:
+    """The columns with the rewards of the chosen and the rejected completions; none where the row has none."""
     for pair in REWARD_COLUMNS:
         present = [column for column in pair if column in row]
         if len(present) == 2:
-            return (row[pair[0]], row[pair[1]]), pair
+            return dict(zip(("chosen", "rejected"), pair, strict=True))
         if present:
             raise DataError(f"the row has `{present[0]}` alone: {names(pair)} are needed together", reason="missing key")
-    return (1.0, 0.0), ()
+    return {}
+
+
+def _rewards(row: Row, column: str, number: int, *, several: bool) -> list[Any]:
+    """The rewards of a column's completions, one each."""
+    value = row[column]
+    if not several:
+        return [value]
+    if value is None:
+        return [None] * number
+    if not isinstance(value, list):
+        raise DataError(
+            f"{column} is {shown(value)}: a list of {number} rewards, one for each completion, is needed", reason="wrong type"
+        )
+    if len(value) != number:
+        raise DataError(
+            f"{column} has {len(value)} rewards for {number} completions: one each is needed", reason="wrong length"
+        )
+    return value
 
 
 def parse_unpaired(row: Row, default_id: str, origin: str) -> Group:
