@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ncalign.model import precision
 
 Row = Mapping[str, Any]
 
@@ -122,6 +124,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pre
     build_model(tiny_tokenizer).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def machine_without_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`dtype: auto` is float32 in this process, whatever the machine: numbers and bits don't depend on where tests run."""
+    precision.fast_precision.cache_clear()
+    precision.announce.cache_clear()
+    monkeypatch.setattr(precision, "product_seconds", {torch.float32: 1.0, torch.bfloat16: 4.0}.__getitem__)
+    yield
+    precision.fast_precision.cache_clear()
+    precision.announce.cache_clear()
 
 
 @pytest.fixture

@@ -83,6 +83,8 @@ def settings(folder: Path, model: Path, name: str, **changes: Any) -> dict[str, 
         "eval_fraction": 0.2,
         "chunk_size": 3,
         "save_steps": 1,
+        "dtype": "float32",
+        "scoring_dtype": "float32",
         "report_to": (),
     }
     return {**fields, **changes}

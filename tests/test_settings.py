@@ -188,7 +188,7 @@ def test_wrong_type_and_range(write) -> None:
     assert problems(None, {"lora.r": "0"}, needed=True) == ("--lora.r: found '0'; must be greater than or equal to 1",)
     (problem,) = problems(write("dtype: bfloat61\n"))
     assert problem == (
-        "run.yaml:4: dtype: found 'bfloat61'; must be 'float32', 'bfloat16' or 'float64'; did you mean 'bfloat16'?"
+        "run.yaml:4: dtype: found 'bfloat61'; must be 'auto', 'float32', 'bfloat16' or 'float64'; did you mean 'bfloat16'?"
     )
     (problem,) = problems(write("lora: 16\n"))
     assert problem == "run.yaml:4: lora: found '16'; must be true, false or a section with fields of its own"

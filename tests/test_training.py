@@ -61,9 +61,10 @@ def config(tmp_path: Path, tiny_model_dir: Path, groups_file: Path) -> Config:
             "cache_dir": tmp_path / "cache",
             "learning_rate": 1e-4,
             "per_device_train_batch_size": 4,
+            "dtype": "float32",
             "report_to": (),
-        }
-        return TrainConfig.model_validate(values | fields)
+        } | fields
+        return TrainConfig.model_validate({"scoring_dtype": values["dtype"]} | values)
 
     return make
 

@@ -37,6 +37,7 @@ from ncalign.core.progress import Bar, say
 from ncalign.data.formats.seen import Seen
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.model.encoding import completion_text
+from ncalign.model.precision import resolve_dtype
 
 _MOST_SOURCES = 50
 
@@ -119,13 +120,14 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     to_best = {"words": [[one.edit for one in group.likeness] for group in measured]}
     to_best |= {name: meaning.to_best for name, meaning in meanings.items()}
     tables = _tables(measured, to_best, across)
-    if config.model is not None:
+    dtype = resolve_dtype(config.dtype) if config.model is not None else None
+    if config.model is not None and dtype is not None:
         scores = kernel_scores(
             sample,
             measured,
             model=config.model,
             reference_model=config.reference_model,
-            dtype=config.dtype,
+            dtype=dtype,
             max_length=config.max_length,
             string_prompts=config.string_prompts,
         )
@@ -143,6 +145,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         "sources": dict(totals.sources.most_common(_MOST_SOURCES)),
         "rows_skipped": report.skipped,
         "sampled": len(sample),
+        **({} if dtype is None else {"dtype": dtype}),
     }
     write_json_atomic(result, json_file)
     write_page(page, result, measured, sample)

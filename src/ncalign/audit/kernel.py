@@ -18,9 +18,9 @@ from ncalign.audit.ranges import BETAS, padded, sample_sizes
 from ncalign.core.progress import Bar
 from ncalign.data.groups import Group
 from ncalign.model.batching import collate, split_by_tokens
-from ncalign.model.config import DType, StringPrompts
+from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
-from ncalign.model.logprobs import completion_logprobs
+from ncalign.model.logprobs import LogprobModel
 from ncalign.model.policy import load_policy
 from ncalign.objectives.kernels import effective_sample_size
 from ncalign.objectives.targets import target_weights
@@ -162,7 +162,7 @@ def kernel_scores(
     *,
     model: str,
     reference_model: str | None,
-    dtype: DType,
+    dtype: Precision,
     max_length: int,
     string_prompts: StringPrompts,
 ) -> dict[int, list[float]]:
@@ -184,12 +184,14 @@ def kernel_scores(
 
 @torch.no_grad()
 def _logprobs(
-    groups: Mapping[int, Group], model: str, *, dtype: DType, max_length: int, string_prompts: StringPrompts
+    groups: Mapping[int, Group], model: str, *, dtype: Precision, max_length: int, string_prompts: StringPrompts
 ) -> dict[int, list[float]]:
     """Log-probs of each group's candidates."""
     policy = load_policy(model, dtype=dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.nn.Module.to(policy.model, device).eval()
+    # In bfloat16 the weights of a model without an adapter stay float32, and the computation is rounded.
+    autocast = torch.bfloat16 if dtype == "bfloat16" else None
+    scorer = LogprobModel(torch.nn.Module.to(policy.model, device).eval(), autocast=autocast)
     encoder = Encoder(policy.tokenizer, max_length=max_length, string_prompts=string_prompts)
     encoded: list[tuple[int, EncodedGroup]] = []
     for number, group in groups.items():
@@ -202,7 +204,7 @@ def _logprobs(
     with Bar("Log-probs", len(encoded)) as bar:
         for part in split_by_tokens(sizes, max_groups=8, max_tokens=4096, padded=True):
             batch = collate([encoded[i][1] for i in part], pad_token_id=int(policy.tokenizer.pad_token_id)).to(device)
-            values = completion_logprobs(policy.model, batch).double().cpu()
+            values = scorer(batch).double().cpu()
             for row, i in enumerate(part):
                 found[encoded[i][0]] = values[row, : len(encoded[i][1].completions)].tolist()
             bar.advance(len(part))

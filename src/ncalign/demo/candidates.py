@@ -13,6 +13,7 @@ from ncalign.demo.tasks import make_prompts
 from ncalign.generation.base import SamplingParams
 from ncalign.generation.generate import sample_groups
 from ncalign.generation.local import TransformersGenerator, load_for_generation
+from ncalign.model.precision import resolve_dtype
 from ncalign.rewards.config import RewardConfig
 from ncalign.rewards.score import score_groups
 from ncalign.rewards.sources import source_record
@@ -60,7 +61,7 @@ def make_candidates(model: str | Path, output: str | Path, seed: int) -> None:
 
 def sample_and_score(model: str, prompts: Sequence[Group], num_samples: int, params: SamplingParams, seed: int) -> list[Group]:
     """The prompts with a model's completions, scored by the tasks' verifiers; empty completions are left out."""
-    loaded, tokenizer = load_for_generation(model, dtype="bfloat16", trust_remote_code=False)
+    loaded, tokenizer = load_for_generation(model, dtype=resolve_dtype("auto"), trust_remote_code=False)
     generator = TransformersGenerator(loaded, tokenizer, batch_size=GENERATION_BATCH)
     # Of the model's path only the name is recorded: a path of this machine means nothing on another.
     source = Path(model).name

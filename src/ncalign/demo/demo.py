@@ -42,7 +42,6 @@ OBJECTIVES: Mapping[str, ObjectiveConfig] = {
 }
 SETTINGS: Mapping[str, Any] = {
     "lora": LoRA(r=16, alpha=32),
-    "dtype": "bfloat16",
     "learning_rate": 2e-4,
     "per_device_train_batch_size": 8,
 }

@@ -13,6 +13,7 @@ from ncalign.generation.base import Completion, Generator, PromptError, Sampling
 from ncalign.generation.config import GenerateConfig
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
+from ncalign.model.precision import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
     """Sample candidates for the prompts of a file and write them as groups.
 
     Returns:
-        ``output``, counts of groups, candidates, empty, missing, unfinished and tokens, ``tokens_per_second``.
+        ``output``, counts of groups, candidates, empty, missing, unfinished and tokens, ``tokens_per_second``; of a local
+        model ``dtype``, its precision.
 
     Raises:
         ValueError: the prompts can't be read, the model can't be loaded or a prompt doesn't fit it; nothing is written.
@@ -106,13 +108,14 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
     if notice := report.notice(config.prompts):
         say(notice)
-    name, answers = config.model or "", None
+    name, answers, dtype = config.model or "", None, None
     if config.server is not None:
         # What a server answered is kept until the output is written.
         name, answers = config.server.model, Store(config.output.with_name(f".{config.output.name}.answers"))
         generator: Generator = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
     else:
-        model, tokenizer = load_for_generation(name, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        dtype = resolve_dtype(config.dtype)
+        model, tokenizer = load_for_generation(name, dtype=dtype, trust_remote_code=config.trust_remote_code)
         generator = TransformersGenerator(model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     groups, counts = sample_groups(
@@ -129,4 +132,5 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         **asdict(counts),
         "groups": len(answered),
         "rows_skipped": report.skipped,
+        **({} if dtype is None else {"dtype": dtype}),
     }

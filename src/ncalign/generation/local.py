@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from ncalign.core.progress import Bar
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, SamplingParams
-from ncalign.model.config import DType
+from ncalign.model.config import Precision
 from ncalign.model.encoding import render_prompt
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer
 
@@ -165,7 +165,7 @@ class TransformersGenerator:
 
 
 def load_for_generation(
-    model: str, *, dtype: DType, trust_remote_code: bool
+    model: str, *, dtype: Precision, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model folder's or hub id's model, on the GPU where there is one, and its tokenizer."""
     loaded = load_model(model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)

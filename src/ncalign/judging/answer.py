@@ -24,8 +24,9 @@ from ncalign.judging.answers import check_form, write_answers
 from ncalign.judging.config import AnswerConfig, EvaluateConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
-from ncalign.model.config import DType
+from ncalign.model.config import Precision
 from ncalign.model.policy import adapter_base, load_tokenizer, model_identity, weights_fingerprint
+from ncalign.model.precision import resolve_dtype
 from ncalign.report.tables import model_name
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -41,7 +42,7 @@ class Answering:
         temperature: of all; None for MT-Bench's by category, and greedy elsewhere.
         seed: of the sampling.
         batch_size: answers that a transformers model samples at a time.
-        dtype: of a model in this process.
+        dtype: of a transformers model in this process; None where there is none.
         vllm: whether vLLM samples, in this process.
         trust_remote_code: run code that comes with a model.
     """
@@ -50,15 +51,15 @@ class Answering:
     temperature: float | None = None
     seed: int = 0
     batch_size: int = 32
-    dtype: DType = "float32"
+    dtype: Precision | None = "float32"
     vllm: bool = False
     trust_remote_code: bool = False
 
 
-def answering_of(config: AnswerConfig | EvaluateConfig, max_new_tokens: int) -> Answering:
-    """How a verb's configuration has models answer."""
-    names = [field.name for field in fields(Answering) if field.name != "max_new_tokens"]
-    return Answering(max_new_tokens, **{name: getattr(config, name) for name in names})
+def answering_of(config: AnswerConfig | EvaluateConfig, max_new_tokens: int, dtype: Precision | None) -> Answering:
+    """How a verb's configuration has models answer, in the precision that its ``dtype`` came to."""
+    names = [field.name for field in fields(Answering) if field.name not in ("max_new_tokens", "dtype")]
+    return Answering(max_new_tokens, dtype=dtype, **{name: getattr(config, name) for name in names})
 
 
 def answers_of_model(
@@ -85,6 +86,7 @@ def _generator(model: str | ServerConfig, answering: Answering, store: Store) ->
     trusted = answering.trust_remote_code
     if answering.vllm:
         return _in_vllm(model, load_tokenizer(model, trust_remote_code=trusted)), Store.key("vllm", model_identity(model))
+    assert answering.dtype is not None
     loaded, tokenizer = load_for_generation(model, dtype=answering.dtype, trust_remote_code=trusted)
     # What is asked depends on the chat template too.
     identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "")
@@ -189,11 +191,14 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     assert model is not None
     name = config.name or model_name(model if isinstance(model, str) else model.model)
     store = Store((config.cache_dir or cache_folder()) / "answers.sqlite")
-    answers = answers_of_model(model, questions, answering_of(config, config.max_new_tokens), name=name, store=store)
+    dtype = resolve_dtype(config.dtype) if isinstance(model, str) and not config.vllm else None
+    answering = answering_of(config, config.max_new_tokens, dtype)
+    answers = answers_of_model(model, questions, answering, name=name, store=store)
     write_answers(answers, questions, config.output, form=config.form)
     return {
         "output": str(config.output),
         "questions": len(questions),
         "tokens": sum(sum(answer.num_tokens) for answer in answers),
         "empty": sum(not all(answer.turns) for answer in answers),
+        **({} if dtype is None else {"dtype": dtype}),
     }

@@ -59,7 +59,7 @@ class AnswerConfig(Frozen):
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
     limit: int | None = Field(None, ge=1, description="Maximum number of questions; none: all of them.")
-    dtype: DType = "float32"
+    dtype: DType = "auto"
     seed: Seed = Field(0, description="Random seed of the sampling.")
     cache_dir: Path | None = Field(None, description="Where answers are kept; default: the user's cache folder.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
@@ -107,7 +107,7 @@ class EvaluateConfig(Frozen):
     )
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
-    dtype: DType = "float32"
+    dtype: DType = "auto"
     tasks: tuple[str, ...] = Field(
         (), description="Reasoning tasks to run instead of a question set: lm-eval's, svamp, humaneval, ..."
     )

@@ -23,9 +23,11 @@ from ncalign.judging.records import Answers, Question
 from ncalign.judging.sets import BUNDLED, read_questions, read_references
 from ncalign.judging.tasks import tabulate_tasks
 from ncalign.judging.verdict_files import count_verdicts, read_games
+from ncalign.model.config import Precision
+from ncalign.model.precision import resolve_dtype
 from ncalign.report.tables import model_name
 from ncalign.rewards.config import RewardConfig
-from ncalign.rewards.sources import reward_source
+from ncalign.rewards.sources import reward_dtype, reward_source
 from ncalign.stats.length_control import read_difficulty_table
 from ncalign.tasks.lm_backend import Backend
 from ncalign.tasks.reasoning import TaskProtocol, run_tasks
@@ -124,15 +126,21 @@ def _of_answers(config: EvaluateConfig) -> Results:
         questions = read_references(config.reference_answers, questions)
     questions = questions[: config.limit]
     counting = replace(_counting(config), places={question.id: place for place, question in enumerate(questions)})
-    answers = {name: _answers(config, spec, name, questions) for name, spec in models.items()}
+    judged_by = RewardConfig(reward=config.reward or (BUNDLED,))
+    in_process = not config.vllm and not all(Path(spec).is_file() for spec in specs)
+    dtype = resolve_dtype(config.dtype) if in_process else reward_dtype(judged_by, config.dtype)
+    answers = {name: _answers(config, spec, name, questions, dtype) for name, spec in models.items()}
     results = Results(values={"set": config.set_name, "questions": len(questions), "models": list(models)})
+    if dtype is not None:
+        results.values["dtype"] = dtype
     missing = {name: len(questions) - len(given) for name, given in answers.items() if len(given) < len(questions)}
     if missing:
         results.values["unanswered"] = missing
         results.lines += [f"{name} has no answer to {count} questions: they count nowhere" for name, count in missing.items()]
     if config.judge is None:
         source = reward_source(
-            RewardConfig(reward=config.reward or (BUNDLED,)),
+            judged_by,
+            dtype=dtype,
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
         )
@@ -158,7 +166,7 @@ def _check_models(specs: Sequence[str], rewards: Sequence[str]) -> None:
             only_cached(reward.removeprefix("model:"), what="reward model")
 
 
-def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Question]) -> Answers:
+def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Question], dtype: Precision | None) -> Answers:
     """A model's answers by question, from a file or from the model."""
     path = Path(spec)
     if path.is_file():
@@ -167,7 +175,7 @@ def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Q
         if not found:
             raise ValueError(f"{path} has no answer to a question of the set {config.set_name}")
     else:
-        answering = answering_of(config, config.max_new_tokens or (160 if config.set_name == BUNDLED else 1024))
+        answering = answering_of(config, config.max_new_tokens or (160 if config.set_name == BUNDLED else 1024), dtype)
         found = answers_of_model(spec, questions, answering, name=name, store=_store(config, "answers"))
         write_answers(found, questions, config.output_dir / "answers" / f"{file_name(name)}.jsonl", form="ncalign")
     return {answer.question: answer for answer in found}

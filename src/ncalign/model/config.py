@@ -8,11 +8,15 @@ from pydantic import Field, model_validator
 
 from ncalign.core.config import Frozen
 
+Precision = Literal["float32", "bfloat16", "float64"]
+"""A precision, once `auto` is decided."""
+
 DType = Annotated[
-    Literal["float32", "bfloat16", "float64"],
+    Literal["auto", "float32", "bfloat16", "float64"],
     Field(
-        description="Precision of the computation. Full fine-tuning keeps float32 weights and autocasts to bfloat16; "
-        "with LoRA the frozen weights are held in this precision and the adapter in float32."
+        description="Precision of the computation; auto: bfloat16 where this machine multiplies it faster than float32, else "
+        "float32. Full fine-tuning keeps float32 weights and autocasts to bfloat16; with LoRA the frozen weights are held in "
+        "this precision and the adapter in float32."
     ),
 ]
 

@@ -54,7 +54,7 @@ class LogprobModel(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`completion_logprobs`, or with ``choose`` :func:`chosen_logprobs`, which scores those of ``select``.
 
-        ``dtype`` stands in for the model's own autocast where no gradient flows.
+        ``dtype`` stands in for the model's own autocast where no gradient flows; float32 switches it off.
         """
         if choose is not None:
             with self._precision(batch, self._autocast):
@@ -69,7 +69,8 @@ class LogprobModel(nn.Module):
             return
         # Without this peft casts every input of a float32 adapter to float32 and back, which costs more than the model itself.
         uncast = disable_input_dtype_casting(self.model) if isinstance(self.model, PeftModel) else nullcontext()
-        with uncast, torch.autocast(batch.tokens.device.type, dtype=dtype):
+        rounded = dtype != torch.float32
+        with uncast, torch.autocast(batch.tokens.device.type, dtype=dtype if rounded else None, enabled=rounded):
             yield
 
 

@@ -39,6 +39,7 @@ from ncalign.training.data import count_steps, listed_steps, mismatched_groups, 
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
+from ncalign.training.precision import with_precision
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.train import fit_method, make_accelerator, start_trackers, versions
@@ -66,8 +67,10 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
             f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
             "(generator: server) to use further devices"
         )
+    method = method or build_method(config.training.objective)
+    config = config.model_copy(update={"training": with_precision(config.training, accelerator, method)})
     with another_process_named(), claimed_run_folder(config.training, config.model_dump(mode="json")):
-        return _run(config, accelerator, method or build_method(config.training.objective))
+        return _run(config, accelerator, method)
 
 
 def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
@@ -372,6 +375,8 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
         "after": evaluation.get("after", position.loop["last"] if position.loop else {}),
         "evaluation": evaluation,
         "rounds": run.rounds,
+        "dtype": config.training.dtype,
+        "scoring_dtype": config.training.scoring_dtype,
         "seed": config.training.seed,
         "model": str(config.training.output_dir / run_folder.MODEL),
         "versions": versions(),

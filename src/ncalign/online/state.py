@@ -90,7 +90,10 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
     training = config.training
     torch.manual_seed(training.seed)
-    source = reward_source(config.rewards, cache_dir=training.cache_dir, trust_remote_code=training.trust_remote_code)
+    assert training.dtype != "auto"
+    source = reward_source(
+        config.rewards, dtype=training.dtype, cache_dir=training.cache_dir, trust_remote_code=training.trust_remote_code
+    )
     prompts, held_out = load_prompts(config)
     say(f"Loading {training.model}")
     policy, encoder = open_policy(training)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from ncalign.core.config import Flat, Frozen
 from ncalign.data.config import JoinRows, OnBadRow
 from ncalign.generation.config import ServerConfig
+from ncalign.model.config import DType
 
 
 class JudgeConfig(Frozen):
@@ -68,6 +69,13 @@ class ScoreConfig(Frozen):
     data: Path = Field(description="Groups to score.")
     output: Path = Field(description="Groups file to write.")
     rewards: Annotated[RewardConfig, Flat()]
+    dtype: Annotated[
+        DType,
+        Field(
+            description="Precision in which reward models compute; auto: bfloat16 where this machine "
+            "multiplies it faster than float32, else float32."
+        ),
+    ] = "auto"
     cache_dir: Path | None = Field(
         None, description="Folder in which the scores of judges and reward models are kept; default: the user's cache folder."
     )

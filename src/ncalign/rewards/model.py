@@ -11,8 +11,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from ncalign.core.hub import only_cached
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
+from ncalign.model.config import Precision
 from ncalign.model.encoding import as_messages
-from ncalign.model.policy import load_tokenizer, quiet_transformers, weights_fingerprint
+from ncalign.model.policy import DTYPES, load_tokenizer, quiet_transformers, weights_fingerprint
 from ncalign.rewards.base import completion_texts, where
 
 
@@ -24,6 +25,7 @@ class ModelReward:
 
     Args:
         model: folder or hub id of a sequence-classification model with one label.
+        dtype: precision of weights and computation.
         batch_size: completions at a time.
         store: keeps scores by model and text.
         trust_remote_code: run code that comes with the model.
@@ -36,6 +38,7 @@ class ModelReward:
         self,
         model: str,
         *,
+        dtype: Precision = "float32",
         batch_size: int = 16,
         store: Store | None = None,
         trust_remote_code: bool = False,
@@ -47,7 +50,7 @@ class ModelReward:
             with quiet_transformers(model):
                 loaded = AutoModelForSequenceClassification.from_pretrained(
                     model,
-                    dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+                    dtype=DTYPES[dtype],
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                     local_files_only=from_cache,

@@ -15,7 +15,7 @@ from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.guard import Guarded
 from ncalign.rewards.judge import JudgeReward
-from ncalign.rewards.sources import check_failures, members, reward_source, source_record
+from ncalign.rewards.sources import check_failures, members, reward_dtype, reward_source, source_record
 from ncalign.rewards.verifiable import ReasoningGymReward
 
 _TOGETHER = 32
@@ -90,7 +90,8 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         ValueError: the data can't be read, or the reward source fails on a group; nothing is written.
     """
     check_output(config.output)
-    source = reward_source(config.rewards, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code)
+    dtype = reward_dtype(config.rewards, config.dtype)
+    source = reward_source(config.rewards, dtype=dtype, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code)
     report, counts = ReadReport(), ScoreCounts()
     # Read once before: a row that can't be used is told before anything is paid for.
     read = partial(read_groups, config.data, on_bad_row=config.on_bad_row, join_rows=config.join_rows)
@@ -107,6 +108,8 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         **counts.result(),
         "rows_skipped": report.skipped,
     }
+    if dtype is not None:
+        result["dtype"] = dtype
     for part in members(source):
         if isinstance(part, Guarded) and isinstance(part.source, ReasoningGymReward):
             result["refused_by_verifier"] = part.source.num_refused

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ncalign.core.cache import cache_folder
 from ncalign.core.store import Store
+from ncalign.model.config import DType, Precision
 from ncalign.rewards.base import RewardSource
 from ncalign.rewards.config import RewardConfig
 from ncalign.rewards.function import FunctionReward, load_function
@@ -23,11 +24,23 @@ _VERIFIERS: dict[str, type[ReasoningGymReward | MathVerifyReward | InstructionRe
 }
 
 
-def reward_source(config: RewardConfig, *, cache_dir: Path | None = None, trust_remote_code: bool = False) -> RewardSource:
+def reward_dtype(config: RewardConfig, dtype: DType) -> Precision | None:
+    """The precision in which reward models compute; None where none is named, and nothing is to be decided."""
+    if not any(name.startswith(_MODEL) for name in config.reward):
+        return None
+    from ncalign.model.precision import resolve_dtype
+
+    return resolve_dtype(dtype)
+
+
+def reward_source(
+    config: RewardConfig, *, dtype: Precision | None, cache_dir: Path | None = None, trust_remote_code: bool = False
+) -> RewardSource:
     """The source, or the ensemble of sources, that a configuration names.
 
     Args:
         config: names of sources, and how they are called.
+        dtype: precision of reward models, as :func:`reward_dtype` gives it.
         cache_dir: where scores of judges and reward models are kept; default: the user's cache folder.
         trust_remote_code: run code that comes with a reward model.
 
@@ -48,8 +61,14 @@ def reward_source(config: RewardConfig, *, cache_dir: Path | None = None, trust_
         if name.startswith(_MODEL):
             from ncalign.rewards.model import ModelReward
 
-            folder = name.removeprefix(_MODEL)
-            return ModelReward(folder, batch_size=batch_size, store=store("reward-models"), trust_remote_code=trust_remote_code)
+            assert dtype is not None
+            return ModelReward(
+                name.removeprefix(_MODEL),
+                dtype=dtype,
+                batch_size=batch_size,
+                store=store("reward-models"),
+                trust_remote_code=trust_remote_code,
+            )
         checked = _VERIFIERS[name]() if name in _VERIFIERS else FunctionReward(load_function(name), repr(name))
         return Guarded(checked, timeout=config.reward_timeout, max_failed_share=config.max_failed_share)
 

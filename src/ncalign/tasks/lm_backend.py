@@ -11,9 +11,11 @@ import torch
 
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, SamplingParams
+from ncalign.model.config import DType
 from ncalign.model.policy import adapter_base, quiet_transformers
 
-_LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
+LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
+"""Backends that load the model themselves."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Backend:
         arguments: further arguments of the backend, which win over those below.
         batch_size: sequences at a time, or ``auto``.
         device: such as ``cuda:0`` or ``cpu``; None for the backend's choice.
-        dtype: of the weights, where the backend loads them.
+        dtype: of the weights, where the backend loads them; ``auto`` as of ncalign's verbs.
         trust_remote_code: run the code that comes with the model.
     """
 
@@ -33,7 +35,7 @@ class Backend:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | str | None = 1
     device: str | None = None
-    dtype: str = "auto"
+    dtype: DType = "auto"
     trust_remote_code: bool = False
 
 
@@ -43,7 +45,7 @@ def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no model, or its adapter can't be put on its base by this backend.
     """
-    if backend.name not in _LOCAL:
+    if backend.name not in LOCAL:
         return {"model": model, **backend.arguments}
     arguments: dict[str, Any] = {"pretrained": model, "dtype": backend.dtype, "trust_remote_code": backend.trust_remote_code}
     folder = Path(model)

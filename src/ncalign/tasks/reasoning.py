@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.base import SamplingParams
 from ncalign.model.policy import model_identity
+from ncalign.model.precision import resolve_dtype
 from ncalign.report.tables import model_name
 from ncalign.tasks.human_eval import (
     STOPS,
@@ -35,6 +36,7 @@ from ncalign.tasks.human_eval import (
     summary,
 )
 from ncalign.tasks.lm_backend import (
+    LOCAL,
     Backend,
     BackendGenerator,
     backend_arguments,
@@ -110,8 +112,9 @@ def run_tasks(
         allow_weak: run programs where the system can't refuse them network or writes outside their folder.
 
     Returns:
-        ``model``; ``results``, of each task ``score`` in [0, 1], ``metric``, ``stderr``, ``num_samples``, ``metrics`` and
-        ``protocol``; ``failed``, of each task that failed the reason; ``resumed``, tasks taken from an earlier run.
+        ``model``; ``dtype``, the precision of a model in this process; ``results``, of each task ``score`` in [0, 1],
+        ``metric``, ``stderr``, ``num_samples``, ``metrics`` and ``protocol``; ``failed``, of each task that failed the reason;
+        ``resumed``, tasks taken from an earlier run.
 
     Raises:
         ValueError: a task does not exist, its file is missing or wrong, or the model can't be loaded; nothing was run.
@@ -121,6 +124,8 @@ def run_tasks(
     wanted, backend = list(dict.fromkeys(tasks)), backend or Backend()
     if backend.name == "hf":
         only_cached(model, what="model")
+    if backend.name in LOCAL and "dtype" not in backend.arguments:
+        backend = replace(backend, dtype=resolve_dtype(backend.dtype))
     arguments = backend_arguments(model, backend)
     identity = Store.key(model_identity(model), backend.name, backend.dtype, {k: str(v) for k, v in backend.arguments.items()})
     data = {task: Path(path) for task, path in (task_data or {}).items()}
@@ -140,6 +145,7 @@ def run_tasks(
         raise ValueError("every task failed. " + " ".join(f"{task}: {reason}" for task, reason in failed.items()))
     return {
         "model": name or model_name(model),
+        **({"dtype": arguments["dtype"]} if backend.name in LOCAL else {}),
         "results": {task: done[task] for task in wanted if task in done},
         "failed": failed,
         "resumed": [task for task in wanted if task in done and task not in rest],

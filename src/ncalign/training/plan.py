@@ -13,6 +13,7 @@ from ncalign.model.encoding import EncodedGroup
 from ncalign.objectives import build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
+from ncalign.training.precision import with_precision
 from ncalign.training.train import Prepared, make_accelerator, prepare_training
 
 _MIB = 2**20
@@ -24,9 +25,12 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     Returns:
         The same facts as values, and as printable text under ``text``.
     """
-    accelerator = make_accelerator(config.model_copy(update={"report_to": ()}))
-    prepared = prepare_training(config, accelerator, build_method(config.objective))
+    accelerator, method = make_accelerator(config.model_copy(update={"report_to": ()})), build_method(config.objective)
+    config = with_precision(config, accelerator, method)
+    prepared = prepare_training(config, accelerator, method)
     facts = prepared.loaded.counts() | {
+        "dtype": config.dtype,
+        "scoring_dtype": config.scoring_dtype,
         "groups_trained_on": len(prepared.train),
         "groups_held_out": len(prepared.held_out),
         "longest_tokens": prepared.encoder.report.longest,

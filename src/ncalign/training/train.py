@@ -43,6 +43,7 @@ from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
+from ncalign.training.precision import with_precision
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
@@ -84,13 +85,13 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
     Raises:
         ValueError: data, model or configuration that can't be used; nothing is half-written.
     """
-    accelerator = make_accelerator(config)
-    claim = (
-        claimed_run_folder(config, config.model_dump(mode="json")) if accelerator.is_main_process else contextlib.nullcontext()
-    )
-    with another_process_named(), claim:
-        accelerator.wait_for_everyone()
-        return _run(config, accelerator, method or build_method(config.objective))
+    accelerator, method = make_accelerator(config), method or build_method(config.objective)
+    with another_process_named():
+        config = with_precision(config, accelerator, method)
+        claimed = accelerator.is_main_process
+        with claimed_run_folder(config, config.model_dump(mode="json")) if claimed else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
+            return _run(config, accelerator, method)
 
 
 def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
@@ -130,6 +131,8 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         "reward_steps": listed_steps(prepared.loaded.reward_steps),
         "before": state["before"],
         "after": after,
+        "dtype": config.dtype,
+        "scoring_dtype": config.scoring_dtype,
         "seed": config.seed,
         "seconds": state["seconds"] + time.monotonic() - started,
         "model": str(config.output_dir / run_folder.MODEL),
@@ -236,7 +239,7 @@ def make_engine(
         max_groups=config.per_device_train_batch_size,
         max_tokens=config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"],
         token_cost=completion_token_cost(policy.model),
-        scoring_dtype=None if config.scoring_dtype is None else DTYPES[config.scoring_dtype],
+        scoring_dtype=None if config.scoring_dtype == config.dtype else DTYPES[config.scoring_dtype],
         prompts_once=_prompts_once(config, policy, accelerator),
     )
     return engine, optimizer
