@@ -39,7 +39,7 @@ class Case:
         groups: prompts in a step.
         dtype: float32 or bfloat16 (autocast over float32 weights).
         steps: measured steps.
-        options: of ours, passed on to the engine.
+        options: of ours, fields of the run's configuration; without `scoring_dtype`, candidates are scored as `auto` picks.
     """
 
     side: str
@@ -128,6 +128,14 @@ def machine() -> str:
     """What the numbers were made on and with."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
     return f"{os.cpu_count()} cores {platform.machine()}, {packages}"
+
+
+def processor() -> str:
+    """The processor's kind, by what `dtype: auto` picks on it: ``bf16`` or ``fp32-only``."""
+    program = "from ncalign.model.precision import fast_precision; print(fast_precision('cpu').precision)"
+    # In a process of its own: this one stays small.
+    picked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    return {"bfloat16": "bf16", "float32": "fp32-only"}[picked]
 
 
 def describe(case: Case, repeats: int) -> str:
@@ -332,6 +340,7 @@ def make_loop(case: Case, folder: Path) -> Any:
     from ncalign.training.config import TrainConfig
     from ncalign.training.engine import Pass
     from ncalign.training.loop import Intervals, Loop
+    from ncalign.training.precision import with_precision
     from ncalign.training.schedule import DataPlan
     from ncalign.training.train import make_accelerator, make_engine
 
@@ -346,7 +355,8 @@ def make_loop(case: Case, folder: Path) -> Any:
         report_to=(),
         **{"max_tokens_per_batch": 10**9, **options},
     )
-    accelerator = make_accelerator(config)
+    accelerator, method = make_accelerator(config), build_method(config.objective)
+    config = with_precision(config, accelerator, method)
     policy = load_policy(str(folder), dtype=case.dtype)
     encoded = [
         EncodedGroup(
@@ -359,7 +369,7 @@ def make_loop(case: Case, folder: Path) -> Any:
         )
         for number, (prompt, completions) in enumerate(tokens(case, vocabulary=len(policy.tokenizer)))
     ]
-    engine, optimizer = make_engine(config, policy, build_method(config.objective), accelerator)
+    engine, optimizer = make_engine(config, policy, method, accelerator)
     references = [engine.score(engine.batch(Pass([0], [group], True)))[0].tolist() for group in encoded]
     encoded = [replace(g, reference_logprobs=tuple(r)) for g, r in zip(encoded, references, strict=True)]
     plan = DataPlan(num_groups=len(encoded), groups_per_step=case.groups, num_steps=case.steps + 1, seed=0)

@@ -21,7 +21,6 @@ from ncalign.objectives.samplers import proposal_log_ratio
 
 BLIND = '{"name": "mc_po", "acceptance": true, "strategy": "uniform"}'
 PROPOSED = '{"name": "mc_po", "acceptance": true}'
-ROUNDED = '{"scoring_dtype": "bfloat16"}'
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -29,7 +28,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     cases = {
         "dpo": Case("ours"),
         "blind": Case("ours", BLIND, candidates=8),
-        "proposed": Case("ours", PROPOSED, candidates=8, options=ROUNDED),
+        "proposed": Case("ours", PROPOSED, candidates=8),
     }
     found = interleaved(cases, repeats=arguments.repeats)
     said = describe(cases["dpo"], arguments.repeats)
@@ -38,7 +37,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
             "Accepted blind proposals: over our DPO", found["blind"], found["dpo"], goal=1.05, at_least=False, conditions=said
         ),
         ratio_row(
-            "Accepted proposals by bf16 scores: over our DPO",
+            "Accepted proposals, scored as auto picks: over our DPO",
             found["proposed"],
             found["dpo"],
             goal=None,

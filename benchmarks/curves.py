@@ -33,7 +33,8 @@ class Point:
     def case(self) -> Case:
         """The step to run."""
         name = '{"name": "nca"}' if self.method == "NCA" else f'{{"name": "mc_po", "num_negatives": {self.negatives}}}'
-        return Case("ours", name, self.prompt, self.completion, self.candidates, steps=2)
+        options = '{"scoring_dtype": "float32"}'
+        return Case("ours", name, self.prompt, self.completion, self.candidates, steps=2, options=options)
 
     def passes(self) -> float:
         """Thousands of forward passes of a prompt token in a step."""

@@ -10,15 +10,14 @@ from _steps import Case, describe, interleaved, main_of, ratio_row
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Take turns, then divide."""
-    options = '{"scoring_dtype": "bfloat16"}'
     cases = {
         "padded": Case("padded", prompt=128, completion=128),
-        "scored_bf16": Case("ours", '{"name": "mc_po"}', prompt=128, completion=128, candidates=8, options=options),
+        "mc_po": Case("ours", '{"name": "mc_po"}', prompt=128, completion=128, candidates=8),
     }
     found = interleaved(cases, repeats=arguments.repeats)
     said = describe(cases["padded"], arguments.repeats)
-    over, under = found["scored_bf16"], found["padded"]
-    name = "MC-PO fp32, scored in bf16, P = T: over padded DPO"
+    over, under = found["mc_po"], found["padded"]
+    name = "MC-PO fp32, scored as auto picks, P = T: over padded DPO"
     return [ratio_row(name, over, under, goal=1.10, at_least=False, conditions=said)]
 
 

@@ -1,7 +1,8 @@
 """Run every benchmark of this folder, one after the other, and gather their rows in results.json and RESULTS.md.
 
 Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, holds, spread, conditions}``; each row is given its
-script's name here. Of scripts that are not run the rows of before are kept.
+script's name here, the processor's kind (by what `dtype: auto` picks on it), date and commit. Rows of scripts that are not
+run, and of processors of the other kind, are kept as they are.
 """
 
 from __future__ import annotations
@@ -12,59 +13,93 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from _steps import processor
 
 HERE = Path(__file__).resolve().parent
+KINDS = ("bf16", "fp32-only")
+Row = dict[str, Any]
 
 
 def main() -> int:
     """Run the scripts; 1 when a goal does not hold or a script fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each script (default 3)")
+    parser.add_argument("--note", default="", help="what else to record of this run, such as other work on the machine")
+    parser.add_argument("--page-only", action="store_true", help="write RESULTS.md from results.json, and run nothing")
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="their names (default: all)")
     arguments = parser.parse_args()
-    repeats, wanted = str(arguments.repeats), set(arguments.scripts)
-    results = HERE / "results.json"
-    found: dict[str, list[dict[str, object]]] = {}
-    for row in json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []:
-        found.setdefault(str(row["script"]), []).append(row)
+    wanted, results = set(arguments.scripts), HERE / "results.json"
+    rows: list[Row] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
     scripts = {script.name for script in HERE.glob("[!_]*.py")} - {Path(__file__).name}
     if wanted - scripts:
         parser.error(f"no such script: {', '.join(sorted(wanted - scripts))}; there are {', '.join(sorted(scripts))}")
     worst = 0
-    for name in sorted(wanted or scripts):
-        script = HERE / name
-        print(f"== {script.name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "rows.json"
-            worst = max(worst, abs(subprocess.call([sys.executable, str(script), "--repeats", repeats, "--json", str(output)])))
-            rows = json.loads(output.read_text()) if output.is_file() else []
-            found[name] = [{"script": name, **row} for row in rows]
-    found = {name: found[name] for name in sorted(found)}
-    rows = [row for some in found.values() for row in some]
+    if not arguments.page_only:
+        stamp = {"processor": processor(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "note": arguments.note}
+        for name in sorted(wanted or scripts):
+            code, found = run(name, arguments.repeats)
+            worst = max(worst, code)
+            rows = [row for row in rows if (row["script"], row["processor"]) != (name, stamp["processor"])]
+            rows += [{"script": name, **row, **stamp} for row in found]
+    rows.sort(key=lambda row: (row["script"], KINDS.index(row["processor"])))
     write(results, json.dumps(rows, indent=2) + "\n")
-    write(HERE / "RESULTS.md", page(found))
+    write(HERE / "RESULTS.md", page(rows))
     print(f"== {len(rows)} rows in benchmarks/results.json and benchmarks/RESULTS.md")
     return min(worst, 1)
 
 
-def page(found: Mapping[str, Sequence[Mapping[str, object]]]) -> str:
-    """The rows as a page: a table for each script."""
-    lines = ["# Results", "", "Written by `make bench`. Spread: the smallest and the largest of the repeated values."]
-    for script, rows in found.items():
-        lines += ["", f"## {script}", ""]
-        if not rows:
-            lines.append("The script failed.")
-            continue
-        lines += ["| what | value | goal | holds | spread |", "|---|---|---|---|---|"]
-        for row in rows:
-            goal = "–" if row["goal"] is None else row["goal"]
-            holds = {True: "yes", False: "**no**", None: "–"}[row["holds"]]  # type: ignore[index]
-            low, high = row["spread"]  # type: ignore[misc]
-            lines.append(f"| {row['name']} | {row['value']:.4g} | {goal} | {holds} | {low:.4g} to {high:.4g} |")
-        lines += ["", *sorted({f"{row['conditions']}." for row in rows})]
+def run(name: str, repeats: int) -> tuple[int, list[Row]]:
+    """A script's exit code and rows."""
+    print(f"== {name}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "rows.json"
+        command = [sys.executable, str(HERE / name), "--repeats", str(repeats), "--json", str(output)]
+        code = abs(subprocess.call(command))
+        return code, json.loads(output.read_text()) if output.is_file() else []
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no commit"
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The rows as a page: a table for each script, a column for each kind of processor."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `make bench`. The smallest and the largest of the repeated values are in brackets; a value that misses its",
+        "goal is bold. The kind of processor is what `dtype: auto` picks: bf16 where that multiplies faster, else fp32-only.",
+    ]
+    for script in dict.fromkeys(row["script"] for row in rows):
+        own = [row for row in rows if row["script"] == script]
+        lines += ["", f"## {script}", "", f"| what | goal | {' | '.join(KINDS)} |", f"|---|---|{'---|' * len(KINDS)}"]
+        for name in dict.fromkeys(row["name"] for row in own):
+            same = {row["processor"]: row for row in own if row["name"] == name}
+            goal = next(iter(same.values()))["goal"]
+            cells = [cell(same[kind]) if kind in same else "not measured" for kind in KINDS]
+            lines.append(f"| {name} | {'–' if goal is None else goal} | {' | '.join(cells)} |")
+        lines += ["", *dict.fromkeys(origin(row) for row in own)]
     return "\n".join(lines) + "\n"
+
+
+def cell(row: Row) -> str:
+    """A value and its spread."""
+    low, high = row["spread"]
+    value = f"**{row['value']:.4g}**" if row["holds"] is False else f"{row['value']:.4g}"
+    return f"{value} ({low:.4g} to {high:.4g})"
+
+
+def origin(row: Row) -> str:
+    """Where, when and on what a row was measured."""
+    note = f"; {row['note']}" if row["note"] else ""
+    return f"- {row['processor']}, {row['date']}, commit {row['commit']}{note}: {row['conditions']}."
 
 
 def write(target: Path, text: str) -> None:
