@@ -105,6 +105,10 @@ def test_other_schemas_with_messages_beside_are_not_taken_for_chats(write_jsonl:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages is a list of 0: a list of messages, not empty, is needed"),
+    (
+        {"messages": [user("Q"), assistant("a")], "rejected_response": "b"},
+        "`rejected_response` beside `messages` makes a pair, which is not OpenAI's: name the answers `chosen` and `rejected`",
+    ),
     ({"messages": [assistant("a")]}, "messages has nothing before the answer: a prompt is needed"),
     ({"messages": [user("Q"), assistant("a", weight=0)]}, "messages[1].weight is 0 (a number): only answers of weight 1"),
     ({"messages": [user("Q"), {"role": "assistant", "content": None}]}, "messages[1].content is null: a text is needed"),

@@ -36,6 +36,12 @@ def parse(row: Row, default_id: str, origin: str) -> Group:
     """Read a pair, or a chat whose last message, if it is the assistant's, is a candidate without a reward."""
     if required_columns(row) == PAIR:
         return _pair(row, default_id, origin)
+    if row.get("rejected_response") is not None:
+        raise DataError(
+            "`rejected_response` beside `messages` makes a pair, which is not OpenAI's: name the answers `chosen` and "
+            "`rejected`, and the turns before them `prompt`",
+            reason="unknown key",
+        )
     messages = _messages(row["messages"], "messages")
     candidates = []
     if messages[-1]["role"] == "assistant":
