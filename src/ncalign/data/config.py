@@ -28,6 +28,7 @@ PublicSchema: TypeAlias = Literal[
     "ncalign",
     "nca",
     "ultrafeedback",
+    "ultrafeedback_aspects",
     "nectar",
     "simpo",
     "nemo_rl",

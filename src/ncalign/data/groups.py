@@ -382,6 +382,7 @@ class _Reader:
                 self._report.schema = self._schema.name
             group = self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
             self._report.note(tool_notes(group.metadata))
+            self._report.note(self._schema.notes(row))
         except LeftOut:
             self._report.leave_out("left out by the adapter")
             return None

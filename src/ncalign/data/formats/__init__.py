@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 from ncalign.core.errors import DataError, names, nearest, shown
 from ncalign.core.user_code import load_named
 from ncalign.data.config import PublicSchema
-from ncalign.data.formats import native, nca, openai, others, ranked, transcripts, trl
+from ncalign.data.formats import native, nca, openai, others, ranked, transcripts, trl, ultrafeedback
 from ncalign.data.formats.group import Group
 from ncalign.data.formats.parsing import Row, require_columns
 
@@ -17,6 +18,7 @@ SchemaName: TypeAlias = PublicSchema | Literal["adapter"]
 REWARDS_OF: dict[SchemaName, str] = {
     "nca": "scores",
     "ultrafeedback": "overall_score",
+    "ultrafeedback_aspects": "mean of the aspects' ratings",
     "nectar": "rank",
     "simpo": "scores of the reward model",
     "nemo_rl": "rank",
@@ -39,6 +41,10 @@ def _any_row(row: Row) -> bool:
     return True
 
 
+def _no_notes(row: Row) -> dict[str, int]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Schema:
     """How rows of one kind are recognised and read.
@@ -50,6 +56,7 @@ class Schema:
         parse: Row, default id and origin → group.
         joins: Whether a row is one completion or one pair, so that several rows may belong to one prompt.
         recognises: What a row's values must be besides; others share these columns.
+        notes: What a user should know of a row that was read otherwise than it is written: a text, and how often it applies.
     """
 
     name: SchemaName
@@ -58,6 +65,7 @@ class Schema:
     parse: Callable[[Row, str, str], Group]
     joins: bool = False
     recognises: Callable[[Row], bool] = _any_row
+    notes: Callable[[Row], dict[str, int]] = _no_notes
 
     def read(self, row: Row, default_id: str, origin: str) -> Group:
         """Return the row's group, or raise a ValueError that says what is wrong with it."""
@@ -101,16 +109,24 @@ def _fixed(
     return Schema(name, lambda _: required, lambda _: known, parse, joins, recognises)
 
 
+def _ultrafeedback(name: SchemaName, reward: ultrafeedback.Reward) -> Schema:
+    """UltraFeedback's schema, with one of its two rewards."""
+    return Schema(
+        name,
+        lambda _: ultrafeedback.COLUMNS,
+        lambda _: ultrafeedback.KNOWN,
+        partial(ultrafeedback.parse, reward=reward),
+        recognises=ultrafeedback.is_row,
+        notes=partial(ultrafeedback.notes, reward=reward),
+    )
+
+
 # Those with more columns, or told by their values, come before those whose columns they hold too.
 PUBLIC = (
     NCA,
-    _fixed(
-        "ultrafeedback",
-        ranked.ULTRAFEEDBACK,
-        ranked.ULTRAFEEDBACK_KNOWN,
-        ranked.parse_ultrafeedback,
-        ranked.is_ultrafeedback,
-    ),
+    _ultrafeedback("ultrafeedback", "overall_score"),
+    # Named, never recognised: the columns are the same.
+    _ultrafeedback("ultrafeedback_aspects", "aspect_mean"),
     _fixed("nectar", ranked.NECTAR, ranked.NECTAR_KNOWN, ranked.parse_nectar, ranked.is_nectar),
     Schema("simpo", ranked.list_columns, ranked.known_list_columns, ranked.parse_lists),
     _fixed("nemo_rl", ranked.NEMO_RL, ("id", *ranked.NEMO_RL, "metadata"), ranked.parse_nemo_rl),

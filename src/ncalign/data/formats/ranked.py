@@ -1,4 +1,4 @@
-"""Schemas with a list of completions a row: UltraFeedback, Nectar, SimPO and AMPO, NeMo-RL, GSM8K model solutions, LMFlow."""
+"""Schemas with a list of completions a row: Nectar, SimPO and AMPO, NeMo-RL, GSM8K model solutions, LMFlow."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from ncalign.data.formats.group import Candidate, Group, Text, number_or_none
 from ncalign.data.formats.parsing import Row, row_id, row_metadata
 from ncalign.data.formats.transcripts import is_transcript, messages_of
 
-ULTRAFEEDBACK = ("instruction", "completions")
-ULTRAFEEDBACK_KNOWN = ("id", *ULTRAFEEDBACK, "metadata", "models", "custom_system_prompt")
 NECTAR = ("prompt", "answers")
 NECTAR_KNOWN = ("id", *NECTAR, "metadata", "turns", "num_responses")
 SCORE_COLUMNS = ("all_rm_scores", "all_reward_scores")
@@ -67,64 +65,6 @@ def candidate(where: str, completion: Any, reward: Any, source: Any = None) -> C
         return Candidate(completion, reward=reward, source=source if isinstance(source, str) else None)
     except DataError as error:
         raise error.within(where) from None
-
-
-def is_ultrafeedback(row: Row) -> bool:
-    """Whether the completions are responses with annotations."""
-    found = row.get("completions")
-    return isinstance(found, list) and bool(found) and isinstance(found[0], dict) and "response" in found[0]
-
-
-def parse_ultrafeedback(row: Row, default_id: str, origin: str) -> Group:
-    """Read a raw UltraFeedback row: the reward is the overall score, and the aspects' ratings go to the metadata."""
-    completions = entries(row, "completions", ("response",))
-    ratings = [_ratings(entry, f"completions[{k}]") for k, entry in enumerate(completions)]
-    aspects = sorted({aspect for given in ratings for aspect in given})
-    metadata = row_metadata(row, ULTRAFEEDBACK_KNOWN)
-    if aspects:
-        metadata = {**metadata, "aspects": {aspect: [given.get(aspect) for given in ratings] for aspect in aspects}}
-    return Group(
-        id=row_id(row, default_id),
-        prompt=row["instruction"],
-        candidates=[
-            candidate(f"completions[{k}]", entry["response"], _overall(entry, f"completions[{k}]"), entry.get("model"))
-            for k, entry in enumerate(completions)
-        ],
-        metadata=metadata,
-        origin=origin,
-    )
-
-
-def _overall(entry: dict[str, Any], where: str) -> float | None:
-    value = entry.get("overall_score", entry.get("fine-grained_score"))
-    return _rating(value, f"{where}.overall_score")
-
-
-def _ratings(entry: dict[str, Any], where: str) -> dict[str, float | None]:
-    given = entry.get("annotations") or {}
-    if not isinstance(given, dict):
-        raise DataError(f"{where}.annotations is {shown(given)}: an object of aspects is needed", reason="wrong type")
-    # A list holds an aspect's several annotations; Parquet gives every aspect, null where a row has none.
-    found = {}
-    for aspect, annotation in given.items():
-        several = [one for one in (annotation if isinstance(annotation, list) else [annotation]) if isinstance(one, dict)]
-        values = [_rating(one.get("Rating"), f"{where}.annotations.{aspect}.Rating") for one in several]
-        known = [value for value in values if value is not None]
-        if several:
-            found[str(aspect)] = sum(known) / len(known) if known else None
-    return found
-
-
-def _rating(value: Any, where: str) -> float | None:
-    """A rating, which UltraFeedback writes as text, with ``N/A`` where there is none."""
-    if isinstance(value, str):
-        if value.strip().upper() in ("", "N/A", "NA", "NONE"):
-            return None
-        try:
-            value = float(value)
-        except ValueError:
-            raise DataError(f"{where} is {shown(value)}: a number, or N/A, is needed", reason="wrong type") from None
-    return number_or_none(value, where)
 
 
 def is_nectar(row: Row) -> bool:
