@@ -60,6 +60,37 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
         },
         ("Q", [("a", 4.0)]),
     ),
+    "distilabel": (
+        "distilabel",
+        {
+            "instruction": "Q",
+            "generations": ["a", "b", "c"],
+            "generation_models": ["m1", "m2", "m3"],
+            "ratings": [4, None, 2],
+            "rationales": ["good", None, "bad"],
+            "model_name": "judge",
+            "distilabel_metadata": {"raw_output_ultra_feedback_0": "..."},
+        },
+        ([user("Q")], [(answer("a"), 4.0), (answer("b"), None), (answer("c"), 2.0)]),
+    ),
+    "argilla, one question": (
+        "argilla",
+        {
+            "prompt": "Q",
+            "response-1": "a",
+            "response-2": "b",
+            "preference": [
+                {
+                    "user_id": "u1",
+                    "value": {"rank": [2, 1], "value": ["response-1", "response-2"]},
+                    "status": "submitted",
+                }
+            ],
+            "preference-suggestion": None,
+            "external_id": None,
+        },
+        ([user("Q")], [(answer("a"), 0.0), (answer("b"), 1.0)]),
+    ),
     "nectar": (
         "nectar",
         {

@@ -29,6 +29,8 @@ PublicSchema: TypeAlias = Literal[
     "nca",
     "ultrafeedback",
     "ultrafeedback_aspects",
+    "argilla",
+    "distilabel",
     "nectar",
     "simpo",
     "nemo_rl",

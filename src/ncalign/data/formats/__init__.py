@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from ncalign.core.errors import DataError, names, nearest, shown
 from ncalign.core.user_code import load_named
 from ncalign.data.config import PublicSchema
-from ncalign.data.formats import native, nca, openai, others, ranked, transcripts, trl, ultrafeedback
+from ncalign.data.formats import argilla, distilabel, native, nca, openai, others, ranked, transcripts, trl, ultrafeedback
 from ncalign.data.formats.group import Group
 from ncalign.data.formats.parsing import Row, require_columns
 
@@ -19,6 +19,8 @@ REWARDS_OF: dict[SchemaName, str] = {
     "nca": "scores",
     "ultrafeedback": "overall_score",
     "ultrafeedback_aspects": "mean of the aspects' ratings",
+    "argilla": "annotators' rankings or ratings",
+    "distilabel": "ratings",
     "nectar": "rank",
     "simpo": "scores of the reward model",
     "nemo_rl": "rank",
@@ -127,6 +129,22 @@ PUBLIC = (
     _ultrafeedback("ultrafeedback", "overall_score"),
     # Named, never recognised: the columns are the same.
     _ultrafeedback("ultrafeedback_aspects", "aspect_mean"),
+    Schema(
+        "argilla",
+        argilla.required_columns,
+        argilla.known_columns,
+        argilla.parse,
+        recognises=argilla.is_record,
+        notes=argilla.notes,
+    ),
+    Schema(
+        "distilabel",
+        distilabel.required_columns,
+        distilabel.known_columns,
+        distilabel.parse,
+        recognises=distilabel.is_row,
+        notes=distilabel.notes,
+    ),
     _fixed("nectar", ranked.NECTAR, ranked.NECTAR_KNOWN, ranked.parse_nectar, ranked.is_nectar),
     Schema("simpo", ranked.list_columns, ranked.known_list_columns, ranked.parse_lists),
     _fixed("nemo_rl", ranked.NEMO_RL, ("id", *ranked.NEMO_RL, "metadata"), ranked.parse_nemo_rl),

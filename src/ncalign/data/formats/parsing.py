@@ -94,6 +94,17 @@ def make_candidate(where: str, completion: Text, reward: float | None) -> Candid
         raise error.within(where) from None
 
 
+def question_turns(prompt: Any, system: str | None) -> Any:
+    """A prompt that a chat model is asked, as turns: a string is the user's, after the system's if there is one."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
+    return [{"role": "system", "content": system}, *turns] if system and isinstance(turns, list) else turns
+
+
+def answer_turn(completion: Any) -> Any:
+    """A chat model's answer as turns: a string is the assistant's."""
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+
+
 def separate_prompt(prompt: object, completions: dict[str, Any]) -> tuple[Text, list[Text]]:
     """Check a prompt and completions by their columns, and take the prompt's turns off the completions that repeat them.
 
