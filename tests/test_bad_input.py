@@ -186,7 +186,8 @@ class TestRows:
         [
             ("none.jsonl", None, "none.jsonl: no such file; check the path"),
             ("empty.jsonl", b"", "empty.jsonl: no groups found: the file is empty"),
-            ("data.csv", b"a,b", "data.csv: can't tell the kind of file by its name"),
+            ("data.txt", b"a,b", "data.txt: can't tell the kind of file by its name"),
+            ("data.csv", b"a,b\n1,2\n", "data.csv:2: the columns match no schema: found `a`, `b`"),
             ("cut.parquet", b"PAR1", "cut.parquet: can't read the Parquet file"),
             ("cut.jsonl.gz", b"\x1f\x8b\x08\x00", "cut.jsonl.gz: can't read the gzip file to its end"),
         ],

@@ -62,7 +62,8 @@ class ConvertConfig(Frozen):
     """`ncalign convert`: any schema we read → groups in JSONL or Parquet, or pairs."""
 
     input: DataSource = Field(
-        description="File to read (.jsonl, .jsonl.gz, .json or .parquet), a folder of such files, a saved dataset, or a hub id."
+        description="File to read (.jsonl, .json, .csv, .tsv, each also with .gz, or .parquet), a folder of such files, a "
+        "saved dataset, or a hub id."
     )
     output: Path = Field(
         description="File to write: .jsonl, .jsonl.gz or .parquet; any other name is a folder, with one file for "

@@ -153,8 +153,9 @@ def read_groups(
     """Read groups one by one, validating each; the whole file is never in memory.
 
     Args:
-        path: A .jsonl, .jsonl.gz, .json or .parquet file in any schema of docs/data.md; a folder of such files, read in the
-            order of their names; a folder that `datasets` saved; or a hub id, ``owner/name`` or ``owner/name:split``.
+        path: A .jsonl, .json, .csv, .tsv (each also with .gz) or .parquet file in any schema of docs/data.md; a folder of
+            such files, read in the order of their names; a folder that `datasets` saved; or a hub id, ``owner/name`` or
+            ``owner/name:split``.
         schema: The schema, or "auto" to tell it by the first row's columns.
         adapter: ``file.py:function``, called with each row; it returns a row of our schema, or None to leave it out.
         on_bad_row: Stop at a row that can't be used, or leave it out and count it.

@@ -168,7 +168,7 @@ def _shards(input: str | Path, output: Path, recipe: Recipe) -> list[Shard]:
     shards = []
     for source in find_sources(input):
         stem = source.name.replace("/", "--")
-        for suffix in (".gz", ".jsonl", ".json", ".parquet", ".arrow"):
+        for suffix in (".gz", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow"):
             stem = stem.removesuffix(suffix)
         shards.append(Shard(source, output / f"{stem}.{recipe.kind}", output / _ACCOUNT / f"{stem}.json"))
     names = {shard.output for shard in shards}

@@ -16,14 +16,14 @@ import pyarrow as pa
 from ncalign.core.errors import DataError
 from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
-from ncalign.data.formats import document, jsonl, parquet
+from ncalign.data.formats import delimited, document, jsonl, parquet
 from ncalign.data.formats.parsing import Row
 
 Kind: TypeAlias = Literal["jsonl", "jsonl.gz", "parquet"]
 Rows: TypeAlias = Generator[tuple[int, Row | DataError], None, None]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.\[\]%+-]+)?")
-_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", *delimited.SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,15 @@ def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
 
 
 def _file(path: Path, name: str) -> Source:
-    kind = kind_of(path)
+    if not path.name.lower().endswith(_SUFFIXES):
+        raise DataError(
+            f"{path}: can't tell the kind of file by its name: .jsonl, .json, .csv, .tsv (also with .gz) or .parquet is needed"
+        )
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path (relative paths start at {Path.cwd()})")
+    if delimited.is_delimited(path):
+        return Source(name, str(path), "", partial(delimited.read_rows, path))
+    kind = kind_of(path)
     if kind == "parquet":
         return Source(name, str(path), "row ", partial(parquet.read_rows, path))
     if path.name.lower().endswith((".json", ".json.gz")) and document.is_document(path):
@@ -117,7 +123,7 @@ def _folder(path: Path) -> list[Source]:
     files = [file for file in sorted(found) if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     files = [file for file in files if file.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
     if not files:
-        raise DataError(f"{path} is a folder without a .jsonl, .jsonl.gz, .json, .parquet or .arrow file: nothing to read")
+        raise DataError(f"{path} is a folder without a .jsonl, .json, .parquet, .csv, .tsv or .arrow file: nothing to read")
     return [_file(file, str(file.relative_to(path))) for file in files]
 
 
