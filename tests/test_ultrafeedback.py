@@ -116,3 +116,14 @@ def test_training_tells_it(
     assert main(["train", *flags]) == 0
     shown = capsys.readouterr()
     assert "1 completions with overall_score 10" in shown.out + shown.err
+    assert main(["train", *flags, "--from", "ultrafeedback_aspects"]) == 0
+    shown = capsys.readouterr()
+    assert "overall_score 10" not in shown.out + shown.err
+
+
+def test_training_takes_the_mean_rating(write_jsonl: Write, tmp_path: Path, tiny_model_dir: Path) -> None:
+    data = write_jsonl([row(completion(8, "1", "1"), completion(6, "4", "4", response="b"))] * 2, "uf.jsonl")
+    flags = ["--model", str(tiny_model_dir), "--data", str(data), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    assert main(["train", *flags, "--objective", "dpo", "--schema_name", "ultrafeedback_aspects"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["reward_steps"] == [{"steps": ["ultrafeedback_aspects: mean of the aspects' ratings"], "groups": 2}]

@@ -169,6 +169,7 @@ TRAIN = Verb(
     _after_training_stopped,
     plan="ncalign.training.plan:dry_run",
     groups=TRAINING_FIELDS,
+    aliases=(("from", "schema_name"),),
 )
 ONLINE = Verb(
     "online",

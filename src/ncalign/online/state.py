@@ -118,6 +118,7 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
         report = ReadReport()
         groups = read_groups(
             path,
+            schema=config.training.schema_name,
             on_bad_row=config.training.on_bad_row,
             report=report,
             allow_empty=True,

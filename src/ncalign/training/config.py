@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ncalign.core.config import Flat, Frozen, Seed
-from ncalign.data.config import JoinRows, OnBadRow
+from ncalign.data.config import JoinRows, OnBadRow, SchemaChoice
 from ncalign.model.config import DType, EncodingConfig, LoRA
 from ncalign.objectives import MCPO, ObjectiveConfig
 
@@ -19,6 +19,7 @@ class TrainConfig(Frozen):
     encoding: Annotated[EncodingConfig, Flat()] = Field(default_factory=EncodingConfig)
     model: str = Field(description="Model folder or hub id.")
     data: Path = Field(description="Groups to train on (JSONL or Parquet; any schema that `convert` reads).")
+    schema_name: SchemaChoice = "auto"
     output_dir: Path = Field(description="Run folder: metrics.jsonl, config.yaml, checkpoints/, model/.")
     eval_data: Path | None = Field(None, description="Held-out groups to evaluate on.")
     eval_fraction: float = Field(

@@ -16,6 +16,7 @@ import numpy as np
 
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
+from ncalign.data.config import OnBadRow, SchemaChoice
 from ncalign.data.groups import Group, ReadReport, read_groups, recorded_steps, rewards_origin
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, as_messages
 from ncalign.objectives import Method
@@ -59,7 +60,14 @@ class LoadedGroups:
 
 
 def load_groups(
-    path: Path, encoder: Encoder, *, method: Method, on_bad_row: str, join_rows: bool = True, shown: bool = True
+    path: Path,
+    encoder: Encoder,
+    *,
+    method: Method,
+    on_bad_row: str,
+    schema: SchemaChoice = "auto",
+    join_rows: bool = True,
+    shown: bool = True,
 ) -> LoadedGroups:
     """Read and encode the groups of a file that the method can use.
 
@@ -69,7 +77,8 @@ def load_groups(
         ValueError: rows that can't be read, groups that can't be used (under ``error``), or none left to train on.
     """
     loaded, report = LoadedGroups(), ReadReport()
-    groups = read_groups(path, on_bad_row="skip" if on_bad_row == "skip" else "error", report=report, join_rows=join_rows)
+    policy: OnBadRow = "skip" if on_bad_row == "skip" else "error"
+    groups = read_groups(path, schema=schema, on_bad_row=policy, report=report, join_rows=join_rows)
     with Bar(f"Encoding {path.name}", None, shown=shown) as bar:
         for outcomes, encoding in map_chunks(partial(_encode, encoder, method), groups, workers=num_workers()):
             encoder.report.add(encoding)

@@ -159,6 +159,7 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
         load_groups,
         encoder=encoder,
         method=method,
+        schema=config.schema_name,
         on_bad_row=config.on_bad_row,
         join_rows=config.join_rows,
         shown=accelerator.is_main_process,
