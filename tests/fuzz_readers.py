@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import gzip
 import io
 import json
@@ -156,17 +157,32 @@ def as_file(rows: list[Value], kind: str, chance: random.Random) -> bytes:
             return b""
         return buffer.getvalue()
     try:
-        if kind == "json":
+        if kind.startswith(("csv", "tsv")):
+            text = as_cells([row for row in rows if isinstance(row, dict)], "\t" if kind == "tsv" else ",", chance)
+        elif kind == "json":
             text = json.dumps(
                 rows if chance.random() < 0.5 else {"type": "x", "instances": rows}, indent=chance.choice([None, 1])
             )
         else:
             text = "".join(json.dumps(row, ensure_ascii=chance.random() < 0.5) + "\n" for row in rows)
-    except (RecursionError, ValueError):
+    except (RecursionError, ValueError, csv.Error):
         return b""
     encoding = chance.choice(["utf-8"] * 8 + ["utf-16", "latin-1", "utf-8-sig", "cp1252"])
     data = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
     return gzip.compress(data) if kind.endswith("gz") else data
+
+
+def as_cells(rows: list[dict[Any, Any]], delimiter: str, chance: random.Random) -> str:
+    """The rows as CSV: text as it is, other values as JSON or as Python prints them."""
+    dumped = chance.choice([json.dumps, str])
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter, lineterminator=chance.choice(["\n", "\r\n"]))
+    writer.writerow(columns)
+    for row in rows:
+        cells = [row.get(name) for name in columns]
+        writer.writerow([cell if isinstance(cell, str | None) else dumped(cell) for cell in cells])
+    return file.getvalue()
 
 
 @contextlib.contextmanager
@@ -220,7 +236,7 @@ def fuzz(seconds: float, seed: int, cases: list[dict[str, Any]], *, say: Callabl
     end = last = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         while time.monotonic() < end:
-            kind = chance.choice(["jsonl", "jsonl", "jsonl.gz", "json", "json.gz", "parquet", "arrow"])
+            kind = chance.choice(["jsonl", "jsonl", "jsonl.gz", "json", "json.gz", "parquet", "arrow", "csv", "tsv", "csv.gz"])
             picked = [copy.deepcopy(chance.choice(rows)) for _ in range(chance.choice([1, 3, 8]))]
             if chance.random() < 0.3:
                 picked = [picked[0]] * len(picked)

@@ -22,8 +22,8 @@ def fuzz(seconds: int, seed: int) -> str:
 
 
 def test_a_few_seconds_of_damage() -> None:
-    said = fuzz(6, 0)
-    for kind in ("jsonl", "jsonl.gz", "json", "json.gz", "parquet", "arrow"):
+    said = fuzz(8, 0)
+    for kind in ("jsonl", "jsonl.gz", "json", "json.gz", "parquet", "arrow", "csv", "tsv"):
         for outcome in ("read", "skipped"):
             assert f"'{kind} {outcome}'" in said
     # A damaged line is left out; what is damaged as a whole is refused.

@@ -140,12 +140,18 @@ def _flat(row: Row) -> Row:
         return row
     nested = ("fields", "responses", "suggestions", "vectors")
     flat = {**{name: value for name, value in row.items() if name not in nested}, **fields}
-    for name, answers in (row.get("responses") or {}).items():
-        flat[f"{name}.responses"] = [answer.get("value") for answer in answers]
-        flat[f"{name}.responses.status"] = [answer.get("status") for answer in answers]
-    for name, suggestion in (row.get("suggestions") or {}).items():
+    for name, answers in _object(row, "responses").items():
+        given = _objects(answers)
+        flat[f"{name}.responses"] = [answer.get("value") for answer in given]
+        flat[f"{name}.responses.status"] = [answer.get("status") for answer in given]
+    for name, suggestion in _object(row, "suggestions").items():
         flat[f"{name}.suggestion"] = suggestion.get("value") if isinstance(suggestion, dict) else suggestion
     return flat
+
+
+def _object(row: Row, column: str) -> dict[str, Any]:
+    found = row.get(column)
+    return found if isinstance(found, dict) else {}
 
 
 def _prompt_column(flat: Mapping[str, Any]) -> str | None:
@@ -198,11 +204,7 @@ def _questions(flat: Mapping[str, Any]) -> list[Question]:
     found = []
     for name in _question_names(flat):
         if f"{name}.responses" in flat:
-            values = flat[f"{name}.responses"] or []
-            statuses = flat.get(f"{name}.responses.status") or [None] * len(values)
-            if not isinstance(values, list) or not isinstance(statuses, list) or len(values) != len(statuses):
-                raise DataError(f"{name}.responses and its status differ in length: one each is needed", reason="wrong length")
-            answers = list(zip(values, statuses, strict=True))
+            answers = _with_status(flat, f"{name}.responses")
         else:
             answers = [(answer.get("value"), answer.get("status")) for answer in _objects(flat.get(name))]
         used = [value for value, status in answers if status in _USED and not _is_empty(value)]
@@ -211,6 +213,21 @@ def _questions(flat: Mapping[str, Any]) -> list[Question]:
         unused = sum(status not in _USED for _, status in answers)
         found.append(Question(name, [suggestion] if suggested else used, unused, suggested))
     return found
+
+
+def _with_status(flat: Mapping[str, Any], column: str) -> list[tuple[Any, Any]]:
+    """Argilla 2's answers to a question, each with its status."""
+    values = [] if flat[column] is None else flat[column]
+    if not isinstance(values, list):
+        raise DataError(f"{column} is {shown(values)}: a list of the annotators' answers is needed", reason="wrong type")
+    statuses = flat.get(f"{column}.status")
+    if statuses is None:
+        return [(value, None) for value in values]
+    if not isinstance(statuses, list) or len(statuses) != len(values):
+        raise DataError(
+            f"{column}.status is {shown(statuses)}: one for each of the {len(values)} answers is needed", reason="wrong length"
+        )
+    return list(zip(values, statuses, strict=True))
 
 
 def _is_empty(value: Any) -> bool:
@@ -263,7 +280,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
         if len({len(column) for column in columns.values()}) > 1:
             raise DataError(f"the lists of {names(columns)} differ in length: one entry each is needed", reason="wrong length")
         return [dict(zip(columns, entry, strict=True)) for entry in zip(*columns.values(), strict=True)]
-    return [entry for entry in value or [] if isinstance(entry, dict)]
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _place(option: Any, answers: Sequence[str], *, by_number: bool = False) -> int | None:
