@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncalign.lab import fixed_points, identities, normalizer, online, optima, policies, report
+from ncalign.lab import concepts, fixed_points, identities, normalizer, online, optima, policies, report
 from ncalign.lab import theory as run
 from ncalign.lab.results import Curve, Findings, Statement, fitted_exponent, furthest
 from ncalign.lab.theory import run_lab
@@ -23,10 +25,13 @@ from ncalign.objectives.kernels import kernel_probabilities
 
 KEYS = ["statement", "source", "predicted", "measured", "tolerance", "holds"]
 CURVES = [
+    "normalizer_estimate",
     "normalizer_bias",
     "normalizer_variance",
     "fisher_consistency",
+    "kernel_temperature",
     "cd_bias",
+    "optimal_policies",
     "nca_ceiling",
     "pair_gradient",
     "beta_mismatch",
@@ -186,6 +191,41 @@ def test_a_wrong_loss_is_found_out(
 
 
 # --- The tools --------------------------------------------------------------------------------------------------------
+
+
+def lines_of(experiment: Callable[[], Findings]) -> dict[str, list[tuple[float, float]]]:
+    return dict(experiment().curves[0].lines)
+
+
+def test_one_completion_estimates_the_normaliser_by_its_own_implicit_reward() -> None:
+    r = policies.numbers(concepts.SIZE, seed=60, scale=1.5)
+    first = {name: points[0] for name, points in lines_of(concepts.normalizer_estimate).items()}
+    assert first["mean, drawn from the reference"] == (1.0, pytest.approx(float(r.mean()), abs=1e-12))
+    assert first["mean, drawn by the kernel"][1] == pytest.approx(float((r.softmax(dim=0) * r).sum()), abs=1e-12)
+    assert first["5 % quantile, drawn from the reference"][1] == pytest.approx(float(r.min()), abs=1e-12)
+    assert first["95 % quantile, drawn from the reference"][1] == pytest.approx(float(r.max()), abs=1e-12)
+    assert first["true value; any draw by the kernel, log q correction"][1] == pytest.approx(
+        float(r.exp().mean().log()), abs=1e-12
+    )
+
+
+def test_a_kernel_at_temperature_1_draws_by_the_softmax_of_the_negatives() -> None:
+    lines = lines_of(concepts.temperature_of_the_kernel)
+    expected = torch.tensor([1.2, 0.3, -0.6, -1.5], dtype=torch.float64).softmax(dim=0).tolist()
+    drawn = [next(p for t, p in points if math.isclose(t, 1.0)) for points in lines.values()]
+    assert drawn == pytest.approx(expected, abs=1e-12)
+    assert list(lines) == [f"implicit reward {score:g}" for score in (1.2, 0.3, -0.6, -1.5)]
+
+
+def test_the_plots_of_the_concepts_page_are_the_laboratorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    monkeypatch.syspath_prepend(docs / "extensions")
+    files = importlib.import_module("concept_plots").draw_all(tmp_path)
+    shown = re.findall(r"\(images/(\w+\.svg)\)", (docs / "concepts.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(file.name for file in files)
+    for file in files:
+        made, kept = (re.findall(r"-?\d+\.\d+", path.read_text()) for path in (file, docs / "images" / file.name))
+        assert list(map(float, made)) == pytest.approx(list(map(float, kept)), abs=0.01), "run docs/extensions/concept_plots.py"
 
 
 def test_multisets_have_multinomial_probabilities() -> None:

@@ -37,8 +37,8 @@ def table(statements: Sequence[Statement]) -> str:
     return "\n".join([*lines, summary(statements)])
 
 
-def plot(curve: Curve) -> bytes:
-    """A curve as PNG."""
+def draw(curve: Curve) -> Figure:
+    """A curve as a figure."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, points in curve.lines.items():
@@ -48,7 +48,12 @@ def plot(curve: Curve) -> bytes:
     axes.set_xscale("log" if "x" in curve.log else "linear")
     axes.set_yscale("log" if "y" in curve.log else "linear")
     label_axes(axes, curve.title, curve.x_label, curve.y_label)
-    return png(figure)
+    return figure
+
+
+def plot(curve: Curve) -> bytes:
+    """A curve as PNG."""
+    return png(draw(curve))
 
 
 def page(statements: Sequence[Statement], curves: Sequence[Curve], images: Mapping[str, bytes]) -> str:

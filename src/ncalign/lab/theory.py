@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic, write_text_atomic
 from ncalign.core.progress import Bar
-from ncalign.lab import fixed_points, identities, normalizer, online, optima
+from ncalign.lab import concepts, fixed_points, identities, normalizer, online, optima
 from ncalign.lab.report import page, plot, table
 from ncalign.lab.results import Curve, Findings, Statement
 
@@ -18,15 +18,18 @@ EXPERIMENTS: tuple[Callable[[], Findings], ...] = (
     identities.values_at_the_reference,
     identities.gradient_coefficients,
     identities.invariances,
+    concepts.normalizer_estimate,
     normalizer.proposition_3_3,
     normalizer.bias_and_variance,
     fixed_points.consistency,
     fixed_points.rnce_recovers_the_data,
+    concepts.temperature_of_the_kernel,
     fixed_points.kernel_is_reversible,
     fixed_points.accepted_proposals,
     fixed_points.chain_bias,
     optima.info_nca_optimum,
     optima.info_nca_depends_on_alpha_times_beta,
+    concepts.optimal_policies,
     optima.nca_optimum_with_true_normalizer,
     optima.nca_optimum_of_a_group,
     optima.nca_ceiling,
