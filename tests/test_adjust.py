@@ -73,7 +73,7 @@ def groups_of(rewards: Sequence[Sequence[float | None]], lengths: Sequence[Seque
 
 def adjusted(folder: Path, groups: Sequence[Group], *steps: str, **fields: Any) -> list[Group]:
     write_groups(groups, folder / "in.jsonl")
-    config = AdjustConfig(input=str(folder / "in.jsonl"), output=folder / "out.jsonl", steps=steps, **fields)
+    config = AdjustConfig(input=str(folder / "in.jsonl"), output=folder / "out.jsonl", overwrite=True, steps=steps, **fields)
     run_adjust(config)
     return list(read_groups(folder / "out.jsonl"))
 
@@ -395,7 +395,7 @@ class TestAdjust:
         (group,) = read_groups(output)
         assert rewards_in([group]) == [[pytest.approx((2 * 5 + 1 * 2) / 3), 4.0]]
         assert group.metadata["reward_steps"] == ["ultrafeedback: overall_score", "aspects: helpfulness=2, honesty=1"]
-        run_adjust(AdjustConfig(input=str(path), output=output, steps=("aspects",)))
+        run_adjust(AdjustConfig(input=str(path), output=output, overwrite=True, steps=("aspects",)))
         (group,) = read_groups(output)
         assert rewards_in([group]) == [[(5 + 2) / 2, 4.0]]
 
@@ -589,7 +589,8 @@ class TestRecord:
         source = f"{tmp_path / 'r.py'}:brief"
         for names, record in (((source,), f"score: {source}"), ((source, source), f"score: min of {source}, {source}")):
             scored = tmp_path / "scored.jsonl"
-            run_score(ScoreConfig(data=tmp_path / "out.jsonl", output=scored, reward=names, combine="min"))
+            config = {"data": tmp_path / "out.jsonl", "output": scored, "overwrite": True, "reward": names, "combine": "min"}
+            run_score(ScoreConfig.model_validate(config))
             (group,) = read_groups(scored)
             assert group.metadata["reward_steps"] == [record]
 

@@ -101,7 +101,8 @@ PLANTS = [
 
 def audit(rows: Rows, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run_audit(AuditConfig.model_validate({"data": tmp_path / "data.jsonl", "output_dir": tmp_path / "audit", **changes}))
+    fields = {"data": tmp_path / "data.jsonl", "output_dir": tmp_path / "audit", "overwrite": True, **changes}
+    return run_audit(AuditConfig.model_validate(fields))
 
 
 def problems(found: dict[str, Any]) -> set[str]:
@@ -345,6 +346,7 @@ def test_likeness_in_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     module.SentenceTransformer = SentenceTransformer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: None)
     rows = planted("healthy", num_groups=10)
     for number, row in enumerate(rows):
         for candidate in row["candidates"]:

@@ -334,11 +334,11 @@ class TestRunFolder:
         assert train().code == 0
         first = files(tmp_path / "run")
         again = train()
-        assert (again.code, "run holds an earlier run (results.json, metrics.jsonl" in again.error) == (1, True)
+        assert (again.code, "an earlier `ncalign train` wrote (results.json, metrics.jsonl" in again.error) == (1, True)
         assert train("--overwrite", data=write_jsonl(["{"], name="bad.jsonl")).code == 1
         assert train("--overwrite", model="no/model").code == 1
         itself = train("--overwrite", model="run/model")
-        assert itself.error == "error: overwrite: true would delete model run/model: choose another output_dir"
+        assert itself.error == "error: run/model is what model reads, and would be replaced: give another output_dir"
         assert files(tmp_path / "run") == first
 
     def test_two_at_once(self, train: Run, tmp_path: Path) -> None:
@@ -439,9 +439,10 @@ class TestSignals:
         (tmp_path / "stop.py").write_text(
             f"import os, time\ndef reward(prompt, completions):\n    os.kill(os.getpid(), {int(number)}); time.sleep(1)\n"
         )
-        scored = ncalign("score", "--data", groups_file, "--output", "out.jsonl", "--reward", "stop.py:reward")
+        over = ("--output", "out.jsonl", "--overwrite")
+        scored = ncalign("score", "--data", groups_file, *over, "--reward", "stop.py:reward")
         send_instead(monkeypatch, local.TransformersGenerator, "_sample", number)
-        sampled = ncalign("generate", "--model", tiny_model_dir, "--prompts", groups_file, "--output", "out.jsonl")
+        sampled = ncalign("generate", "--model", tiny_model_dir, "--prompts", groups_file, *over)
         for done in (scored, sampled):
             assert done.code == code
             kept = "out.jsonl was not written, and what was there before is unchanged; rerun to start again"
@@ -506,18 +507,18 @@ class TestFullDisk:
         if "metrics" in target:
             assert all("loss" in json.loads(line) for line in (tmp_path / target).read_text().splitlines())
 
-    def test_the_configuration_is_the_first_file(self, train: Run, tmp_path: Path) -> None:
+    def test_where_the_first_file_cannot_be_written_nothing_is_left(self, train: Run, tmp_path: Path) -> None:
         assert train(out="warm").code == 0  # the reference log-probs are in the cache now
         with full_disk(100):
             done = train()
-        assert (done.code, done.error.startswith("error: can't write run/config.yaml: File too large")) == (1, True)
+        assert (done.code, done.error.startswith("error: can't write run/.ncalign/entries: File too large")) == (1, True)
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize("output", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
     def test_convert(self, output: str, ncalign: Run, groups_file: Path, tmp_path: Path) -> None:
         (tmp_path / output).write_text("earlier")
         with full_disk(300):
-            done = ncalign("convert", groups_file, output)
+            done = ncalign("convert", groups_file, output, "--overwrite")
         assert (done.code, done.error.startswith(f"error: can't write {output}: File too large")) == (1, True)
         assert (tmp_path / output).read_text() == "earlier"
         assert leftovers(tmp_path) == []

@@ -380,6 +380,8 @@ def test_the_laboratory_prints_the_bare_list_as_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = {"statement": "s", "source": "p", "predicted": 0.0, "measured": 0.0, "tolerance": 1e-12, "holds": True}
-    monkeypatch.setattr("ncalign.lab.theory.run_lab", lambda output_dir: {"statements": [row], "text": "table", "files": []})
+    monkeypatch.setattr(
+        "ncalign.lab.theory.run_lab", lambda output_dir, overwrite: {"statements": [row], "text": "table", "files": []}
+    )
     assert cli.main(["lab", "theory", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [row]

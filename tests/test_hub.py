@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ncalign.cli.app import main
 from ncalign.core.hub import only_cached
+from ncalign.generation import client
 
 VERBS = {
     "train": ("train", "--model", "no/model", "--data", "{data}", "--output_dir", "{out}"),
@@ -47,6 +49,22 @@ def test_a_mistyped_hub_id_is_told_of_in_one_line(
     assert "'no/model': there is no such folder (relative paths start at" in line
     assert "can't be asked ([Errno -2] Name or service not known): check the name and the network" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_host_that_does_not_exist_is_told_of_before_anything_is_asked(
+    groups_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(host: str, port: None) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    judge = ("--reward", "judge", "--judge.base_url", "http://gpu-srever:8000/v1", "--judge.model", "m")
+    words = ["score", "--data", str(groups_file), "--output", str(tmp_path / "out.jsonl"), *judge, "--cache_dir", str(tmp_path)]
+    assert main(words) == 1
+    expected = "error: server http://gpu-srever:8000/v1: there is no host 'gpu-srever': check base_url and the network"
+    assert capsys.readouterr().err.strip() == expected
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    client.check_host("http://gpu-srever:8000/v1")
 
 
 def test_a_path_is_no_hub_id(tmp_path: Path) -> None:

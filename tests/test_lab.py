@@ -76,7 +76,9 @@ def test_files(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, result = whole
     names = ["theory.json", *(f"{name}.png" for name in CURVES), "theory.html"]
     assert result["files"] == [str(folder / name) for name in names]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([".ncalign", *names])
+    # What is protected before the experiments have run.
+    assert sorted(run.ENTRIES) == sorted(names)
     assert json.loads((folder / "theory.json").read_text(encoding="utf-8")) == result["statements"]
     assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in CURVES)
     page = (folder / "theory.html").read_text(encoding="utf-8")

@@ -413,7 +413,7 @@ def test_an_adapter_of_one_s_own(tmp_path: Path, write_jsonl: Callable[..., Path
     assert main(words) == 0
     assert [group.prompt for group in read_groups(output)] == ["Q", "R"]
     (tmp_path / "mine.py").write_text("def read(row):\n    return row['no']\n")
-    assert main(words) == 1
+    assert main([*words, "--overwrite"]) == 1
     assert "groups.jsonl:1: the adapter raised KeyError: 'no'" in capsys.readouterr().err
 
 

@@ -54,11 +54,13 @@ def test_only_what_has_changed_is_made_again(folder: Path, tmp_path: Path) -> No
     assert convert_folder(folder, out) == first
     assert made(out) == before
     (folder / "part-1.jsonl").write_text(row(100) + "broken\n")
-    with pytest.raises(DataError, match=r"part-1\.jsonl:2"):
+    with pytest.raises(ValueError, match=r"an earlier `ncalign convert` wrote \(part-1\.jsonl\): --overwrite replaces it"):
         convert_folder(folder, out)
+    with pytest.raises(DataError, match=r"part-1\.jsonl:2"):
+        convert_folder(folder, out, overwrite=True)
     assert {name for name, when in made(out).items() if when != before.get(name)} == set()
     (out / "part-2.jsonl").unlink()
-    report = convert_folder(folder, out, Recipe(on_bad_row="skip"))
+    report = convert_folder(folder, out, Recipe(on_bad_row="skip"), overwrite=True)
     assert (report.rows, report.groups, report.skipped) == (14, 13, 1)
 
 
@@ -103,7 +105,7 @@ def test_an_adapter_that_changes_makes_all_anew(folder: Path, tmp_path: Path) ->
     report = convert_folder(folder, tmp_path / "out", Recipe(adapter=f"{code}:read"))
     assert (report.rows, report.groups, report.reasons) == (15, 14, {"left out by the adapter": 1})
     code.write_text("def read(row):\n    return dict(row, prompt=row['prompt'] + '?')\n")
-    convert_folder(folder, tmp_path / "out", Recipe(adapter=f"{code}:read"))
+    convert_folder(folder, tmp_path / "out", Recipe(adapter=f"{code}:read"), overwrite=True)
     assert all(group.prompt.endswith("?") for group in read_groups(tmp_path / "out"))
 
 

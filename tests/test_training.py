@@ -210,7 +210,7 @@ class TestCheckpoints:
         run = config(max_steps=1)
         run_training(run)
         before = (run.output_dir / "results.json").read_text()
-        with pytest.raises(ValueError, match=r"holds an earlier run .*results.json.*overwrite: true"):
+        with pytest.raises(ValueError, match=r"`ncalign train` wrote .results.json.*--overwrite replaces it"):
             run_training(config(max_steps=2))
         assert (run.output_dir / "results.json").read_text() == before
         assert run_training(config(max_steps=2, overwrite=True))["steps"] == 2

@@ -14,6 +14,7 @@ from ncalign.adjust.config import AdjustConfig
 from ncalign.adjust.merging import RewardIndex
 from ncalign.adjust.steps import MERGE, Fitted, Step, parse_steps, rewards_of
 from ncalign.core.errors import DataError
+from ncalign.core.outputs import claim
 from ncalign.core.progress import Bar, say
 from ncalign.data.config import OnBadRow, SchemaChoice
 from ncalign.data.groups import (
@@ -47,6 +48,8 @@ def run_adjust(config: AdjustConfig) -> dict[str, object]:
         ValueError: data that can't be read, that a step can't use, or that don't match in a merge; nothing is written.
     """
     steps = parse_steps(config.steps)
+    inputs = {"input": config.input, "merge": config.merge}
+    claim(config.output, verb="adjust", inputs=inputs, overwrite=config.overwrite)
     check_output(config.output)
     at = next((index for index, step in enumerate(steps) if step.name == MERGE), 0)
     # The verb joins the files itself, where the step stands, or first.

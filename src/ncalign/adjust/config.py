@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ncalign.core.config import Frozen, Seed
+from ncalign.core.config import Frozen, Overwrite, Seed
 from ncalign.data.config import JoinRows, OnBadRow, SchemaChoice
 
 
@@ -15,7 +15,8 @@ class AdjustConfig(Frozen):
     """`ncalign adjust`: new rewards computed from existing ones, with a record of how."""
 
     input: str = Field(description="Groups to read: a file, folder or hub id in any schema that `convert` reads.")
-    output: Path = Field(description="Groups file to write: .jsonl, .jsonl.gz or .parquet; may be the input itself.")
+    output: Path = Field(description="Groups file to write: .jsonl, .jsonl.gz or .parquet.")
+    overwrite: Overwrite = False
     steps: tuple[str, ...] = Field(
         (),
         description="Steps applied to the rewards, in this order: zscore, rank, dense_rank, quantile, "

@@ -32,6 +32,7 @@ from ncalign.audit.texts import prompt_key, words
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.hub import only_cached
 from ncalign.core.json import json_ready
+from ncalign.core.outputs import claim, record
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar, say
 from ncalign.data.formats.seen import Seen
@@ -39,6 +40,8 @@ from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.model.encoding import completion_text
 from ncalign.model.precision import resolve_dtype
 
+ENTRIES = ("audit.json", "audit.html")
+"""What is left in the folder."""
 _MOST_SOURCES = 50
 
 
@@ -92,23 +95,9 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     Raises:
         ValueError: the data can't be read, or there is nothing in them to audit.
     """
-    json_file, page = config.output_dir / "audit.json", config.output_dir / "audit.html"
-    check_writable(json_file)
-    for name in filter(None, (config.model, config.reference_model)):
-        only_cached(name, what="model")
-    report = ReadReport()
-    groups = read_groups(
-        config.data,
-        schema=config.schema_name,
-        on_bad_row=config.on_bad_row,
-        report=report,
-        join_rows=config.join_rows,
-    )
-    totals = _read(groups, config.sample, seed=config.seed)
-    if not totals.groups:
-        raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
-    if notice := report.notice(config.data):
-        say(notice)
+    json_file, page = (config.output_dir / name for name in ENTRIES)
+    _check(config)
+    totals, rows_skipped = _totals(config)
     sample, measured = totals.sample, _measured(totals.sample)
     texts = [words(completion_text(candidate, group)) for group in sample for candidate in group.candidates]
     across = clusters_across(texts, [number for number, group in enumerate(sample) for _ in group.candidates])
@@ -143,13 +132,47 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         "tables": {name: table for name, table in tables.items() if table},
         "sizes": dict(sorted(totals.sizes.items())),
         "sources": dict(totals.sources.most_common(_MOST_SOURCES)),
-        "rows_skipped": report.skipped,
+        "rows_skipped": rows_skipped,
         "sampled": len(sample),
         **({} if dtype is None else {"dtype": dtype}),
     }
+    record(config.output_dir, ENTRIES, verb="audit")
     write_json_atomic(result, json_file)
     write_page(page, result, measured, sample)
     return {**result, "text": _text(config.data, numbers, found, page)}
+
+
+def _check(config: AuditConfig) -> None:
+    """Refuse before hours of work what can't be written or found."""
+    inputs = {
+        "data": config.data,
+        "model": config.model,
+        "reference_model": config.reference_model,
+        "embedder": config.embedder,
+        "bertscore": config.bertscore,
+    }
+    claim(config.output_dir, ENTRIES, verb="audit", inputs=inputs, overwrite=config.overwrite)
+    check_writable(config.output_dir / ENTRIES[0])
+    for name in filter(None, (config.model, config.reference_model)):
+        only_cached(name, what="model")
+
+
+def _totals(config: AuditConfig) -> tuple[Totals, int]:
+    """Sums over the groups that can be read, and how many rows can't."""
+    report = ReadReport()
+    groups = read_groups(
+        config.data,
+        schema=config.schema_name,
+        on_bad_row=config.on_bad_row,
+        report=report,
+        join_rows=config.join_rows,
+    )
+    totals = _read(groups, config.sample, seed=config.seed)
+    if not totals.groups:
+        raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
+    if notice := report.notice(config.data):
+        say(notice)
+    return totals, report.skipped
 
 
 def _read(groups: Iterable[Group], size: int, *, seed: int) -> Totals:

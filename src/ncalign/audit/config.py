@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ncalign.core.config import Flat, Frozen, Seed
+from ncalign.core.config import Flat, Frozen, Overwrite, Seed
 from ncalign.data.config import DataSource, JoinRows, OnBadRow, SchemaChoice
 from ncalign.model.config import DType, EncodingConfig, StringPrompts
 
@@ -17,6 +17,7 @@ class AuditConfig(Frozen):
 
     data: DataSource = Field(description="Scored groups: whatever `convert` reads.")
     output_dir: Path = Field(Path("runs/audit"), description="Folder for audit.json and audit.html.")
+    overwrite: Overwrite = False
     schema_name: SchemaChoice = "auto"
     sample: int = Field(1000, ge=2, description="Number of groups whose texts are compared, drawn evenly from all.")
     embedder: str | None = Field(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from ncalign.core.outputs import claim
+
 if TYPE_CHECKING:
     from ncalign.adjust.config import AdjustConfig
     from ncalign.data.config import ConvertConfig
@@ -103,8 +105,10 @@ def _convert(config: ConvertConfig) -> Result:
         "join_rows": config.join_rows,
     }
     if is_folder_name(config.output):
-        report = convert_folder(config.input, config.output, Recipe(kind=config.shards, **options))
+        report = convert_folder(config.input, config.output, Recipe(kind=config.shards, **options), overwrite=config.overwrite)
     else:
+        inputs = {"input": config.input, "adapter": config.adapter}
+        claim(config.output, verb="convert", inputs=inputs, overwrite=config.overwrite)
         report = convert(config.input, config.output, **options)
     lines = [f"{config.output}: {report.summary()}", *(f"  {line}" for line in (*report.examples, *report.counted_notes()))]
     return {"output": str(config.output), **asdict(report), "text": "\n".join(lines)}
@@ -120,7 +124,7 @@ def _demo(config: DemoConfig) -> Result:
 def _lab(config: LabConfig) -> Result:
     from ncalign.lab.theory import run_lab
 
-    return {"theory": run_lab}[config.experiment](config.output_dir)
+    return {"theory": run_lab}[config.experiment](config.output_dir, overwrite=config.overwrite)
 
 
 def _after_training_stopped(config: TrainConfig) -> str:

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """torch's generators take 64 bits, one of them for the sign."""
 
+Overwrite = Annotated[bool, Field(description="Replace what an earlier call wrote to the output.")]
+
 
 @dataclass(frozen=True)
 class Flat:

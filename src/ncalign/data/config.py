@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from ncalign.core.config import Frozen, Seed
+from ncalign.core.config import Frozen, Overwrite, Seed
 
 OnBadRow = Annotated[
     Literal["error", "skip"],
@@ -78,5 +78,6 @@ class ConvertConfig(Frozen):
     )
     target: Target = Field("ncalign", description="What to write (also --to): groups, or TRL's preference pairs made of them.")
     seed: Seed = Field(0, description="Random seed of the candidates drawn for best_vs_random.")
+    overwrite: Overwrite = False
     on_bad_row: OnBadRow = "error"
     join_rows: JoinRows = True

@@ -19,6 +19,7 @@ from typing import Any
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic
 from ncalign.core.errors import DataError
+from ncalign.core.outputs import claim, record
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
 from ncalign.core.user_code import code_digest
@@ -78,6 +79,18 @@ class Shard:
         return ReadReport(**account["report"])
 
 
+def _unfinished_or_same(shards: Sequence[Shard], recipe: Recipe, joined: Path) -> list[str]:
+    """Names of the files that no earlier call finished with other inputs or options."""
+    every, together = [shard.made_from(recipe) for shard in shards], _account(joined)
+    others = set(together["written"]) if together and together["made_from"] != every else set()
+    found = []
+    for shard, made_from in zip(shards, every, strict=True):
+        account = _account(shard.account)
+        if str(shard.output) not in others and (not account or account["made_from"] == made_from):
+            found.append(shard.output.name)
+    return found
+
+
 def _account(path: Path) -> dict[str, Any]:
     """What an earlier call recorded; empty where it recorded nothing that can be read."""
     try:
@@ -86,10 +99,11 @@ def _account(path: Path) -> dict[str, Any]:
         return {}
 
 
-def convert_folder(input: str | Path, output: Path, recipe: Recipe = DEFAULT) -> ReadReport:
+def convert_folder(input: str | Path, output: Path, recipe: Recipe = DEFAULT, *, overwrite: bool = False) -> ReadReport:
     """Convert each file of a folder into a file of another, in worker processes; what an earlier call finished is kept.
 
     Where rows are joined by their prompt, a group lies in the file of its first row, and one process makes all files.
+    ``overwrite`` replaces files that an earlier call made of other inputs or in another way.
 
     Returns:
         The counts over all shards.
@@ -100,7 +114,17 @@ def convert_folder(input: str | Path, output: Path, recipe: Recipe = DEFAULT) ->
         OSError: the output can't be written.
     """
     shards = _shards(input, output, recipe)
+    names = [shard.output.name for shard in shards]
+    claim(
+        output,
+        names,
+        verb="convert",
+        inputs={"input": input, "adapter": recipe.adapter},
+        overwrite=overwrite,
+        own=_unfinished_or_same(shards, recipe, output / _ACCOUNT / _JOINED),
+    )
     check_writable(output / _ACCOUNT / "account")
+    record(output, names, verb="convert")
     tried = convertible(recipe.schema, recipe.adapter)
     if recipe.join_rows and len(shards) > 1 and any(joins(shard.source, tried) for shard in shards):
         total = _convert_together(shards, recipe, output / _ACCOUNT / _JOINED)

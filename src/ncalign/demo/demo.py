@@ -13,6 +13,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from ncalign.core.atomic import write_json_atomic
+from ncalign.core.hub import only_cached
+from ncalign.core.outputs import claim, renew
 from ncalign.core.progress import say
 from ncalign.data.groups import Group, read_groups, write_groups
 from ncalign.demo.candidates import MAX_NEW_TOKENS, has_spread, make_candidates, sample_and_score, shipped_candidates
@@ -26,11 +28,14 @@ from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
 from ncalign.report.page import write_report
 from ncalign.rewards.base import completion_texts
 from ncalign.stats.paired import paired_comparison
+from ncalign.training import run_folder
 from ncalign.training.config import TrainConfig
 from ncalign.training.train import run_training, versions
 
 Rewards = Float[NDArray[np.float64], " prompts"]
 
+ENTRIES = ("candidates.jsonl", *run_folder.ENTRIES)
+"""What the demo leaves in its folder."""
 HELD_OUT_SEED = 0
 NUM_BETTER = 2
 # From a rough trial on other prompts; MC-PO's epochs were compared on the validation split, nothing on the held-out one.
@@ -70,10 +75,14 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         What ``results.json`` holds, and a printable summary under ``text``.
     """
     started = time.monotonic()
-    refuse_other_run(config.output_dir)
+    # An earlier demo is replaced, and nothing else.
+    claim(config.output_dir, ENTRIES, verb="demo", inputs={"model": config.model}, overwrite=False, own=ENTRIES)
+    if config.model is not None:
+        only_cached(config.model, what="model")
     model = config.model or str(demo_model_folder())
     folder = config.output_dir
     candidates = folder / "candidates.jsonl"
+    renew(folder, ENTRIES, verb="demo")
     if config.fresh:
         make_candidates(model, candidates, config.seed)
     groups = list(read_groups(candidates)) if config.fresh else shipped_candidates()
@@ -97,16 +106,6 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     return {**results, "report": str(page), "text": summary(results, page)}
 
 
-def refuse_other_run(folder: Path) -> None:
-    """Replace an earlier demo, but nothing else.
-
-    Raises:
-        ValueError: the folder holds a run that is no demo.
-    """
-    if (folder / "config.yaml").exists() and not (folder / "candidates.jsonl").exists():
-        raise ValueError(f"{folder} holds a run that is not a demo, which this would replace: choose another output_dir")
-
-
 def train_config(config: DemoConfig, model: str, data: Path) -> TrainConfig:
     """The demo's training run."""
     return TrainConfig(
@@ -115,7 +114,6 @@ def train_config(config: DemoConfig, model: str, data: Path) -> TrainConfig:
         output_dir=config.output_dir,
         objective=OBJECTIVES[config.objective],
         num_train_epochs=EPOCHS[config.objective],
-        overwrite=True,
         seed=config.seed,
         **SETTINGS,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ncalign.core.atomic import write_json_atomic
+from ncalign.core.outputs import claim, record
 from ncalign.core.progress import say
 from ncalign.data.groups import write_groups
 from ncalign.demo.candidates import GENERATION_BATCH, MAX_NEW_TOKENS, NUM_PROMPTS, NUM_SAMPLES, REWARDS
@@ -39,6 +40,10 @@ def run_online_demo(config: DemoConfig) -> dict[str, Any]:
     started, folder = time.monotonic(), config.output_dir
     model = config.model or str(demo_model_folder())
     prompts, held_out = folder / "prompts.jsonl", folder / "held-out.jsonl"
+    # Of an earlier demo alone; its arms are run folders, which have records of their own.
+    names = (prompts.name, held_out.name, RESULTS)
+    claim(folder, names, verb="demo", inputs={"model": config.model}, overwrite=False, own=names)
+    record(folder, names, verb="demo")
     write_groups(make_prompts(NUM_PROMPTS, config.seed, "train"), prompts)
     write_groups(make_prompts(config.num_eval_prompts, HELD_OUT_SEED, "heldout"), held_out)
     results = {}

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import sys
 import time
 from asyncio import gather, sleep
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from pydantic import AliasChoices, AliasPath, BaseModel, Field, TypeAdapter, ValidationError
 
@@ -119,7 +122,7 @@ class Server:
         usage: what was asked and answered.
 
     Raises:
-        ValueError: the package `openai` is missing, or the environment variable with the key.
+        ValueError: the package `openai` is missing, or the environment variable with the key, or the server's host.
     """
 
     def __init__(self, config: ServerConfig, store: Store | None = None) -> None:
@@ -134,6 +137,7 @@ class Server:
                 f"server {config.base_url}: the environment variable {config.api_key_env} is not set; export it, or set "
                 "api_key_env: none for a server without keys"
             )
+        check_host(config.base_url)
         self._next_start = 0.0
         self.model, self.version = config.model, ""
 
@@ -357,3 +361,20 @@ class _Answer(BaseModel):
 
 
 _CHOICES = TypeAdapter(list[Choice])
+
+
+def check_host(url: str) -> None:
+    """Raise where the host of a URL has no address: asking again and again would not give it one.
+
+    Raises:
+        ValueError: there is no such host. A proxy may know hosts that this machine does not, and is not second-guessed.
+    """
+    parts = urlsplit(url)
+    if parts.hostname is None or (getproxies().get(parts.scheme) and not proxy_bypass(parts.hostname)):
+        return
+    try:
+        socket.getaddrinfo(parts.hostname, None)
+    except (socket.gaierror, UnicodeError) as error:
+        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+            return
+        raise ValueError(f"server {url}: there is no host {parts.hostname!r}: check base_url and the network") from None

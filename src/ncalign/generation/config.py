@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from ncalign.core.config import Frozen, Seed
+from ncalign.core.config import Frozen, Overwrite, Seed
 from ncalign.data.config import JoinRows, OnBadRow
 from ncalign.model.config import DType, StringPrompts
 
@@ -37,6 +37,7 @@ class GenerateConfig(Frozen):
     server: ServerConfig | None = Field(None, description="Sample from a model on a server instead of a local one.")
     prompts: Path = Field(description="Groups whose prompts are answered; their candidates may be absent.")
     output: Path = Field(description="Groups file to write.")
+    overwrite: Overwrite = False
     num_samples: int = Field(8, ge=1, description="K, the number of completions sampled for each prompt.")
     max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens of a completion.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0: greedy.")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group, ReadReport, check_output, read_groups, write_groups
@@ -98,6 +99,8 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
     Raises:
         ValueError: the prompts can't be read, the model can't be loaded or a prompt doesn't fit it; nothing is written.
     """
+    inputs = {"prompts": config.prompts, "model": config.model}
+    claim(config.output, verb="generate", inputs=inputs, overwrite=config.overwrite)
     check_output(config.output)
     report = ReadReport()
     groups_read = read_groups(

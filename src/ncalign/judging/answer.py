@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
+from ncalign.core.outputs import claim
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
 from ncalign.generation.base import Generator, PromptError, SamplingParams
@@ -184,6 +185,8 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     Raises:
         ValueError: the set can't be read, the model can't be loaded, or a question doesn't fit it; what was answered is kept.
     """
+    inputs = {"model": config.model, "set": config.set_name, "set_file": config.set_file}
+    claim(config.output, verb="answer", inputs=inputs, overwrite=config.overwrite)
     check_writable(config.output)
     questions = read_questions(config.set_name, file=config.set_file)[: config.limit]
     check_form(questions, config.form)

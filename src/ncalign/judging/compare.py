@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ncalign.core.atomic import write_jsonl_atomic
+from ncalign.core.outputs import renew
 from ncalign.core.progress import say
-from ncalign.judging.counts import Counting, Results, add_accounts, add_comparisons, count_games, count_ratings
+from ncalign.judging.counts import VERDICTS, Counting, Results, add_accounts, add_comparisons, count_games, count_ratings
 from ncalign.judging.interop import (
     write_alpaca_annotations,
     write_arena_judgements,
@@ -61,6 +62,7 @@ def compare_answers(
         games += found
         accounts.append(account)
         say(f"{name} against {other}: {account.text()}")
+    renew(folder, VERDICTS, verb="evaluate", folders=["annotations", "arena_hard", "fastchat"])
     write_jsonl_atomic(map(asdict, games), folder / "games.jsonl")
     add_accounts(accounts, results)
     if isinstance(judge, RewardJudge):
@@ -127,6 +129,7 @@ def rate_answers(
         ratings += found
         accounts.append(account)
         say(f"{name}: {account.text()}")
+    renew(folder, VERDICTS, verb="evaluate", folders=["fastchat"])
     write_jsonl_atomic(map(asdict, ratings), folder / "ratings.jsonl")
     write_fastchat_ratings(ratings, folder / "fastchat" / "single.jsonl", judge=called)
     add_accounts(accounts, results)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ncalign.core.config import Flat, Frozen, Seed
+from ncalign.core.config import Flat, Frozen, Overwrite, Seed
 from ncalign.generation.config import ServerConfig
 from ncalign.model.config import DType
 
@@ -48,6 +48,7 @@ class AnswerConfig(Frozen):
     )
     set_file: Path | None = Field(None, description="The set's file, for alpaca-eval, arena-hard and mt-bench.")
     output: Path = Field(description="File to write: .jsonl, or .json for alpaca_eval.")
+    overwrite: Overwrite = False
     form: Literal["ncalign", "alpaca_eval", "fastchat", "arena_hard"] = Field(
         "ncalign", description="Tool that is to read the file."
     )
@@ -85,6 +86,7 @@ class EvaluateConfig(Frozen):
     output_dir: Path = Field(
         Path("runs/evaluate"), description="Folder for results.json, tables, charts, answers and verdicts."
     )
+    overwrite: Overwrite = False
     judge: EvalJudgeConfig | None = Field(None, description="Judge with a language model on a server.")
     reward: tuple[str, ...] = Field(
         (),

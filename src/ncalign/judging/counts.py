@@ -12,6 +12,7 @@ import numpy as np
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.errors import MissingPackageError
 from ncalign.core.json import json_ready
+from ncalign.core.outputs import renew
 from ncalign.judging.records import Answer, Answers
 from ncalign.judging.summaries import (
     arena_table,
@@ -80,6 +81,12 @@ class Results:
     def add(self, name: str, value: object, table: Table) -> None:
         """Add a result with its table."""
         self.values[name], self.tables[name] = value, table
+
+
+AT_THE_END = ("results.json", "tables", "win_matrix.png", "win_rates.png", "ratings.png")
+VERDICTS = ("games.jsonl", "ratings.jsonl", "annotations", "arena_hard", "fastchat")
+ENTRIES = (*AT_THE_END, *VERDICTS)
+"""What an evaluation leaves in its folder, besides what it goes on from."""
 
 
 def count_games(
@@ -257,7 +264,11 @@ def add_accounts(accounts: Sequence[Account], results: Results) -> None:
 
 
 def write_results(results: Results, folder: Path) -> dict[str, Any]:
-    """Write results.json, tables and charts, and return the values, with the tables as printable text under ``text``."""
+    """Write results.json, tables and charts, and return the values, with the tables as printable text under ``text``.
+
+    Those of an earlier evaluation go, also where this one has none of their names.
+    """
+    renew(folder, AT_THE_END, verb="evaluate", folders=["tables"])
     values = json_ready({**results.values, "notes": results.lines})
     for name, table in results.tables.items():
         for suffix in ("txt", "json", "csv", "tex"):

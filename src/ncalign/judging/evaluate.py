@@ -12,12 +12,13 @@ import torch
 from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
 from ncalign.core.hub import only_cached
+from ncalign.core.outputs import Inputs, claim, record, recorded, remove
 from ncalign.core.store import Store
 from ncalign.judging.answer import answering_of, answers_of_model
 from ncalign.judging.answers import read_answers, write_answers
 from ncalign.judging.compare import compare_answers, file_name, rate_answers
 from ncalign.judging.config import EvaluateConfig
-from ncalign.judging.counts import Counting, Results, write_results
+from ncalign.judging.counts import ENTRIES, VERDICTS, Counting, Results, write_results
 from ncalign.judging.judges import RewardJudge, ServerJudge
 from ncalign.judging.records import Answers, Question
 from ncalign.judging.sets import BUNDLED, read_questions, read_references
@@ -34,6 +35,8 @@ from ncalign.tasks.reasoning import TaskProtocol, run_tasks
 
 Kind: TypeAlias = Literal["tasks", "verdicts", "answers"]
 
+_ON_THE_WAY = ("answers", "tasks")
+"""What an evaluation that is run again goes on from."""
 _WHAT_IT_SHOWS = (
     "These are {n} prompts of our own with instructions that a program checks: they show whether a model does what it is told "
     "in form, not whether what it says is right, helpful or well put. For that, name a set (--set alpaca-eval, arena-hard, "
@@ -48,9 +51,24 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: the configuration names nothing that can be evaluated, or a file or model can't be read.
         ServerError: a judge answers nothing at all; what it answered is kept.
     """
-    check_writable(config.output_dir / "results.json")
+    folder = config.output_dir
+    unfinished = not (folder / "results.json").exists()
+    claim(
+        folder,
+        [*ENTRIES, *_ON_THE_WAY],
+        verb="evaluate",
+        inputs=_inputs(config),
+        overwrite=config.overwrite,
+        own=[*ENTRIES, *_ON_THE_WAY] if unfinished else _ON_THE_WAY,
+    )
+    check_writable(folder / "results.json")
     kind: Kind = "tasks" if config.tasks else "verdicts" if config.judgements else "answers"
     _check(config, kind)
+    with recorded(folder, [*ENTRIES, *_ON_THE_WAY], verb="evaluate"):
+        return _evaluated(config, kind)
+
+
+def _evaluated(config: EvaluateConfig, kind: Kind) -> dict[str, Any]:
     if kind == "tasks":
         results = _of_tasks(config)
     elif kind == "verdicts":
@@ -62,7 +80,26 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     else:
         results = _of_answers(config)
+    if kind != "answers":
+        remove(config.output_dir, VERDICTS)
     return write_results(results, config.output_dir)
+
+
+def _inputs(config: EvaluateConfig) -> Inputs:
+    """What is read: models or their answers, questions, verdicts, tables, the data of tasks."""
+    return {
+        "model": config.model,
+        "against": config.against,
+        "set": config.set_name,
+        "set_file": config.set_file,
+        "reference_answers": config.reference_answers,
+        "reward": config.reward,
+        "judge.template": config.judge and config.judge.template,
+        "judgements": config.judgements,
+        "compare_games": config.compare_games,
+        "difficulty_table": config.difficulty_table,
+        "task_data": [given.partition("=")[2] for given in config.task_data],
+    }
 
 
 def _check(config: EvaluateConfig, kind: Kind) -> None:
@@ -177,6 +214,7 @@ def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Q
     else:
         answering = answering_of(config, config.max_new_tokens or (160 if config.set_name == BUNDLED else 1024), dtype)
         found = answers_of_model(spec, questions, answering, name=name, store=_store(config, "answers"))
+        record(config.output_dir / "answers", ["*"], verb="evaluate")
         write_answers(found, questions, config.output_dir / "answers" / f"{file_name(name)}.jsonl", form="ncalign")
     return {answer.question: answer for answer in found}
 
@@ -200,6 +238,7 @@ def _of_tasks(config: EvaluateConfig) -> Results:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
+    record(config.output_dir / "tasks", ["*"], verb="evaluate")
     task_data = _pairs(config.task_data, "task_data", "TASK=FILE is needed, such as svamp=data/SVAMP.json")
     found = [
         run_tasks(

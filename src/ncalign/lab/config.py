@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ncalign.core.config import Frozen
+from ncalign.core.config import Frozen, Overwrite
 
 
 class LabConfig(Frozen):
@@ -15,3 +15,4 @@ class LabConfig(Frozen):
 
     experiment: Literal["theory"] = Field("theory", description="What to run; theory: check each statement of the two papers.")
     output_dir: Path | None = Field(None, description="Folder for theory.json, the plots and theory.html; none: only print.")
+    overwrite: Overwrite = False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic, write_text_atomic
+from ncalign.core.outputs import claim, record
 from ncalign.core.progress import Bar
 from ncalign.lab import concepts, fixed_points, identities, normalizer, online, optima
 from ncalign.lab.report import page, plot, table
@@ -43,13 +44,28 @@ EXPERIMENTS: tuple[Callable[[], Findings], ...] = (
     online.single_steps_of_nca,
 )
 
+CURVES = (
+    "normalizer_variance",
+    "normalizer_bias",
+    "fisher_consistency",
+    "cd_bias",
+    "nca_ceiling",
+    "pair_gradient",
+    "beta_mismatch",
+    "best_of_n",
+    "displacement",
+)
+ENTRIES = ("theory.json", "theory.html", *(f"{name}.png" for name in CURVES))
+"""What is left in the folder."""
 
-def run_lab(output_dir: Path | None) -> dict[str, object]:
+
+def run_lab(output_dir: Path | None, *, overwrite: bool = False) -> dict[str, object]:
     """Check each statement of the theory on policies small enough to enumerate.
 
     Args:
         output_dir: Folder for ``theory.json`` (the statements), a PNG for each curve and ``theory.html`` with all of it. Each
             is written whole or not at all, once every experiment is done. None: nothing is written.
+        overwrite: whether those of an earlier call are replaced.
 
     Returns:
         ``statements``, a dict each as `Statement.row` gives it; ``text``, a table for people; ``files``, the paths written. No
@@ -57,8 +73,10 @@ def run_lab(output_dir: Path | None) -> dict[str, object]:
 
     Raises:
         OSError: The folder can't be written; raised before the experiments begin.
+        ValueError: It holds an earlier call's results, or files of these names that are not ours.
     """
     if output_dir is not None:
+        claim(output_dir, ENTRIES, verb="lab", inputs={}, overwrite=overwrite)
         check_writable(output_dir / "theory.json")
     statements: list[Statement] = []
     curves: list[Curve] = []
@@ -77,6 +95,7 @@ def _write(folder: Path, statements: Sequence[Statement], curves: Sequence[Curve
     """Write the files and return their paths; the page last, so that it never stands alone."""
     images = {curve.name: plot(curve) for curve in curves}
     written = [folder / "theory.json", *(folder / f"{name}.png" for name in images), folder / "theory.html"]
+    record(folder, [path.name for path in written], verb="lab")
     write_json_atomic([statement.row() for statement in statements], written[0])
     for name, image in images.items():
         with atomic_path(folder / f"{name}.png") as temporary:

@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ncalign.core.atomic import write_json_atomic
+from ncalign.core.outputs import record
 from ncalign.core.progress import say
 from ncalign.core.seeds import seed_of
 from ncalign.data.groups import rewards_origin, write_groups
@@ -31,18 +32,25 @@ from ncalign.online.evaluate import compare, evaluate_policy
 from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_groups, rank, read_artefact, sample_and_score
 from ncalign.online.probe import check_same_weights
 from ncalign.online.rounds import round_end, round_prompts
-from ncalign.online.state import Position, Run, last_position, open_run, save
+from ncalign.online.state import Position, Run, last_position, needed_space, open_run, save
 from ncalign.report.online_page import write_rounds_report
 from ncalign.rewards.sources import source_record
 from ncalign.training import run_folder
 from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
 from ncalign.training.export import merges, model_card, save_model
+from ncalign.training.finished import export_finished
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
+from ncalign.training.rescue import kept_after
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import learning_rate_at, make_plan
-from ncalign.training.train import fit_method, make_accelerator, start_trackers, versions
+from ncalign.training.space import check_space
+from ncalign.training.trackers import start_trackers
+from ncalign.training.train import fit_method, make_accelerator, open_policy, versions
+
+_ROUNDS = ("[0-9][0-9][0-9]", "evaluation.json", "answers.sqlite*", "weights")
+"""What the folder ``rounds/`` holds, as patterns."""
 
 
 def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[str, Any]:
@@ -69,7 +77,11 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
         )
     method = method or build_method(config.training.objective)
     config = config.model_copy(update={"training": with_precision(config.training, accelerator, method)})
-    with another_process_named(), claimed_run_folder(config.training, config.model_dump(mode="json")):
+    training, judge = config.training, config.rewards.judge
+    inputs = {"model": training.model, "data": training.data, "eval_data": training.eval_data, "reward": config.rewards.reward}
+    inputs |= {"judge.template": judge and judge.template}
+    claimed = claimed_run_folder(training, config.model_dump(mode="json"), verb="online", inputs=inputs)
+    with another_process_named(), claimed:
         return _run(config, accelerator, method)
 
 
@@ -77,12 +89,20 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
     training, written = config.training, config.model_dump(mode="json")
     finished = finished_results(training) if training.resume else None
     if finished is not None:
-        say(f"{training.output_dir} is finished: nothing to resume")
+        done = export_finished(training, written, finished, accelerator, policy=lambda: open_policy(training)[0])
+        say(f"{training.output_dir} is finished: {done or 'nothing to resume'}")
         return finished
+    rounds = training.output_dir / run_folder.ROUNDS
+    if config.server is not None:
+        # The server's answers are kept there from the start.
+        record(training.output_dir, [run_folder.ROUNDS], verb="online")
+        record(rounds, _ROUNDS, verb="online")
     run = open_run(config, accelerator, method)
+    check_space(training, needed_space(run))
     begun = (training.output_dir / run_folder.CONFIG).is_file()
     position = last_position(run) if training.resume else Position()
-    open_run_folder(training, written)
+    open_run_folder(training, written, verb="online")
+    record(rounds, _ROUNDS, verb="online")
     if begun and position.step == 0 and training.resume:
         say(f"note: {training.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
     start_trackers(training, written, accelerator, position.step)
@@ -384,7 +404,18 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
     target = config.training.output_dir / run_folder.MODEL
     card = model_card(run.policy, config.training, config.model_dump(mode="json"), results)
     merge = merges(run.policy, config.training)
-    save_model(run.policy, run.engine.model, run.accelerator, merge=merge, card=card, target=target)
-    write_json_atomic(results, config.training.output_dir / run_folder.RESULTS)
+    write = partial(save_model, run.policy, run.engine.model, run.accelerator, merge=merge, card=card)
+    try:
+        write(target=target)
+        write_json_atomic(results, config.training.output_dir / run_folder.RESULTS)
+    except OSError as error:
+        # The round's end has left a checkpoint.
+        raise kept_after(
+            error,
+            config.training.output_dir,
+            position.step,
+            save_checkpoint=lambda: save(run, position),
+            save_model=lambda elsewhere: write(target=elsewhere),
+        ) from error
     run.accelerator.end_training()
     return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,14 @@ from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
 from ncalign.training.data import held_out_places, prompt_digest
 from ncalign.training.engine import Engine
+from ncalign.training.export import merges
 from ncalign.training.run_folder import MetricsFile
-from ncalign.training.train import log_to_trackers, make_engine, open_policy
+from ncalign.training.space import DiskNeed, disk_need
+from ncalign.training.trackers import log_to_trackers
+from ncalign.training.train import make_engine, open_policy
+
+_BYTES_PER_TOKEN = 16
+"""Of a round's samples: as ids and as text, in two files each."""
 
 
 @dataclass
@@ -109,6 +115,26 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     return Run(
         config, accelerator, policy, encoder, method, engine, optimizer, reference, generator, source, prompts, held_out, total
     )
+
+
+def needed_space(run: Run) -> DiskNeed:
+    """What the run will write to its folder: a checkpoint at the end of each round at least, and the rounds' samples."""
+    config = run.config
+    tokens = run.total * run.groups_per_step * config.num_samples * config.max_new_tokens
+    moved = sum(tensor.nbytes for tensor in run.reference.state().values())
+    need = disk_need(
+        config.training,
+        run.engine.inner.model,
+        merged=merges(run.policy, config.training),
+        num_steps=run.total,
+        num_saves=run.total,
+        kept_tensors=moved,
+        samples=_BYTES_PER_TOKEN * tokens,
+    )
+    if config.push == "none" or config.generator == "transformers":
+        return need
+    # A round's weights are written while the last round's are there.
+    return replace(need, others=need.others + 2 * (need.checkpoint // 3 if config.push == "lora" else need.model))
 
 
 def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:

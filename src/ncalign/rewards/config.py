@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ncalign.core.config import Flat, Frozen
+from ncalign.core.config import Flat, Frozen, Overwrite
 from ncalign.data.config import JoinRows, OnBadRow
 from ncalign.generation.config import ServerConfig
 from ncalign.model.config import DType
@@ -68,6 +68,7 @@ class ScoreConfig(Frozen):
 
     data: Path = Field(description="Groups to score.")
     output: Path = Field(description="Groups file to write.")
+    overwrite: Overwrite = False
     rewards: Annotated[RewardConfig, Flat()]
     dtype: Annotated[
         DType,

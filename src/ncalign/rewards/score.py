@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
+from ncalign.core.outputs import claim
 from ncalign.core.progress import Bar, say
 from ncalign.data.groups import REWARD_STEPS, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.rewards.base import RewardSource, score_many
@@ -89,6 +90,9 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     Raises:
         ValueError: the data can't be read, or the reward source fails on a group; nothing is written.
     """
+    judge = config.rewards.judge
+    inputs = {"data": config.data, "reward": config.rewards.reward, "judge.template": judge and judge.template}
+    claim(config.output, verb="score", inputs=inputs, overwrite=config.overwrite)
     check_output(config.output)
     dtype = reward_dtype(config.rewards, config.dtype)
     source = reward_source(config.rewards, dtype=dtype, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ncalign.core.hub import only_cached
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.model.config import DType
@@ -43,10 +44,11 @@ def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
     """The arguments that lm-eval creates the backend with; ``model`` is as in :func:`ncalign.tasks.reasoning.run_tasks`.
 
     Raises:
-        ValueError: the folder is no model, or its adapter can't be put on its base by this backend.
+        ValueError: the folder is no model, there is none of this name, or its adapter can't be put on its base by this backend.
     """
     if backend.name not in LOCAL:
         return {"model": model, **backend.arguments}
+    only_cached(model, what="model")
     arguments: dict[str, Any] = {"pretrained": model, "dtype": backend.dtype, "trust_remote_code": backend.trust_remote_code}
     folder = Path(model)
     if (folder / "adapter_config.json").is_file():

@@ -17,7 +17,6 @@ import yaml
 
 from ncalign.core.atomic import write_json_atomic, write_text_atomic
 from ncalign.core.errors import nearest
-from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.core.store import Store
@@ -122,8 +121,6 @@ def run_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f"evaluating on tasks needs the package lm-eval: {install_hint('eval')}")
     wanted, backend = list(dict.fromkeys(tasks)), backend or Backend()
-    if backend.name == "hf":
-        only_cached(model, what="model")
     if backend.name in LOCAL and "dtype" not in backend.arguments:
         backend = replace(backend, dtype=resolve_dtype(backend.dtype))
     arguments = backend_arguments(model, backend)

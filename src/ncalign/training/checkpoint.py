@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from ncalign.core.atomic import removed_on_error
+from ncalign.core.outputs import record
 
 _PREFIX = "step-"
 _MOMENT = "|"
@@ -46,7 +47,7 @@ def save_checkpoint(
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a step's checkpoint, with further tensors where a run has some, and delete all but the last ``keep``."""
-    folder = run_folder / "checkpoints" / f"{_PREFIX}{step:08d}"
+    folder = checkpoint_folder(run_folder, step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     if isinstance(model, FSDPModule):
         # A pass without gradients leaves the root's own weights gathered, and the optimizer does not know them so.
@@ -59,6 +60,7 @@ def save_checkpoint(
     with removed_on_error(temporary, folder):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
+            record(folder.parent, [f"{_PREFIX}*"], verb="train")
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         save_file(_random_state(), temporary / f"random-{accelerator.process_index}.safetensors")
@@ -122,6 +124,11 @@ def further_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors that were saved with a checkpoint besides weights and optimizer."""
     path = folder / _FURTHER
     return dict(load_file(path)) if path.is_file() else {}
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return run_folder / "checkpoints" / f"{_PREFIX}{step:08d}"
 
 
 def find_checkpoints(run_folder: Path) -> list[Path]:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from ncalign.core.atomic import removed_on_error, write_text_atomic
+from ncalign.core.outputs import foreign, record
 from ncalign.model.logprobs import base_causal_model
 from ncalign.model.policy import Policy, quiet_transformers
 from ncalign.training.config import TrainConfig
@@ -64,9 +66,23 @@ def save_model(
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.num_processes > 1)
     state = get_model_state_dict(model, options=options)
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        return
+    failed: list[OSError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            _write_model(policy, state, merge=merge, card=card, target=target)
+        except OSError as error:
+            failed = [error]
+    # All processes go on, or all of them stop.
+    if accelerator.num_processes > 1:
+        broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+
+
+def _write_model(policy: Policy, state: dict[str, Any], *, merge: bool, card: str | None, target: Path) -> None:
+    stranger = foreign(target)
+    if stranger is not None:
+        raise FileExistsError(f"{stranger} was put there by something else since this run began: it is left alone. Move it")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     named: dict[str, Any] = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
@@ -78,9 +94,11 @@ def save_model(
             policy.tokenizer.save_pretrained(temporary)
         if card is not None:
             write_text_atomic(card, temporary / "README.md")
+        record(temporary, sorted(path.name for path in temporary.iterdir()), verb="train")
+        if target.is_symlink():
+            target.unlink()
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-    accelerator.wait_for_everyone()
 
 
 def merges(policy: Policy, config: TrainConfig) -> bool:

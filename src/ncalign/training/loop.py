@@ -67,6 +67,8 @@ class Loop:
     alarm: ChosenAlarm = field(default_factory=ChosenAlarm)
     means: MetricMeans = field(default_factory=MetricMeans)
     last: dict[str, float] = field(default_factory=dict)
+    done: int = 0
+    """Steps taken."""
 
     def run(
         self, start: int, *, save: Callable[[int, dict[str, Any]], None], ends: Callable[[int], bool] = lambda step: False
@@ -81,13 +83,13 @@ class Loop:
         Returns:
             The metrics of the last evaluation, or those logged last where no groups are held out.
         """
-        main = self.engine.accelerator.is_main_process
+        main, self.done = self.engine.accelerator.is_main_process, start
         tokens, since = 0, time.monotonic()
         with Bar("Training", self.plan.num_steps, completed=start, shown=main) as bar:
             for step in range(start, self.plan.num_steps):
                 grad_norm, step_tokens = self.step(step)
                 tokens += step_tokens
-                done = step + 1
+                self.done = done = step + 1
                 final = ends(done) or done == self.plan.num_steps
                 if due(done, self.intervals.logging) or final:
                     seconds = time.monotonic() - since

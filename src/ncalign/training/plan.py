@@ -14,7 +14,8 @@ from ncalign.objectives import build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
 from ncalign.training.precision import with_precision
-from ncalign.training.train import Prepared, make_accelerator, prepare_training
+from ncalign.training.space import free_space, in_words
+from ncalign.training.train import Prepared, make_accelerator, needed_space, prepare_training
 
 _MIB = 2**20
 
@@ -47,6 +48,11 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
         f"time: about {estimates['seconds']:.0f} s for {facts['steps']} steps on this machine (from one measured pass; "
         "reference log-probs and evaluation come on top)",
     ]
+    need, free = needed_space(config, prepared), free_space(config.output_dir)
+    lines.append(f"disk: about {need.text()}; {in_words(free)} are free in {config.output_dir}")
+    if need.total > free:
+        lines.append("warning: this does not fit: lower save_total_limit, raise save_steps, or give another output_dir")
+    estimates |= {"disk_mib": need.total / _MIB, "disk_free_mib": free / _MIB}
     return {**facts, **estimates, "layout": layout, "text": "\n".join(lines)}
 
 

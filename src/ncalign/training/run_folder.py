@@ -15,13 +15,14 @@ import yaml
 
 from ncalign.core.atomic import explained, write_text_atomic
 from ncalign.core.json import json_ready
+from ncalign.core.outputs import Inputs, claim, recorded, remove
 from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
 
 if sys.platform != "win32":
     import fcntl
 
-RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS = (
+RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
     "results.json",
     "metrics.jsonl",
     "config.yaml",
@@ -29,8 +30,12 @@ RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS = (
     "checkpoints",
     "tensorboard",
     "rounds",
+    "report.html",
 )
-_OURS = (RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS)
+ADAPTER = "adapter"
+"""The adapter of a finished run that was merged later."""
+ENTRIES = (RESULTS, METRICS, CONFIG, MODEL, ADAPTER, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT)
+"""What a run leaves in its folder."""
 _FREE_ON_RESUME = frozenset(
     {
         "resume",
@@ -50,16 +55,18 @@ _FREE_ON_RESUME = frozenset(
 
 
 @contextlib.contextmanager
-def claimed_run_folder(config: TrainConfig, written: dict[str, Any]) -> Iterator[None]:
+def claimed_run_folder(config: TrainConfig, written: dict[str, Any], *, verb: str, inputs: Inputs) -> Iterator[None]:
     """Make the folder and lock it for this process; an earlier run's files are examined and not yet touched.
 
     Args:
         config: of the training.
         written: the run's whole configuration, as ``config.yaml`` has it.
+        verb: that runs.
+        inputs: what the run reads, by the names of the fields.
 
     Raises:
-        ValueError: another process runs in it; it holds an earlier run and neither ``resume`` nor ``overwrite`` is set; the
-            configuration of the run to resume is another one.
+        ValueError: another process runs in it; :func:`ncalign.core.outputs.claim` refuses it; the configuration of the run to
+            resume is another one.
         OSError: it can't be made, or written to.
     """
     folder = config.output_dir
@@ -72,7 +79,18 @@ def claimed_run_folder(config: TrainConfig, written: dict[str, Any]) -> Iterator
         raise PermissionError(f"output_dir {folder} may not be written to: change its permissions or give another one")
     try:
         with _locked(folder):
-            _refuse_earlier_run(config, written)
+            claim(
+                folder,
+                ENTRIES,
+                verb=verb,
+                inputs=inputs,
+                overwrite=config.overwrite and not config.resume,
+                own=ENTRIES if config.resume else (),
+                instead="--resume goes on with it, ",
+            )
+            if config.resume and (folder / CONFIG).is_file():
+                finished = finished_results(config) is not None
+                _refuse_changes(written, folder / CONFIG, accept=config.accept_changes, finished=finished)
             yield
     finally:
         # A run that fails before its first file leaves no trace; rmdir takes empty folders alone.
@@ -100,47 +118,28 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refuse_earlier_run(config: TrainConfig, written: dict[str, Any]) -> None:
-    folder = config.output_dir
-    present = [name for name in _OURS if (folder / name).exists()]
-    if config.resume:
-        if (folder / CONFIG).is_file():
-            _refuse_changes(written, folder / CONFIG, accept=config.accept_changes)
-    elif present and not config.overwrite:
-        raise ValueError(
-            f"{folder} holds an earlier run ({', '.join(present)}): resume: true goes on with it, overwrite: true replaces it, "
-            "or choose another output_dir"
-        )
-    elif config.overwrite:
-        removed = [(folder / name).resolve() for name in present]
-        for field, path in (("model", Path(config.model)), ("data", config.data), ("eval_data", config.eval_data)):
-            if path is not None and any(path.resolve().is_relative_to(name) for name in removed):
-                raise ValueError(f"overwrite: true would delete {field} {path}: choose another output_dir")
-
-
-def open_run_folder(config: TrainConfig, written: dict[str, Any]) -> None:
+def open_run_folder(config: TrainConfig, written: dict[str, Any], *, verb: str) -> None:
     """Remove an overwritten run, or a killed run's half-written files, and write config.yaml."""
     folder = config.output_dir
     if config.overwrite and not config.resume:
-        for path in (folder / name for name in _OURS):
-            if path.exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(folder, ENTRIES)
     places = ("", f"{CHECKPOINTS}/", f"{ROUNDS}/", f"{ROUNDS}/*/")
     for stale in [path for place in places for path in folder.glob(f"{place}.*.tmp")]:
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    write_text_atomic(yaml.safe_dump(written, sort_keys=False), folder / CONFIG)
+    with recorded(folder, ENTRIES, verb=verb):
+        write_text_atomic(yaml.safe_dump(written, sort_keys=False), folder / CONFIG)
 
 
 def finished_results(config: TrainConfig) -> dict[str, Any] | None:
     """The results of the run in the folder; None when it did not finish."""
-    results, model = config.output_dir / RESULTS, config.output_dir / MODEL
-    if not (results.is_file() and model.is_dir()):
+    results = config.output_dir / RESULTS
+    if not (results.is_file() and any((config.output_dir / name).is_dir() for name in (MODEL, ADAPTER))):
         return None
     loaded: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
     return loaded
 
 
-def _refuse_changes(now: dict[str, Any], path: Path, *, accept: bool) -> None:
+def _refuse_changes(now: dict[str, Any], path: Path, *, accept: bool, finished: bool) -> None:
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     changed = [
         f"  {name}: {before.get(name)!r} -> {now[name]!r}"
@@ -150,6 +149,11 @@ def _refuse_changes(now: dict[str, Any], path: Path, *, accept: bool) -> None:
     if not changed:
         return
     listing = f"the run in {path.parent} was started with another configuration:\n" + "\n".join(changed)
+    if finished:
+        raise ValueError(
+            f"{listing}\nIt is finished, and they would change nothing: train on from {path.parent / MODEL} in another "
+            "output_dir"
+        )
     if not accept:
         raise ValueError(f"{listing}\nResume it with its own, or set accept_changes: true to go on with this one")
     say(f"note: {listing}\nIt goes on with the new one")

@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, disable_fsdp_ram_efficient_loading
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, disable_fsdp_ram_efficient_loading
 from transformers import PreTrainedModel
 
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.cache import cache_folder
-from ncalign.core.errors import ConfigError
 from ncalign.core.progress import say
 from ncalign.data.groups import read_groups
 from ncalign.model.attention import shares_prompts
@@ -41,12 +39,16 @@ from ncalign.training.config import TrainConfig
 from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, load_groups, mismatched_groups
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
+from ncalign.training.finished import export_finished
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
+from ncalign.training.rescue import kept_after
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
+from ncalign.training.space import DiskNeed, check_space, disk_need
+from ncalign.training.trackers import check_trackers, log_to_trackers, start_trackers
 
 _NUM_CHECKED = 64
 """Groups whose references are checked when they come with the data."""
@@ -86,21 +88,24 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
         ValueError: data, model or configuration that can't be used; nothing is half-written.
     """
     accelerator, method = make_accelerator(config), method or build_method(config.objective)
+    inputs = {"model": config.model, "data": config.data, "eval_data": config.eval_data}
     with another_process_named():
         config = with_precision(config, accelerator, method)
-        claimed = accelerator.is_main_process
-        with claimed_run_folder(config, config.model_dump(mode="json")) if claimed else contextlib.nullcontext():
+        claimed = partial(claimed_run_folder, config, config.model_dump(mode="json"), verb="train", inputs=inputs)
+        with claimed() if accelerator.is_main_process else contextlib.nullcontext():
             accelerator.wait_for_everyone()
             return _run(config, accelerator, method)
 
 
 def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
     finished = finished_results(config) if config.resume else None
-    if finished is not None:
-        _say(accelerator, f"{config.output_dir} is finished: nothing to resume")
-        return finished
     started, written = time.monotonic(), config.model_dump(mode="json")
+    if finished is not None:
+        done = export_finished(config, written, finished, accelerator, policy=lambda: open_policy(config)[0])
+        _say(accelerator, f"{config.output_dir} is finished: {done or 'nothing to resume'}")
+        return finished
     prepared = prepare_training(config, accelerator, method)
+    check_space(config, needed_space(config, prepared))
     checkpoints = find_checkpoints(config.output_dir) if config.resume else []
     engine, held_out = prepared.engine, prepared.held_out
     _fill_reference(config, prepared)
@@ -116,14 +121,15 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         self_check(config, prepared)
     # Not before all that can be wrong with the configuration, the data and the model has been looked at.
     if accelerator.is_main_process:
-        open_run_folder(config, written)
+        open_run_folder(config, written, verb="train")
     accelerator.wait_for_everyone()
     loop = _loop(config, prepared, state["step"])
     if checkpoints:
         loop.restore(state["loop"])
     elif held_out:
         state["before"] = loop.evaluate(0)
-    after = loop.run(state["step"], save=partial(_save, config, prepared, state, started))
+    save = partial(_save, config, prepared, state, started)
+    after = _trained(config, loop, state["step"], save)
     results = {
         "method": engine.method.name,
         "steps": prepared.plan.num_steps,
@@ -138,13 +144,52 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         "model": str(config.output_dir / run_folder.MODEL),
         "versions": versions(),
     }
-    target = config.output_dir / run_folder.MODEL
     merge, card = merges(prepared.policy, config), model_card(prepared.policy, config, written, results)
-    save_model(prepared.policy, engine.model, accelerator, merge=merge, card=card, target=target)
-    if accelerator.is_main_process:
-        write_json_atomic(results, config.output_dir / run_folder.RESULTS)
+    write = partial(save_model, prepared.policy, engine.model, accelerator, merge=merge, card=card)
+    _finish(config, loop, results, save=save, write=lambda target: write(target=target))
     accelerator.end_training()
     return results
+
+
+def _trained(config: TrainConfig, loop: Loop, start: int, save: Callable[[int, dict[str, Any]], None]) -> dict[str, float]:
+    """Train; where a file can't be written, what was learned is kept in a checkpoint."""
+    try:
+        return loop.run(start, save=save)
+    except OSError as error:
+        # Other processes wait elsewhere, and a checkpoint needs all of them.
+        if loop.engine.accelerator.num_processes > 1 or loop.done == start:
+            raise
+        raise kept_after(error, config.output_dir, loop.done, save_checkpoint=lambda: save(loop.done, loop.state())) from error
+
+
+def _finish(
+    config: TrainConfig,
+    loop: Loop,
+    results: dict[str, Any],
+    *,
+    save: Callable[[int, dict[str, Any]], None],
+    write: Callable[[Path], None],
+) -> None:
+    """Write the model and the results; where that fails, what was learned is kept in a checkpoint or elsewhere."""
+    try:
+        write(config.output_dir / run_folder.MODEL)
+        if loop.engine.accelerator.is_main_process:
+            write_json_atomic(results, config.output_dir / run_folder.RESULTS)
+    except OSError as error:
+        checkpoint = partial(save, loop.done, loop.state())
+        raise kept_after(error, config.output_dir, loop.done, save_checkpoint=checkpoint, save_model=write) from error
+
+
+def needed_space(config: TrainConfig, prepared: Prepared) -> DiskNeed:
+    """What a run will write to its folder."""
+    steps = prepared.plan.num_steps
+    return disk_need(
+        config,
+        prepared.engine.inner.model,
+        merged=merges(prepared.policy, config),
+        num_steps=steps,
+        num_saves=steps // config.save_steps if config.save_steps else 0,
+    )
 
 
 def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Method) -> Prepared:
@@ -374,31 +419,6 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
     )
 
 
-def start_trackers(config: TrainConfig, written: dict[str, Any], accelerator: Accelerator, start: int) -> None:
-    """Open the trackers of a run that begins, or goes on, at a step."""
-    if config.report_to:
-        # TensorBoard shows what a killed run logged after its last checkpoint once, not twice.
-        options = {"tensorboard": {"purge_step": start + 1}} if start else {}
-        flat = _flat(written)
-        accelerator.init_trackers(run_folder.TENSORBOARD, config=flat, init_kwargs=options)
-
-
-def log_to_trackers(config: TrainConfig, accelerator: Accelerator, row: dict[str, float]) -> None:
-    """Hand a row of metrics to the trackers.
-
-    Raises:
-        ValueError: one of them failed.
-    """
-    try:
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
-    except Exception as error:  # each tracker raises classes of its own
-        cause = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"step {row['step']:.0f}: a tracker of report_to ({', '.join(config.report_to)}) failed: {cause}; fix it, or "
-            "resume without it. The last checkpoint and metrics are kept"
-        ) from error
-
-
 def _refuse_other_run(checkpoint: Path, state: dict[str, Any], prepared: Prepared) -> None:
     for name, found in _identity(prepared).items():
         if state[name] != found:
@@ -436,7 +456,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: a tracker that accelerate does not know, or whose package is not installed.
         ValueError: it was launched with a way to distribute that ncalign does not support.
     """
-    _check_trackers(config.report_to)
+    check_trackers(config.report_to)
     # Under it only the first process reads the weights; here each one fingerprints and checks what it starts from.
     disable_fsdp_ram_efficient_loading()
     accelerator = Accelerator(
@@ -461,16 +481,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _check_trackers(report_to: Sequence[str]) -> None:
-    known = [tracker.value for tracker in LoggerType]
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    for name in report_to:
-        if name not in known:
-            raise ConfigError([f"report_to: unknown tracker {name!r}; must be one of {', '.join(known)}, or an empty list"])
-        if name != "all" and name not in installed:
-            raise ConfigError([f"report_to: the package of tracker {name!r} is not installed; install it or leave it out"])
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     packages = ("ncalign", "torch", "transformers", "peft", "accelerate")
@@ -485,14 +495,3 @@ def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
 def _say(accelerator: Accelerator, text: str) -> None:
     if accelerator.is_main_process:
         say(text)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Trackers take flat scalars only."""
-    flat: dict[str, int | float | str | bool] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
