@@ -21,7 +21,7 @@ _REPEATS = 6
 # The thread's own time stands still while the system runs another process in its place; Windows counts it too coarsely.
 _clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-5 else time.perf_counter
 _FASTER = 0.75
-"""The share of float32's time that bfloat16 may take at most: measured .25 to .4 with bf16 instructions, 2 to 8 without."""
+"""The share of float32's time that bfloat16 may take at most: about .4 is usual with bf16 instructions, 4 to 9 without them."""
 
 
 @dataclass(frozen=True)
