@@ -30,8 +30,8 @@ from ncalign.training.engine import Engine
 fcntl = pytest.importorskip("fcntl")
 
 USABLE = [group_row(index, [1.0, 0.0]) for index in range(4)]
-# What a run may say besides its one error: what it does, what it did, and counted notes.
-PROGRESS = re.compile(r"(Loading|Resuming from) \S+|[\w. -]+: \d+(/\d+)? in \d+ s|note: .*|  .*")
+# What a run may say besides its one error: what it does, what it did, counted notes and warnings.
+PROGRESS = re.compile(r"(Loading|Resuming from) \S+|[\w. -]+: \d+(/\d+)? in \d+ s|(note|warning): .*|  .*")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -302,26 +302,30 @@ class TestMessages:
         with pytest.raises(ValueError, match="'g7': the chat template does not render an assistant's turn as it is"):
             Encoder(tokenizer).encode(chat_group("12"))
 
-    def test_string_prompts_as_a_users_turn(self) -> None:
+    @pytest.mark.parametrize("string_prompts", ["auto", "user_turn"])
+    def test_string_prompts_as_a_users_turn(self, string_prompts: Any) -> None:
         tokenizer = build_tokenizer()
-        as_string = Encoder(tokenizer, string_prompts="user_turn").encode(chat_group("12", prompt=QUESTION[0]["content"]))
+        as_string = Encoder(tokenizer, string_prompts=string_prompts).encode(chat_group("12", prompt=QUESTION[0]["content"]))
         as_chat = Encoder(tokenizer).encode(chat_group("12"))
         assert as_string.prompt.tolist() == as_chat.prompt.tolist()
         assert as_string.completions[0].tolist() == as_chat.completions[0].tolist()
-        raw = Encoder(tokenizer).encode(chat_group("12", prompt=QUESTION[0]["content"]))
+        raw = Encoder(tokenizer, string_prompts="raw").encode(chat_group("12", prompt=QUESTION[0]["content"]))
         assert tokenizer.decode(raw.prompt) == QUESTION[0]["content"]
+        tokenizer.chat_template = None
+        without = Encoder(tokenizer).encode(chat_group("12", prompt=QUESTION[0]["content"]))
+        assert without.prompt.tolist() == raw.prompt.tolist()
 
 
 class TestPlainText:
     def test_prompt_completion_and_eos(self) -> None:
         tokenizer = build_tokenizer()
-        encoded = Encoder(tokenizer).encode(text_group("What is", " seven", " twelve?"))
+        encoded = Encoder(tokenizer, string_prompts="raw").encode(text_group("What is", " seven", " twelve?"))
         assert tokenizer.decode(encoded.prompt) == "What is"
         assert decoded(tokenizer, encoded) == [" seven<|im_end|>", " twelve?<|im_end|>"]
 
     @pytest.mark.parametrize("empty", ["", "  ", "<|im_end|>"])
     def test_empty_completions_drop_the_group(self, empty: str) -> None:
-        encoder = Encoder(build_tokenizer())
+        encoder = Encoder(build_tokenizer(), string_prompts="raw")
         with pytest.raises(DroppedGroupError, match=r"data\.jsonl:7: group 'g7'"):
             encoder.encode(text_group("What is", " seven", empty))
         assert encoder.report.dropped == {"empty completion": 1}
@@ -332,7 +336,7 @@ class TestPlainText:
         alone = tokenizer("ans")["input_ids"]
         # Else this is no test of a merge.
         assert joined[: len(alone)] != alone
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, string_prompts="raw")
         encoded = encoder.encode(text_group("ans", "wer", " is"))
         assert encoded.prompt.tolist() == alone
         assert encoded.completions[0].tolist() == [*tokenizer("wer")["input_ids"], tokenizer.eos_token_id]
@@ -345,7 +349,7 @@ class TestPlainText:
         prompt = tokenizer("is ")["input_ids"]
         assert tokenizer("is seven")["input_ids"][: len(prompt)] != prompt
         assert tokenizer("is 7")["input_ids"][: len(prompt)] == prompt
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, string_prompts="raw")
         encoded = encoder.encode(text_group("is ", "seven", "7"))
         assert tokenizer.decode(encoded.prompt) == "is "
         assert decoded(tokenizer, encoded) == ["seven<|im_end|>", "7<|im_end|>"]
@@ -358,7 +362,7 @@ class TestPlainText:
     )
     def test_any_split_of_any_text(self, prompt: str, completions: list[str]) -> None:
         tokenizer = _SHARED
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, string_prompts="raw")
         group = text_group(prompt, *completions)
         if not all(text.strip() for text in completions):
             with pytest.raises(DroppedGroupError):
@@ -381,7 +385,7 @@ class TestPlainText:
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         core.decoder = decoders.Metaspace(prepend_scheme="always")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, string_prompts="raw")
         with pytest.raises(DroppedGroupError, match=r"merges prompt and completion into one token.*'b'.*word boundary"):
             encoder.encode(text_group("a", "b"))
         assert encoder.report.dropped == {"unsplittable boundary": 1}
@@ -406,20 +410,23 @@ class TestBeginningOfText:
     @pytest.mark.parametrize("prompt", ["What is", "<|bos|>What is"])
     def test_plain_text_has_it_once_where_the_tokenizer_adds_it(self, prompt: str) -> None:
         tokenizer = self.adding_bos()
-        encoded = Encoder(tokenizer).encode(text_group(prompt, " seven", " five"))
+        encoded = Encoder(tokenizer, string_prompts="raw").encode(text_group(prompt, " seven", " five"))
         assert encoded.prompt.tolist() == tokenizer("What is")["input_ids"]
         for completion in encoded.completions:
             assert tokenizer.bos_token_id not in completion
 
     def test_plain_text_has_none_where_the_tokenizer_adds_none(self) -> None:
         tokenizer = build_tokenizer()
-        assert tokenizer.bos_token_id not in Encoder(tokenizer).encode(text_group("What is", " seven")).prompt
+        assert (
+            tokenizer.bos_token_id
+            not in Encoder(tokenizer, string_prompts="raw").encode(text_group("What is", " seven")).prompt
+        )
 
     @pytest.mark.parametrize(("in_template", "count"), [("{{ bos_token }}", 1), ("", 0)])
     def test_in_a_conversation_the_template_decides(self, in_template: str, count: int) -> None:
         tokenizer = self.adding_bos()
         tokenizer.chat_template = in_template + CHATML
-        encoded = Encoder(tokenizer).encode(chat_group("12", "7"))
+        encoded = Encoder(tokenizer, string_prompts="raw").encode(chat_group("12", "7"))
         assert int((encoded.prompt == tokenizer.bos_token_id).sum()) == count
         assert all(tokenizer.bos_token_id not in completion for completion in encoded.completions)
 
@@ -437,8 +444,8 @@ class TestTruncation:
     def test_the_rule(self, prompt: str, completions: list[str], max_length: int, share: float) -> None:
         max_prompt = 1 + round(share * (max_length - 2))
         group = text_group(prompt, *completions)
-        whole = Encoder(_SHARED, max_length=10_000).encode(group)
-        encoder = Encoder(_SHARED, max_length=max_length, max_prompt_length=max_prompt)
+        whole = Encoder(_SHARED, string_prompts="raw", max_length=10_000).encode(group)
+        encoder = Encoder(_SHARED, string_prompts="raw", max_length=max_length, max_prompt_length=max_prompt)
         cut = encoder.encode(group)
         eos = _SHARED.eos_token_id
         longest = max(map(len, whole.completions))
@@ -464,7 +471,7 @@ class TestTruncation:
         letters = Tokenizer(models.WordLevel({c: i for i, c in enumerate(["<eos>", "<|bos|>", *"abcdef"])}))
         letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<|bos|>", eos_token="<eos>")
-        encoder = Encoder(tokenizer, max_length=6, max_prompt_length=3)
+        encoder = Encoder(tokenizer, string_prompts="raw", max_length=6, max_prompt_length=3)
         encoded = encoder.encode(text_group(text, "abcdef"))
         assert tokenizer.convert_ids_to_tokens(encoded.prompt.tolist()) == expected
         assert tokenizer.convert_ids_to_tokens(encoded.completions[0].tolist()) == ["a", "b", "c"]
@@ -473,18 +480,18 @@ class TestTruncation:
     @pytest.mark.parametrize(("max_length", "share"), [(1024, 512), (256, 128), (9, 4), (2, 1)])
     def test_the_prompt_is_sure_of_half_by_default(self, max_length: int, share: int) -> None:
         group = text_group("What is " * 600, " seven" * 600)
-        encoded = Encoder(_SHARED, max_length=max_length).encode(group)
+        encoded = Encoder(_SHARED, string_prompts="raw", max_length=max_length).encode(group)
         assert (len(encoded.prompt), len(encoded.completions[0])) == (share, max_length - share)
 
     def test_what_fits_exactly_is_left_alone(self) -> None:
         group = text_group("What is", " seven plus five?", " 12")
-        length = Encoder(_SHARED).encode(group).length
-        encoder = Encoder(_SHARED, max_length=length, max_prompt_length=1)
+        length = Encoder(_SHARED, string_prompts="raw").encode(group).length
+        encoder = Encoder(_SHARED, string_prompts="raw", max_length=length, max_prompt_length=1)
         assert encoder.encode(group).completions[0][-1] == _SHARED.eos_token_id
         assert encoder.report.prompts_truncated == encoder.report.completions_truncated == 0
 
     def test_the_notice_names_the_first_group(self) -> None:
-        encoder = Encoder(_SHARED, max_length=4, max_prompt_length=1)
+        encoder = Encoder(_SHARED, string_prompts="raw", max_length=4, max_prompt_length=1)
         encoder.encode(text_group("What is seven plus five?", " The answer is twelve.", " 12"))
         (notice,) = encoder.report.notices()
         assert "1 prompts lost their beginning and 1 completions their end (first: data.jsonl:7: group 'g7'" in notice
@@ -492,4 +499,4 @@ class TestTruncation:
     @pytest.mark.parametrize(("max_length", "max_prompt_length"), [(256, 512), (8, 8), (8, 0)])
     def test_completions_need_room(self, max_length: int, max_prompt_length: int) -> None:
         with pytest.raises(ValueError, match=f"max_prompt_length is {max_prompt_length} and max_length {max_length}"):
-            Encoder(_SHARED, max_length=max_length, max_prompt_length=max_prompt_length)
+            Encoder(_SHARED, string_prompts="raw", max_length=max_length, max_prompt_length=max_prompt_length)

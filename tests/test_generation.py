@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ncalign.data.groups import Group, Message, read_groups
+from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.config import GenerateConfig
 from ncalign.generation.generate import run_generate, sample_groups
@@ -27,7 +28,7 @@ PROMPTS: list[str | list[Message]] = [
 
 
 def generator_of(model: Any, tokenizer: Any, batch_size: int = 64) -> TransformersGenerator:
-    return TransformersGenerator(model, tokenizer, batch_size=batch_size, progress=False)
+    return TransformersGenerator(model, tokenizer, string_prompts="raw", batch_size=batch_size, progress=False)
 
 
 def biased(model: LlamaForCausalLM, logits: dict[int, float]) -> LlamaForCausalLM:
@@ -177,6 +178,8 @@ def test_a_prompt_beyond_the_context_is_refused(tiny_model: LlamaForCausalLM, ti
 class Scripted:
     """A generator that answers with given texts."""
 
+    string_prompts: Rendering = "user_turn"
+
     def __init__(self, *texts: str) -> None:
         self._completions = [Completion(text, num_tokens=len(text) + 1, finished=True) for text in texts]
 
@@ -197,7 +200,7 @@ def test_completions_are_of_the_prompt_s_kind_and_never_empty() -> None:
     assert [candidate.completion for candidate in groups[0].candidates] == ["yes", "yes"]
     assert [candidate.completion for candidate in groups[1].candidates] == [[{"role": "assistant", "content": "yes"}]] * 2
     assert {candidate.source for group in groups for candidate in group.candidates} == {"model"}
-    assert groups[0].metadata == {"k": 1}
+    assert (groups[0].metadata, groups[1].metadata) == ({"k": 1, "string_prompts": "user_turn"}, {})
 
 
 def test_completions_are_counted() -> None:
@@ -221,7 +224,7 @@ def test_run_generate_writes_groups(tmp_path: Path, tiny_model_dir: Path, write_
     result = run_generate(config)
     groups = list(read_groups(tmp_path / "out.jsonl"))
     assert [group.id for group in groups] == ["a", "b"]
-    assert groups[0].metadata == {"task": "sum"}
+    assert (groups[0].metadata, groups[1].metadata) == ({"task": "sum", "string_prompts": "user_turn"}, {})
     assert result["candidates"] == sum(len(group.candidates) for group in groups)
     assert result["candidates"] + result["empty"] == 6  # type: ignore[operator]
     assert "old" not in str(groups[1].candidates)

@@ -362,6 +362,7 @@ def test_drift_of_a_run_is_the_exact_kl_of_its_policies(run: Run, tmp_path: Path
     (tmp_path / "one.jsonl").write_text(json.dumps({"id": "0", "prompt": "What is seven plus five?"}) + "\n")
     results = run(
         data=tmp_path / "one.jsonl",
+        string_prompts="raw",
         eval_fraction=0.0,
         max_new_tokens=1,
         num_samples=6000,
@@ -453,6 +454,7 @@ def test_a_round_on_a_server_that_fails_loses_no_prompt_and_scores_none_twice(
     with serving(double) as url:
         server = {"base_url": url, "model": "m", "max_retries": 40}
         fields = {"generator": "server", "server": server, "push": "none", "probe_tolerance": None, "eval_fraction": 0.0}
+        fields |= {"string_prompts": "raw"}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ncalign.online.online.train_round", lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
@@ -473,7 +475,7 @@ def test_adapters_are_loaded_by_a_vllm_server(run: Run, tmp_path: Path) -> None:
     double = ServerDouble(various)
     with serving(double) as url:
         server = {"base_url": url, "model": "base"}
-        run(generator="server", server=server, lora={"r": 2}, probe_tolerance=None)
+        run(generator="server", server=server, lora={"r": 2}, probe_tolerance=None, string_prompts="raw")
     loads = [body for path, body in double.requests if path == "/v1/load_lora_adapter"]
     assert [body["lora_name"] for body in loads] == ["run-000", "run-001", "run-002", "run-rounds"]
     used = [body["model"] for path, body in double.requests if path == "/v1/completions"]
@@ -571,10 +573,11 @@ def test_what_can_not_be_run_is_said(
     assert message in capsys.readouterr().err
 
 
-def test_encoding_matches_generation() -> None:
+@pytest.mark.parametrize("string_prompts", ["raw", "user_turn"])
+def test_encoding_matches_generation(string_prompts: Any) -> None:
     """What the generator feeds is what training puts before the completion, for text and conversations."""
     tokenizer = build_tokenizer()
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, string_prompts=string_prompts)
     for prompt in ("What is seven", [{"role": "user", "content": "Reply, please."}]):
         group = Group(id="g", prompt=prompt, candidates=[Candidate("twelve")])
-        assert [encoder.encode(group).prompt.tolist()] == encode_prompts(tokenizer, [prompt], "raw")
+        assert [encoder.encode(group).prompt.tolist()] == encode_prompts(tokenizer, [prompt], string_prompts)

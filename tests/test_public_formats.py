@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
                 {"model": "m2", "response": "b", "overall_score": "N/A", "annotations": {"honesty": {"Rating": "N/A"}}},
             ],
         },
-        ("Q", [("a", 7.5), ("b", None)]),
+        ([user("Q")], [(answer("a"), 7.5), (answer("b"), None)]),
     ),
     "ultrafeedback, several annotations": (
         "ultrafeedback",
@@ -58,7 +58,17 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
                 {"response": "a", "fine-grained_score": 4, "annotations": {"truth": [{"Rating": "4"}, {"Rating": "2"}]}},
             ],
         },
-        ("Q", [("a", 4.0)]),
+        ([user("Q")], [(answer("a"), 4.0)]),
+    ),
+    "ultrafeedback, a system prompt": (
+        "ultrafeedback",
+        {"instruction": "Q", "custom_system_prompt": "S", "completions": [{"response": "a", "overall_score": 4}]},
+        ([{"role": "system", "content": "S"}, user("Q")], [(answer("a"), 4.0)]),
+    ),
+    "nectar, no transcript": (
+        "nectar",
+        {"prompt": "Q", "answers": [{"answer": "a", "rank": 1.0}, {"answer": "b", "rank": 2.0}]},
+        ([user("Q")], [(answer("a"), 1.0), (answer("b"), 0.0)]),
     ),
     "distilabel": (
         "distilabel",
@@ -120,12 +130,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
     "simpo": (
         "simpo",
         {"prompt": "Q", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.5, -1], "chosen": "a", "rejected": "b"},
-        ("Q", [("a", 0.5), ("b", -1.0)]),
+        ([user("Q")], [(answer("a"), 0.5), (answer("b"), -1.0)]),
     ),
     "ampo": (
         "simpo",
         {"prompt": "Q", "all_generated_responses": ["a"], "all_reward_scores": [2]},
-        ("Q", [("a", 2.0)]),
+        ([user("Q")], [(answer("a"), 2.0)]),
     ),
     "nemo_rl": (
         "nemo_rl",
@@ -179,17 +189,17 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
     "alpaca_eval": (
         "alpaca_eval",
         {"instruction": "Q", "output_1": "a", "output_2": "b", "generator_1": "m1", "generator_2": "m2", "preference": 1.75},
-        ("Q", [("a", 0.25), ("b", 0.75)]),
+        ([user("Q")], [(answer("a"), 0.25), (answer("b"), 0.75)]),
     ),
     "alpaca_eval, a tie": (
         "alpaca_eval",
         {"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 0},
-        ("Q", [("a", 0.5), ("b", 0.5)]),
+        ([user("Q")], [(answer("a"), 0.5), (answer("b"), 0.5)]),
     ),
     "alpaca_eval, no preference": (
         "alpaca_eval",
         {"instruction": "Q", "output_1": "a", "output_2": "b", "preference": None},
-        ("Q", [("a", None), ("b", None)]),
+        ([user("Q")], [(answer("a"), None), (answer("b"), None)]),
     ),
     "solutions": (
         "solutions",

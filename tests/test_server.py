@@ -343,7 +343,7 @@ def test_nobody_listens() -> None:
 def test_strings_are_completed_and_conversations_answered() -> None:
     double = ServerDouble()
     with serving(double) as url:
-        generator = ServerGenerator(config(url), progress=False)
+        generator = ServerGenerator(config(url), string_prompts="raw", progress=False)
         params = SamplingParams(9, temperature=0.7, top_p=0.9, top_k=5)
         found = generator.generate(["say", [{"role": "user", "content": "reply"}]], num_samples=2, params=params, seed=3)
     assert [[completion.text for completion in one] for one in found] == [
@@ -366,7 +366,7 @@ def test_generate_verb_on_a_server_resumes(tmp_path: Path, write_jsonl: Callable
     output = tmp_path / "out.jsonl"
     with serving(double) as url:
         words = ["generate", "--prompts", str(prompts), "--output", str(output), "--num_samples", "2"]
-        words += ["--server.base_url", url, "--server.model", "m", "--server.max_retries", "1"]
+        words += ["--string_prompts", "raw", "--server.base_url", url, "--server.model", "m", "--server.max_retries", "1"]
         assert main(words) == 1
         assert "1 of 6 prompts have no completion" in capsys.readouterr().err
         assert not output.exists()
@@ -420,7 +420,7 @@ def test_vllm_is_driven_by_its_documented_interface(
         monkeypatch.setitem(sys.modules, name, module)
     from ncalign.generation.vllm import VLLMGenerator
 
-    generator = VLLMGenerator("m", tiny_tokenizer, adapter_rank=8, options={"dtype": "bfloat16"})
+    generator = VLLMGenerator("m", tiny_tokenizer, adapter_rank=8, string_prompts="raw", options={"dtype": "bfloat16"})
     assert calls[-1][1] == {
         "model": "m",
         "enable_lora": True,

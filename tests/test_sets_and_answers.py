@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group
+from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, SamplingParams
 from ncalign.judging import answer as answering
 from ncalign.judging.answer import Answering, answer_questions
@@ -117,6 +118,8 @@ def test_our_own_set_can_be_checked() -> None:
 class Echo:
     """Answers with what it is asked, and remembers."""
 
+    string_prompts: Rendering = "user_turn"
+
     def __init__(self, fails_at: int = -1) -> None:
         self.asked: list[tuple[list[dict[str, str]], float]] = []
         self.fails_at = fails_at
@@ -149,7 +152,7 @@ def test_two_turns_and_temperatures_by_category(tmp_path: Path) -> None:
     assert found == [
         Answer("1", "m", ("on A?", "on B?"), (3, 3)),
         Answer("2", "m", ("on C?", "on D?"), (3, 3)),
-        Answer("3", "m", ("on E?",), (3,)),
+        Answer("3", "m", ("on E?",), (3,), "user_turn"),
     ]
     degrees = {talk[-1]["content"]: degree for talk, degree in echo.asked}
     assert degrees == {"A?": 0.7, "B?": 0.7, "C?": 0.0, "D?": 0.0, "E?": 0.1}
@@ -299,5 +302,5 @@ def test_vllm_gets_the_base_and_the_adapter(tmp_path: Path, tiny_model_dir: Path
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model_dir), "r": 4}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert len(answering.answers_of_model(str(adapter), QUESTIONS, how, name="m", store=store)) == 3
-    plain, adapted = {"string_prompts": "user_turn"}, {"string_prompts": "user_turn", "adapter_rank": 4}
+    plain, adapted = {"string_prompts": "auto"}, {"string_prompts": "auto", "adapter_rank": 4}
     assert made == [(str(tiny_model_dir), plain), (str(tiny_model_dir), adapted), adapter]

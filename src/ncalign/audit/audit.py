@@ -36,7 +36,8 @@ from ncalign.core.outputs import claim, record
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar, say
 from ncalign.data.formats.seen import Seen
-from ncalign.data.groups import Group, ReadReport, read_groups
+from ncalign.data.groups import Candidate, Group, ReadReport, read_groups
+from ncalign.data.rendering import Rendering, recorded_renderings
 from ncalign.model.encoding import completion_text
 from ncalign.model.precision import resolve_dtype
 
@@ -53,6 +54,9 @@ class Totals:
         missing: candidates without a reward.
         with_spread: groups in which two rewards differ.
         tied_best: groups in which several share the best.
+        empty: candidates without text.
+        cut: candidates with text that were cut while they were generated.
+        made: groups by how their string prompts were put to the model that wrote their candidates, where they record it.
         sizes: groups by their number of candidates.
         sources: candidates by who wrote them.
         prompts: the prompts, and how often each came.
@@ -64,6 +68,9 @@ class Totals:
     missing: int = 0
     with_spread: int = 0
     tied_best: int = 0
+    empty: int = 0
+    cut: int = 0
+    made: Counter[Rendering] = field(default_factory=Counter)
     sizes: Counter[int] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     prompts: Seen = field(default_factory=Seen)
@@ -77,6 +84,10 @@ class Totals:
         self.missing += len(group.candidates) - len(rewards)
         self.with_spread += len(set(rewards)) > 1
         self.tied_best += len(set(rewards)) > 1 and rewards.count(max(rewards)) > 1
+        written = [candidate for candidate in group.candidates if _has_text(candidate)]
+        self.empty += len(group.candidates) - len(written)
+        self.cut += sum(not candidate.finished for candidate in written)
+        self.made.update(recorded_renderings(group.prompt, group.metadata))
         self.sizes[len(group.candidates)] += 1
         self.sources.update(candidate.source for candidate in group.candidates if candidate.source)
         self.prompts.add(prompt_key(group))
@@ -84,6 +95,11 @@ class Totals:
             self.sample.append(group)
         elif (place := chance.randrange(self.groups)) < size:
             self.sample[place] = group
+
+
+def _has_text(candidate: Candidate) -> bool:
+    turns = candidate.completion
+    return any(text.strip() for text in ([turns] if isinstance(turns, str) else [turn["content"] for turn in turns]))
 
 
 def run_audit(config: AuditConfig) -> dict[str, Any]:
@@ -137,7 +153,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         **({} if dtype is None else {"dtype": dtype}),
     }
     record(config.output_dir, ENTRIES, verb="audit")
-    write_json_atomic(result, json_file)
+    write_json_atomic(json_ready(result), json_file)
     write_page(page, result, measured, sample)
     return {**result, "text": _text(config.data, numbers, found, page)}
 
@@ -212,6 +228,9 @@ def _numbers(totals: Totals, measured: Sequence[GroupMeasures], across: Sequence
         "groups": totals.groups,
         "groups/with_spread": totals.with_spread / totals.groups,
         "candidates": totals.candidates,
+        "candidates/empty": totals.empty,
+        "candidates/cut": totals.cut,
+        "candidates/made_raw": totals.made["raw"],
         "candidates/mean": totals.candidates / totals.groups,
         "candidates/worth_keeping": worth_keeping(measured),
         "prompts/duplicates": totals.prompts.repeated() / totals.groups,

@@ -20,6 +20,7 @@ from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
 from ncalign.data.formats.seen import Seen, digest
 from ncalign.data.groups import Group, ReadReport, read_groups
+from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, completion_text
 from ncalign.model.policy import load_tokenizer, quiet_transformers
 from ncalign.training.plan import token_layout
@@ -87,6 +88,7 @@ class Account:
             (``bos``), and if they are finished and not cut, how many end tokens their completion holds (``end``).
         examples: the first encoded groups.
         encoding: what encoding counted.
+        made: groups by how their string prompts were put to the model that wrote their candidates, where they record it.
         texts: for each count of texts that occur in several groups, digests of the texts, with the groups they are from.
     """
 
@@ -95,6 +97,7 @@ class Account:
     tokens: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     examples: list[EncodedGroup] = field(default_factory=list)
     encoding: EncodingReport = field(default_factory=EncodingReport)
+    made: Counter[Rendering] = field(default_factory=Counter)
     texts: dict[str, list[tuple[bytes, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, other: Account) -> None:
@@ -105,6 +108,7 @@ class Account:
             self.tokens[name] += counted
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
         self.encoding.add(other.encoding)
+        self.made += other.made
 
     def count(self, fault: str, number: int, group: Group) -> None:
         """Count a fault, and remember where it occurred first."""
@@ -117,7 +121,8 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
     """Encode every group of a file as training with this model would, and list what must be fixed first.
 
     Returns:
-        The counts, ``ready``, ``mend`` (a list of what to fix), and all of it as printable text under ``text``.
+        The counts, ``string_prompts`` (how plain strings are encoded), ``warnings``, ``ready``, ``mend`` (what must be fixed),
+        and all of it as printable text under ``text``.
 
     Raises:
         ValueError: the data or the tokenizer can't be read.
@@ -151,6 +156,9 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
         *_content_faults(account, against=config.against),
     ]
     facts = {**_facts(account, across, rows_skipped=report.skipped), "notes": report.counted_notes()}
+    rendering = encoder.string_prompts
+    warning = rendering_warning(account.made, rendering, what=config.data, does="training would encode them")
+    facts |= {"string_prompts": rendering, "warnings": [] if warning is None else [warning]}
     return {**facts, "ready": not mend, "mend": mend, "text": _text(config.data, facts, mend, account, tokenizer)}
 
 
@@ -184,6 +192,8 @@ def _examine(encoder: Encoder, marks: Marks, held_out: frozenset[int], groups: S
     for group in groups:
         rewards = [candidate.reward for candidate in group.candidates if candidate.reward is not None]
         account.counts["groups"] += 1
+        account.counts["groups_with_string_prompts"] += isinstance(group.prompt, str)
+        account.made.update(recorded_renderings(group.prompt, group.metadata))
         account.counts["candidates"] += len(group.candidates)
         account.counts["candidates_without_reward"] += len(group.candidates) - len(rewards)
         account.counts["groups_without_spread"] += len(set(rewards)) < 2
@@ -312,6 +322,7 @@ def _facts(account: Account, across: Mapping[str, int], *, rows_skipped: int) ->
     encoding, tokens = account.encoding, account.tokens
     return {
         "groups": account.counts["groups"],
+        "groups_with_string_prompts": account.counts["groups_with_string_prompts"],
         "candidates": account.counts["candidates"],
         "rows_skipped": rows_skipped,
         "groups_dropped": dict(encoding.dropped),
@@ -328,6 +339,8 @@ def _text(
     data: str, facts: Mapping[str, Any], mend: Sequence[str], account: Account, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     lines = [f"{data}: {facts['groups']} groups, {facts['candidates']} candidates"]
+    if strings := facts["groups_with_string_prompts"]:
+        lines.append(f"  prompts that are plain strings: {strings}, encoded as string_prompts {facts['string_prompts']}")
     for name, label in _LENGTHS.items():
         row = facts["tokens"][name]
         lines.append(f"  {label}: median {row['0.5']}, 90 % {row['0.9']}, 99 % {row['0.99']}, longest {row['1']}")
@@ -336,7 +349,7 @@ def _text(
     lines.append(f"  BOS tokens of a candidate: {_counts(facts['bos_tokens'])}; end tokens: {_counts(facts['end_tokens'])}")
     for group in account.examples:
         lines += ["", f"Group {group.id!r}, scored tokens in [brackets]:", token_layout(group, tokenizer, most=_SHOWN_TOKENS)]
-    lines.append("")
+    lines += ["", *facts["warnings"]]
     if mend:
         lines += ["To fix:", *(f"  {number}. {text}" for number, text in enumerate(mend, start=1))]
     else:

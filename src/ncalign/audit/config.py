@@ -35,7 +35,7 @@ class AuditConfig(Frozen):
     )
     beta: float = Field(0.1, gt=0, description="Scale of the log-ratio: implicit reward = beta * log(policy/reference).")
     max_length: int = Field(1024, ge=2, description="Maximum number of tokens of a prompt and its completion, for the model.")
-    string_prompts: StringPrompts = "raw"
+    string_prompts: StringPrompts = "auto"
     dtype: DType = "auto"
     seed: Seed = Field(0, description="Random seed of the sample of groups.")
     on_bad_row: OnBadRow = "error"

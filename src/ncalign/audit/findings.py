@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ncalign.generation.incomplete import incomplete_warning
+
 Numbers = Mapping[str, Any]
 Named = Iterator[tuple[str, str]]
 """Names and texts of findings."""
@@ -19,11 +21,11 @@ NEAR_COPIES, SWAPPED, LEAST_SPREAD = 0.2, 0.3, 0.2
 def findings(numbers: Numbers) -> list[dict[str, str]]:
     """The findings of an audit's numbers; no problem among them means that none of the known failures shows.
 
-    Each has a ``name`` for programs, a ``text`` for people, and a ``level``: ``problem`` for what spoils training, ``note`` for
-    what is worth knowing, ``advice`` for what to do.
+    Each has a ``name`` for programs, a ``text`` for people, and a ``level``: ``problem`` for what spoils training, ``warning``
+    for what went wrong when the candidates were made, ``note`` for what is worth knowing, ``advice`` for what to do.
     """
     found = [{"name": name, "level": level, "text": text} for level, find in _FINDERS for name, text in find(numbers)]
-    if not any(finding["level"] == "problem" for finding in found):
+    if not any(finding["level"] in ("problem", "warning") for finding in found):
         text = "none of the known failures shows: candidates are real alternatives, and their rewards differ"
         found.insert(0, {"name": "healthy", "level": "note", "text": text})
     return found
@@ -58,6 +60,24 @@ def _problems(n: Numbers) -> Named:
             f"{explained:.0%} of the variance within groups. A policy trained on them learns to write {_way(agreement)} "
             "completions: remove the bias (ncalign adjust --steps length), or score with another reward",
         )
+
+
+def _warnings(n: Numbers) -> Named:
+    again = "string prompts belong in a user's turn (--string_prompts user_turn) where the model has a chat template"
+    if n["candidates/made_raw"]:
+        again = (
+            f"in {n['candidates/made_raw']} groups the prompts were given raw; if the model that answered has a chat template, "
+            "generate them again with --string_prompts user_turn"
+        )
+    warning = incomplete_warning(
+        n["candidates/empty"],
+        n["candidates/cut"],
+        n["candidates"],
+        for_empty=f"training can't use a group with an empty completion, so leave these out or generate them again; {again}",
+        for_cut="their ends are not learnt from; generate them again with a larger --max_new_tokens",
+    )
+    if warning is not None:
+        yield "incomplete", warning
 
 
 def _near_copies(n: Numbers) -> bool:
@@ -224,6 +244,7 @@ def _method(n: Numbers) -> str:
 
 _FINDERS: tuple[tuple[str, Callable[[Numbers], Named]], ...] = (
     ("problem", _problems),
+    ("warning", _warnings),
     ("note", _reward_notes),
     ("note", _likeness_notes),
     ("note", _kernel_notes),

@@ -15,8 +15,9 @@ from scipy import stats
 
 from ncalign.audit.measures import GroupMeasures, Ranked, mean
 from ncalign.audit.ranges import BETAS, padded, sample_sizes
-from ncalign.core.progress import Bar
+from ncalign.core.progress import Bar, say
 from ncalign.data.groups import Group
+from ncalign.data.rendering import count_renderings, rendering_warning
 from ncalign.model.batching import collate, split_by_tokens
 from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
@@ -193,6 +194,9 @@ def _logprobs(
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
     scorer = LogprobModel(torch.nn.Module.to(policy.model, device).eval(), autocast=autocast)
     encoder = Encoder(policy.tokenizer, max_length=max_length, string_prompts=string_prompts)
+    made, does = count_renderings(groups.values()), f"{model} scores them for the kernel"
+    if warning := rendering_warning(made, encoder.string_prompts, what="the sample", does=does):
+        say(warning)
     encoded: list[tuple[int, EncodedGroup]] = []
     for number, group in groups.items():
         try:

@@ -32,6 +32,8 @@ from ncalign.data.formats.sources import Source, find_sources
 from ncalign.data.groups import ReadReport, Rules, convertible, joins, read_groups, read_sources, write_groups
 
 _ACCOUNT = ".ncalign"
+_READER = 2
+"""Raised when the same rows are read as other groups, so that a folder never holds groups of two readings."""
 _JOINED = ".joined.json"
 
 
@@ -69,7 +71,13 @@ class Shard:
         path = Path(self.source.label)
         found = path.stat() if path.exists() else None
         size = None if found is None else [found.st_size, found.st_mtime_ns]
-        return {"source": self.source.label, "size": size, **asdict(recipe), "code": code_digest(recipe.adapter)}
+        return {
+            "source": self.source.label,
+            "size": size,
+            **asdict(recipe),
+            "code": code_digest(recipe.adapter),
+            "reader": _READER,
+        }
 
     def done(self, recipe: Recipe) -> ReadReport | None:
         """The counts of an earlier call with the same inputs; None where the file must be converted."""

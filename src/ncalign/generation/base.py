@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ncalign.data.groups import Message
+from ncalign.data.rendering import Rendering
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class PromptError(ValueError):
 
 class Generator(Protocol):
     """Anything that answers prompts."""
+
+    @property
+    def string_prompts(self) -> Rendering:
+        """How prompts that are plain strings are put to the model."""
+        ...
 
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int

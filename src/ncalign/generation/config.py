@@ -44,7 +44,7 @@ class GenerateConfig(Frozen):
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability; 1: off.")
     top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: off.")
     batch_size: int = Field(64, ge=1, description="Number of completions sampled at a time.")
-    string_prompts: StringPrompts = "raw"
+    string_prompts: StringPrompts = "auto"
     dtype: DType = "auto"
     seed: Seed = Field(0, description="Random seed of the sampling.")
     on_bad_row: OnBadRow = "error"

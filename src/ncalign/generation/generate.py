@@ -10,8 +10,10 @@ from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group, ReadReport, check_output, read_groups, write_groups
+from ncalign.data.rendering import Rendering, count_renderings, record_rendering, rendering_warning
 from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
 from ncalign.generation.config import GenerateConfig
+from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
 from ncalign.model.precision import resolve_dtype
@@ -49,7 +51,8 @@ def sample_groups(
     were drawn: how often one occurs is part of what a sample says about the model.
 
     Args:
-        prompts: groups whose ids, prompts and metadata are kept, but for the record of earlier rewards.
+        prompts: groups whose ids, prompts and metadata are kept, but for the records of how earlier candidates and rewards were
+            made.
         generator: what samples.
         num_samples: K, completions per prompt.
         params: how they are sampled.
@@ -68,6 +71,7 @@ def sample_groups(
         candidates = [completion_as_candidate(group, one, source) for one in completions if one.text.strip()]
         # New candidates have no rewards yet: the record of how rewards were made is of others.
         metadata = {name: value for name, value in group.metadata.items() if name != REWARD_STEPS}
+        metadata = record_rendering(group.prompt, metadata, generator.string_prompts)
         groups.append(replace(group, candidates=candidates, metadata=metadata))
     every = [completion for completions in sampled for completion in completions]
     kept, tokens = sum(len(group.candidates) for group in groups), sum(completion.num_tokens for completion in every)
@@ -87,6 +91,15 @@ def completion_as_candidate(group: Group, completion: Completion, source: str) -
     text = completion.text
     given = text if isinstance(group.prompt, str) else [{"role": "assistant", "content": text}]
     return Candidate(given, source=source, finished=completion.finished)
+
+
+def _say_how_prompts_are_given(config: GenerateConfig, prompts: Sequence[Group], used: Rendering) -> None:
+    """Say what ``auto`` came to, and warn where the candidates that are there were made otherwise."""
+    strings = sum(isinstance(group.prompt, str) for group in prompts)
+    if strings and config.string_prompts == "auto":
+        say(f"note: string_prompts auto: {strings} prompts that are plain strings are given as {used}")
+    if warning := rendering_warning(count_renderings(prompts), used, what=str(config.prompts), does="this run samples"):
+        say(warning)
 
 
 def run_generate(config: GenerateConfig) -> dict[str, object]:
@@ -111,7 +124,7 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
     if notice := report.notice(config.prompts):
         say(notice)
-    name, answers, dtype = config.model or "", None, None
+    name, answers, dtype, has_template = config.model or "", None, None, None
     if config.server is not None:
         # What a server answered is kept until the output is written.
         name, answers = config.server.model, Store(config.output.with_name(f".{config.output.name}.answers"))
@@ -120,13 +133,20 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         dtype = resolve_dtype(config.dtype)
         model, tokenizer = load_for_generation(name, dtype=dtype, trust_remote_code=config.trust_remote_code)
         generator = TransformersGenerator(model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size)
+        has_template = bool(tokenizer.chat_template)
+    _say_how_prompts_are_given(config, prompts, generator.string_prompts)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     groups, counts = sample_groups(
         prompts, generator, num_samples=config.num_samples, params=params, seed=config.seed, source=name
     )
+    rendering = generator.string_prompts if any(isinstance(group.prompt, str) for group in prompts) else None
+    for_empty, for_cut = remedies(rendering, has_template=has_template, max_new_tokens=config.max_new_tokens)
     answered = [group for group in groups if group.candidates]
     if not answered:
-        raise ValueError(f"{name} gave only empty completions to {config.prompts}: check its chat template and EOS token")
+        raise ValueError(f"{name} gave only empty completions to {config.prompts}: {for_empty}")
+    cut = sum(not candidate.finished for group in answered for candidate in group.candidates)
+    if warning := incomplete_warning(counts.empty, cut, counts.empty + counts.candidates, for_empty=for_empty, for_cut=for_cut):
+        say(f"warning: {warning}")
     write_groups(answered, config.output)
     if answers is not None:
         answers.delete()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +20,10 @@ from transformers.cache_utils import Cache
 
 from ncalign.core.progress import Bar
 from ncalign.data.groups import Message
+from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, SamplingParams
-from ncalign.model.config import Precision
-from ncalign.model.encoding import render_prompt
+from ncalign.model.config import Precision, StringPrompts
+from ncalign.model.encoding import render_prompt, resolve_string_prompts
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer
 
 # Rows whose completion has ended stay in the batch until they are this share of it: taking rows out copies the cache.
@@ -41,7 +41,7 @@ class TransformersGenerator:
     Args:
         model: the model, in evaluation mode.
         tokenizer: its tokenizer.
-        string_prompts: whether prompts that are plain strings are encoded as they are or as a user's turn.
+        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.encoding.resolve_string_prompts`.
         batch_size: completions sampled at a time.
         autocast: precision to compute in, where it is not that of the weights.
         progress: whether to show a progress bar on stderr.
@@ -52,12 +52,13 @@ class TransformersGenerator:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        string_prompts: Literal["raw", "user_turn"] = "raw",
+        string_prompts: StringPrompts = "auto",
         batch_size: int = 64,
         autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
-        self._model, self._tokenizer, self._string_prompts = model, tokenizer, string_prompts
+        self._model, self._tokenizer = model, tokenizer
+        self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self._batch_size, self._autocast, self._progress = batch_size, autocast, progress
         self._eos_ids = _eos_ids(model, tokenizer)
 
@@ -70,7 +71,7 @@ class TransformersGenerator:
         Raises:
             PromptError: a prompt does not fit the model's context, or needs a chat template that is missing.
         """
-        encoded = encode_prompts(self._tokenizer, prompts, self._string_prompts)
+        encoded = encode_prompts(self._tokenizer, prompts, self.string_prompts)
         self._check_lengths(encoded, params.max_new_tokens)
         samples: list[list[Completion]] = [[] for _ in prompts]
         start, num_tokens = time.perf_counter(), 0
@@ -175,7 +176,7 @@ def load_for_generation(
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[Message]], string_prompts: Literal["raw", "user_turn"]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[Message]], string_prompts: Rendering
 ) -> list[list[int]]:
     """Each prompt's tokens, as the model reads them before it answers.
 

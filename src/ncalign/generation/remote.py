@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ncalign.core.progress import Bar
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
+from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.client import Choice, Request, Server, ServerError
 from ncalign.generation.config import ServerConfig
+from ncalign.model.config import StringPrompts
 from ncalign.model.encoding import as_messages
 
 
 class ServerGenerator:
     """Samples from a model on a server, many prompts at once; what the server has answered before is not asked again.
 
-    A prompt that is a string goes to the completions API as it is, a conversation to the chat API, whose server applies the
-    chat template.
+    A conversation goes to the chat API, whose server applies the chat template; a prompt that is a string does so too, as a
+    user's turn, or goes to the completions API as it is.
 
     Args:
         config: where the server is, and how it may be asked.
         store: keeps answers by what was asked.
-        string_prompts: whether prompts that are plain strings are sent as they are or as a user's turn.
+        string_prompts: whether plain-string prompts are sent as they are or as a user's turn; ``auto`` is a user's turn, since
+            nothing tells here whether the server has a chat template.
         progress: whether to show a progress bar on stderr.
     """
 
@@ -32,11 +35,12 @@ class ServerGenerator:
         config: ServerConfig,
         *,
         store: Store | None = None,
-        string_prompts: Literal["raw", "user_turn"] = "raw",
+        string_prompts: StringPrompts = "auto",
         progress: bool = True,
     ) -> None:
         self.server = Server(config, store)
-        self._string_prompts, self._progress = string_prompts, progress
+        self.string_prompts: Rendering = "user_turn" if string_prompts == "auto" else string_prompts
+        self._chosen, self._progress = string_prompts != "auto", progress
 
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
@@ -53,9 +57,11 @@ class ServerGenerator:
             found = self.server.ask(requests, done=lambda index: bar.advance())
         failed = [answer for answer in found if isinstance(answer, ServerError)]
         if failed:
+            chat = not self._chosen and any(isinstance(prompt, str) for prompt in prompts)
+            hint = "; string prompts were sent as a user's turn: for a model without chat template, --string_prompts raw"
             raise ServerError(
                 f"{failed[0]} ({len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go "
-                "on)"
+                f"on{hint if chat and failed[0].refused else ''})"
             )
         return [[_completion(choice) for choice in answer] for answer in found if not isinstance(answer, ServerError)]
 
@@ -68,7 +74,7 @@ class ServerGenerator:
         }
         if params.top_k:
             body["top_k"] = params.top_k  # not OpenAI's own, but what vLLM, SGLang and llama.cpp call it
-        raw = isinstance(prompt, str) and self._string_prompts == "raw"
+        raw = isinstance(prompt, str) and self.string_prompts == "raw"
         if self.server.config.logprobs:
             body["logprobs"] = 1 if raw else True  # a number of alternatives there, a switch here
         if raw:

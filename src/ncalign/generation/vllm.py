@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +12,8 @@ from ncalign.core.install import install_hint
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.local import encode_prompts
+from ncalign.model.config import StringPrompts
+from ncalign.model.encoding import resolve_string_prompts
 
 
 class VLLMGenerator:
@@ -21,7 +23,7 @@ class VLLMGenerator:
         model: folder or hub id that vLLM starts with.
         tokenizer: the policy's, so that prompts become the same tokens as in training.
         adapter_rank: rank of the adapters that will come; None where whole models will.
-        string_prompts: whether prompts that are plain strings are encoded as they are or as a user's turn.
+        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.encoding.resolve_string_prompts`.
         options: further arguments of ``vllm.LLM``.
 
     Raises:
@@ -34,7 +36,7 @@ class VLLMGenerator:
         tokenizer: PreTrainedTokenizerBase,
         *,
         adapter_rank: int | None = None,
-        string_prompts: Literal["raw", "user_turn"] = "raw",
+        string_prompts: StringPrompts = "auto",
         options: Mapping[str, Any] | None = None,
     ) -> None:
         try:
@@ -45,7 +47,8 @@ class VLLMGenerator:
         self._vllm = vllm
         # Log-probs of the model itself, before temperature and truncation.
         self._engine = vllm.LLM(model=model, **{"logprobs_mode": "raw_logprobs", **adapters, **(options or {})})
-        self._tokenizer, self._string_prompts = tokenizer, string_prompts
+        self._tokenizer = tokenizer
+        self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self._adapter: Any = None
         self._updates = 0
 
@@ -70,7 +73,7 @@ class VLLMGenerator:
         Raises:
             PromptError: a prompt has no tokens, or needs a chat template that is missing.
         """
-        encoded = encode_prompts(self._tokenizer, prompts, self._string_prompts)
+        encoded = encode_prompts(self._tokenizer, prompts, self.string_prompts)
         inputs = [{"prompt_token_ids": ids} for ids in encoded]
         settings = [
             self._vllm.SamplingParams(

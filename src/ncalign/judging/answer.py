@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
 from ncalign.core.outputs import claim
+from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
+from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Generator, PromptError, SamplingParams
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.vllm import VLLMGenerator
@@ -25,7 +28,7 @@ from ncalign.judging.answers import check_form, write_answers
 from ncalign.judging.config import AnswerConfig, EvaluateConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
-from ncalign.model.config import Precision
+from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.policy import adapter_base, load_tokenizer, model_identity, weights_fingerprint
 from ncalign.model.precision import resolve_dtype
 from ncalign.report.tables import model_name
@@ -45,6 +48,7 @@ class Answering:
         batch_size: answers that a transformers model samples at a time.
         dtype: of a transformers model in this process; None where there is none.
         vllm: whether vLLM samples, in this process.
+        string_prompts: how questions of one turn that are plain text are put to a model.
         trust_remote_code: run code that comes with a model.
     """
 
@@ -54,6 +58,7 @@ class Answering:
     batch_size: int = 32
     dtype: Precision | None = "float32"
     vllm: bool = False
+    string_prompts: StringPrompts = "auto"
     trust_remote_code: bool = False
 
 
@@ -75,6 +80,8 @@ def answers_of_model(
             fit the model.
     """
     generator, identity = _generator(model, answering, store)
+    if answering.string_prompts == "auto" and generator.string_prompts == "raw":
+        say(f"note: {name} has no chat template: questions are given to it as plain text (string_prompts auto)")
     in_batches = isinstance(model, str) and not answering.vllm
     size = answering.batch_size if in_batches else max(1, len(questions))
     return answer_questions(questions, generator, answering, model=name, identity=identity, store=store, at_a_time=size)
@@ -83,24 +90,26 @@ def answers_of_model(
 def _generator(model: str | ServerConfig, answering: Answering, store: Store) -> tuple[Generator, str]:
     """The generator, and what identifies its weights."""
     if isinstance(model, ServerConfig):
-        return ServerGenerator(model, store=store, string_prompts="user_turn"), f"{model.base_url} {model.model}"
+        return ServerGenerator(model, store=store, string_prompts=answering.string_prompts), f"{model.base_url} {model.model}"
     trusted = answering.trust_remote_code
     if answering.vllm:
-        return _in_vllm(model, load_tokenizer(model, trust_remote_code=trusted)), Store.key("vllm", model_identity(model))
+        tokenizer = load_tokenizer(model, trust_remote_code=trusted)
+        return _in_vllm(model, tokenizer, answering.string_prompts), Store.key("vllm", model_identity(model))
     assert answering.dtype is not None
     loaded, tokenizer = load_for_generation(model, dtype=answering.dtype, trust_remote_code=trusted)
     # What is asked depends on the chat template too.
     identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "")
-    return TransformersGenerator(loaded, tokenizer, string_prompts="user_turn", batch_size=answering.batch_size), identity
+    how = answering.string_prompts
+    return TransformersGenerator(loaded, tokenizer, string_prompts=how, batch_size=answering.batch_size), identity
 
 
-def _in_vllm(model: str, tokenizer: PreTrainedTokenizerBase) -> VLLMGenerator:
+def _in_vllm(model: str, tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts) -> VLLMGenerator:
     """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
     adapter = Path(model) / "adapter_config.json"
     if not adapter.is_file():
-        return VLLMGenerator(model, tokenizer, string_prompts="user_turn")
+        return VLLMGenerator(model, tokenizer, string_prompts=string_prompts)
     rank = int(json.loads(adapter.read_text(encoding="utf-8")).get("r", 16))
-    generator = VLLMGenerator(adapter_base(model), tokenizer, adapter_rank=rank, string_prompts="user_turn")
+    generator = VLLMGenerator(adapter_base(model), tokenizer, adapter_rank=rank, string_prompts=string_prompts)
     generator.load_adapter(Path(model))
     return generator
 
@@ -133,25 +142,54 @@ def answer_questions(
     def temperature(question: Question) -> float:
         return TEMPERATURES.get(question.category, 0.0) if answering.temperature is None else answering.temperature
 
-    given: dict[str, list[tuple[str, int]]] = {question.id: [] for question in questions}
+    given: dict[str, list[_Given]] = {question.id: [] for question in questions}
+    rendering = generator.string_prompts
     for turn in range(max((len(question.turns) for question in questions), default=0)):
         ordered = sorted((question for question in questions if len(question.turns) > turn), key=temperature)
         for degree, same in groupby(ordered, key=temperature):
-            talks = {question.id: question.conversation([text for text, _ in given[question.id]]) for question in same}
+            talks = {question.id: question.asked([one.text for one in given[question.id]], rendering) for question in same}
             params = SamplingParams(answering.max_new_tokens, degree)
             found = _answers_to(
                 talks, generator, params, identity=identity, store=store, at_a_time=at_a_time, seed=answering.seed
             )
             for question_id, answer in found.items():
                 given[question_id].append(answer)
+    _warn_of_incomplete([one for row in given.values() for one in row], questions, rendering, model, answering.max_new_tokens)
     return [
-        Answer(question.id, model, tuple(text for text, _ in given[question.id]), tuple(n for _, n in given[question.id]))
+        Answer(
+            question.id,
+            model,
+            tuple(one.text for one in given[question.id]),
+            tuple(one.num_tokens for one in given[question.id]),
+            rendering if question.is_text else None,
+        )
         for question in questions
     ]
 
 
+class _Given(NamedTuple):
+    """A turn's answer as the store keeps it."""
+
+    text: str
+    num_tokens: int
+    # What was kept before this was recorded counts as finished.
+    finished: bool = True
+
+
+def _warn_of_incomplete(
+    given: Sequence[_Given], questions: Sequence[Question], rendering: Rendering, model: str, max_new_tokens: int
+) -> None:
+    """Warn where more than a tenth of a model's answers are empty or cut."""
+    used = rendering if any(question.is_text for question in questions) else None
+    for_empty, for_cut = remedies(used, has_template=None, max_new_tokens=max_new_tokens)
+    empty = sum(not one.text for one in given)
+    cut = sum(bool(one.text) and not one.finished for one in given)
+    if warning := incomplete_warning(empty, cut, len(given), for_empty=for_empty, for_cut=for_cut):
+        say(f"warning: {model}: {warning}")
+
+
 def _answers_to(
-    talks: Mapping[str, list[Message]],
+    talks: Mapping[str, str | list[Message]],
     generator: Generator,
     params: SamplingParams,
     *,
@@ -159,8 +197,8 @@ def _answers_to(
     store: Store,
     at_a_time: int,
     seed: int,
-) -> dict[str, tuple[str, int]]:
-    """The answer to each question's conversation, and its number of tokens."""
+) -> dict[str, _Given]:
+    """The answer to each question's prompt."""
     sampling = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed if params.temperature else 0]
     keys = {question: Store.key("answer", identity, talk, sampling) for question, talk in talks.items()}
     kept = {question: store.get(key) for question, key in keys.items()}
@@ -174,9 +212,10 @@ def _answers_to(
         except PromptError as error:
             raise ValueError(f"question {part[error.index]!r}: {error.detail}") from error
         for question, completions in zip(part, found, strict=True):
-            kept[question] = [completions[0].text.strip(), completions[0].num_tokens]
+            one = completions[0]
+            kept[question] = [one.text.strip(), one.num_tokens, one.finished]
             store.put(keys[question], kept[question])
-    return {question: (text, number) for question, (text, number) in kept.items()}
+    return {question: _Given(*answer) for question, answer in kept.items()}
 
 
 def run_answer(config: AnswerConfig) -> dict[str, Any]:

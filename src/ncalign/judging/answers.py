@@ -94,7 +94,7 @@ def _arena_row(answer: Answer, question: Question) -> dict[str, Any]:
 
 
 _ROWS: Mapping[Form, Callable[[Answer, Question], dict[str, Any]]] = {
-    "ncalign": lambda answer, question: asdict(answer),
+    "ncalign": lambda answer, question: {name: value for name, value in asdict(answer).items() if value is not None},
     "alpaca_eval": _alpaca_row,
     "fastchat": _fastchat_row,
     "arena_hard": _arena_row,
@@ -129,7 +129,9 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
 def _answer(row: Mapping[str, Any], by_text: Mapping[str, str]) -> Answer | None:
     match row:
         case {"question": question, "turns": turns}:
-            return Answer(str(question), str(row["model"]), tuple(turns), tuple(row.get("num_tokens") or ()))
+            rendering = row.get("string_prompts")
+            made = rendering if rendering in ("raw", "user_turn") else None
+            return Answer(str(question), str(row["model"]), tuple(turns), tuple(row.get("num_tokens") or ()), made)
         case {"instruction": text, "output": output}:
             # One to a question of another set counts nowhere.
             return Answer(by_text.get(text, f"another set: {text}"), str(row["generator"]), (output,))

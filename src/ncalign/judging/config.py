@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ncalign.core.config import Flat, Frozen, Overwrite, Seed
 from ncalign.generation.config import ServerConfig
-from ncalign.model.config import DType
+from ncalign.model.config import DType, StringPrompts
 
 
 class EvalJudgeConfig(Frozen):
@@ -56,6 +56,11 @@ class AnswerConfig(Frozen):
     max_new_tokens: int = Field(1024, ge=1, description="Maximum number of tokens of a turn's answer.")
     temperature: float | None = Field(
         None, ge=0, description="Sampling temperature; none: MT-Bench's by category, 0 for other sets."
+    )
+    string_prompts: StringPrompts = Field(
+        "auto",
+        description="Questions of one turn that are plain text: given to a model as they are (raw), as a user's turn of its "
+        "chat template (user_turn), or as a user's turn where it has a chat template and as they are where it has none (auto).",
     )
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
@@ -106,6 +111,11 @@ class EvaluateConfig(Frozen):
     )
     temperature: float | None = Field(
         None, ge=0, description="Sampling temperature; none: MT-Bench's by category, 0 for other sets."
+    )
+    string_prompts: StringPrompts = Field(
+        "auto",
+        description="Questions of one turn that are plain text: given to a model as they are (raw), as a user's turn of its "
+        "chat template (user_turn), or as a user's turn where it has a chat template and as they are where it has none (auto).",
     )
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
 from ncalign.core.hub import only_cached
 from ncalign.core.outputs import Inputs, claim, record, recorded, remove
+from ncalign.core.progress import say
 from ncalign.core.store import Store
+from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
 from ncalign.judging.answer import answering_of, answers_of_model
 from ncalign.judging.answers import read_answers, write_answers
 from ncalign.judging.compare import compare_answers, file_name, rate_answers
@@ -110,6 +113,7 @@ def _check(config: EvaluateConfig, kind: Kind) -> None:
         "tasks": {
             "tasks and judgements are two evaluations: give one of them": config.judgements,
             "model is needed: a model folder, a hub id, or the name that a backend knows": config.model is None,
+            "string_prompts is for question sets: tasks have apply_chat_template": config.string_prompts != "auto",
         },
         "verdicts": {},
         "answers": {
@@ -167,6 +171,7 @@ def _of_answers(config: EvaluateConfig) -> Results:
     in_process = not config.vllm and not all(Path(spec).is_file() for spec in specs)
     dtype = resolve_dtype(config.dtype) if in_process else reward_dtype(judged_by, config.dtype)
     answers = {name: _answers(config, spec, name, questions, dtype) for name, spec in models.items()}
+    _warn_of_rendering(config.set_name if config.set_file is None else str(config.set_file), questions, answers, models)
     results = Results(values={"set": config.set_name, "questions": len(questions), "models": list(models)})
     if dtype is not None:
         results.values["dtype"] = dtype
@@ -217,6 +222,29 @@ def _answers(config: EvaluateConfig, spec: str, name: str, questions: Sequence[Q
         record(config.output_dir / "answers", ["*"], verb="evaluate")
         write_answers(found, questions, config.output_dir / "answers" / f"{file_name(name)}.jsonl", form="ncalign")
     return {answer.question: answer for answer in found}
+
+
+def _warn_of_rendering(
+    set_name: str, questions: Sequence[Question], answers: Mapping[str, Answers], models: Mapping[str, str]
+) -> None:
+    """Warn where the groups that are asked, or answers in files, were made with other ``string_prompts`` than this run uses."""
+    made = {name: Counter(a.string_prompts for a in given.values() if a.string_prompts) for name, given in answers.items()}
+    files = [name for name in models if Path(models[name]).is_file()]
+    used = {rendering: name for name in models if name not in files for rendering in made[name]}
+    recorded: Counter[Rendering] = Counter()
+    for question in questions:
+        if question.is_text:
+            recorded.update(recorded_renderings(question.turns[0], question.metadata))
+    warnings = [rendering_warning(recorded, how, what=set_name, does=f"{name} is asked") for how, name in used.items()]
+    remedy = None
+    if not used and files:  # files alone: those of the last one, which is a model to compare with
+        used, remedy = dict.fromkeys(made[files[-1]], files[-1]), "answer the questions of both with the same --string_prompts"
+    for name in files:
+        for how, other in used.items():
+            does = f"{other} answers"
+            warnings.append(rendering_warning(made[name], how, what=models[name], does=does, unit="answers", remedy=remedy))
+    for warning in filter(None, warnings):
+        say(warning)
 
 
 def _store(config: EvaluateConfig, name: str) -> Store:

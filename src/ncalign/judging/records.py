@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ncalign.data.groups import Message
+from ncalign.data.rendering import Rendering
 
 LABELS: Mapping[str, float] = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 """Arena-Hard's verdicts, with the preference for A that each stands for."""
@@ -34,6 +35,7 @@ class Question:
         category: MT-Bench's category, AlpacaEval's dataset, Arena-Hard's category; empty where there is none.
         references: a right answer to each turn, where the set has them.
         metadata: whatever else is known, such as a checkable instruction's names and arguments.
+        conversational: whether the turns were given as messages, and not as text that ``string_prompts`` decides about.
     """
 
     id: str
@@ -41,6 +43,20 @@ class Question:
     category: str = ""
     references: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    conversational: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether ``string_prompts`` decides how it is put to a model: one turn, given as text."""
+        return len(self.turns) == 1 and not self.conversational
+
+    def asked(self, answers: Sequence[str], rendering: Rendering) -> str | list[Message]:
+        """What a model is given to answer the turn that follows these answers: text, or messages.
+
+        >>> Question("q", ("2 + 2 = ",)).asked([], "raw")
+        '2 + 2 = '
+        """
+        return self.turns[0] if self.is_text and rendering == "raw" else self.conversation(answers)
 
     def conversation(self, answers: Sequence[str]) -> list[Message]:
         """The messages up to the turn that follows these answers.
@@ -63,12 +79,15 @@ class Answer:
         model: who answered.
         turns: the answers.
         num_tokens: tokens of each; empty where they were not counted.
+        string_prompts: how a question that is plain text was put to the model; None for a conversation, or where that is not
+            known.
     """
 
     question: str
     model: str
     turns: tuple[str, ...]
     num_tokens: tuple[int, ...] = ()
+    string_prompts: Rendering | None = None
 
 
 Answers: TypeAlias = Mapping[str, Answer]

@@ -106,7 +106,8 @@ def _from_groups(path: Path) -> list[Question]:
             )
         answer = group.metadata.get("answer")
         references = (answer,) if isinstance(answer, str) else ()
-        questions.append(Question(group.id, tuple(turns), references=references, metadata=group.metadata))
+        conversational = not isinstance(group.prompt, str)
+        questions.append(Question(group.id, tuple(turns), "", references, group.metadata, conversational))
     return questions
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.seeds import seed_of
 from ncalign.data.groups import Group
+from ncalign.model.config import StringPrompts
 from ncalign.model.encoding import EncodedGroup, Encoder
 from ncalign.model.layout import Span
 
@@ -90,7 +90,7 @@ def encode_groups(
     *,
     max_length: int = 1024,
     max_prompt_length: int | None = None,
-    string_prompts: Literal["raw", "user_turn"] = "raw",
+    string_prompts: StringPrompts = "auto",
 ) -> GroupBatch:
     """Groups as one batch, encoded as training encodes them; a warning says what was cut or encoded in another way.
 
@@ -99,7 +99,7 @@ def encode_groups(
         groups: groups with at least one candidate each.
         max_length: most tokens of a prompt and its completion.
         max_prompt_length: prompt tokens kept when the two exceed ``max_length``; half of it by default.
-        string_prompts: whether plain-string prompts are encoded as they are or as a user's turn.
+        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.encoding.resolve_string_prompts`.
 
     Raises:
         ValueError: there is no group, or one can't be encoded; the message names it.

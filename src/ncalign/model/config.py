@@ -22,8 +22,11 @@ DType = Annotated[
 
 
 StringPrompts = Annotated[
-    Literal["raw", "user_turn"],
-    Field(description="Prompts that are plain strings: encoded as they are, or as a user's turn of the chat template."),
+    Literal["auto", "raw", "user_turn"],
+    Field(
+        description="Prompts that are plain strings: given to the model as they are (raw), as a user's turn of the chat "
+        "template (user_turn), or as a user's turn where the tokenizer has a chat template and as they are elsewhere (auto)."
+    ),
 ]
 
 
@@ -48,7 +51,7 @@ class EncodingConfig(Frozen):
         description="Number of prompt tokens kept (the last ones) when prompt and longest completion exceed "
         "max_length; none: half of max_length.",
     )
-    string_prompts: StringPrompts = "raw"
+    string_prompts: StringPrompts = "auto"
 
     @model_validator(mode="after")
     def _room_for_completions(self) -> EncodingConfig:

@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.data.groups import Candidate, Group, Message
+from ncalign.data.rendering import Rendering
+from ncalign.model.config import StringPrompts
 
 Ids = NDArray[np.int32]
 
@@ -135,7 +136,7 @@ class Encoder:
         tokenizer: the model's tokenizer.
         max_length: most tokens of a prompt and its completion.
         max_prompt_length: prompt tokens kept when the two exceed ``max_length``; half of it by default.
-        string_prompts: whether plain-string prompts are encoded as they are or as a user's turn.
+        string_prompts: how plain-string prompts are encoded; see :func:`resolve_string_prompts`.
 
     Raises:
         ValueError: ``max_prompt_length`` leaves completions no room.
@@ -147,7 +148,7 @@ class Encoder:
         *,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
-        string_prompts: Literal["raw", "user_turn"] = "raw",
+        string_prompts: StringPrompts = "auto",
     ) -> None:
         if max_prompt_length is None:
             max_prompt_length = max_length // 2
@@ -159,7 +160,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
-        self.string_prompts = string_prompts
+        self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self.report = EncodingReport()
         self._bos = _bos_id(tokenizer)
         self._template_end: tuple[int, str, str] | None = None
@@ -316,6 +317,17 @@ class Encoder:
 
 _PROBE = "ncalign"
 _EMPTY = "a completion is empty: there is nothing to score"
+
+
+def resolve_string_prompts(tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts) -> Rendering:
+    """How prompts that are plain strings are put to a model.
+
+    ``auto`` is a user's turn where the tokenizer has a chat template, and raw where it has none; ``raw`` and ``user_turn`` are
+    themselves.
+    """
+    if string_prompts != "auto":
+        return string_prompts
+    return "user_turn" if tokenizer.chat_template else "raw"
 
 
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:

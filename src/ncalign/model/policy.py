@@ -192,6 +192,11 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
         with quiet_transformers(model):
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=from_cache)
     except (OSError, ValueError) as error:
+        folder = Path(model)
+        if not folder.exists():
+            raise ValueError(f"the tokenizer of {model!r} can't be loaded: {_why_not_loaded(model, error)}") from error
+        if not any((folder / name).is_file() for name in ("config.json", _ADAPTER_FILE)):
+            raise ValueError(f"model {model!r} has no config.json: give a Hugging Face model folder, or a hub id") from error
         raise ValueError(
             f"the tokenizer of {model!r} can't be loaded: {_first_line(error).rstrip('.: ')} (tokenizer.json and "
             "tokenizer_config.json are needed, as the tokenizer's save_pretrained writes them)"

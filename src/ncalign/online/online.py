@@ -22,6 +22,7 @@ from ncalign.core.outputs import record
 from ncalign.core.progress import say
 from ncalign.core.seeds import seed_of
 from ncalign.data.groups import rewards_origin, write_groups
+from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.reference import data_digest
 from ncalign.objectives import Method, build_method
@@ -43,6 +44,7 @@ from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
+from ncalign.training.resolve import with_string_prompts
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
@@ -70,6 +72,7 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
     if config.training.overwrite:
         config = config.model_copy(update={"training": config.training.model_copy(update={"resume": False})})
     accelerator = make_accelerator(config.training)
+    config = config.model_copy(update={"training": with_string_prompts(config.training)})
     if accelerator.num_processes > 1:
         raise ValueError(
             f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
@@ -168,7 +171,7 @@ def make_pool(run: Run, position: Position) -> Pool:
         )
     pool = build_pool(answered, ranked, generating, reference, method=run.method, config=config)
     if not made:
-        write_groups(pool_groups(answered, source_record(config.rewards)), folder / "pool.jsonl")
+        write_groups(pool_groups(answered, source_record(config.rewards), run.encoder.string_prompts), folder / "pool.jsonl")
     if not pool.groups:
         raise ValueError(
             f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
@@ -310,6 +313,7 @@ def finish_round(run: Run, position: Position, pool: Pool) -> dict[str, Any]:
             f"the policy moved {drift.kl:.2f} nats (KL) from the one that made this round's completions, above {WARN_ABOVE}: "
             "regenerate sooner (regenerate_every, regenerate_on_drift) or lower the learning rate"
         )
+    found += _incomplete(run, pool)
     row: dict[str, Any] = {
         "round": position.round + 1,
         "start": position.start,
@@ -326,6 +330,19 @@ def finish_round(run: Run, position: Position, pool: Pool) -> dict[str, Any]:
         say(f"warning: round {position.round + 1}: {alarm}")
     run.clock = Clock()
     return row
+
+
+def _incomplete(run: Run, pool: Pool) -> list[str]:
+    """A warning where more than a tenth of the round's completions are empty or cut."""
+    strings = any(isinstance(group.prompt, str) for group in run.prompts)
+    for_empty, for_cut = remedies(
+        run.encoder.string_prompts if strings else None,
+        has_template=bool(run.policy.tokenizer.chat_template),
+        max_new_tokens=run.config.max_new_tokens,
+    )
+    counts = pool.counts
+    warning = incomplete_warning(counts["empty"], counts["cut"], counts["completions"], for_empty=for_empty, for_cut=for_cut)
+    return [] if warning is None else [warning]
 
 
 def _round_line(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import Bar
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group
+from ncalign.data.rendering import Rendering, record_rendering
 from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
 from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
@@ -386,6 +387,7 @@ def build_pool(
         "completions": sum(len(one.completions) for one in answered),
         "tokens": sum(c.num_tokens for one in answered for c in one.completions),
         "empty": sum(not c.text.strip() for one in answered for c in one.completions),
+        "cut": sum(not c.finished and bool(c.text.strip()) for one in answered for c in one.completions),
         "without_reward": sum(
             reward is None and bool(c.text.strip())
             for one in answered
@@ -437,8 +439,11 @@ def _fresh_alone(group: Ranked) -> EncodedGroup:
     )
 
 
-def pool_groups(answered: Sequence[ScoredSamples], record: str) -> Iterator[Group]:
-    """The round's prompts with their fresh completions and rewards as groups; ``record`` says where the rewards came from."""
+def pool_groups(answered: Sequence[ScoredSamples], record: str, rendering: Rendering) -> Iterator[Group]:
+    """The round's prompts with their fresh completions and rewards as groups.
+
+    ``record`` says where the rewards came from, ``rendering`` how prompts that are plain strings were put to the policy.
+    """
     for one in answered:
         candidates: list[Candidate] = [
             replace(completion_as_candidate(one.prompt, completion, FRESH), reward=reward)
@@ -446,5 +451,5 @@ def pool_groups(answered: Sequence[ScoredSamples], record: str) -> Iterator[Grou
             if completion.text.strip()
         ]
         if candidates:
-            metadata = {**one.prompt.metadata, REWARD_STEPS: [record]}
+            metadata = record_rendering(one.prompt.prompt, {**one.prompt.metadata, REWARD_STEPS: [record]}, rendering)
             yield replace(one.prompt, candidates=candidates, metadata=metadata)

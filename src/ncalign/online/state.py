@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 
 from ncalign.core.progress import say
 from ncalign.data.groups import Group, ReadReport, read_groups
+from ncalign.data.rendering import count_renderings, rendering_warning
 from ncalign.model.encoding import Encoder
 from ncalign.model.policy import Policy
 from ncalign.objectives import Method
@@ -103,6 +105,10 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     prompts, held_out = load_prompts(config)
     say(f"Loading {training.model}")
     policy, encoder = open_policy(training)
+    # Offline candidates are encoded with the prompt as it is put to the policy now.
+    made = count_renderings(prompts) if config.candidates == "fresh_and_offline" else Counter()
+    if warning := rendering_warning(made, encoder.string_prompts, what=str(training.data), does="this run encodes them"):
+        say(warning)
     engine, optimizer = make_engine(training, policy, method, accelerator)
     total = num_steps(
         len(prompts),

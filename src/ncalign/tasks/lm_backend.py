@@ -11,6 +11,7 @@ import torch
 
 from ncalign.core.hub import only_cached
 from ncalign.data.groups import Message
+from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.model.config import DType
 from ncalign.model.policy import adapter_base, quiet_transformers
@@ -92,6 +93,7 @@ class BackendGenerator:
 
     def __init__(self, backend: Any, *, until: Sequence[str] = ()) -> None:
         self._backend, self._until = backend, list(until)
+        self.string_prompts: Rendering = "raw"  # as lm-eval asks; its chat template is a setting of the task
 
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int

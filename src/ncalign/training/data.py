@@ -18,6 +18,7 @@ from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
 from ncalign.data.config import OnBadRow, SchemaChoice
 from ncalign.data.groups import Group, ReadReport, read_groups, recorded_steps, rewards_origin
+from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, as_messages
 from ncalign.objectives import Method
 
@@ -36,6 +37,7 @@ class LoadedGroups:
         examples: the first group of each reason.
         unscored: candidates left out for want of a reward.
         reward_steps: groups used, counted by the steps that made their rewards.
+        made: groups used, by how their string prompts were put to the model that wrote their candidates, where they record it.
         notice: what a user should know of the rows joined and the groups left out, if any were.
     """
 
@@ -46,6 +48,7 @@ class LoadedGroups:
     examples: dict[str, str] = field(default_factory=dict)
     unscored: int = 0
     reward_steps: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    made: Counter[Rendering] = field(default_factory=Counter)
     notice: str = ""
 
     def counts(self) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def load_groups(
                 if outcome.encoded is not None:
                     loaded.groups.append(outcome.encoded)
                     loaded.prompts.append(outcome.prompt)
+                    loaded.made.update(outcome.made)
                     count_steps(loaded.reward_steps, outcome.steps or (rewards_origin(path, report.schema),))
                 else:
                     loaded.unusable[outcome.reason] += 1
@@ -116,6 +120,7 @@ class _Outcome(NamedTuple):
     reason: str = ""
     unscored: int = 0
     steps: tuple[str, ...] = ()
+    made: frozenset[Rendering] = frozenset()
 
 
 def count_steps(counts: Counter[tuple[str, ...]], steps: tuple[str, ...]) -> None:
@@ -150,10 +155,16 @@ def _encode(encoder: Encoder, method: Method, groups: Sequence[Group]) -> tuple[
                 encoded = encoder.encode(scored)
             except DroppedGroupError as dropped:
                 reason = dropped.reason
+        made = frozenset(recorded_renderings(group.prompt, group.metadata))
         outcomes.append(
-            _Outcome(group.id, group.origin, encoded, prompt_digest(group), reason or "", unscored, steps_of(group))
+            _Outcome(group.id, group.origin, encoded, prompt_digest(group), reason or "", unscored, steps_of(group), made)
         )
     return outcomes, encoder.report
+
+
+def made_otherwise(loaded: LoadedGroups, encoder: Encoder, path: Path) -> str | None:
+    """A warning where groups' candidates were made with other ``string_prompts`` than they are encoded with."""
+    return rendering_warning(loaded.made, encoder.string_prompts, what=str(path), does="training encodes them")
 
 
 def scored_candidates(group: Group, method: Method) -> tuple[Group, str | None]:

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.cache import cache_folder
 from ncalign.core.progress import say
-from ncalign.data.groups import read_groups
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
 from ncalign.model.encoding import EncodedGroup, Encoder
@@ -36,7 +35,7 @@ from ncalign.objectives.targets import warn_if_degenerate
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from ncalign.training.config import TrainConfig
-from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, load_groups, mismatched_groups
+from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, load_groups, made_otherwise, mismatched_groups
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
@@ -44,6 +43,7 @@ from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
+from ncalign.training.resolve import check_data_files, with_string_prompts
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
@@ -90,7 +90,7 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
     accelerator, method = make_accelerator(config), method or build_method(config.objective)
     inputs = {"model": config.model, "data": config.data, "eval_data": config.eval_data}
     with another_process_named():
-        config = with_precision(config, accelerator, method)
+        config = with_precision(with_string_prompts(config), accelerator, method)
         claimed = partial(claimed_run_folder, config, config.model_dump(mode="json"), verb="train", inputs=inputs)
         with claimed() if accelerator.is_main_process else contextlib.nullcontext():
             accelerator.wait_for_everyone()
@@ -195,9 +195,7 @@ def needed_space(config: TrainConfig, prepared: Prepared) -> DiskNeed:
 def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Method) -> Prepared:
     """Load model and data, and hand both to accelerate."""
     torch.manual_seed(config.seed)
-    for path in (config.data, config.eval_data):
-        if path is not None:
-            read_groups(path).close()  # a missing file must be reported before the model is loaded
+    check_data_files(config)
     _say(accelerator, f"Loading {config.model}")
     policy, encoder = open_policy(config)
     load = partial(
@@ -210,10 +208,11 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
         shown=accelerator.is_main_process,
     )
     loaded = load(config.data)
-    notices = [loaded.notice]
+    notices, warned = [loaded.notice], [made_otherwise(loaded, encoder, config.data)]
     if config.eval_data is not None:
         evaluated = load(config.eval_data)
         notices.append(evaluated.notice)
+        warned.append(made_otherwise(evaluated, encoder, config.eval_data))
         train, held_out = loaded.groups, evaluated.groups
     else:
         out = held_out_places(loaded.prompts, fraction=config.eval_fraction, seed=config.seed)
@@ -225,6 +224,8 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     notices.append(notice)
     for notice in filter(None, (*notices, *encoder.report.notices())):
         _say(accelerator, f"note: {notice}")
+    for warning in filter(None, warned):
+        _say(accelerator, warning)
     engine, optimizer = make_engine(config, policy, method, accelerator)
     plan = make_plan(
         len(train),

@@ -12,7 +12,7 @@ from ncalign.core.user_code import load_named
 from ncalign.data.config import PublicSchema
 from ncalign.data.formats import argilla, distilabel, native, nca, openai, others, ranked, transcripts, trl, ultrafeedback
 from ncalign.data.formats.group import Group
-from ncalign.data.formats.parsing import Row, require_columns
+from ncalign.data.formats.parsing import Row, as_conversation, require_columns
 
 SchemaName: TypeAlias = PublicSchema | Literal["adapter"]
 REWARDS_OF: dict[SchemaName, str] = {
@@ -59,6 +59,7 @@ class Schema:
         joins: Whether a row is one completion or one pair, so that several rows may belong to one prompt.
         recognises: What a row's values must be besides; others share these columns.
         notes: What a user should know of a row that was read otherwise than it is written: a text, and how often it applies.
+        instructions: Whether prompts are instructions to a chat model: strings become a user's turn, answers the assistant's.
     """
 
     name: SchemaName
@@ -68,12 +69,14 @@ class Schema:
     joins: bool = False
     recognises: Callable[[Row], bool] = _any_row
     notes: Callable[[Row], dict[str, int]] = _no_notes
+    instructions: bool = False
 
     def read(self, row: Row, default_id: str, origin: str) -> Group:
         """Return the row's group, or raise a ValueError that says what is wrong with it."""
         if self.name != "adapter":
             require_columns(row, self.required(row), self.known(row), self.name)
-        return self.parse(row, default_id, origin)
+        group = self.parse(row, default_id, origin)
+        return as_conversation(group) if self.instructions else group
 
 
 def _preference_columns(columns: Iterable[str]) -> tuple[str, ...]:
@@ -85,7 +88,7 @@ def _preference_columns(columns: Iterable[str]) -> tuple[str, ...]:
 NATIVE = Schema("ncalign", lambda _: ("prompt", "candidates"), lambda _: native.COLUMNS, native.parse)
 PROMPTS = Schema("ncalign", lambda _: ("prompt",), lambda _: native.COLUMNS, native.parse)
 PREFERENCE = Schema("trl_preference", lambda _: ("chosen", "rejected"), _preference_columns, trl.parse_preference, joins=True)
-NCA = Schema("nca", nca.required_columns, nca.known_columns, nca.parse)
+NCA = Schema("nca", nca.required_columns, nca.known_columns, nca.parse, instructions=True)
 
 
 TRL_PROMPTS = Schema(
@@ -106,9 +109,10 @@ def _fixed(
     recognises: Callable[[Row], bool] = _any_row,
     *,
     joins: bool = False,
+    instructions: bool = False,
 ) -> Schema:
     """A schema whose columns have fixed names."""
-    return Schema(name, lambda _: required, lambda _: known, parse, joins, recognises)
+    return Schema(name, lambda _: required, lambda _: known, parse, joins, recognises, instructions=instructions)
 
 
 def _ultrafeedback(name: SchemaName, reward: ultrafeedback.Reward) -> Schema:
@@ -120,6 +124,7 @@ def _ultrafeedback(name: SchemaName, reward: ultrafeedback.Reward) -> Schema:
         partial(ultrafeedback.parse, reward=reward),
         recognises=ultrafeedback.is_row,
         notes=partial(ultrafeedback.notes, reward=reward),
+        instructions=True,
     )
 
 
@@ -145,8 +150,8 @@ PUBLIC = (
         recognises=distilabel.is_row,
         notes=distilabel.notes,
     ),
-    _fixed("nectar", ranked.NECTAR, ranked.NECTAR_KNOWN, ranked.parse_nectar, ranked.is_nectar),
-    Schema("simpo", ranked.list_columns, ranked.known_list_columns, ranked.parse_lists),
+    _fixed("nectar", ranked.NECTAR, ranked.NECTAR_KNOWN, ranked.parse_nectar, ranked.is_nectar, instructions=True),
+    Schema("simpo", ranked.list_columns, ranked.known_list_columns, ranked.parse_lists, instructions=True),
     _fixed("nemo_rl", ranked.NEMO_RL, ("id", *ranked.NEMO_RL, "metadata"), ranked.parse_nemo_rl),
     _fixed("lmflow", ranked.LMFLOW, ("id", *ranked.LMFLOW, "metadata"), ranked.parse_lmflow, ranked.is_lmflow),
     _fixed(
@@ -159,7 +164,7 @@ PUBLIC = (
     _fixed("sharegpt", others.SHAREGPT, others.SHAREGPT_KNOWN, others.parse_sharegpt, others.is_sharegpt, joins=True),
     _fixed("alpaca", others.ALPACA, others.ALPACA_KNOWN, others.parse_alpaca, lambda row: "prompt" not in row, joins=True),
     _fixed("nemo_aligner", others.NEMO_ALIGNER, others.NEMO_ALIGNER_KNOWN, others.parse_nemo_aligner, joins=True),
-    _fixed("alpaca_eval", others.ANNOTATION, others.ANNOTATION_KNOWN, others.parse_annotation),
+    _fixed("alpaca_eval", others.ANNOTATION, others.ANNOTATION_KNOWN, others.parse_annotation, instructions=True),
     _fixed("hh", ("chosen", "rejected"), transcripts.COLUMNS, transcripts.parse, transcripts.is_pair, joins=True),
     PREFERENCE,
     _fixed("trl_unpaired", trl.UNPAIRED, trl.UNPAIRED_COLUMNS, trl.parse_unpaired, joins=True),

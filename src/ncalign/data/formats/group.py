@@ -18,6 +18,9 @@ Text: TypeAlias = str | list[Message]
 JSON: TypeAlias = Any
 """A value that JSON can hold: null, true/false, a finite number, a string, a list or an object of these."""
 
+STRING_PROMPTS = "string_prompts"
+"""Key of a group's metadata that says how its string prompt was put to the model that wrote its candidates."""
+
 MESSAGE_KEYS = ("role", "content")
 MAX_DEPTH = 100
 MAX_INT_BITS = 1024

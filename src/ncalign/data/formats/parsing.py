@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ncalign.core.errors import DataError, names, nearest, shown
-from ncalign.data.formats.group import MAX_INT_BITS, Candidate, Message, Text, check_text
+from ncalign.data.formats.group import MAX_INT_BITS, Candidate, Group, Message, Text, check_text
 
 Row: TypeAlias = dict[str, Any]
 TOOLS = ("tools", "functions")
@@ -105,10 +106,17 @@ def answer_turn(completion: Any) -> Any:
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
+def as_conversation(group: Group) -> Group:
+    """The group with its strings as turns: the prompt as the user's, completions as the assistant's."""
+    candidates = [replace(one, completion=answer_turn(one.completion)) for one in group.candidates]
+    return replace(group, prompt=question_turns(group.prompt, None), candidates=candidates)
+
+
 def separate_prompt(prompt: object, completions: dict[str, Any]) -> tuple[Text, list[Text]]:
     """Check a prompt and completions by their columns, and take the prompt's turns off the completions that repeat them.
 
-    A string prompt beside conversations that open with it, as a user's turn, becomes those opening turns.
+    A string prompt beside conversations becomes the turns that they open with, up to the user's turn that asks it; beside
+    answers alone it becomes a user's turn.
     """
     check_text(prompt, "prompt")
     for column, value in completions.items():
@@ -121,8 +129,6 @@ def separate_prompt(prompt: object, completions: dict[str, Any]) -> tuple[Text, 
     if not conversations:
         return prompt, values
     turns = _opening_turns(prompt, conversations) if isinstance(prompt, str) else prompt
-    if turns is None:
-        return prompt, values
     separated: list[Text] = []
     for column, conversation in zip(completions, conversations, strict=True):
         rest = conversation[len(turns) :] if conversation[: len(turns)] == turns else conversation
@@ -132,14 +138,14 @@ def separate_prompt(prompt: object, completions: dict[str, Any]) -> tuple[Text, 
     return turns, separated
 
 
-def _opening_turns(prompt: str, conversations: Sequence[list[Message]]) -> list[Message] | None:
-    """Return the shared leading turns up to the one that asks the prompt; None when the conversations are answers alone."""
+def _opening_turns(prompt: str, conversations: Sequence[list[Message]]) -> list[Message]:
+    """Return the shared leading turns up to the one that asks the prompt; that one alone where they are answers alone."""
     lead = shared_turns(conversations)
     for index in range(len(lead) - 1, -1, -1):
         if lead[index]["role"] == "user" and lead[index]["content"].strip() == prompt.strip():
             return lead[: index + 1]
     if all(conversation[0]["role"] == "assistant" for conversation in conversations):
-        return None
+        return [{"role": "user", "content": prompt}]
     raise DataError(
         "the conversations neither open with the string in `prompt` nor start with an assistant's turn: make the prompt the "
         "list of messages that the conversations share",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ncalign.core.errors import DataError, names, shown
-from ncalign.data.formats.group import Group
+from ncalign.data.formats.group import STRING_PROMPTS, Group
 from ncalign.data.formats.parsing import Row, implicit_prompt, make_candidate, row_id, row_metadata, separate_prompt
 
 REWARD_COLUMNS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
@@ -31,13 +31,17 @@ def parse_preference(row: Row, default_id: str, origin: str) -> Group:
         prompt, texts = implicit_prompt(completions)
     else:
         prompt, texts = separate_prompt(row["prompt"], completions)
+    metadata = row_metadata(row, (*PREFERENCE_COLUMNS, *rewards_of.values()))
+    if row.get("prompt") is None and isinstance(prompt, str):
+        # The completions go on in the middle of the text.
+        metadata = {STRING_PROMPTS: "raw", **metadata}
     return Group(
         id=row_id(row, default_id),
         prompt=prompt,
         candidates=[
             make_candidate(where, text, reward) for where, text, reward in zip(completions, texts, rewards, strict=True)
         ],
-        metadata=row_metadata(row, (*PREFERENCE_COLUMNS, *rewards_of.values())),
+        metadata=metadata,
         origin=origin,
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from ncalign.core.errors import DataError, shown
 from ncalign.data.formats.group import Group, number_or_none
-from ncalign.data.formats.parsing import Row, row_id, row_metadata
+from ncalign.data.formats.parsing import Row, question_turns, row_id, row_metadata
 from ncalign.data.formats.ranked import candidate, entries
 
 Reward: TypeAlias = Literal["overall_score", "aspect_mean"]
@@ -56,7 +56,7 @@ def parse(row: Row, default_id: str, origin: str, *, reward: Reward) -> Group:
         metadata = {**metadata, "overall_score": given}
     return Group(
         id=row_id(row, default_id),
-        prompt=row["instruction"],
+        prompt=question_turns(row["instruction"], row.get("custom_system_prompt")),
         candidates=[
             candidate(place, entry["response"], value, entry.get("model"))
             for place, entry, value in zip(places, completions, rewards, strict=True)
