@@ -525,7 +525,7 @@ def test_the_same_command_goes_on_with_what_is_there(
     assert main(words) == 0
     assert "is finished: nothing to resume" in capsys.readouterr().err
     assert main([*words, "--no_resume"]) == 1
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert "holds what an earlier `ncalign online` wrote" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
     assert "Round 1" in capsys.readouterr().err
 
