@@ -19,7 +19,8 @@ from server_double import ServerDouble, serving
 
 
 def evaluate(tmp_path: Path, **settings: Any) -> dict[str, Any]:
-    config = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "num_resamples": 200, **settings}
+    fixed = {"output_dir": tmp_path / "out", "overwrite": True, "cache_dir": tmp_path / "cache", "num_resamples": 200}
+    config = {**fixed, **settings}
     return run_evaluate(EvaluateConfig.model_validate(config))
 
 

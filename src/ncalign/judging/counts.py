@@ -259,7 +259,7 @@ def add_accounts(accounts: Sequence[Account], results: Results) -> None:
     results.values |= {"verdicts": accounts, "missing_verdicts": missing}
     if missing:
         unanswered = sum(account.missing["no answer"] for account in accounts)
-        again = f"; rerun to ask again for the {unanswered} that had no answer" if unanswered else ""
+        again = f"; rerun with --overwrite to ask again for the {unanswered} that had no answer" if unanswered else ""
         results.lines.append(f"{missing} verdicts are missing; they are neither losses nor ties{again}")
 
 

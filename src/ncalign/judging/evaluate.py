@@ -160,9 +160,9 @@ def _of_answers(config: EvaluateConfig) -> Results:
     """Answers of the models, compared with the baseline's or rated by themselves."""
     assert config.model is not None
     specs = [config.model, *config.against]
-    _check_models(specs, config.reward)
     models = _models(specs)
     questions = read_questions(config.set_name, file=config.set_file)
+    _check_models(specs, config.reward)
     if config.reference_answers is not None:
         questions = read_references(config.reference_answers, questions)
     questions = questions[: config.limit]
