@@ -46,11 +46,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 	@$(BIN)/python -m pip install --quiet $(CONSTRAIN) -e '.[dev]'
 	@touch $(VENV)/.demo $@
 
-demo: $(VENV)/.demo  ## align a real small model and measure the gain; results in runs/demo/
+demo: $(VENV)/.demo  ## align a real small model and measure the gain; results in runs/demo/ (ARGS="--quick": under three minutes)
 	@echo "== aligning a small model; results go to runs/demo/ (results.json, metrics.jsonl, model/)"
 	@$(BIN)/ncalign demo $(ARGS)
 
-demo-online: $(VENV)/.demo  ## candidates sampled once against sampled anew while training; results in runs/demo-online/
+demo-online: $(VENV)/.demo  ## candidates sampled once against sampled again while training; results in runs/demo-online/
 	@echo "== training a small model twice; results go to runs/demo-online/ (online-results.json, online/report.html)"
 	@$(BIN)/ncalign demo --online --output_dir runs/demo-online $(ARGS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from importlib import resources
 from pathlib import Path
@@ -38,22 +39,25 @@ def test_prompts_differ_within_a_split_and_are_repeatable() -> None:
 
 
 def test_questions_with_the_same_numbers_share_a_split() -> None:
-    products, _, arithmetic, *_ = TASKS
-    assert (products.name, arithmetic.name) == ("products", "basic_arithmetic")
     for a in range(1, 20):
-        assert len({split_of(products, f"{a} * 7"), split_of(products, f"7 * {a}."), split_of(arithmetic, f"7 - {a}")}) == 1
+        assert len({split_of(f"{a} * 7"), split_of(f"7 * {a}."), split_of(f"Calculate 7 - {a}")}) == 1
 
 
-def test_right_answers_score_one_and_others_less() -> None:
-    # For arithmetic the key is recomputed from the question: it must not depend on the task's own arithmetic.
+def test_right_equations_score_one_and_others_less() -> None:
+    # The key is recomputed from the question: it must not depend on the task's own arithmetic.
     for group in make_prompts(120, 1, "validation"):
         entry = group.metadata["entry"]
-        if "expression" in entry["metadata"]:
-            expression = entry["metadata"]["expression"]
-            assert eval(expression, {"__builtins__": {}}) == int(entry["answer"]), expression
-        answered = make_answered(group, [entry["answer"], "I do not know.", ""])
-        [scored] = score_groups([answered], ReasoningGymReward())
-        assert [candidate.reward for candidate in scored.candidates] == [1.0, 0.0, 0.0]
+        [expression] = re.findall(r"\d+ [-+*] \d+", entry["question"])
+        assert eval(expression, {"__builtins__": {}}) == int(entry["answer"]), expression
+        texts = [
+            f"{expression} = {entry['answer']}",
+            entry["answer"],
+            f"{expression} = {int(entry['answer']) + 1}",
+            expression,
+            "",
+        ]
+        [scored] = score_groups([make_answered(group, texts)], ReasoningGymReward())
+        assert [candidate.reward for candidate in scored.candidates] == [1.0, 0.5, 0.0, 0.0, 0.0]
 
 
 def make_answered(group: Group, answers: list[str]) -> Group:
@@ -62,7 +66,7 @@ def make_answered(group: Group, answers: list[str]) -> Group:
 
 
 def test_too_many_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ncalign.demo.tasks.TASKS", [task for task in TASKS if task.name == "lcm"])
+    monkeypatch.setattr("ncalign.demo.tasks.TASKS", [task for task in TASKS if task.name == "products"])
     with pytest.raises(ValueError, match=r"500 heldout prompts are too many: the tasks have \d+ different"):
         make_prompts(500, 0, "heldout")
 

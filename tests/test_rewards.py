@@ -12,7 +12,7 @@ from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.function import FunctionReward, load_function
 from ncalign.rewards.score import run_score
-from ncalign.rewards.verifiable import ReasoningGymReward, last_number
+from ncalign.rewards.verifiable import ReasoningGymReward
 
 
 def group(*texts: str, chat: bool = False, **metadata: Any) -> Group:
@@ -114,27 +114,10 @@ def test_verifier_pays_a_whole_answer_and_part_of_it() -> None:
     assert ReasoningGymReward().score(scored) == [1.0, 2 / 8, 0.0]
 
 
-def test_last_number_is_all_or_nothing() -> None:
+def test_a_stated_answer_is_all_or_nothing() -> None:
     texts = ("3 * 4 = 12.", "12 or 13", "It is 120", "none", "-12")
-    scored = group(*texts, chat=True, task="gcd", extract="last_number", entry=entry("12"))
+    scored = group(*texts, chat=True, task="gcd", extract="stated", entry=entry("12"))
     assert ReasoningGymReward().score(scored) == [1.0, 0.0, 0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("", ""),
-        ("no digits", ""),
-        ("4 * 250 = 1,000.", "1000"),
-        ("is 3.50", "3.5"),
-        ("7 - -5", "-5"),
-        ("it is 7-5", "5"),
-        ("100", "100"),
-        ("2, 3", "3"),
-    ],
-)
-def test_last_number(text: str, number: str) -> None:
-    assert last_number(text) == number
 
 
 def test_a_verifier_that_raises_has_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +139,8 @@ def test_a_verifier_that_raises_has_refused(monkeypatch: pytest.MonkeyPatch) -> 
         ({"task": "gcd"}, "found keys: task"),
         ({"task": "no_such_task", "entry": entry("1")}, "'no_such_task', which reasoning-gym does not have"),
         ({"task": "gcd", "entry": entry("1"), "extract": "first"}, "extract='first'"),
+        ({"task": "gcd", "entry": entry("1"), "extract": "stated", "form": "poem"}, "form='poem'"),
+        ({"task": "gcd", "entry": entry("1"), "form": "equation"}, "beside extract='stated'"),
     ],
 )
 def test_groups_without_a_usable_entry_are_refused(metadata: dict[str, Any], message: str) -> None:

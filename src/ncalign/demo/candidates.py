@@ -14,14 +14,16 @@ from ncalign.generation.base import SamplingParams
 from ncalign.generation.generate import sample_groups
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.model.precision import resolve_dtype
+from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import RewardConfig
 from ncalign.rewards.score import score_groups
 from ncalign.rewards.sources import source_record
+from ncalign.rewards.stated import is_equation
 from ncalign.rewards.verifiable import ReasoningGymReward
 
 NUM_PROMPTS = 240
 NUM_SAMPLES = 8
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 32
 TEMPERATURE = 0.8
 TOP_P = 0.95
 GENERATION_BATCH = 128
@@ -72,3 +74,10 @@ def sample_and_score(model: str, prompts: Sequence[Group], num_samples: int, par
 def has_spread(group: Group) -> bool:
     """Whether two candidates have different rewards."""
     return len({candidate.reward for candidate in group.candidates if candidate.reward is not None}) > 1
+
+
+def follows_instruction(group: Group) -> list[bool]:
+    """Whether each completion is what the prompt asks for: one finished equation, its result right or wrong."""
+    question = group.metadata["entry"]["question"]
+    pairs = zip(group.candidates, completion_texts(group), strict=True)
+    return [candidate.finished and is_equation(text, question) for candidate, text in pairs]

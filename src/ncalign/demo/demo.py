@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,14 @@ from ncalign.core.hub import only_cached
 from ncalign.core.outputs import claim, renew
 from ncalign.core.progress import say
 from ncalign.data.groups import Group, read_groups, write_groups
-from ncalign.demo.candidates import MAX_NEW_TOKENS, has_spread, make_candidates, sample_and_score, shipped_candidates
+from ncalign.demo.candidates import (
+    MAX_NEW_TOKENS,
+    follows_instruction,
+    has_spread,
+    make_candidates,
+    sample_and_score,
+    shipped_candidates,
+)
 from ncalign.demo.config import DemoConfig
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
@@ -37,8 +45,7 @@ Rewards = Float[NDArray[np.float64], " prompts"]
 ENTRIES = ("candidates.jsonl", *run_folder.ENTRIES)
 """What the demo leaves in its folder."""
 HELD_OUT_SEED = 0
-NUM_BETTER = 2
-# From a rough trial on other prompts; MC-PO's epochs were compared on the validation split, nothing on the held-out one.
+# From a rough trial on other prompts; tasks and instruction were chosen on the validation split, nothing on the held-out one.
 OBJECTIVES: Mapping[str, ObjectiveConfig] = {
     "mc_po": MCPO(beta=0.1),
     "nca": NCA(beta=0.1, alpha=0.1),
@@ -53,6 +60,8 @@ SETTINGS: Mapping[str, Any] = {
 """What every training run of the demos has in common."""
 # Methods that train on all eight candidates of a group at once take one epoch, those that train on two take two.
 EPOCHS: Mapping[str, int] = {"mc_po": 2, "dpo": 2, "nca": 1, "info_nca": 1}
+QUICK_PROMPTS, QUICK_GROUPS = 128, 48
+QUICK_SETTINGS: Mapping[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,12 @@ class Answers:
 
     texts: list[str]
     rewards: Rewards
+    form: Rewards
 
     @property
     def solved(self) -> Rewards:
-        """1 where the verifier gives full marks."""
-        return (self.rewards >= 1.0).astype(np.float64)
+        """1 where the completion states the right number, in whatever form."""
+        return (self.rewards > 0.0).astype(np.float64)
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -92,9 +102,11 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             f"in none of the {len(groups)} groups do rewards differ: {model} solves all of these tasks, or none; they are too "
             "easy or too hard for it, and there is nothing to learn from"
         )
-    write_groups(usable, candidates)
-    say(f"Training data: the {len(usable)} of {len(groups)} groups of candidates in which rewards differ")
-    prompts = make_prompts(config.num_eval_prompts, HELD_OUT_SEED, "heldout")
+    trained_on = usable[:QUICK_GROUPS] if config.quick else usable
+    write_groups(trained_on, candidates)
+    say(f"Training data: {len(trained_on)} of the {len(usable)} groups (of {len(groups)}) in which rewards differ")
+    num_prompts = min(config.num_eval_prompts, QUICK_PROMPTS) if config.quick else config.num_eval_prompts
+    prompts = make_prompts(num_prompts, HELD_OUT_SEED, "heldout")
     say(f"Answering {len(prompts)} held-out prompts with {Path(model).name}")
     before = answer(model, prompts)
     training = run_training(train_config(config, model, candidates))
@@ -113,9 +125,8 @@ def train_config(config: DemoConfig, model: str, data: Path) -> TrainConfig:
         data=data,
         output_dir=config.output_dir,
         objective=OBJECTIVES[config.objective],
-        num_train_epochs=EPOCHS[config.objective],
         seed=config.seed,
-        **SETTINGS,
+        **{**SETTINGS, "num_train_epochs": EPOCHS[config.objective], **(QUICK_SETTINGS if config.quick else {})},
     )
 
 
@@ -123,7 +134,9 @@ def answer(model: str, prompts: Sequence[Group]) -> Answers:
     """Greedy answers, scored by the verifiers; an empty answer, which leaves its group without a candidate, earns nothing."""
     groups = sample_and_score(model, prompts, 1, SamplingParams(MAX_NEW_TOKENS, temperature=0.0), seed=0)
     rewards = [sum(candidate.reward or 0.0 for candidate in group.candidates) for group in groups]
-    return Answers(["".join(completion_texts(group)) for group in groups], np.asarray(rewards, dtype=np.float64))
+    form = [any(follows_instruction(group)) for group in groups]
+    texts = ["".join(completion_texts(group)) for group in groups]
+    return Answers(texts, np.asarray(rewards, dtype=np.float64), np.asarray(form, dtype=np.float64))
 
 
 def assemble(
@@ -137,8 +150,13 @@ def assemble(
         "after": main["after"],
         "intervals": {name: main[f"{name}_interval"] for name in ("before", "after", "difference")},
         "p_value": main["p_value"],
-        "comparison": {"mean_reward": main, "solved_share": comparison_row(before.solved, after.solved, config.seed)},
+        "comparison": {
+            "mean_reward": main,
+            "solved_share": comparison_row(before.solved, after.solved, config.seed),
+            "format_share": comparison_row(before.form, after.form, config.seed),
+        },
         "by_task": by_task(prompts, before, after),
+        "notes": notes(prompts, before, after),
         "num_eval_prompts": len(prompts),
         "base_model": model,
         "model": training["model"],
@@ -165,31 +183,53 @@ def comparison_row(before: Rewards, after: Rewards, seed: int) -> dict[str, Any]
 
 
 def by_task(prompts: Sequence[Group], before: Answers, after: Answers) -> dict[str, dict[str, float]]:
-    """Solved share of each task."""
+    """Each task's number of prompts and its solved and format shares."""
     names = [str(group.metadata["task"]) for group in prompts]
     found: dict[str, dict[str, float]] = {}
     for task in dict.fromkeys(names):
         here = np.array([name == task for name in names])
         found[task] = {
             "prompts": int(here.sum()),
-            "before": float(before.solved[here].mean()),
-            "after": float(after.solved[here].mean()),
+            "solved_before": float(before.solved[here].mean()),
+            "solved_after": float(after.solved[here].mean()),
+            "format_before": float(before.form[here].mean()),
+            "format_after": float(after.form[here].mean()),
         }
     return found
 
 
+def notes(prompts: Sequence[Group], before: Answers, after: Answers) -> list[str]:
+    """What the rewards mean, where the gain comes from, and what a model that computes nothing would earn."""
+    size = len(prompts)
+    solved = int(((after.solved > 0) & (before.solved == 0)).sum())
+    lost = int(((after.solved == 0) & (before.solved > 0)).sum())
+    rewritten = int(((after.rewards > before.rewards) & (before.solved > 0)).sum())
+    answers = Counter(str(group.metadata["entry"]["answer"]) for group in prompts)
+    constant, often = answers.most_common(1)[0]
+    return [
+        "The reward is 1 for the right number in one equation and nothing else, as the prompt asks, .5 for the right number "
+        "stated in other words (solved too), and 0 for anything else: a wrong number, a repeated question, a list of numbers, "
+        "an answer that is cut.",
+        f"Newly solved are {solved} of {size} prompts, no longer solved {lost}; in {rewritten} the answer was right before and "
+        "only its form is new.",
+        f"Answering {constant!r} every time would solve {often / size:.3f} of the prompts.",
+    ]
+
+
 def side_by_side(prompts: Sequence[Group], before: Answers, after: Answers) -> list[dict[str, Any]]:
-    """Examples of every outcome, each the first of its kind, with how many prompts share it."""
+    """Examples of every outcome, the first of each task, with how many prompts share the outcome."""
     change = after.rewards - before.rewards
     kinds = {
         "better": change > 0,
         "worse": change < 0,
         "right before and after": (change == 0) & (after.rewards >= 1.0),
-        "wrong before and after": (change == 0) & (after.rewards < 1.0),
+        "other words, before and after": (change == 0) & (after.rewards > 0.0) & (after.rewards < 1.0),
+        "wrong before and after": (change == 0) & (after.rewards == 0.0),
     }
     examples = []
     for outcome, here in kinds.items():
-        for i in np.flatnonzero(here)[: NUM_BETTER if outcome == "better" else 1]:
+        first = {str(prompts[i].metadata["task"]): int(i) for i in np.flatnonzero(here)[::-1]}
+        for i in sorted(first.values()):
             examples.append(
                 {
                     "outcome": f"{outcome} ({int(here.sum())} of {len(prompts)} prompts)",
@@ -211,8 +251,10 @@ def summary(results: Mapping[str, Any], page: Path) -> str:
             f"  {name.replace('_', ' '):<13} {shown(row, 'before')} -> {shown(row, 'after')}   "
             f"difference {shown(row, 'difference')}, paired permutation p = {row['p_value']:.4f}"
         )
-    lines.append("  by task: " + ", ".join(f"{k} {v['before']:.2f} -> {v['after']:.2f}" for k, v in results["by_task"].items()))
-    for item in results["answers"]:
+    solved = (f"{k} {v['solved_before']:.2f} -> {v['solved_after']:.2f}" for k, v in results["by_task"].items())
+    lines += ["  solved by task: " + ", ".join(solved), *(f"  {note}" for note in results["notes"])]
+    firsts = {item["outcome"]: item for item in reversed(results["answers"])}
+    for item in reversed(firsts.values()):
         lines += ["", f"  {item['outcome']}", f"  prompt: {item['prompt']}"]
         lines += [f"  before: {item['before']}", f"  after:  {item['after']}"]
     lines += ["", f"Report: {page}", f"Model:  {results['model']}", f"Took {results['seconds']:.0f} s"]

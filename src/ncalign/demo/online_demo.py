@@ -13,7 +13,7 @@ from ncalign.core.atomic import write_json_atomic
 from ncalign.core.outputs import claim, record
 from ncalign.core.progress import say
 from ncalign.data.groups import write_groups
-from ncalign.demo.candidates import GENERATION_BATCH, MAX_NEW_TOKENS, NUM_PROMPTS, NUM_SAMPLES, REWARDS
+from ncalign.demo.candidates import GENERATION_BATCH, MAX_NEW_TOKENS, REWARDS
 from ncalign.demo.config import DemoConfig
 from ncalign.demo.demo import HELD_OUT_SEED, OBJECTIVES, SETTINGS, Rewards, comparison_row, shown
 from ncalign.demo.model import demo_model_folder
@@ -24,13 +24,14 @@ from ncalign.online.online import run_online
 from ncalign.online.pool import read_artefact
 from ncalign.training.config import TrainConfig
 
-NUM_ROUNDS, STEPS_PER_ROUND = 3, 10
+NUM_ROUNDS, STEPS_PER_ROUND = 3, 8
+NUM_PROMPTS, NUM_SAMPLES = 192, 6
 RESULTS = "online-results.json"
 _ARMS = {"offline": 1, "online": NUM_ROUNDS}
 
 
 def run_online_demo(config: DemoConfig) -> dict[str, Any]:
-    """Train twice and compare: one pool from the starting model, and a new pool from the policy every ten steps.
+    """Train twice and compare: one pool from the starting model, and a new pool from the policy every eight steps.
 
     An arm that was finished is not run again, and one that was stopped goes on.
 

@@ -20,12 +20,13 @@ import numpy as np
 
 from ncalign.core.install import install_hint
 from ncalign.data.groups import Group
-from ncalign.rewards.verifiable import last_number
 
 Split: TypeAlias = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 
-INSTRUCTION = "Reply with the final answer only."
+INSTRUCTION = "Reply with one equation only."
+# What some of the tasks' questions ask for themselves, in the way of the instruction.
+_OTHER_INSTRUCTION = "Give only the result as your final answer."
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +36,15 @@ class Task:
     Attributes:
         name: the task's name in reasoning-gym.
         settings: its settings; numbers of one or two digits.
-        extract: what of a completion its verifier sees; see :class:`ncalign.rewards.verifiable.ReasoningGymReward`.
     """
 
     name: str
     settings: dict[str, Any]
-    extract: Literal["whole", "last_number"] = "last_number"
 
 
 TASKS: tuple[Task, ...] = (
-    Task("products", {"min_digits": 1, "max_digits": 2}),
-    Task("chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
+    Task("products", {"min_digits": 1, "max_digits": 1}),
+    Task("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
     # Two terms: without parentheses, the answers of longer ones are those of an expression that had them.
     Task(
         "basic_arithmetic",
@@ -59,9 +58,6 @@ TASKS: tuple[Task, ...] = (
             "allow_negation": False,
         },
     ),
-    Task("gcd", {"min_value": 1, "max_value": 50}),
-    Task("lcm", {"min_value": 1, "max_value": 15}),
-    Task("syllogism", {}, extract="whole"),
 )
 
 # Shares of the questions: of eight hash buckets, these belong to each split.
@@ -98,21 +94,21 @@ def make_prompts(num: int, seed: int, split: Split) -> list[Group]:
 
 
 def _group(task: Task, entry: dict[str, Any], name: str) -> Group:
+    question = entry["question"].replace(_OTHER_INSTRUCTION, "").strip()
     return Group(
         id=name,
-        prompt=[{"role": "user", "content": f"{entry['question'].strip()} {INSTRUCTION}"}],
+        prompt=[{"role": "user", "content": f"{question} {INSTRUCTION}"}],
         candidates=[],
-        metadata={"task": task.name, "extract": task.extract, "entry": entry},
+        metadata={"task": task.name, "extract": "stated", "form": "equation", "entry": entry},
     )
 
 
-def split_of(task: Task, question: str) -> Split:
-    """The split that a question belongs to: decided by its numbers (or words, where it asks for none), in any order.
+def split_of(question: str) -> Split:
+    """The split that a question belongs to: decided by its numbers, in any order.
 
     So ``4 * 7``, ``7 * 4`` and ``7 - 4`` are all in one split, whichever task asks for them.
     """
-    parts = re.findall(r"\d+", question) if task.extract == "last_number" else re.findall(r"\w+", question.lower())
-    digest = hashlib.sha256(" ".join(sorted(parts)).encode()).digest()
+    digest = hashlib.sha256(" ".join(sorted(re.findall(r"\d+", question))).encode()).digest()
     bucket = digest[0] % 8
     return next(split for split, buckets in _BUCKETS.items() if bucket in buckets)
 
@@ -130,10 +126,8 @@ def _questions(task: Task, seed: int, split: Split) -> Iterator[dict[str, Any]]:
     tries = 0
     for index in itertools.count():
         entry = dataset[index]
-        question, answer = entry["question"], entry["answer"]
-        # A question that ends with its own answer would pay for repeating it ("... of these numbers: 12, 4").
-        echo = task.extract == "last_number" and last_number(question) == answer
-        if question not in seen and not echo and split_of(task, question) == split:
+        question = entry["question"]
+        if question not in seen and split_of(question) == split:
             seen.add(question)
             tries = 0
             yield json.loads(json.dumps(entry))

@@ -43,6 +43,7 @@ def write_report(run_folder: Path) -> Path:
         "run",
         method=results.get("method", run_folder.name),
         comparison=results.get("comparison"),
+        notes=results.get("notes", ()),
         metrics=metrics,
         answers=answers,
         results=json.dumps(results, indent=2),

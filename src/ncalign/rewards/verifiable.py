@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ncalign.core.install import install_hint
 from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
+from ncalign.rewards.stated import is_equation, stated_number
 
 ScoreAnswer: TypeAlias = Callable[[str, dict[str, Any]], float]
 
-# "1,024" and "3.5" are one number each; the minus of "7-5" is an operator, that of "-5" a sign.
-_NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
-_EXTRACTIONS = ("whole", "last_number")
+_EXTRACTIONS = ("whole", "stated")
+_FORMS = (None, "equation")
+_OTHER_FORM = 0.5
 
 
 class ReasoningGymReward:
@@ -25,8 +25,11 @@ class ReasoningGymReward:
 
     A group's metadata name the task and hold the entry that the task made: ``{"task": "gcd", "entry": {"question": ...,
     "answer": ..., "metadata": {...}}}``. The verifier sees the whole completion without surrounding blanks. With
-    ``"extract": "last_number"`` it sees the last number in it, and only full marks count: most verifiers pay part of the
-    reward to an answer that contains the right one, and in a number the digits it shares with another mean nothing.
+    ``"extract": "stated"`` it sees the number that the completion states as its answer
+    (:func:`ncalign.rewards.stated.stated_number`), and only full marks count: most verifiers pay part of the reward to an
+    answer that contains the right one, and in a number the digits it shares with another mean nothing. With ``"form":
+    "equation"`` besides, 1 is for the right number in one equation and nothing else, and .5 for the right number in other
+    words. A completion that was cut (``finished: false``) states nothing.
 
     A verifier that raises on a completion has not accepted it: the reward is 0, and ``num_refused`` counts it.
     """
@@ -48,11 +51,19 @@ class ReasoningGymReward:
         extract = group.metadata.get("extract", "whole")
         if extract not in _EXTRACTIONS:
             raise ValueError(f"{where(group)} has metadata extract={extract!r}; it must be one of {', '.join(_EXTRACTIONS)}")
+        form = group.metadata.get("form")
+        if form not in _FORMS or (form is not None and extract != "stated"):
+            raise ValueError(f"{where(group)} has metadata form={form!r}; it must be 'equation', beside extract='stated'")
         verifier = self._verifier(task, group)
         texts = completion_texts(group)
-        if extract == "last_number":
-            return [float(self._reward(verifier, last_number(text), entry) >= 1.0) for text in texts]
-        return [self._reward(verifier, text.strip(), entry) for text in texts]
+        if extract == "whole":
+            return [self._reward(verifier, text.strip(), entry) for text in texts]
+        question, rewards = str(entry["question"]), list[float | None]()
+        for candidate, text in zip(group.candidates, texts, strict=True):
+            stated = stated_number(text, question) if candidate.finished else None
+            right = stated is not None and self._reward(verifier, stated, entry) >= 1.0
+            rewards.append(float(right) if form is None or is_equation(text, question) else _OTHER_FORM * right)
+        return rewards
 
     def _verifier(self, task: str, group: Group) -> ScoreAnswer:
         if task not in self._verifiers:
@@ -105,16 +116,3 @@ class MathVerifyReward:
             float(verify(gold, parse(completion, parsing_timeout=None), timeout_seconds=None))
             for completion in completion_texts(group)
         ]
-
-
-def last_number(text: str) -> str:
-    """The last number in a text, without thousands separators and trailing decimal zeros; empty where there is none.
-
-    >>> last_number("4 * 250 = 1,000.00.")
-    '1000'
-    """
-    found = _NUMBER.findall(text)
-    if not found:
-        return ""
-    number = str(found[-1]).replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
