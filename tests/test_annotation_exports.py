@@ -27,7 +27,7 @@ def convert(write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[st
         if parquet:
             path = tmp_path / "export.parquet"
             pq.write_table(pa.Table.from_pylist([*rows]), path)
-        assert main(["convert", str(path), str(tmp_path / "groups.jsonl"), "--from", schema]) == 0
+        assert main(["convert", str(path), str(tmp_path / "groups.jsonl"), "--from", schema, "--overwrite"]) == 0
         run.text = capsys.readouterr().out  # type: ignore[attr-defined]
         return [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
 

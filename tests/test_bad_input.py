@@ -23,7 +23,7 @@ from conftest import group_row
 from ncalign.cli import app as cli
 from ncalign.generation import local
 from ncalign.model import reference
-from ncalign.training import export, loop
+from ncalign.training import export, loop, trackers
 from ncalign.training import train as run
 from ncalign.training.engine import Engine
 
@@ -31,7 +31,7 @@ fcntl = pytest.importorskip("fcntl")
 
 USABLE = [group_row(index, [1.0, 0.0]) for index in range(4)]
 # What a run may say besides its one error: what it does, what it did, counted notes and warnings.
-PROGRESS = re.compile(r"(Loading|Resuming from) \S+|[\w. -]+: \d+(/\d+)? in \d+ s|(note|warning): .*|  .*")
+PROGRESS = re.compile(r"Precision: .*|(Loading|Resuming from) \S+|[\w. -]+: \d+(/\d+)? in \d+ s|(note|warning): .*|  .*")
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class TestSettings:
         unknown = train("--report_to", "foo")
         assert unknown.code == 2
         assert unknown.err.startswith("error: report_to: unknown tracker 'foo'; must be one of all, ")
-        monkeypatch.setattr(run, "get_available_trackers", list)
+        monkeypatch.setattr(trackers, "get_available_trackers", list)
         missing = train("--report_to", "wandb")
         assert missing.code == 2
         assert missing.err == "error: report_to: the package of tracker 'wandb' is not installed; install it or leave it out\n"
@@ -582,7 +582,7 @@ def nothing(prompt, completions): return None
 def test_rewards(reward: str, message: str, ncalign: Run, groups_file: Path, tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text(REWARDS)
     (tmp_path / "out.jsonl").write_text("earlier")
-    done = ncalign("score", "--data", groups_file, "--output", "out.jsonl", "--reward", reward)
+    done = ncalign("score", "--data", groups_file, "--output", "out.jsonl", "--reward", reward, "--overwrite")
     assert done.code == 1
     assert message in done.error
     assert (tmp_path / "out.jsonl").read_text() == "earlier"
@@ -636,7 +636,8 @@ def test_a_good_run_is_quiet_and_takes_any_path(ncalign: Run, tiny_model_dir: Pa
     done = ncalign("train", *flags, "--eval_fraction", 0.3)
     assert done.code == 0
     said = [re.sub(r"\d+ s$", "0 s", line) for line in done.err.splitlines()]
-    assert said == [
+    assert said[0].startswith("Precision: ")
+    assert said[1:] == [
         "Loading mödel",
         "Encoding groups.jsonl: 12 in 0 s",
         "Reference log-probs: 1/1 in 0 s",

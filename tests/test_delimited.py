@@ -83,7 +83,10 @@ def test_answers_that_are_json_stay_text(write: Write) -> None:
     assert (group.prompt, content(group)) == (row["prompt"], [(row["chosen"], 1.0), (row["rejected"], 0.0)])
     row = {"prompt": "Q", "A0": "[1, 2]", "A1": "3", "score_A0": 2, "score_A1": "NaN"}
     [group] = read_groups(write(row))
-    assert content(group) == [("[1, 2]", 2.0), ("3", None)]
+    assert content(group) == [
+        ([{"role": "assistant", "content": "[1, 2]"}], 2.0),
+        ([{"role": "assistant", "content": "3"}], None),
+    ]
 
 
 @pytest.mark.parametrize("dumped", [json.dumps, str], ids=["JSON", "Python"])

@@ -23,7 +23,7 @@ VERBS = {
     "check": ("check", "{data}", "--model", "no/model"),
     "audit": ("audit", "{data}", "--output_dir", "{out}", "--model", "no/model"),
     "evaluate": ("evaluate", "--model", "no/model", "--against", "no/other", "--output_dir", "{out}"),
-    "judge": ("evaluate", "--model", "{data}", "--against", "{data}", "--reward", "model:no/model", "--output_dir", "{out}"),
+    "judge": ("evaluate", "--model", "{data}", "--against", "{other}", "--reward", "model:no/model", "--output_dir", "{out}"),
     "convert": ("convert", "no/model", "{out}.jsonl"),
 }
 
@@ -40,8 +40,10 @@ def test_a_mistyped_hub_id_is_told_of_in_one_line(
 
     monkeypatch.setattr(HfApi, "model_info", offline)
     monkeypatch.setattr(HfApi, "dataset_info", offline)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(groups_file.read_bytes())
     before = time.monotonic()
-    assert main([word.format(data=groups_file, out=tmp_path / "out") for word in VERBS[verb]]) == 1
+    assert main([word.format(data=groups_file, other=other, out=tmp_path / "out") for word in VERBS[verb]]) == 1
     assert time.monotonic() - before < 30
     assert asked == [("no/model", 8.0)]
     *_, line = capsys.readouterr().err.splitlines()

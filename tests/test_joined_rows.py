@@ -92,7 +92,7 @@ def test_rows_of_a_prompt_are_one_group(
     assert [reward for _, reward in scored(second)] == [1.0, 0.0]
     said = "6 rows joined into 2 groups" if name == "trl_unpaired" else "2 rows joined into 1 groups"
     assert f"{said} by their prompt (join_rows: false keeps them apart)" in capsys.readouterr().out
-    assert main(["convert", str(data), str(output), "--no_join_rows", "--json"]) == 0
+    assert main(["convert", str(data), str(output), "--no_join_rows", "--json", "--overwrite"]) == 0
     assert json.loads(capsys.readouterr().out)["groups"] == len(rows) == len(list(read_groups(output)))
 
 
@@ -219,20 +219,21 @@ def test_rows_in_several_files_of_a_folder(tmp_path: Path, capsys: pytest.Captur
     assert "4 rows joined into 2 groups" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.jsonl")} == before
     # Other settings make all files again, and these ones a second time.
+    again = [*words, "--overwrite"]
     apart = {"0.jsonl": [("P", 2), ("Q", 2)], "1.jsonl": [("Q", 2)], "2.jsonl": [("R", 2), ("P", 2)]}
-    assert main([*words, "--no_join_rows"]) == 0
+    assert main([*again, "--no_join_rows"]) == 0
     assert prompts_of(out) == apart
-    assert main(words) == 0
+    assert main(again) == 0
     assert prompts_of(out) == {"0.jsonl": [("P", 3), ("Q", 3)], "2.jsonl": [("R", 2)]}
-    assert main([*words, "--no_join_rows"]) == 0
+    assert main([*again, "--no_join_rows"]) == 0
     assert prompts_of(out) == apart
     # A file that changes, or is gone, is noticed.
-    assert main(words) == 0
+    assert main(again) == 0
     folder_of(tmp_path, [pair("P", "a", "b")])
-    assert main(words) == 0
+    assert main(again) == 0
     assert prompts_of(out) == {"0.jsonl": [("P", 3)], "1.jsonl": [("Q", 2)], "2.jsonl": [("R", 2)]}
     (out / "1.jsonl").unlink()
-    assert main(words) == 0
+    assert main(again) == 0
     assert (out / "1.jsonl").exists()
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_a_kernel_at_temperature_1_draws_by_the_softmax_of_the_negatives() -> No
 
 def test_the_plots_of_the_concepts_page_are_the_laboratorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = Path(__file__).resolve().parent.parent / "docs"
-    monkeypatch.syspath_prepend(docs / "extensions")
+    monkeypatch.setattr(sys, "path", [str(docs / "extensions"), *sys.path])
     files = importlib.import_module("concept_plots").draw_all(tmp_path)
     shown = re.findall(r"\(images/(\w+\.svg)\)", (docs / "concepts.md").read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(file.name for file in files)

@@ -34,7 +34,7 @@ def pair(question: str, better: str, worse: str, **more: Any) -> dict[str, Any]:
 
 def converted(data: Path, *words: str) -> list[Group]:
     output = data.parent / "converted.jsonl"
-    assert main(["convert", str(data), str(output), *words]) == 0
+    assert main(["convert", str(data), str(output), "--overwrite", *words]) == 0
     return list(read_groups(output))
 
 

@@ -239,7 +239,7 @@ def test_verbs_of_theirs_lead_to_verbs_of_ours() -> None:
 
 
 def test_the_tables_of_the_page_are_those_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs" / "extensions")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs" / "extensions"), *sys.path])
     monkeypatch.delitem(sys.modules, "other_names", raising=False)
     made = importlib.import_module("other_names").with_tables(PAGE)
     assert made == PAGE, "run: python docs/extensions/other_names.py"

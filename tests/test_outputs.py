@@ -88,7 +88,7 @@ def test_what_is_read_is_never_replaced(command: str, replaced: str, field: str,
     Path("link.jsonl").symlink_to("groups.jsonl")
     shutil.copy("groups.jsonl", "metrics.jsonl")
     shutil.copytree("model", "base")
-    Path("lora").mkdir()
+    shutil.copytree("model", "lora")
     Path("lora/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "model"}))
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     for flags in ((), ("--overwrite",)):

@@ -251,7 +251,7 @@ class TestRefusals:
             load_policy(str(tmp_path))
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="can't be loaded as a causal language model"):
+        with pytest.raises(ValueError, match="there is no such folder"):
             load_policy(str(tmp_path / "missing"))
 
     def test_pickled_weights_are_never_read(self, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -99,11 +99,11 @@ def test_commands_tell_it(write_jsonl: Write, tmp_path: Path, tiny_model_dir: Pa
     assert note in capsys.readouterr().out
     assert main(["check", str(data), "--model", str(tiny_model_dir)]) in (0, 1)
     assert note in capsys.readouterr().out
-    assert main(["audit", str(data)]) == 0
+    assert main(["audit", str(data), "--output_dir", str(tmp_path / "audit")]) == 0
     shown = capsys.readouterr()
     assert note in shown.out + shown.err
 
-    assert main(["convert", str(data), str(out), "--from", "ultrafeedback_aspects"]) == 0
+    assert main(["convert", str(data), str(out), "--from", "ultrafeedback_aspects", "--overwrite"]) == 0
     assert note not in capsys.readouterr().out
     assert [candidate["reward"] for candidate in json.loads(out.read_text())["candidates"]] == [1.0, 4.0]
 

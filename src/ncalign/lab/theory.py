@@ -54,6 +54,9 @@ CURVES = (
     "beta_mismatch",
     "best_of_n",
     "displacement",
+    "kernel_temperature",
+    "normalizer_estimate",
+    "optimal_policies",
 )
 ENTRIES = ("theory.json", "theory.html", *(f"{name}.png" for name in CURVES))
 """What is left in the folder."""
