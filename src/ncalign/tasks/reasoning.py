@@ -111,9 +111,8 @@ def run_tasks(
         allow_weak: run programs where the system can't refuse them network or writes outside their folder.
 
     Returns:
-        ``model``; ``dtype``, the precision of a model in this process; ``results``, of each task ``score`` in [0, 1],
-        ``metric``, ``stderr``, ``num_samples``, ``metrics`` and ``protocol``; ``failed``, of each task that failed the reason;
-        ``resumed``, tasks taken from an earlier run.
+        ``model``; ``dtype`` of a model in this process; ``results``, of each task ``score`` in [0, 1], ``metric``, ``stderr``,
+        ``num_samples``, ``metrics`` and ``protocol``; ``failed``, of each failed task the reason; ``resumed``, tasks kept.
 
     Raises:
         ValueError: a task does not exist, its file is missing or wrong, or the model can't be loaded; nothing was run.
