@@ -104,7 +104,7 @@ def answer(name: str, value: str, fields: Collection[str], *, flag: bool) -> Ans
         >>> answer("bf16", "", ["dtype"], flag=True)
         Answer(text="did you mean '--dtype bfloat16'?", field='dtype')
         >>> answer("num_generations", "4", ["dtype"], flag=False).text
-        "'ncalign online' takes it as 'num_samples'"
+        "'ncalign online' takes it as 'num_samples' (K; also of 'generate')"
     """
     name = name.replace("-", "_").lower()
     if name not in entries() and name.startswith("no_"):
