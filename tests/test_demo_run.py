@@ -13,7 +13,7 @@ import pytest
 
 from ncalign.demo import online_demo as rounds
 from ncalign.demo.config import DemoConfig
-from ncalign.demo.demo import OBJECTIVES, QUICK_GROUPS, QUICK_PROMPTS, run_demo, train_config
+from ncalign.demo.demo import OBJECTIVES, QUICK_GROUPS, run_demo, train_config
 from ncalign.demo.online_demo import run_online_demo
 from ncalign.online.config import OnlineConfig
 
@@ -48,7 +48,7 @@ def test_leaves_a_whole_run_folder(tiny_model_dir: Path, tmp_path: Path, monkeyp
 
 def test_the_quick_demo_is_smaller(tiny_model_dir: Path, tmp_path: Path) -> None:
     results = run_demo(DemoConfig(model=str(tiny_model_dir), output_dir=tmp_path / "demo", quick=True))
-    assert results["num_eval_prompts"] == QUICK_PROMPTS
+    assert results["num_eval_prompts"] == 128
     assert results["training"]["data"]["groups_used"] == QUICK_GROUPS
     assert results["training"]["steps"] == QUICK_GROUPS // 4
 

@@ -19,7 +19,9 @@ class DemoConfig(Frozen):
     online: bool = Field(False, description="Compare candidates sampled once with candidates sampled again every eight steps.")
     quick: bool = Field(False, description="A smaller demo, in under three minutes: fewer groups, steps and held-out prompts.")
     fresh: bool = Field(False, description="Sample and score the candidates again instead of using the shipped ones.")
-    num_eval_prompts: int = Field(384, ge=128, description="Held-out prompts that both models answer.")
+    num_eval_prompts: int | None = Field(
+        None, ge=128, description="Held-out prompts that both models answer; none: 384, with online 256, with quick 128."
+    )
     seed: Seed = Field(0, description="Random seed of the training.")
 
     @model_validator(mode="after")
@@ -27,3 +29,8 @@ class DemoConfig(Frozen):
         if self.quick and self.online:
             raise ValueError("quick makes the offline demo smaller; the online demo has one size: leave out one of the two")
         return self
+
+    @property
+    def held_out(self) -> int:
+        """How many held-out prompts are answered."""
+        return self.num_eval_prompts or (256 if self.online else 128 if self.quick else 384)

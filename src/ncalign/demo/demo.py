@@ -60,7 +60,7 @@ SETTINGS: Mapping[str, Any] = {
 """What every training run of the demos has in common."""
 # Methods that train on all eight candidates of a group at once take one epoch, those that train on two take two.
 EPOCHS: Mapping[str, int] = {"mc_po": 2, "dpo": 2, "nca": 1, "info_nca": 1}
-QUICK_PROMPTS, QUICK_GROUPS = 128, 48
+QUICK_GROUPS = 48
 QUICK_SETTINGS: Mapping[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
 
 
@@ -105,8 +105,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     trained_on = usable[:QUICK_GROUPS] if config.quick else usable
     write_groups(trained_on, candidates)
     say(f"Training data: {len(trained_on)} of the {len(usable)} groups (of {len(groups)}) in which rewards differ")
-    num_prompts = min(config.num_eval_prompts, QUICK_PROMPTS) if config.quick else config.num_eval_prompts
-    prompts = make_prompts(num_prompts, HELD_OUT_SEED, "heldout")
+    prompts = make_prompts(config.held_out, HELD_OUT_SEED, "heldout")
     say(f"Answering {len(prompts)} held-out prompts with {Path(model).name}")
     before = answer(model, prompts)
     training = run_training(train_config(config, model, candidates))

@@ -46,7 +46,7 @@ def run_online_demo(config: DemoConfig) -> dict[str, Any]:
     claim(folder, names, verb="demo", inputs={"model": config.model}, overwrite=False, own=names)
     record(folder, names, verb="demo")
     write_groups(make_prompts(NUM_PROMPTS, config.seed, "train"), prompts)
-    write_groups(make_prompts(config.num_eval_prompts, HELD_OUT_SEED, "heldout"), held_out)
+    write_groups(make_prompts(config.held_out, HELD_OUT_SEED, "heldout"), held_out)
     results = {}
     for arm, rounds in _ARMS.items():
         steps = NUM_ROUNDS * STEPS_PER_ROUND
@@ -107,7 +107,7 @@ def assemble(config: DemoConfig, model: str, results: Mapping[str, Mapping[str, 
             }
             for arm, found in results.items()
         },
-        "num_eval_prompts": config.num_eval_prompts,
+        "num_eval_prompts": config.held_out,
         "base_model": model,
         "seed": config.seed,
         "seconds": seconds,
