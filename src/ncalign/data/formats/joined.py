@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -51,7 +50,7 @@ class JoinedRows:
     def __init__(self) -> None:
         self._connection = temporary_database(
             "CREATE TABLE prompts (digest BLOB PRIMARY KEY, first INTEGER NOT NULL) WITHOUT ROWID",
-            "CREATE TABLE rows (first INTEGER NOT NULL, row BLOB NOT NULL)",
+            "CREATE TABLE rows (first INTEGER NOT NULL, row TEXT NOT NULL)",
         )
         self._count = 0
 
@@ -61,7 +60,7 @@ class JoinedRows:
         key = prompt_digest(row.group)
         try:
             self._connection.execute("INSERT OR IGNORE INTO prompts VALUES (?, ?)", (key, self._count))
-            self._connection.execute("INSERT INTO rows SELECT first, ? FROM prompts WHERE digest = ?", (pickle.dumps(row), key))
+            self._connection.execute("INSERT INTO rows SELECT first, ? FROM prompts WHERE digest = ?", (_to_text(row), key))
         except sqlite3.Error as error:
             raise no_room(error) from error
 
@@ -71,13 +70,25 @@ class JoinedRows:
             self._connection.execute("CREATE INDEX by_prompt ON rows (first)")
             found = self._connection.execute("SELECT first, row FROM rows ORDER BY first, rowid")
             for _, rows in groupby(found, key=itemgetter(0)):
-                yield [pickle.loads(row) for _, row in rows]
+                yield [_from_text(row) for _, row in rows]
         except sqlite3.Error as error:
             raise no_room(error) from error
 
     def close(self) -> None:
         """Give the file back."""
         self._connection.close()
+
+
+def _to_text(row: ReadRow) -> str:
+    group = row.group
+    candidates = [astuple(candidate) for candidate in group.candidates]
+    parts = [row.where, row.place, row.has_id, group.id, group.prompt, candidates, group.metadata, group.origin]
+    return json.dumps(parts)
+
+
+def _from_text(text: str) -> ReadRow:
+    where, place, has_id, id_, prompt, candidates, metadata, origin = json.loads(text)
+    return ReadRow(where, place, has_id, Group(id_, prompt, [Candidate(*values) for values in candidates], metadata, origin))
 
 
 def prompt_digest(group: Group) -> bytes:
