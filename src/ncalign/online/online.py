@@ -45,7 +45,7 @@ from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
 from ncalign.training.resolve import with_string_prompts
-from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
+from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
 from ncalign.training.trackers import start_trackers
@@ -72,19 +72,19 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
     if config.training.overwrite:
         config = config.model_copy(update={"training": config.training.model_copy(update={"resume": False})})
     accelerator = make_accelerator(config.training)
-    config = config.model_copy(update={"training": with_string_prompts(config.training)})
     if accelerator.num_processes > 1:
         raise ValueError(
             f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
             "(generator: server) to use further devices"
         )
     method = method or build_method(config.training.objective)
-    config = config.model_copy(update={"training": with_precision(config.training, accelerator, method)})
     training, judge = config.training, config.rewards.judge
     inputs = {"model": training.model, "data": training.data, "eval_data": training.eval_data, "reward": config.rewards.reward}
     inputs |= {"judge.template": judge and judge.template}
-    claimed = claimed_run_folder(training, config.model_dump(mode="json"), verb="online", inputs=inputs)
-    with another_process_named(), claimed:
+    with another_process_named(), claimed_run_folder(training, verb="online", inputs=inputs):
+        training = with_precision(with_string_prompts(training), accelerator, method)
+        config = config.model_copy(update={"training": training})
+        refuse_changes(training, config.model_dump(mode="json"), shown=True)
         return _run(config, accelerator, method)
 
 

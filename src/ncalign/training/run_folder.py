@@ -55,18 +55,16 @@ _FREE_ON_RESUME = frozenset(
 
 
 @contextlib.contextmanager
-def claimed_run_folder(config: TrainConfig, written: dict[str, Any], *, verb: str, inputs: Inputs) -> Iterator[None]:
+def claimed_run_folder(config: TrainConfig, *, verb: str, inputs: Inputs) -> Iterator[None]:
     """Make the folder and lock it for this process; an earlier run's files are examined and not yet touched.
 
     Args:
         config: of the training.
-        written: the run's whole configuration, as ``config.yaml`` has it.
         verb: that runs.
         inputs: what the run reads, by the names of the fields.
 
     Raises:
-        ValueError: another process runs in it; :func:`ncalign.core.outputs.claim` refuses it; the configuration of the run to
-            resume is another one.
+        ValueError: another process runs in it, or :func:`ncalign.core.outputs.claim` refuses it.
         OSError: it can't be made, or written to.
     """
     folder = config.output_dir
@@ -88,9 +86,6 @@ def claimed_run_folder(config: TrainConfig, written: dict[str, Any], *, verb: st
                 own=ENTRIES if config.resume else (),
                 instead="--resume goes on with it, ",
             )
-            if config.resume and (folder / CONFIG).is_file():
-                finished = finished_results(config) is not None
-                _refuse_changes(written, folder / CONFIG, accept=config.accept_changes, finished=finished)
             yield
     finally:
         # A run that fails before its first file leaves no trace; rmdir takes empty folders alone.
@@ -139,7 +134,20 @@ def finished_results(config: TrainConfig) -> dict[str, Any] | None:
     return loaded
 
 
-def _refuse_changes(now: dict[str, Any], path: Path, *, accept: bool, finished: bool) -> None:
+def refuse_changes(config: TrainConfig, now: dict[str, Any], *, shown: bool) -> None:
+    """Compare a run that is resumed with what its ``config.yaml`` says.
+
+    Args:
+        config: of the training.
+        now: the run's whole configuration, in which nothing is left to be decided.
+        shown: whether this process says what was accepted; every process refuses.
+
+    Raises:
+        ValueError: it was started with another configuration, and that is not accepted, or it is finished.
+    """
+    path = config.output_dir / CONFIG
+    if not (config.resume and path.is_file()):
+        return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     changed = [
         f"  {name}: {before.get(name)!r} -> {now[name]!r}"
@@ -149,14 +157,15 @@ def _refuse_changes(now: dict[str, Any], path: Path, *, accept: bool, finished: 
     if not changed:
         return
     listing = f"the run in {path.parent} was started with another configuration:\n" + "\n".join(changed)
-    if finished:
+    if finished_results(config) is not None:
         raise ValueError(
             f"{listing}\nIt is finished, and they would change nothing: train on from {path.parent / MODEL} in another "
             "output_dir"
         )
-    if not accept:
+    if not config.accept_changes:
         raise ValueError(f"{listing}\nResume it with its own, or set accept_changes: true to go on with this one")
-    say(f"note: {listing}\nIt goes on with the new one")
+    if shown:
+        say(f"note: {listing}\nIt goes on with the new one")
 
 
 class MetricsFile:

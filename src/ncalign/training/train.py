@@ -44,7 +44,7 @@ from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
 from ncalign.training.resolve import check_data_files, with_string_prompts
-from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder
+from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
 from ncalign.training.space import DiskNeed, check_space, disk_need
@@ -90,9 +90,11 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
     accelerator, method = make_accelerator(config), method or build_method(config.objective)
     inputs = {"model": config.model, "data": config.data, "eval_data": config.eval_data}
     with another_process_named():
-        config = with_precision(with_string_prompts(config), accelerator, method)
-        claimed = partial(claimed_run_folder, config, config.model_dump(mode="json"), verb="train", inputs=inputs)
+        claimed = partial(claimed_run_folder, config, verb="train", inputs=inputs)
         with claimed() if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
+            config = with_precision(with_string_prompts(config), accelerator, method)
+            refuse_changes(config, config.model_dump(mode="json"), shown=accelerator.is_main_process)
             accelerator.wait_for_everyone()
             return _run(config, accelerator, method)
 
