@@ -29,8 +29,3 @@ class DemoConfig(Frozen):
         if self.quick and self.online:
             raise ValueError("quick makes the offline demo smaller; the online demo has one size: leave out one of the two")
         return self
-
-    @property
-    def held_out(self) -> int:
-        """How many held-out prompts are answered."""
-        return self.num_eval_prompts or (256 if self.online else 128 if self.quick else 384)

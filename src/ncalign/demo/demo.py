@@ -44,7 +44,7 @@ Rewards = Float[NDArray[np.float64], " prompts"]
 
 ENTRIES = ("candidates.jsonl", *run_folder.ENTRIES)
 """What the demo leaves in its folder."""
-HELD_OUT_SEED = 0
+_HELD_OUT_SEED = 0
 # From a rough trial on other prompts; tasks and instruction were chosen on the validation split, nothing on the held-out one.
 OBJECTIVES: Mapping[str, ObjectiveConfig] = {
     "mc_po": MCPO(beta=0.1),
@@ -105,7 +105,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     trained_on = usable[:QUICK_GROUPS] if config.quick else usable
     write_groups(trained_on, candidates)
     say(f"Training data: {len(trained_on)} of the {len(usable)} groups (of {len(groups)}) in which rewards differ")
-    prompts = make_prompts(config.held_out, HELD_OUT_SEED, "heldout")
+    prompts = held_out_prompts(config)
     say(f"Answering {len(prompts)} held-out prompts with {Path(model).name}")
     before = answer(model, prompts)
     training = run_training(train_config(config, model, candidates))
@@ -115,6 +115,12 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     write_json_atomic(results, folder / "results.json")
     page = write_report(folder)
     return {**results, "report": str(page), "text": summary(results, page)}
+
+
+def held_out_prompts(config: DemoConfig) -> list[Group]:
+    """The prompts that every model of the demo answers: as many as asked for, or as the demo's size makes them."""
+    num = config.num_eval_prompts or (256 if config.online else 128 if config.quick else 384)
+    return make_prompts(num, _HELD_OUT_SEED, "heldout")
 
 
 def train_config(config: DemoConfig, model: str, data: Path) -> TrainConfig:

@@ -15,7 +15,7 @@ from ncalign.core.progress import say
 from ncalign.data.groups import write_groups
 from ncalign.demo.candidates import GENERATION_BATCH, MAX_NEW_TOKENS, REWARDS
 from ncalign.demo.config import DemoConfig
-from ncalign.demo.demo import HELD_OUT_SEED, OBJECTIVES, SETTINGS, Rewards, comparison_row, shown
+from ncalign.demo.demo import OBJECTIVES, SETTINGS, Rewards, comparison_row, held_out_prompts, shown
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
 from ncalign.model.config import EncodingConfig
@@ -46,7 +46,7 @@ def run_online_demo(config: DemoConfig) -> dict[str, Any]:
     claim(folder, names, verb="demo", inputs={"model": config.model}, overwrite=False, own=names)
     record(folder, names, verb="demo")
     write_groups(make_prompts(NUM_PROMPTS, config.seed, "train"), prompts)
-    write_groups(make_prompts(config.held_out, HELD_OUT_SEED, "heldout"), held_out)
+    write_groups(held_out_prompts(config), held_out)
     results = {}
     for arm, rounds in _ARMS.items():
         steps = NUM_ROUNDS * STEPS_PER_ROUND
@@ -107,7 +107,7 @@ def assemble(config: DemoConfig, model: str, results: Mapping[str, Mapping[str, 
             }
             for arm, found in results.items()
         },
-        "num_eval_prompts": config.held_out,
+        "num_eval_prompts": results["online"]["evaluation"]["num_prompts"],
         "base_model": model,
         "seed": config.seed,
         "seconds": seconds,
