@@ -244,7 +244,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, texts: Iterable[st
     monkeypatch.setattr(TransformersGenerator, "_decode", decode)
 
 
-@pytest.mark.parametrize(
+OF_TEN = pytest.mark.parametrize(
     ("empty", "cut", "expected"),
     [
         (1, 0, None),
@@ -254,6 +254,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, texts: Iterable[st
         (1, 1, "1 of 10 completions are empty and 1 are cut: "),
     ],
 )
+
+
+@OF_TEN
 def test_generate_warns_of_more_than_a_tenth(
     empty: int,
     cut: int,
@@ -286,16 +289,7 @@ def test_all_empty_is_an_error_with_the_remedy(
     assert "try --string_prompts user_turn" in error
 
 
-@pytest.mark.parametrize(
-    ("empty", "cut", "expected"),
-    [
-        (1, 0, None),
-        (0, 1, None),
-        (2, 0, "2 of 10 completions are empty: "),
-        (0, 2, "2 of 10 completions are cut: "),
-        (1, 1, "1 of 10 completions are empty and 1 are cut: "),
-    ],
-)
+@OF_TEN
 @pytest.mark.parametrize("chat", [False, True])
 def test_audit_warns_of_more_than_a_tenth(
     empty: int, cut: int, expected: str | None, chat: bool, write_jsonl: WriteJsonl, capsys: Any
