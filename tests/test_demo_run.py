@@ -42,7 +42,7 @@ def test_leaves_a_whole_run_folder(tiny_model_dir: Path, tmp_path: Path, monkeyp
     page = (folder / "report.html").read_text()
     assert all(html.escape(note, quote=False).split("'")[0] in page for note in results["notes"])
     # Of the 240 shipped groups, those in which rewards differ.
-    assert results["training"]["data"]["groups_used"] == 103
+    assert results["training"]["data"]["groups_used"] == 102
     assert results["training"]["data"]["groups_left_out"] == {}
 
 

@@ -40,6 +40,7 @@ QUESTION = "Calculate 6 * 3."
         "The answer is: 18", "6 multiplied by 3 equals 18!", "So 6 * 3 comes out as 18.", "6 * 3 = 6 + 12 = 18", "9 * 2 = 18",
         "To solve 6 * 3, I multiply 6 by 3.\n\nThe result is 18", "\\boxed{18}", "$6 \\times 3 = 18$", "6 * 3 is 18, as asked.",
         "6 + 6 = 12 and 12 + 6 = 18, so the answer is 18.", "x = 18.0", "Let's multiply: 6 * 3 = 18",
+        "It looks impossible, but the answer is 18.",
     ],
 )  # fmt: skip
 def test_a_stated_answer_counts(text: str) -> None:
@@ -74,6 +75,10 @@ def test_a_stated_answer_counts(text: str) -> None:
         (QUESTION, "18 = 18"),
         (QUESTION, "7 = 18"),
         (QUESTION, "9 * 2 = 17"),
+        ("Calculate 2 - 3.", "2 + 3 = -1"),
+        (QUESTION, "6 * 3 = 17. The answer is 18."),
+        ("Calculate 1 * 1.", "1 is a multiplicative identity that has an inverse: 1 * (-1) = 1."),
+        ("Calculate 1 * 1.", "1 is 1."),
         ("Calculate 3 * 1.", "10 is 2 times the number 3."),
         ("Find the LCM of 13, 1", "The LCM of 13 and 18 is 13."),
         (QUESTION, "I'm ready to help!"),

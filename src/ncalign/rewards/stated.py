@@ -45,15 +45,16 @@ _NOT_AN_ANSWER = frozenset(
     ("a", "an", "and", "at", "between", "by", "divisor", "for", "from", "into", "minus", "multiple", "number", "numbers", "of")
 ) | {"on", "or", "over", "plus", "than", "the", "times", "to", "with"}
 _DENIES = re.compile(r"\b(?:not|never|no|incorrect|wrong|false|undefined|impossible|neither|nor)\b|n['\u2019]t\b", re.I)
+_BUT = re.compile(r"\bbut\b", re.IGNORECASE)
 _SUPPOSES = re.compile(
     r"^\W*(?:if|suppose|assume|imagine|say)\b|\blet['\u2019]?s\s+(?:say|assume|suppose|imagine)\b|\blet\s+\w+\s+(?:be|=)",
     re.IGNORECASE,
 )
 # "9 = 9" says nothing and "0 = 9" is false: a number is the value of an expression, not of another number.
-_EQUAL_NUMBERS = re.compile(rf"(?:^|[^\d\s.,+*/^%\-{_QUESTION}])\s*{_NUMBER}\s*=\s*{_NUMBER}$")
+_EQUAL_NUMBERS = re.compile(rf"(?:^|[^\d\s.,+*/^%\-{_QUESTION}])\s*{_NUMBER}\s*(?:=|is|equals)\s*{_NUMBER}$")
 _NUMBERING = re.compile(r"^\s*(?:\d+[.)]|[-*\u2022])\s+(?=\S)")
 _OPERANDS = re.compile(
-    r"(-?\d+(?:\.\d+)?)\s*([-+*/,]|and|plus|minus|times|multiplied by|divided by)\s*(-?\d+(?:\.\d+)?)", re.IGNORECASE
+    r"(-?\d+(?:\.\d+)?)\s*([-+*/,]|and|plus|minus|times|multiplied by|divided by)\s*\(?(-?\d+(?:\.\d+)?)\)?", re.IGNORECASE
 )
 
 
@@ -68,9 +69,7 @@ class _Statement:
     @property
     def holds(self) -> bool:
         """Whether another calculation that it is the value of gives this value."""
-        if self.other is None or (calculate := _OPERATORS.get(self.other[2].lower())) is None:
-            return False
-        return calculate(float(self.other[1]), float(self.other[3])) == float(self.value)
+        return self.other is not None and _is_true(self.other, self.value) is True
 
 
 _OPERATORS: dict[str, Callable[[float, float], float]] = {
@@ -86,8 +85,8 @@ def stated_number(text: str, question: str) -> str | None:
 
     A number is stated if it stands alone on a line, after "=", "is", "equals", "the answer:" and the like, or at the end of a
     finished sentence. It is not stated by a question, a denial or an assumption, nor where the completion repeats the
-    numbers of the question (in any order). A completion that is cut, or whose statements differ, states nothing; the steps
-    of a calculation may have values of their own.
+    numbers of the question (in any order). A completion states nothing that is cut, whose statements differ, or that has a
+    false equation of the question's numbers; the steps of a calculation may have values of their own.
 
     Args:
         text: the completion.
@@ -106,6 +105,8 @@ def stated_number(text: str, question: str) -> str | None:
     if not sentences or _breaks_off(sentences[-1]):
         return None
     found = [statement for sentence in sentences for statement in _statements(sentence)]
+    if _is_contradicted(_plain(text), question):
+        return None
     answers = [statement for statement in found if statement.other is None or statement.of_question]
     if not answers:
         # The last step of a calculation stands for its result, if it is right.
@@ -145,13 +146,13 @@ def _plain(text: str) -> str:
 
 def _without_question(text: str, question: str) -> str:
     """The text with a mark in place of each run of the question's numbers, in any order."""
-    numbers = re.findall(r"\d+(?:\.\d+)?", _plain(question))
+    numbers = _numbers_of(question)
     if len(numbers) < 2:
         return text
     orders: Sequence[Sequence[str]] = (
         sorted(set(itertools.permutations(numbers))) if len(numbers) <= _MOST_REORDERED else (numbers, numbers[::-1])
     )
-    between = r"(?:(?!\b(?:is|are|equals?|gives?)\b)[^\d=\n.!?:]){1,24}"
+    between = r"(?:(?!\b(?:is|are|equals?|gives?)\b|\(\s*-)[^\d=\n.!?:]){1,24}"
     runs = "|".join(rf"\(?-?{between.join(map(re.escape, order))}\)?" for order in orders)
     return re.sub(rf"(?<![\d.])(?:{runs})(?!\d|\.\d)", _QUESTION, text)
 
@@ -169,7 +170,7 @@ def _breaks_off(last: str) -> bool:
 
 
 def _statements(sentence: str) -> Iterator[_Statement]:
-    if sentence.rstrip(" \"')*").endswith("?") or _DENIES.search(sentence) or _SUPPOSES.search(sentence):
+    if sentence.rstrip(" \"')*").endswith("?") or _DENIES.search(_BUT.split(sentence)[-1]) or _SUPPOSES.search(sentence):
         return
     if (bare := _BARE.fullmatch(sentence)) is not None:
         yield _Statement(_number(bare["value"]), of_question=False, other=None)
@@ -186,6 +187,26 @@ def _statements(sentence: str) -> Iterator[_Statement]:
         alone = len(re.findall(_NUMBER, sentence)) == 1
         if alone and last["before"].lower() not in _NOT_AN_ANSWER:
             yield _Statement(_number(last["value"]), _QUESTION in sentence, None)
+
+
+def _is_contradicted(text: str, question: str) -> bool:
+    """Whether a false equation has the question's two numbers: "2 + 3 = -1" is no answer to 2 - 3."""
+    asked = sorted(_numbers_of(question))
+    equations = re.finditer(rf"(?<![\d.]){_OPERANDS.pattern}\s*=\s*(?P<value>{_NUMBER}){_ENDS}", text, re.IGNORECASE)
+    return any(
+        sorted((found[1], found[3])) == asked and _is_true(found, _number(found["value"])) is False for found in equations
+    )
+
+
+def _is_true(operands: re.Match[str], value: str) -> bool | None:
+    """Whether a calculation has this value; None for two numbers without an operator between them."""
+    calculate = _OPERATORS.get(operands[2].lower())
+    return None if calculate is None else calculate(float(operands[1]), float(operands[3])) == float(value)
+
+
+def _numbers_of(question: str) -> list[str]:
+    """The numbers in a question, without signs: a minus between two of them is an operator."""
+    return re.findall(r"\d+(?:\.\d+)?", _plain(question))
 
 
 def _last_operands(text: str) -> re.Match[str] | None:
