@@ -26,6 +26,8 @@ ELO_SCALE = 400 / math.log(10)
 ANCHOR_RATING = 1000.0
 # Log-odds that fewer than a million games can't tell from infinity.
 _LARGEST_LOG_ODDS = 15.0
+# Of a fit that reached its maximum: the gradient, as a share of the games' weight, and the condition of the curvature there.
+_LARGEST_GRADIENT, _LARGEST_CONDITION = 1e-8, 1e10
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,16 @@ def fit_bradley_terry(
 ) -> Float[Array, " P"] | None:
     """Maximum likelihood of :func:`fit_logistic` with the L2 penalty ``ridge``; None where no finite one exists."""
     with warnings.catch_warnings():
-        # scikit-learn warns of a singular Hessian and of a fit that does not converge, and goes on with another solver.
-        warnings.simplefilter("error", RuntimeWarning)
-        warnings.simplefilter("error", UserWarning)
-        try:
-            theta = fit_logistic(design, outcomes, weights, penalty="l2", inverse_penalty=1 / ridge if ridge else math.inf)
-        except (RuntimeWarning, UserWarning):
-            return None
-    return None if ridge == 0 and np.abs(theta).max() > _LARGEST_LOG_ODDS else theta
+        # scikit-learn warns where its line search ends in rounding errors, also at a maximum: what it found is examined.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        theta = fit_logistic(design, outcomes, weights, penalty="l2", inverse_penalty=1 / ridge if ridge else math.inf)
+    won = expit(design @ theta)
+    gradient = design.T @ (weights * (outcomes - won)) - ridge * theta
+    curvature = design.T @ (design * (weights * won * (1 - won))[:, None]) + ridge * np.eye(len(theta))
+    flat = np.linalg.cond(curvature) > _LARGEST_CONDITION
+    far = ridge == 0 and np.abs(theta).max() > _LARGEST_LOG_ODDS
+    return None if flat or far or np.abs(gradient).max() > _LARGEST_GRADIENT * weights.sum() else theta
 
 
 def _pair_columns(games: Sequence[Game], anchor: str) -> tuple[Float[Array, "N M"], list[str]]:
