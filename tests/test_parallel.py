@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -17,6 +20,7 @@ from ncalign.model.encoding import Encoder
 from ncalign.objectives import NCA, build_method
 from ncalign.training import data
 from ncalign.training.data import load_groups
+from ncalign.training.run_folder import _locked
 
 MANY = CHUNK * (ALONE + 20) + 5
 
@@ -68,3 +72,44 @@ def test_encoding_is_the_same_in_workers(
     assert found[0] == found[1]
     assert found[0][0]["groups_left_out"] == {"only one candidate": MANY // 4}
     assert found[0][4].completions_truncated > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_killed_while_it_encodes_a_run_leaves_no_worker_and_no_lock(tmp_path: Path) -> None:
+    """Of a parent killed by kill -9 the workers end, and the run folder can be locked at once."""
+    program = f"""
+import os, sys, time
+from pathlib import Path
+from ncalign.core.parallel import map_chunks
+from ncalign.training.run_folder import _locked
+
+def work(items):
+    Path({str(tmp_path)!r}, str(os.getpid())).touch()
+    time.sleep(0.2)
+
+with _locked(Path({str(tmp_path)!r})):
+    list(map_chunks(work, range(10**6), workers=2, size=1, alone=0))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        workers = wait_for(lambda: [int(path.name) for path in tmp_path.iterdir()], lambda found: len(found) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    with _locked(tmp_path):
+        wait_for(lambda: [pid for pid in workers if is_running(pid)], lambda left: not left)
+
+
+def wait_for(look: Callable[[], list[int]], enough: Callable[[list[int]], bool]) -> list[int]:
+    end = time.monotonic() + 60
+    while not enough(found := look()):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +23,7 @@ CHUNK = 64
 ALONE = 8
 """Chunks that this process works on before it forks: small inputs never do."""
 _AHEAD = 4
+_LOOK_EVERY = 0.5
 
 _function: Callable[[list[Any]], Any] | None = None
 
@@ -43,6 +46,7 @@ def map_chunks(
     """Apply a function to chunks of the items, in worker processes where there are many; results come in the items' order.
 
     Workers are forked: only items and results are sent, not the function and what it refers to. A few chunks are read ahead.
+    Workers end with this process, however it ends.
 
     Args:
         function: of a list of items.
@@ -62,7 +66,8 @@ def map_chunks(
         return
     global _function
     _function = function
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin)
+    forked = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, mp_context=forked, initializer=_begin, initargs=(os.getpid(),))
     under_way: deque[Future[Any]] = deque([pool.submit(_call, first)])
     try:
         while under_way:
@@ -75,10 +80,18 @@ def map_chunks(
         _function = None
 
 
-def _begin() -> None:
+def _begin(parent: int) -> None:
     """In a worker: Ctrl-C is the parent's to handle, and tokenizers must not start threads of their own after a fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed can't stop its workers, which would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY)
+    os._exit(1)
 
 
 def _call(items: list[Any]) -> Any:

@@ -52,6 +52,17 @@ _FREE_ON_RESUME = frozenset(
         "max_tokens_per_batch",
     }
 )
+_locks: set[int] = set()
+
+
+def _leave_locks() -> None:
+    """In a process that was forked: a lock that it shared would outlive the process that took it."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 @contextlib.contextmanager
@@ -101,6 +112,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,6 +122,7 @@ def _locked(folder: Path) -> Iterator[None]:
             pass  # some network file systems have no locks
         yield
     finally:
+        _locks.discard(descriptor)
         os.close(descriptor)
 
 
