@@ -273,7 +273,7 @@ def test_distilabel_without_ratings_or_as_text(convert: Convert) -> None:
     ("changes", "message"),
     [
         ({"ratings": [1, 2]}, "there are 3 generations and 2 ratings: one each is needed"),
-        ({"ratings": ["good", None, None]}, "ratings[0] is 'good' (a string): a number, or N/A, is needed"),
+        ({"ratings": ["good", None, None]}, "ratings[0] is 'good' (a string): a number is needed"),
         ({"generations": [None, None, None]}, "all generations are null"),
         ({"ratings": 5}, "ratings is 5 (a number): a list with an entry for each generation is needed"),
     ],

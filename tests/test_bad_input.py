@@ -123,7 +123,10 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         {"id": "w", "prompt": "x", "candidates": [{"completion": "5", "rewrd": 1}]},
         "unknown key `rewrd`: did you mean `reward`?",
     ),
-    "NaN": ('{"id": "n", "prompt": "x", "candidates": [{"completion": "a", "reward": NaN}]}', "reward is NaN"),
+    "NaN": (
+        '{"id": "n", "prompt": "x", "candidates": [{"completion": "a", "reward": NaN}]}',
+        "1 x no rewards at all (first: groups.jsonl:5, group 'n')",
+    ),
     "infinity": ('{"id": "n", "prompt": "x", "candidates": [{"completion": "a", "reward": 1e999}]}', "reward is infinite"),
     "duplicate id": (USABLE[0], "group 'g0': the id was used before, at line 1"),
     "one candidate": (group_row(9, [1.0]), "1 x only one candidate (first: groups.jsonl:5, group 'g9')"),

@@ -232,13 +232,13 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         "rejected[1]: reward is 'x'",
     ),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_reward": 1.0}, "`chosen_reward` alone"),
-    ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": "9", "score_rejected": 1}, "chosen: reward is '9'"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": "nine", "score_rejected": 1}, "chosen: reward is 'nine'"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rewards": 1}, "did you mean `chosen_reward`?"),
     ({"prompt": "p", "completion": "a", "label": "good"}, "label is 'good' (a string): true or false"),
     ({"prompt": "p", "completion": "a", "label": 2}, "label is 2 (a number)"),
     ({"prompt": "p", "A0": None, "score_A0": None}, "at least one answer"),
     ({"prompt": "p", "A0": None, "score_A0": 1.0}, "A0 is null"),
-    ({"prompt": "p", "A0": "a", "score_A0": float("nan")}, "A0: reward is NaN"),
+    ({"prompt": "p", "A0": "a", "score_A0": float("inf")}, "A0: reward is infinite"),
     ({"prompt": 7, "A0": "a", "score_A0": 1.0}, "prompt is 7 (a number)"),
 ]
 

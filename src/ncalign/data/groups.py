@@ -29,6 +29,7 @@ from ncalign.data.formats.pairs import write_pairs
 from ncalign.data.formats.parsing import Row, tool_notes
 from ncalign.data.formats.seen import Seen
 from ncalign.data.formats.sources import Source, find_sources, kind_of
+from ncalign.data.formats.values import json_row, without_odd
 
 __all__ = [
     "JSON",
@@ -205,7 +206,7 @@ def joins(source: Source, tried: tuple[Schema, ...]) -> bool:
         for _, row in rows:
             try:
                 if isinstance(row, dict):
-                    return recognise(row, tried).joins
+                    return recognise(json_row(row)[0], tried).joins
             except DataError:
                 continue  # such a row is told, or left out, when it is read
     return False
@@ -378,12 +379,15 @@ class _Reader:
         try:
             if isinstance(row, DataError):
                 raise row
+            row, missing, odd = json_row(row)
             if self._schema is None:
                 self._schema = recognise(row, self._tried)
                 self._report.schema = self._schema.name
+            row, left_out = without_odd(row, odd, self._schema.known(row))
             group = self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
             self._report.note(tool_notes(group.metadata))
-            self._report.note(self._schema.notes(row))
+            for notes in (self._schema.notes(row), missing, left_out):
+                self._report.note(notes)
         except LeftOut:
             self._report.leave_out("left out by the adapter")
             return None

@@ -212,7 +212,8 @@ def adapted(name: str) -> Schema:
             )
         return native.parse(found, default_id, origin)
 
-    return Schema("adapter", lambda _: (), lambda _: native.COLUMNS, parse)
+    # It may read whatever a row holds.
+    return Schema("adapter", lambda _: (), tuple, parse)
 
 
 def recognise(columns: Row, tried: tuple[Schema, ...]) -> Schema:

@@ -22,13 +22,10 @@ from typing import Any
 from ncalign.core.errors import DataError, names
 from ncalign.data.formats.jsonl import MAX_LINE, too_many_values
 from ncalign.data.formats.parsing import Row
+from ncalign.data.formats.values import MISSING, as_number
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
-# What pandas and R write for a missing number.
-_MISSING = frozenset({"nan", "na", "n/a", "none", "null", "<na>"})
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_WHOLE = re.compile(r"[+-]?\d{1,15}")
 _NUMBERS = frozenset(
     "reward rewards score scores rank ranks rating ratings preference logprob".split()  # words of the names of such columns
 )
@@ -166,14 +163,14 @@ def _value(column: str, cell: str) -> Any:
         return None
     stripped = cell.strip()
     if column in _FLAGS:
-        return None if stripped.lower() in _MISSING else _TRUTH.get(stripped.lower(), cell)
+        return None if stripped.lower() in MISSING else _TRUTH.get(stripped.lower(), cell)
     if _TEXT.fullmatch(column):
         return _text(column, cell, stripped)
     if _NUMBERS & set(re.split(r"[\W_]+", column.lower())):
-        if stripped.lower() in _MISSING:
+        if stripped.lower() in MISSING:
             return None
-        if _NUMBER.fullmatch(stripped):
-            return int(stripped) if _WHOLE.fullmatch(stripped) else float(stripped)
+        if (number := as_number(stripped)) is not None:
+            return number
     found = _structure(stripped)
     return cell if found is None else found
 

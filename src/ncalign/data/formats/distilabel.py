@@ -14,7 +14,7 @@ from ncalign.core.errors import DataError, shown
 from ncalign.data.formats.group import Group
 from ncalign.data.formats.parsing import Row, answer_turn, question_turns, row_id, row_metadata
 from ncalign.data.formats.ranked import candidate
-from ncalign.data.formats.ultrafeedback import rating
+from ncalign.data.formats.values import read_number
 
 PROMPTS = ("instruction", "messages", "prompt", "input")
 RATINGS = ("ratings", "rating")
@@ -69,7 +69,7 @@ def parse(row: Row, default_id: str, origin: str) -> Group:
             candidate(
                 f"generations[{place}]",
                 answer_turn(generations[place]),
-                rating(ratings[place], f"ratings[{place}]"),
+                read_number(ratings[place], f"ratings[{place}]"),
                 models[place],
             )
             for place in kept

@@ -7,6 +7,7 @@ from typing import Any
 from ncalign.core.errors import DataError, names, shown
 from ncalign.data.formats.group import Candidate, Group, unknown_key
 from ncalign.data.formats.parsing import Row, row_id, row_metadata
+from ncalign.data.formats.values import read_number
 
 COLUMNS = ("id", "prompt", "candidates", "metadata")
 CANDIDATE_KEYS = ("completion", "reward", "reference_logprob", "source", "finished")
@@ -41,7 +42,8 @@ def _candidate(value: Any, index: int) -> Candidate:
             reason="missing key",
         )
     try:
-        return Candidate(**{**value, "finished": True if value.get("finished") is None else value["finished"]})
+        numbers = {name: read_number(value.get(name), name) for name in ("reward", "reference_logprob")}
+        return Candidate(**{**value, **numbers, "finished": True if value.get("finished") is None else value["finished"]})
     except DataError as error:
         raise error.within(f"candidates[{index}]") from None
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ncalign.core.errors import DataError, shown
-from ncalign.data.formats.group import Group, Message, number_or_none
+from ncalign.data.formats.group import Group, Message
 from ncalign.data.formats.parsing import Row, make_candidate, row_id, row_metadata
 from ncalign.data.formats.ranked import candidate
+from ncalign.data.formats.values import read_number
 
 ALPACA = ("instruction", "chosen", "rejected")
 ALPACA_KNOWN = ("id", *ALPACA, "input", "system", "history", "metadata")
@@ -79,7 +80,7 @@ def parse_nemo_aligner(row: Row, default_id: str, origin: str) -> Group:
 
 def parse_annotation(row: Row, default_id: str, origin: str) -> Group:
     """Read an AlpacaEval annotation: 1 prefers the first output, 2 the second, between them in part; 0 and 1.5 are ties."""
-    preference = number_or_none(row["preference"], "preference")
+    preference = read_number(row["preference"], "preference")
     if preference is not None and preference != 0 and not 1 <= preference <= 2:
         raise DataError(f"preference is {preference:g}: 1 to 2, 0 for a tie, or null is needed", reason="out of range")
     second = None if preference is None else 0.5 if preference == 0 else preference - 1

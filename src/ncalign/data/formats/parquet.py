@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,35 +63,26 @@ def numbered_rows(batches: Iterable[pa.RecordBatch]) -> Generator[tuple[int, Row
             yield number, row
 
 
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row | DataError]:
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
     try:
         rows = batch.to_pylist()
     except (UnicodeDecodeError, ValueError, OverflowError):
         # One bad value fails the whole batch: find the rows that hold it.
-        for index in range(batch.num_rows):
-            yield _single_row(batch.slice(index, 1))
-        return
-    dated = [field.name for field in batch.schema if pa.types.is_temporal(field.type)]
-    for row in rows:
-        for name in dated:
-            row[name] = _iso(row[name])
-        yield row
+        rows = [_single_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    yield from rows
 
 
-def _single_row(batch: pa.RecordBatch) -> Row | DataError:
+def _single_row(batch: pa.RecordBatch) -> Row:
+    """A row in which a value that can't be had is the error that says so."""
     row: Row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            row[name] = _iso(column[0].as_py())
+            row[name] = column[0].as_py()
         except UnicodeDecodeError:
-            return DataError(f"`{name}` is not UTF-8: write the text as UTF-8", reason="invalid UTF-8")
+            row[name] = DataError(f"`{name}` is not UTF-8: write the text as UTF-8", reason="invalid UTF-8")
         except (ValueError, OverflowError) as error:
-            return DataError(f"`{name}` can't be read: {error}; drop the column", reason="invalid value")
+            row[name] = DataError(f"`{name}` can't be read: {error}; drop the column", reason="invalid value")
     return row
-
-
-def _iso(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
 def write_groups(groups: Iterable[Group], path: Path) -> int:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from ncalign.core.errors import DataError, names, nearest, shown
 from ncalign.data.formats.group import MAX_INT_BITS, Candidate, Group, Message, Text, check_text
+from ncalign.data.formats.values import read_number
 
 Row: TypeAlias = dict[str, Any]
 TOOLS = ("tools", "functions")
@@ -47,6 +48,8 @@ def row_id(row: Row, default: str) -> str:
     value = row.get("id")
     if value is None:
         return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # what pandas makes of whole numbers where some are missing
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= MAX_INT_BITS:
         return str(value)
     if not isinstance(value, str):
@@ -58,7 +61,7 @@ def row_metadata(row: Row, known: Collection[str]) -> dict[str, Any]:
     """Return the ``metadata`` column and, beside its entries, the columns that the schema doesn't know."""
     extra = {key: value for key, value in row.items() if key not in known}
     stored = row.get("metadata")
-    if stored is None:
+    if stored is None or stored == []:  # an empty Arrow map is a list
         return extra
     if isinstance(stored, str):
         stored = _decoded(stored)
@@ -87,10 +90,10 @@ def tool_notes(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {f"rows have `{name}`, kept in the metadata: prompts are made without them": 1 for name in present}
 
 
-def make_candidate(where: str, completion: Text, reward: float | None) -> Candidate:
+def make_candidate(where: str, completion: Text, reward: Any) -> Candidate:
     """Build a candidate; errors name the column that it came from."""
     try:
-        return Candidate(completion, reward=reward)
+        return Candidate(completion, reward=read_number(reward, "reward"))
     except DataError as error:
         raise error.within(where) from None
 

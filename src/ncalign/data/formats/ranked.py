@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ncalign.core.errors import DataError, names, shown
-from ncalign.data.formats.group import Candidate, Group, Text, number_or_none
+from ncalign.data.formats.group import Candidate, Group, Text
 from ncalign.data.formats.parsing import Row, row_id, row_metadata
 from ncalign.data.formats.transcripts import is_transcript, messages_of
+from ncalign.data.formats.values import read_number
 
 NECTAR = ("prompt", "answers")
 NECTAR_KNOWN = ("id", *NECTAR, "metadata", "turns", "num_responses")
@@ -29,7 +30,7 @@ def rewards_from_ranks(ranks: Sequence[Any], where: str) -> list[float | None]:
     >>> rewards_from_ranks([0, 0, 5], "rank")
     [0.75, 0.75, 0.0]
     """
-    numbers = [number_or_none(rank, where) for rank in ranks]
+    numbers = [read_number(rank, where) for rank in ranks]
     known = [number for number in numbers if number is not None]
     others = len(known) - 1
     if others <= 0:
@@ -62,7 +63,7 @@ def entries(row: Row, column: str, keys: Collection[str]) -> list[dict[str, Any]
 def candidate(where: str, completion: Any, reward: Any, source: Any = None) -> Candidate:
     """A candidate; errors name the place that it came from."""
     try:
-        return Candidate(completion, reward=reward, source=source if isinstance(source, str) else None)
+        return Candidate(completion, reward=read_number(reward, "reward"), source=source if isinstance(source, str) else None)
     except DataError as error:
         raise error.within(where) from None
 

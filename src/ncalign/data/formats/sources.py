@@ -18,6 +18,7 @@ from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
 from ncalign.data.formats import delimited, document, jsonl, parquet
 from ncalign.data.formats.parsing import Row
+from ncalign.data.formats.values import json_row
 
 Kind: TypeAlias = Literal["jsonl", "jsonl.gz", "parquet"]
 Rows: TypeAlias = Generator[tuple[int, Row | DataError], None, None]
@@ -81,7 +82,7 @@ def find_sources(given: str | Path) -> list[Source]:
 
 
 def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """The objects of a JSON Lines file or JSON document, each with its place.
+    """The objects of a file, in JSON's types, each with its place.
 
     Raises:
         ValueError: the file can't be read, or has something else in it.
@@ -92,7 +93,7 @@ def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
                 place = f"{source.label}:{source.unit}{number}"
                 if isinstance(row, DataError):
                     raise row.within(place)
-                yield place, row
+                yield place, json_row(row)[0]
 
 
 def _file(path: Path, name: str) -> Source:

@@ -12,9 +12,10 @@ from collections import Counter
 from typing import Any, Literal, TypeAlias
 
 from ncalign.core.errors import DataError, shown
-from ncalign.data.formats.group import Group, number_or_none
+from ncalign.data.formats.group import Group
 from ncalign.data.formats.parsing import Row, question_turns, row_id, row_metadata
 from ncalign.data.formats.ranked import candidate, entries
+from ncalign.data.formats.values import read_number
 
 Reward: TypeAlias = Literal["overall_score", "aspect_mean"]
 
@@ -98,12 +99,12 @@ def _mean_rating(entry: dict[str, Any], where: str) -> float | None:
     known = [rating for rating in _ratings(entry, where).values() if rating is not None]
     if known:
         return sum(known) / len(known)
-    return rating(entry.get("fine-grained_score"), f"{where}.fine-grained_score")
+    return read_number(entry.get("fine-grained_score"), f"{where}.fine-grained_score")
 
 
 def _overall(entry: dict[str, Any], where: str) -> float | None:
     value = entry.get("overall_score", entry.get("fine-grained_score"))
-    return rating(value, f"{where}.overall_score")
+    return read_number(value, f"{where}.overall_score")
 
 
 def _ratings(entry: dict[str, Any], where: str) -> dict[str, float | None]:
@@ -114,20 +115,8 @@ def _ratings(entry: dict[str, Any], where: str) -> dict[str, float | None]:
     found = {}
     for aspect, annotation in given.items():
         several = [one for one in (annotation if isinstance(annotation, list) else [annotation]) if isinstance(one, dict)]
-        values = [rating(one.get("Rating"), f"{where}.annotations.{aspect}.Rating") for one in several]
+        values = [read_number(one.get("Rating"), f"{where}.annotations.{aspect}.Rating") for one in several]
         known = [value for value in values if value is not None]
         if several:
             found[str(aspect)] = sum(known) / len(known) if known else None
     return found
-
-
-def rating(value: Any, where: str) -> float | None:
-    """A rating, which may be written as text, with ``N/A`` where there is none."""
-    if isinstance(value, str):
-        if value.strip().upper() in ("", "N/A", "NA", "NONE"):
-            return None
-        try:
-            value = float(value)
-        except ValueError:
-            raise DataError(f"{where} is {shown(value)}: a number, or N/A, is needed", reason="wrong type") from None
-    return number_or_none(value, where)
