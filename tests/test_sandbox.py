@@ -229,6 +229,13 @@ def test_no_other_process_is_limited_or_looked_into(folders: Path, walls: str) -
         # A file that would send signals to the parent.
         "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())",
         "import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, 10, 9)",
+        # The same asked in another way: FIOSETOWN, SIOCSPGRP, FIOASYNC.
+        "import fcntl, os, socket, struct; fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack('i', os.getppid()))",
+        "import fcntl, os, socket, struct; fcntl.ioctl(socket.socketpair()[0], 0x8902, struct.pack('i', os.getppid()))",
+        "import fcntl, os, socket, struct; fcntl.ioctl(socket.socketpair()[0], 0x5452, struct.pack('i', 1))",
+        # Descriptors handed over; hiding from the parent, which looks at the files that it holds.
+        "import array, socket; socket.socketpair()[0].sendmsg([b'x'], [(1, 1, array.array('i', [1]))])",
+        "import ctypes; assert ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) == 0",
         # Outliving the parent, becoming its tracer, asking a ring of the kernel to connect.
         "import ctypes; libc = ctypes.CDLL(None); assert libc.prctl(1, 0, 0, 0, 0) == 0",
         "import ctypes, os; libc = ctypes.CDLL(None); assert libc.ptrace(16, os.getppid(), 0, 0) == 0",
@@ -321,8 +328,43 @@ def test_the_disk_is_not_filled(folders: Path) -> None:
 @pytest.mark.parametrize(
     "code",
     [
+        # Deleted and open; deleted, closed and mapped; made without a name.
+        "kept = []\nfor _ in range(40):\n"
+        "    kept.append(open('a', 'wb')); os.unlink('a'); kept[-1].write(bytes(1 << 20)); kept[-1].flush()\ntime.sleep(5)",
+        "for name in 'ab':\n"
+        "    f = open(name, 'w+b'); f.truncate(6 << 20); m = mmap.mmap(f.fileno(), 6 << 20); os.unlink(name); f.close()\n"
+        "    for i in range(0, 6 << 20, 4096): m[i] = 1\n"
+        "    kept = [m, *globals().get('kept', [])]\n"
+        "time.sleep(5)",
+        "for _ in range(40): os.write(os.open('.', os.O_TMPFILE | os.O_RDWR), bytes(1 << 20))\ntime.sleep(5)",
+        "os.posix_fallocate(f := os.open('a', os.O_CREAT | os.O_RDWR), 0, 6 << 20); os.unlink('a')\n"
+        "os.posix_fallocate(g := os.open('b', os.O_CREAT | os.O_RDWR), 0, 6 << 20); os.unlink('b'); time.sleep(5)",
+    ],
+)
+def test_deleted_files_count(folders: Path, code: str) -> None:
+    # Reserving space takes none where the file system has no such call; there each write would be one of the others.
+    assert run(f"import mmap, os, time\n{code}", folder_bytes=8 << 20).status == "limit"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.mkdir('d', 0o300)",
+        "os.mkdir('d', 0o300, dir_fd=os.open('.', os.O_RDONLY))",
+        "os.umask(0o400); os.mkdir('d')",
+        "os.mkdir('d'); os.chmod('d', 0o300)",
+    ],
+)
+def test_no_folder_hides_what_it_holds(folders: Path, code: str) -> None:
+    # umask has no errors of its own, of which Python would know.
+    assert "PermissionError" in (said := run(f"import os\n{code}").stderr) or "OSError: [Errno 0]" in said
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
         "import os\nwhile True:\n    os.mkdir('d'); os.chdir('d')",
-        "import os\nos.makedirs('a/b/c'); os.mkdir('a/closed', 0); open('a/b/f', 'w'); os.symlink('/etc', 'a/b/link')",
+        "import os\nos.makedirs('a/b/c'); os.mkdir('a/closed', 0o400); open('a/b/f', 'w'); os.symlink('/etc', 'a/b/link')",
     ],
 )
 def test_folders_of_any_shape_are_deleted(folders: Path, code: str) -> None:
@@ -449,6 +491,20 @@ def test_no_unix_socket_is_reached(folders: Path, walls: str, tmp_path: Path, ab
             server.accept()
 
 
+@pytest.mark.parametrize("kind", ["SOCK_DGRAM", "SOCK_SEQPACKET", "SOCK_RAW"])
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_pair_of_sockets_sends_to_nobody_else(folders: Path, walls: str, tmp_path: Path, abstract: bool, kind: str) -> None:
+    name = "\0ncalign-sandbox-pair" if abstract else str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(name)
+        server.setblocking(False)
+        code = f"import socket; socket.socketpair(socket.AF_UNIX, socket.{kind})[0].sendto(b'x', {name!r})"
+        assert "PermissionError" in run(code).stderr
+        assert run(f"import socket; socket.socketpair()[0].sendto(b'x', {name!r})").status == "error"
+        with pytest.raises(BlockingIOError):
+            server.recv(1)
+
+
 @pytest.mark.parametrize("family", ["AF_INET6", "AF_NETLINK", "AF_PACKET", "AF_VSOCK", "AF_ALG"])
 def test_no_socket_of_any_family_is_made(folders: Path, family: str) -> None:
     outcome = run(f"import socket; socket.socket(socket.{family}, socket.SOCK_RAW)")
@@ -506,6 +562,16 @@ def test_allow_weak_goes_on_and_says_so_once(
     assert capsys.readouterr().err.count("writes outside its folder") == 1
 
 
+def test_walls_that_are_missing_are_told_once(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sandbox, "_WITHOUT", ("landlock",))
+    sandbox._say_missing.cache_clear()
+    for _ in range(2):
+        run("")
+    assert capsys.readouterr().err.count("Sandbox: this system has no landlock (left out)") == 1
+
+
 @pytest.mark.parametrize("system", ["darwin", "win32"])
 def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
     monkeypatch.setattr(sys, "platform", system)
@@ -552,4 +618,4 @@ def test_an_ordinary_user_is_held_as_well(monkeypatch: pytest.MonkeyPatch, witho
             "x = bytearray(10 << 30)",
         ):
             assert run(code, folder=place / "run").status == "error", code
-        assert run("import os; os.mkdir('closed', 0); os.makedirs('a/b')", folder=place / "run").passed
+        assert run("import os; os.mkdir('closed', 0o400); os.makedirs('a/b')", folder=place / "run").passed

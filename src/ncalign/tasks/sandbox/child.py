@@ -24,9 +24,11 @@ _libc.syscall.restype = ctypes.c_long
 # Numbers on x86_64 and on aarch64; -1 where there is no such call.
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _DENIED = {
-    # Network. Pairs of sockets that are joined to each other reach nobody, and asyncio needs them.
+    # Network. Pairs of streams that are joined to each other reach nobody, and asyncio needs them.
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
     "accept4": (288, 242),
+    # They hand open files over.
+    "sendmsg": (46, 211), "sendmmsg": (307, 269),
     # io_uring does all of the above, and opens files, past this filter.
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     # Processes: none is started, so that none is left.
@@ -62,9 +64,15 @@ _DENIED = {
     "iopl": (172, -1), "ioperm": (173, -1), "modify_ldt": (154, -1),
 }  # fmt: skip
 _CLONE, _CLONE3, _KILL = (56, 220), (435, 435), {"kill": (62, 129), "tgkill": (234, 131)}
-_TKILL, _PRCTL, _FCNTL, _PRLIMIT = (200, 130), (157, 167), (72, 25), (302, 261)
+_TKILL, _PRCTL, _FCNTL, _PRLIMIT, _IOCTL = (200, 130), (157, 167), (72, 25), (302, 261), (16, 29)
+_SOCKETPAIR, _MKDIR, _MKDIRAT, _UMASK = (53, 199), (83, -1), (258, 34), (95, 166)
+# A pair of datagram sockets sends to any address; SOCK_STREAM alone, and with SOCK_CLOEXEC, SOCK_NONBLOCK or both, does not.
+_STREAMS = (0x1, 0x80001, 0x801, 0x80801)
+# What Python asks of descriptors: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others make a file signal somebody.
+_ASKED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_OWNER_READS = 0o400
 _CLONE_THREAD = 0x10000
-_SET_PDEATHSIG, _SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 1, 38, 22, 2
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 1, 4, 38, 22, 2
 # F_SETOWN, F_SETSIG, F_SETOWN_EX: a file that sends signals to another process.
 _SIGNALLING = (8, 10, 15)
 
@@ -125,6 +133,18 @@ def _only_for(number: int, index: int, values: tuple[int, ...], *, allowed: bool
     yield _instruction(_RETURN, second)
 
 
+def _only_bits(number: int, index: int, bit: int, *, wanted: bool) -> list[bytes]:
+    """Allow a call only where an argument has the bit, or where it has not."""
+    first, second = (_ALLOW, _EPERM) if wanted else (_EPERM, _ALLOW)
+    return [
+        _instruction(_EQUAL, number, 0, 4),
+        _instruction(_LOAD, _argument(index)),
+        _instruction(_ANY_BIT, bit, 0, 1),
+        _instruction(_RETURN, first),
+        _instruction(_RETURN, second),
+    ]
+
+
 def _filter() -> bytes:
     """The program that decides about each system call.
 
@@ -145,17 +165,18 @@ def _filter() -> bytes:
             program += _refuse(numbers[column])
     # Threads stay; glibc asks clone3 first, whose flags can't be read here, and takes clone where there is none.
     program += _refuse(_CLONE3[column], _ENOSYS)
-    program += [
-        _instruction(_EQUAL, _CLONE[column], 0, 4),
-        _instruction(_LOAD, _argument(0)),
-        _instruction(_ANY_BIT, _CLONE_THREAD, 0, 1),
-        _instruction(_RETURN, _ALLOW),
-        _instruction(_RETURN, _EPERM),
-    ]
+    program += _only_bits(_CLONE[column], 0, _CLONE_THREAD, wanted=True)
+    # A folder that its owner can't read could not be measured.
+    for call, index in ((_MKDIR, 1), (_MKDIRAT, 2)):
+        program += _only_bits(call[column], index, _OWNER_READS, wanted=True) if call[column] >= 0 else []
+    program += _only_bits(_UMASK[column], 0, _OWNER_READS, wanted=False)
+    program += _only_for(_SOCKETPAIR[column], 1, _STREAMS, allowed=True)
+    program += _only_for(_IOCTL[column], 1, _ASKED, allowed=True)
     for call in _KILL.values():
         program += _only_for(call[column], 0, (me,), allowed=True)
     program += _only_for(_PRLIMIT[column], 0, (0, me), allowed=True)
-    program += _only_for(_PRCTL[column], 0, (_SET_PDEATHSIG,), allowed=False)
+    # The parent looks at the files that it holds, which a process that is not dumpable hides.
+    program += _only_for(_PRCTL[column], 0, (_SET_PDEATHSIG, _SET_DUMPABLE), allowed=False)
     program += _only_for(_FCNTL[column], 1, _SIGNALLING, allowed=False)
     program += _refuse(_TKILL[column])
     program.append(_instruction(_RETURN, _ALLOW))

@@ -151,6 +151,11 @@ def _say_weak(doors: tuple[str, ...]) -> None:
     say(f"Sandbox: this system does not refuse {', '.join(doors)} to the programs that are run (allow_weak)")
 
 
+@functools.cache
+def _say_missing(walls: tuple[str, ...]) -> None:
+    say(f"Sandbox: this system has no {', '.join(walls)}; the other walls hold the programs that are run")
+
+
 @contextmanager
 def _folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
@@ -262,7 +267,8 @@ class _Run:
                 return
             # A check may take at most a tenth of the time between two checks.
             if self._began is not None and now > next_check:
-                if _num_threads(self._process.pid) > _MAX_THREADS or _is_larger(self._folder, folder_bytes):
+                room = folder_bytes - _deleted_bytes(self._process.pid, self._folder)
+                if room < 0 or _num_threads(self._process.pid) > _MAX_THREADS or _is_larger(self._folder, room):
                     self._stopped = "limit"
                     return
                 next_check = time.monotonic() + max(_CHECK_SECONDS, 10 * (time.monotonic() - now))
@@ -298,12 +304,15 @@ class _Run:
             raise RuntimeError(f"the sandbox did not start: {reason[-2000:]}")
         state = json.loads(first)
         doors = tuple(state["open"])
+        missing = tuple(f"{name} ({reason})" for name, reason in state["absent"].items())
+        if missing and not doors:
+            _say_missing(missing)
         if doors:
-            missing = "; ".join(f"no {name} ({reason})" for name, reason in state["absent"].items())
             if not allow_weak:
                 raise ValueError(
-                    f"this system can't keep a program from {' and '.join(doors)}: {missing}. Use a kernel from 5.13 on that "
-                    "lets this user set up Landlock and seccomp (a container's profile may forbid it), or allow_weak"
+                    f"this system can't keep a program from {' and '.join(doors)}: no {'; no '.join(missing)}. Use a kernel "
+                    "from 5.13 on that lets this user set up Landlock and seccomp (a container's profile may forbid it), or "
+                    "allow_weak"
                 )
             _say_weak(doors)
         return Outcome(
@@ -343,6 +352,25 @@ def _num_threads(process: int) -> int:
     except OSError:
         # It has just ended, or there is no such folder on this system.
         return 0
+
+
+def _deleted_bytes(process: int, folder: Path) -> int:
+    """Size of the files that lie nowhere any more and that the process keeps, open or mapped into its memory."""
+    held: dict[int, int] = {}
+    # It may end, or close them, while they are looked at; and there is no such folder on other systems.
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{process}/fd"):
+            with suppress(OSError):
+                found = entry.stat()
+                if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
+                    held[found.st_ino] = found.st_blocks * 512
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/maps").read_text(errors="surrogateescape").splitlines():
+            addresses, _, _, _, inode, *path = line.split(maxsplit=5)
+            if path and path[0].startswith(f"{folder}/") and path[0].endswith(" (deleted)"):
+                first, last = (int(address, 16) for address in addresses.split("-"))
+                held[int(inode)] = max(held.get(int(inode), 0), last - first)
+    return sum(held.values())
 
 
 def _is_larger(folder: Path, limit: int) -> bool:
