@@ -249,6 +249,29 @@ def broken(name: str, text: str = "{") -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
 
+def without(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in names}))
+
+    return change
+
+
+def adapter_alone(text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        removed("config.json", "model.safetensors")(folder)
+        broken("adapter_config.json", text)(folder)
+
+    return change
+
+
+def one_down(folder: Path) -> None:
+    shutil.copytree(folder, folder.parent / "aside")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder.parent / "aside").rename(folder / "checkpoint-5")
+
+
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "there is no such folder (relative paths start at"),
     "no config": (removed("config.json"), "has no config.json"),
@@ -262,7 +285,34 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged tokenizer": (broken("tokenizer.json"), "the tokenizer of"),
     "no chat template": (removed("chat_template.jinja"), "group 'g0': the prompt is a conversation and the tokenizer of"),
     "damaged chat template": (broken("chat_template.jinja", "{% for"), "group 'g0': the chat template refuses the prompt"),
-    "damaged adapter": (broken("adapter_config.json"), "adapter_config.json can't be read"),
+    "damaged adapter": (adapter_alone("{"), "adapter_config.json can't be read"),
+    "adapter without its kind": (adapter_alone("{}"), "adapter_config.json can't be read"),
+    "adapter without a base": (
+        adapter_alone('{"peft_type": "LORA", "r": 4}'),
+        "it names no base model: set base_model_name_or_path",
+    ),
+    "adapter of its own folder": (
+        adapter_alone('{"peft_type": "LORA", "base_model_name_or_path": "changed"}'),
+        "base_model_name_or_path 'changed' is the adapter's own folder",
+    ),
+    "adapter beside a model": (
+        broken("adapter_config.json", "{}"),
+        "holds both an adapter (adapter_config.json) and a whole model (model.safetensors)",
+    ),
+    "config that is a list": (broken("config.json", "[]"), "the config.json of model 'changed' can't be read"),
+    "config without a model type": (reconfigured(model_type=None), "the config.json of model 'changed' can't be read"),
+    "config of no known model": (reconfigured(model_type="lama"), "the config.json of model 'changed' can't be read"),
+    "config without heads": (reconfigured(num_attention_heads=0), "model 'changed'"),
+    "config with a word for a number": (reconfigured(hidden_size="wide"), "model 'changed'"),
+    "config without a vocabulary": (without("vocab_size"), "its weights do not have the sizes that its config.json asks for"),
+    "encoder-decoder": (
+        reconfigured(model_type="t5", is_encoder_decoder=True),
+        "it is an encoder-decoder model (model_type t5)",
+    ),
+    "half of an encoder-decoder": (reconfigured(model_type="bart"), "it is an encoder-decoder model (model_type bart)"),
+    "pictures and text": (reconfigured(model_type="llava"), "can't be loaded as a causal language model: Unrecognized"),
+    "no language model": (reconfigured(model_type="vit"), "can't be loaded as a causal language model: Unrecognized"),
+    "a folder above models": (one_down, "it holds models or adapters in checkpoint-5: give one of those"),
 }
 
 

@@ -18,9 +18,9 @@ from ncalign.model.batching import GroupBatch, collate
 from ncalign.model.config import LoRA
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.logprobs import completion_logprobs
+from ncalign.model.noise import disable_dropout
 from ncalign.model.policy import (
     Policy,
-    disable_dropout,
     load_model,
     load_policy,
     load_tokenizer,

@@ -181,5 +181,7 @@ def _paths(inputs: Inputs) -> Iterator[tuple[str, Path]]:
                 if path.exists():
                     yield label, path
                     base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-                    if isinstance(base, str) and Path(base).exists():
-                        yield f"the base model of {label}", Path(base)
+                    # From here or from the adapter's folder, as it is looked for when the adapter is opened.
+                    for there in (Path(base), path / base) if isinstance(base, str) and base else ():
+                        if there.exists():
+                            yield f"the base model of {label}", there

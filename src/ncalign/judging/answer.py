@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -28,8 +27,9 @@ from ncalign.judging.answers import check_form, write_answers
 from ncalign.judging.config import AnswerConfig, EvaluateConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
+from ncalign.model.adapters import adapter_base, adapter_rank, is_adapter
 from ncalign.model.config import Precision, StringPrompts
-from ncalign.model.policy import adapter_base, load_tokenizer, model_identity, weights_fingerprint
+from ncalign.model.policy import load_tokenizer, model_identity, weights_fingerprint
 from ncalign.model.precision import resolve_dtype
 from ncalign.report.tables import model_name
 
@@ -105,11 +105,9 @@ def _generator(model: str | ServerConfig, answering: Answering, store: Store) ->
 
 def _in_vllm(model: str, tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts) -> VLLMGenerator:
     """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
-    adapter = Path(model) / "adapter_config.json"
-    if not adapter.is_file():
+    if not is_adapter(model):
         return VLLMGenerator(model, tokenizer, string_prompts=string_prompts)
-    rank = int(json.loads(adapter.read_text(encoding="utf-8")).get("r", 16))
-    generator = VLLMGenerator(adapter_base(model), tokenizer, adapter_rank=rank, string_prompts=string_prompts)
+    generator = VLLMGenerator(adapter_base(model), tokenizer, adapter_rank=adapter_rank(model), string_prompts=string_prompts)
     generator.load_adapter(Path(model))
     return generator
 

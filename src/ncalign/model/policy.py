@@ -5,26 +5,48 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from ncalign.core.hub import only_cached
 from ncalign.core.store import Store
+from ncalign.model.adapters import (
+    ADAPTER_FILE,
+    Task,
+    absolute_base,
+    adapter_base,
+    adapter_shapes,
+    base_from_cache,
+    check_mergeable,
+    is_adapter,
+    merged_into,
+    quiet_peft,
+    reason,
+    weight_of,
+)
 from ncalign.model.config import LoRA
+from ncalign.model.noise import Stated, disable_dropout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_ADAPTER_FILE = "adapter_config.json"
 _MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _NOT_NUMBERS = frozenset({"_name_or_path", "transformers_version", "architectures"})
 
 
@@ -39,6 +61,10 @@ class Policy:
         fingerprint: SHA-256 over the starting weights' names, shapes, precision and bytes, the configuration and the
             attention code.
         on_adapter: whether the source is an adapter, which loading merged: a further adapter fits these weights only.
+        dropout: what the configuration states of dropout, which is off while the policy is in memory.
+        merged_dtype: precision that the weights are saved in when an adapter is merged into them: the files', where the policy
+            holds them more coarsely.
+        trust_remote_code: whether code that comes with the model may run.
     """
 
     model: PreTrainedModel | PeftModel
@@ -46,6 +72,9 @@ class Policy:
     source: str
     fingerprint: str
     on_adapter: bool
+    dropout: tuple[Stated, ...] = ()
+    merged_dtype: torch.dtype = torch.float32
+    trust_remote_code: bool = False
 
 
 @contextmanager
@@ -85,71 +114,172 @@ def load_policy(
     weights_dtype = torch.float32 if computation == "bfloat16" and lora is None else DTYPES[computation]
     loaded = load_model(model, dtype=weights_dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    disable_dropout(loaded)
     fingerprint = weights_fingerprint(loaded, computation=computation)
-    on_adapter = (Path(model) / _ADAPTER_FILE).is_file()
+    stored = load_config(model, trust_remote_code=trust_remote_code).dtype
+    # Where the configuration does not say, weights are float32, as of old.
+    stored = stored if isinstance(stored, torch.dtype) else torch.float32
+    finer = torch.promote_types(stored, weights_dtype) != weights_dtype
+    policy = Policy(
+        loaded,
+        tokenizer,
+        model,
+        fingerprint,
+        is_adapter(model),
+        disable_dropout(loaded),
+        stored if finer else weights_dtype,
+        trust_remote_code,
+    )
     if lora is None:
-        return Policy(loaded, tokenizer, model, fingerprint, on_adapter)
+        return policy
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     adapter = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng(devices=[]), _peft_quirk():
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(loaded, adapter)
         except ValueError as error:
             raise ValueError(f"lora.target_modules={lora.target_modules!r} does not fit {model}: {error}") from error
-    return Policy(adapted, tokenizer, model, fingerprint, on_adapter)
+    adapted.active_peft_config.base_model_name_or_path = absolute_base(model)
+    return replace(policy, model=adapted)
 
 
-def load_model(model: str, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model in evaluation mode, with an adapter folder's adapter merged into its base."""
-    folder = Path(model)
-    base, loading_dtype = model, dtype
-    if (folder / _ADAPTER_FILE).is_file():
+def load_model(
+    model: str, *, dtype: torch.dtype, trust_remote_code: bool, task: Task = "CAUSAL_LM", what: str = "model"
+) -> PreTrainedModel:
+    """The model in evaluation mode, all of its weights trainable, with an adapter folder's adapter merged into its base.
+
+    Args:
+        model: folder or hub id.
+        dtype: of the weights.
+        trust_remote_code: run the code that comes with the model.
+        task: what it is to compute.
+        what: what it is, for messages.
+
+    Raises:
+        ValueError: the model can't be loaded, is of another kind, or holds an adapter that can't be merged.
+    """
+    loaded = _load(model, (), dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what)
+    loaded.requires_grad_(True)
+    loaded.eval()
+    return loaded
+
+
+def _load(
+    model: str, adapters: tuple[str, ...], *, dtype: torch.dtype, trust_remote_code: bool, task: Task, what: str
+) -> PreTrainedModel:
+    """Load a model; ``adapters`` are the folders of those that will be put on it, the last one first."""
+    if not is_adapter(model):
+        return _load_whole(model, adapters, dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what)
+    if Path(model).resolve() in (Path(other).resolve() for other in adapters):
+        raise ValueError(f"the adapters in {', '.join(map(repr, adapters))} name each other as their base model")
+    base = adapter_base(model)
+    check_mergeable(model, task)
+    loaded = _load(
+        base,
+        (model, *adapters),
         # Added to bfloat16 weights the adapter's update would be rounded with every sum.
-        base, loading_dtype = adapter_base(model), torch.promote_types(dtype, torch.float32)
-    elif folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"model {model!r} has no config.json: give a Hugging Face model folder, or a hub id")
-    from_cache = only_cached(base, what="model")
+        dtype=torch.promote_types(dtype, torch.float32),
+        trust_remote_code=trust_remote_code,
+        task=task,
+        what="base model",
+    )
+    loaded = merged_into(loaded, model)
+    cast_weights(loaded, dtype)
+    return loaded
+
+
+def _load_whole(
+    model: str, adapters: tuple[str, ...], *, dtype: torch.dtype, trust_remote_code: bool, task: Task, what: str
+) -> PreTrainedModel:
+    """Load a model that is no adapter; the adapters that will be put on it may bring weights that it lacks."""
+    _check_folder(model)
+    from_cache = base_from_cache(adapters[0], model) if adapters else only_cached(model, what=what)
+    config = load_config(model, trust_remote_code=trust_remote_code, from_cache=from_cache)
+    made_as = "a causal language model" if task == "CAUSAL_LM" else "a sequence classifier"
+    if task == "CAUSAL_LM" and config.is_encoder_decoder:
+        raise ValueError(
+            f"{what} {model!r} can't be loaded as {made_as}: it is an encoder-decoder model (model_type {config.model_type})"
+        )
+    supplied = {name: shape for folder in adapters for name, shape in adapter_shapes(folder).items()}
+    head = next((shape[0] for name, shape in supplied.items() if name in ("score.weight", "classifier.weight")), None)
+    if task == "SEQ_CLS" and head is not None:
+        config.num_labels = head
+    make = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
     try:
-        with quiet_transformers(base):
-            found: Any = AutoModelForCausalLM.from_pretrained(
-                base,
-                dtype=loading_dtype,
+        with quiet_transformers(model):
+            found: Any = make.from_pretrained(
+                model,
+                config=config,
+                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 local_files_only=from_cache,
             )
-    # A size that does not fit is a RuntimeError; a damaged file is safetensors' own.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"model {base!r} can't be loaded as a causal language model: {_why_not_loaded(base, error)}"
-        ) from error
+    # What a configuration that does not fit makes the library raise differs from model to model.
+    except Exception as error:
+        raise ValueError(f"{what} {model!r} can't be loaded as {made_as}: {_why_not_loaded(model, error)}") from error
     loaded, report = found
-    if report["missing_keys"]:
-        raise ValueError(
-            f"model {base!r} lacks {len(report['missing_keys'])} weights that its config.json asks for (first: "
-            f"{min(report['missing_keys'])}): copy or download it again, or fix its config.json"
-        )
-    if base != model:
-        try:
-            with _peft_quirk():
-                loaded = PeftModel.from_pretrained(loaded, model, use_safetensors=True).merge_and_unload()
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"the adapter in {model!r} can't be put on its base model {base!r}: {_first_line(error)} (it needs "
-                "adapter_model.safetensors, made for this base model)"
-            ) from error
-        _cast_weights(loaded, dtype)
     assert isinstance(loaded, PreTrainedModel)
-    loaded.eval()
+    missing = set(report["missing_keys"]) - supplied.keys()
+    if missing:
+        raise ValueError(
+            f"{what} {model!r} lacks {len(missing)} weights that its config.json asks for in {made_as} (first: "
+            f"{min(missing)}): copy or download it again, fix its config.json, or give a model of this kind"
+        )
+    if task == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
+        _refuse_bidirectional(loaded, model)
     return loaded
 
 
-def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+@torch.no_grad()
+def _refuse_bidirectional(loaded: PreTrainedModel, model: str) -> None:
+    """Masked language models load as causal ones, and give each token a log-prob that knows what comes after it."""
+    ids = torch.arange(1, 9)[None] % weight_of(loaded.get_input_embeddings()).shape[0]
+    changed = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    one, other = (loaded.eval()(input_ids=tokens, use_cache=False).logits[:, :-1] for tokens in (ids, changed))
+    if not torch.allclose(one, other, atol=1e-4, rtol=1e-3):
+        raise ValueError(
+            f"model {model!r} can't be loaded as a causal language model: its tokens attend to those after them, as a masked "
+            f"language model's do (model_type {loaded.config.model_type}, is_decoder false)"
+        )
+
+
+def load_config(model: str, *, trust_remote_code: bool, from_cache: bool = False) -> PreTrainedConfig:
+    """The configuration of a model, or of the base model of an adapter's folder.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    seen = set()
+    while is_adapter(model) and model not in seen:
+        seen.add(model)
+        model = adapter_base(model)
+    try:
+        with quiet_transformers(model):
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=from_cache)
+    # What a hand-made file makes the library raise differs from field to field.
+    except Exception as error:
+        raise ValueError(f"the config.json of model {model!r} can't be read: {_why_not_loaded(model, error)}") from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _check_folder(model: str) -> None:
+    """Refuse a folder without a model; one may lie inside it."""
+    folder = Path(model)
+    if not folder.exists() or (folder / "config.json").is_file():
+        return
+    inside = sorted(
+        path.name for path in folder.iterdir() if (path / "config.json").is_file() or (path / ADAPTER_FILE).is_file()
+    )
+    there = f"; it holds models or adapters in {', '.join(inside)}: give one of those" if inside else ""
+    raise ValueError(f"model {model!r} has no config.json: give a Hugging Face model folder, or a hub id{there}")
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast the weights as loading in this precision would: buffers such as rotary frequencies keep theirs."""
     kept = tuple(model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():
@@ -158,47 +288,40 @@ def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def adapter_base(folder: str) -> str:
-    """The base model of a folder's adapter.
-
-    Raises:
-        ValueError: The adapter's configuration can't be read, or names no base model.
-    """
-    try:
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        if not base:
-            raise ValueError("it names no base model")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder}/{_ADAPTER_FILE} can't be read: {_first_line(error)}; copy the adapter again") from error
-    return str(base)
-
-
 def _why_not_loaded(base: str, error: Exception) -> str:
     """The library's reason, and the remedy for a folder."""
-    reason = _first_line(error).rstrip(".")
+    why = reason(error).rstrip(".")
     if isinstance(error, SafetensorError):
-        return f"a safetensors file is damaged ({reason}): copy or download it again"
+        return f"a safetensors file is damaged ({why}): copy or download it again"
     if isinstance(error, RuntimeError):
         return "its weights do not have the sizes that its config.json asks for: they belong to different models"
-    if Path(base).is_dir():
-        return f"{reason} (a folder needs config.json and *.safetensors; pickled weights such as *.bin are not read)"
-    return reason
+    if isinstance(error, OSError) and Path(base).is_dir():
+        return f"{why} (a folder needs config.json and *.safetensors; pickled weights such as *.bin are not read)"
+    return why
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (EOS where it has none of its own)."""
+    """The model's tokenizer, with a padding token (EOS where it has none of its own); an adapter without one has its base's."""
+    if is_adapter(model) and not any((Path(model) / name).is_file() for name in _TOKENIZER_FILES):
+        tokenizer = load_tokenizer(adapter_base(model), trust_remote_code=trust_remote_code)
+        template = Path(model) / "chat_template.jinja"
+        if template.is_file():
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        return tokenizer
     from_cache = only_cached(model, what="model")
     try:
         with quiet_transformers(model):
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=from_cache)
-    except (OSError, ValueError) as error:
+    # It reads config.json too: what a hand-made file makes the library raise differs from field to field.
+    except Exception as error:
         folder = Path(model)
         if not folder.exists():
             raise ValueError(f"the tokenizer of {model!r} can't be loaded: {_why_not_loaded(model, error)}") from error
-        if not any((folder / name).is_file() for name in ("config.json", _ADAPTER_FILE)):
-            raise ValueError(f"model {model!r} has no config.json: give a Hugging Face model folder, or a hub id") from error
+        if not is_adapter(model):
+            _check_folder(model)
+            load_config(model, trust_remote_code=trust_remote_code)
         raise ValueError(
-            f"the tokenizer of {model!r} can't be loaded: {_first_line(error).rstrip('.: ')} (tokenizer.json and "
+            f"the tokenizer of {model!r} can't be loaded: {reason(error).rstrip('.: ')} (tokenizer.json and "
             "tokenizer_config.json are needed, as the tokenizer's save_pretrained writes them)"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -206,16 +329,6 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout of the model to 0: log-ratios between two noisy passes would not start at 0."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def weights_fingerprint(model: PreTrainedModel, *, computation: str) -> str:
@@ -240,9 +353,8 @@ def model_identity(model: str) -> str:
         return Store.key(model)
     files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     described: list[object] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    if (folder / _ADAPTER_FILE).is_file():
-        base = adapter_base(model)
-        described.append(base if Path(base).resolve() == folder.resolve() else model_identity(base))
+    if is_adapter(model):
+        described.append(model_identity(adapter_base(model)))
     return Store.key(described)
 
 
@@ -265,15 +377,3 @@ def quiet_transformers(model: str | None = None) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if hidden:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _peft_quirk() -> Iterator[None]:
-    """Silence peft 0.21, which asks transformers 5.23 for a property under its old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0].strip()

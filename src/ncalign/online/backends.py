@@ -19,7 +19,7 @@ from ncalign.generation.vllm import VLLMGenerator
 from ncalign.model.policy import Policy
 from ncalign.online.config import OnlineConfig
 from ncalign.training.engine import Engine
-from ncalign.training.export import merges, save_model
+from ncalign.training.export import save_model
 from ncalign.training.run_folder import ROUNDS
 
 
@@ -82,8 +82,8 @@ class Pushed:
         if self._config.push == "none":
             return
         target = (folder / "weights").resolve()
-        # An adapter goes as one, whatever the run's model is to become at its end.
-        merge = not adapter and merges(self._policy, self._config.training)
+        # An adapter goes as one, and a folder holds whole weights, whatever the run's model is to become at its end.
+        merge = not adapter and self._config.training.lora is not None
         save_model(self._policy, self._engine.model, self._accelerator, merge=merge, card=None, target=target)
         if isinstance(generator, VLLMGenerator):
             (generator.load_adapter if adapter else generator.load_weights)(target)

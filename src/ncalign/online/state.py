@@ -131,7 +131,7 @@ def needed_space(run: Run) -> DiskNeed:
     need = disk_need(
         config.training,
         run.engine.inner.model,
-        merged=merges(run.policy, config.training),
+        merged=run.policy.merged_dtype if merges(run.policy, config.training) else None,
         num_steps=run.total,
         num_saves=run.total,
         kept_tensors=moved,

@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ncalign.core.hub import only_cached
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
 from ncalign.model.config import Precision
 from ncalign.model.encoding import as_messages
-from ncalign.model.policy import DTYPES, load_tokenizer, quiet_transformers, weights_fingerprint
+from ncalign.model.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
 from ncalign.rewards.base import completion_texts, where
 
 
@@ -24,7 +23,7 @@ class ModelReward:
     pair of texts.
 
     Args:
-        model: folder or hub id of a sequence-classification model with one label.
+        model: folder or hub id of a sequence-classification model with one label, or a folder with an adapter for one.
         dtype: precision of weights and computation.
         batch_size: completions at a time.
         store: keeps scores by model and text.
@@ -45,19 +44,9 @@ class ModelReward:
     ) -> None:
         self._batch_size, self._store = batch_size, store
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        from_cache = only_cached(model, what="reward model")
-        try:
-            with quiet_transformers(model):
-                loaded = AutoModelForSequenceClassification.from_pretrained(
-                    model,
-                    dtype=DTYPES[dtype],
-                    use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
-                    local_files_only=from_cache,
-                )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise ValueError(f"reward model {model!r} can't be loaded for sequence classification: {reason}") from error
+        loaded = load_model(
+            model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, task="SEQ_CLS", what="reward model"
+        )
         if loaded.config.num_labels != 1:
             raise ValueError(f"reward model {model!r} has {loaded.config.num_labels} labels: a reward is one number, one label")
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code=trust_remote_code)

@@ -13,8 +13,9 @@ from ncalign.core.hub import only_cached
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, SamplingParams
+from ncalign.model.adapters import adapter_base, is_adapter
 from ncalign.model.config import DType
-from ncalign.model.policy import adapter_base, quiet_transformers
+from ncalign.model.policy import quiet_transformers
 
 LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
 """Backends that load the model themselves."""
@@ -52,7 +53,7 @@ def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
     only_cached(model, what="model")
     arguments: dict[str, Any] = {"pretrained": model, "dtype": backend.dtype, "trust_remote_code": backend.trust_remote_code}
     folder = Path(model)
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(model):
         base = adapter_base(model)
         if backend.name == "sglang":
             raise ValueError(f"{model} is an adapter, which backend sglang can't load: use hf or vllm, or merge it into {base}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -15,11 +16,14 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ncalign.core.atomic import removed_on_error, write_text_atomic
 from ncalign.core.outputs import foreign, record
+from ncalign.model.adapters import merged, quiet_peft, shallow_copy
 from ncalign.model.logprobs import base_causal_model
-from ncalign.model.policy import Policy, quiet_transformers
+from ncalign.model.noise import as_stated
+from ncalign.model.policy import Policy, cast_weights, load_model, quiet_transformers
 from ncalign.training.config import TrainConfig
 
 _PREFIX = "model."
@@ -89,7 +93,7 @@ def _write_model(policy: Policy, state: dict[str, Any], *, merge: bool, card: st
     weights = {name: named[name] for name in named.keys() - _aliases(policy.model)}
     with removed_on_error(temporary, target):
         temporary.mkdir(parents=True)
-        with quiet_transformers(str(temporary)):
+        with quiet_transformers(str(temporary)), as_stated(policy.dropout):
             _write_weights(policy, weights, temporary, merge=merge)
             policy.tokenizer.save_pretrained(temporary)
         if card is not None:
@@ -111,7 +115,7 @@ def _write_weights(policy: Policy, state: dict[str, Any], folder: Path, *, merge
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=state)
     elif merge:
-        _unsharded(model, state).merge_and_unload().save_pretrained(folder)
+        _merged(policy, model, state).save_pretrained(folder)
     else:
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
 
@@ -122,10 +126,32 @@ def _aliases(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
 
 
-def _unsharded(model: PeftModel, state: dict[str, Any]) -> PeftModel:
-    """The model itself, or where its weights are spread over processes, one of the same build with the gathered weights."""
+def _merged(policy: Policy, model: PeftModel, state: dict[str, Any]) -> PreTrainedModel:
+    """The policy with its adapter merged into the weights as they are stored: rounded ones would lose a part of the adapter."""
+    if policy.merged_dtype == base_causal_model(model).dtype:
+        return merged(_apart(model, state))
+    precise = torch.promote_types(policy.merged_dtype, torch.float32)
+    try:
+        base = load_model(policy.source, dtype=precise, trust_remote_code=policy.trust_remote_code)
+    except ValueError as error:
+        # Of the kind that a run keeps its training from.
+        raise OSError(f"the adapter can't be merged: {error}") from error
+    adapter = copy.deepcopy(model.active_peft_config)
+    adapter.base_model_name_or_path = None
+    with quiet_peft():
+        whole = get_peft_model(base, adapter)
+    assert isinstance(whole, PeftModel)
+    found = whole.load_state_dict({name: tensor for name, tensor in state.items() if "lora_" in name}, strict=False)
+    assert not found.unexpected_keys, found.unexpected_keys[:3]
+    result = merged(whole)
+    cast_weights(result, policy.merged_dtype)
+    return result
+
+
+def _apart(model: PeftModel, state: dict[str, Any]) -> PeftModel:
+    """A model of the same build that merging may use up while training goes on, with weights of all processes gathered."""
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model
+        return shallow_copy(model)
     sharded = base_causal_model(model)
     with torch.device("meta"):
         base = type(sharded)(sharded.config)

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ncalign.training.config import TrainConfig
@@ -56,7 +57,7 @@ def disk_need(
     config: TrainConfig,
     model: nn.Module,
     *,
-    merged: bool,
+    merged: torch.dtype | None,
     num_steps: int,
     num_saves: int,
     kept_tensors: int = 0,
@@ -67,7 +68,7 @@ def disk_need(
     Args:
         config: how often checkpoints are written and how many are kept.
         model: the policy.
-        merged: whether the model is saved with its adapter merged.
+        merged: precision of the weights with the adapter merged into them; None where the adapter is saved alone.
         num_steps: of the run.
         num_saves: checkpoints that it writes in all.
         kept_tensors: bytes that a checkpoint holds besides weights and optimizer.
@@ -76,7 +77,9 @@ def disk_need(
     sizes = [(parameter.requires_grad, parameter.numel() * parameter.element_size()) for parameter in model.parameters()]
     trained, everything = sum(size for is_trained, size in sizes if is_trained), sum(size for _, size in sizes)
     adapter = config.lora is not None
-    saved = (everything - trained if merged else trained) if adapter else everything
+    saved = trained if adapter else everything
+    if merged is not None:
+        saved = sum(parameter.numel() * merged.itemsize for parameter in model.parameters() if not parameter.requires_grad)
     lines = num_steps // config.logging_steps + 2
     return DiskNeed(
         # Of each trained tensor: itself, two moments and a step count, and its name in the state.

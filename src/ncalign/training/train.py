@@ -188,7 +188,7 @@ def needed_space(config: TrainConfig, prepared: Prepared) -> DiskNeed:
     return disk_need(
         config,
         prepared.engine.inner.model,
-        merged=merges(prepared.policy, config),
+        merged=prepared.policy.merged_dtype if merges(prepared.policy, config) else None,
         num_steps=steps,
         num_saves=steps // config.save_steps if config.save_steps else 0,
     )
