@@ -228,8 +228,8 @@ def test_a_pair_judged_twice(tmp_path: Path) -> None:
         (read_arena_judgements, {"uid": "a", "model": "m", "games": [{}, {}]}, r"does not name the baseline"),
         (
             read_arena_judgements,
-            {"uid": "a", "model": "m", "baseline": "b", "games": [{"score": "A"}, {}]},
-            r"rows\.jsonl:1: score is 'A'",
+            {"uid": "a", "model": "m", "baseline": "b", "games": [{"score": "D"}, {}]},
+            r"rows\.jsonl:1: score is 'D'",
         ),
         (read_fastchat_ratings, {"question_id": 1, "model": "m", "turn": 1, "score": 11}, r"rows\.jsonl:1: score is 11"),
         (read_fastchat_ratings, {"question_id": 1}, r"rows\.jsonl:1 is no rating"),

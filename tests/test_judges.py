@@ -116,7 +116,7 @@ def test_a_judge_who_likes_length_is_exposed() -> None:
 
 
 def test_labels_are_read_strictly_and_strong_ones_weigh_three() -> None:
-    verdicts = ["[[A>>B]]", "[[B>A]] or [[A=B]]", "A>B", "[[A=B]]", "[[ B>>A ]]", "[[C]]"]
+    verdicts = ["[[A>>B]]", "[[B>A]] or [[A=B]]", "A>B or so", "[[A=B]]", "[[ A<<B ]]", "[[D]]"]
 
     def answer(body: dict[str, Any], number: int) -> str:
         asked = re.search(r"What is (\d+)", body["messages"][-1]["content"])

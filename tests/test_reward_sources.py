@@ -288,7 +288,7 @@ def test_ratings() -> None:
     assert "{prompt} [[9]]" in [inside(body["messages"][0]["content"], "answer") for _, body in double.requests]
 
 
-@pytest.mark.parametrize("verdict", ["7", "[[seven]]", "[[3]] or [[4]]", "[[0]]", "[[11]]", "", "[[7]"])
+@pytest.mark.parametrize("verdict", ["it has 7", "[[seven]]", "[[3]] or [[4]]", "[[0]]", "[[11]]", "", "[[7"])
 def test_a_rating_that_can_not_be_read_is_missing(verdict: str) -> None:
     double, score = judged(lambda text: verdict or " ", attempts=2)
     found, source = score([group("a")])

@@ -14,10 +14,9 @@ from ncalign.core.atomic import write_json_atomic, write_jsonl_atomic
 from ncalign.core.errors import DataError, names, shown
 from ncalign.data.formats.sources import rows_of
 from ncalign.judging.records import LABELS, Answers, Question, fastchat_id, verdict_weight
+from ncalign.rewards.reading import label_of
 from ncalign.stats.records import Game, Rating
 
-_SAME_AS = {"A<B": "B>A", "A<<B": "B>>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
-"""Labels that Arena-Hard-Auto 2.0 takes too."""
 _WINNERS: Mapping[str, float | None] = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}
 _TURN = re.compile(r"(.*) \(turn (\d+)\)", re.DOTALL)
 
@@ -156,10 +155,11 @@ def read_arena_judgements(path: Path, *, baseline: str | None = None) -> list[Ga
             raise DataError(f"{place} does not name the baseline: give it")
         for game, model_first in zip(row["games"], (False, True), strict=True):
             label = game.get("score") if isinstance(game, dict) else None
-            label = _SAME_AS.get(label, label) if isinstance(label, str) else label
-            if label not in (None, *LABELS):
+            # Spelled as its judge did: version 2.0 keeps A<B and B<<A too.
+            said = label_of(label) if isinstance(label, str) else None
+            if said is None and label is not None:
                 raise DataError(f"{place}: score is {shown(label)}: one of {', '.join(LABELS)}, or null, is needed")
-            first = None if label is None else LABELS[label]
+            label, first = said, None if said is None else LABELS[said]
             mine = first if first is None or model_first else 1 - first
             weight = verdict_weight(label or "")
             games.append(Game(str(row["uid"]), row["model"], other, model_first, mine, weight, label or ""))

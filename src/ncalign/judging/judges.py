@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,12 +16,12 @@ from ncalign.judging.config import EvalJudgeConfig
 from ncalign.judging.judge_prompts import judge_templates, pair_prompts, rating_prompts
 from ncalign.judging.records import LABELS, Answer, Answers, Question, verdict_weight
 from ncalign.rewards.base import RewardSource, score_many
-from ncalign.rewards.verdicts import Account, ask_verdicts, read_rating, the_one
+from ncalign.rewards.reading import read_label, read_rating
+from ncalign.rewards.verdicts import Account, ask_verdicts
 from ncalign.stats.records import Game, Rating
 
 Verdict = TypeVar("Verdict")
 
-_LABEL = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B>A|B>>A)\s*\]\]")
 _LOWEST, _HIGHEST = 1.0, 10.0
 # The first questions may be too long for the judge, or be answered with neither letter.
 _NUM_PROBES = 8
@@ -88,7 +87,7 @@ class ServerJudge:
             # Asked again, the judge would give the same log-probs.
             letters += self._ask(prompts[len(letters) :], _read_letter, _LETTER_BODY, account, attempts=1)
             return [(found, "") for found in letters]
-        labels = self._ask(prompts, partial(the_one, _LABEL), {"max_tokens": self._config.max_tokens}, account)
+        labels = self._ask(prompts, _read_label, {"max_tokens": self._config.max_tokens}, account)
         return [(None, "") if label is None else (LABELS[label], label) for label in labels]
 
     def _probe(self, prompts: Sequence[str], account: Account) -> list[float | None]:
@@ -121,8 +120,7 @@ class ServerJudge:
         """A rating for each turn of each answer, with the question's reference where it has one."""
         turns = rating_prompts(self._templates, questions, answers)
         account = Account("rating")
-        read = partial(read_rating, lowest=_LOWEST, highest=_HIGHEST)
-        scores = self._ask([prompt for *_, prompt in turns], read, {"max_tokens": self._config.max_tokens}, account)
+        scores = self._ask([prompt for *_, prompt in turns], _read_rating, {"max_tokens": self._config.max_tokens}, account)
         ratings = [
             Rating(question.id, answers[question.id].model, turn + 1, question.category, score)
             for (question, turn, _), score in zip(turns, scores, strict=True)
@@ -224,6 +222,14 @@ def _answered_by_both(questions: Sequence[Question], ours: Answers, theirs: Answ
 def _that_differ(questions: Sequence[Question], ours: Answers, theirs: Answers) -> list[Question]:
     """Questions that both models answered, not with the same words: equal answers are a tie that nobody is asked about."""
     return [q for q in questions if q.id in ours and q.id in theirs and ours[q.id].turns != theirs[q.id].turns]
+
+
+def _read_label(choice: Choice) -> str | None:
+    return read_label(choice.text)
+
+
+def _read_rating(choice: Choice) -> float | None:
+    return read_rating(choice.text, lowest=_LOWEST, highest=_HIGHEST)
 
 
 def _read_letter(choice: Choice) -> float | None:

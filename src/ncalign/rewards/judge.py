@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
@@ -17,10 +15,10 @@ from ncalign.generation.client import Choice, Server
 from ncalign.model.encoding import as_messages
 from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import JudgeConfig
-from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, read_rating, the_one, transcript
+from ncalign.rewards.reading import read_label, read_rating
+from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, transcript
 
-_CHOICE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
-_WORTH = {"A": 1.0, "B": 0.0, "C": 0.5}
+_WORTH = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 
 
 class JudgeReward:
@@ -59,7 +57,7 @@ class JudgeReward:
         if self._config.mode == "pairwise":
             return self._win_shares(groups)
         asked = [{"prompt": prompt_text(group), "completion": text} for group in groups for text in completion_texts(group)]
-        ratings = iter(self._verdicts(asked, partial(read_rating, lowest=self._config.lowest, highest=self._config.highest)))
+        ratings = iter(self._verdicts(asked, self._rating))
         return [[next(ratings) for _ in group.candidates] for group in groups]
 
     def _win_shares(self, groups: Sequence[Group]) -> list[list[float | None]]:
@@ -96,6 +94,9 @@ class JudgeReward:
                 met[a], met[b] = met[a] + 1, met[b] + 1
         return sorted(chosen)
 
+    def _rating(self, choice: Choice) -> float | None:
+        return read_rating(choice.text, lowest=self._config.lowest, highest=self._config.highest)
+
     def _verdicts(self, asked: Sequence[dict[str, str]], read: Callable[[Choice], float | None]) -> list[float | None]:
         scale = {"lowest": f"{self._config.lowest:g}", "highest": f"{self._config.highest:g}"}
         prompts, body = [fill(self._template, scale | texts) for texts in asked], {"max_tokens": self._config.max_tokens}
@@ -109,5 +110,5 @@ def prompt_text(group: Group) -> str:
 
 
 def _read_choice(choice: Choice) -> float | None:
-    found = the_one(_CHOICE, choice)
-    return None if found is None else _WORTH[found]
+    label = read_label(choice.text)
+    return None if label is None else _WORTH[label]

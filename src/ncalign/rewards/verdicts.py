@@ -18,8 +18,6 @@ from ncalign.generation.client import Choice, Request, Server, ServerError, Usag
 
 Verdict = TypeVar("Verdict")
 
-_RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
-
 _LONG_PROMPT = "prompt too long for the judge"
 # What servers say of a prompt that does not fit: OpenAI, vLLM, SGLang, TGI and llama.cpp word it differently.
 _TOO_LONG = re.compile(
@@ -142,31 +140,6 @@ def _request(prompt: str, attempt: int, body: Mapping[str, Any]) -> Request:
     # The same question at temperature 0 has the same answer: one that could not be read is asked for at another temperature.
     sampling = {"temperature": 0.0 if attempt == 0 else 0.7, "seed": attempt}
     return Request("chat", {"messages": [{"role": "user", "content": prompt}], **sampling, **body})
-
-
-def concluded(text: str) -> str:
-    """What a judge says after its thoughts, which may hold verdicts that it weighs; nothing where it was cut off in them.
-
-    >>> concluded("<think>[[3]] or [[4]]?</think>[[4]]"), concluded("[[4]]"), concluded("<think>[[3]]")
-    ('[[4]]', '[[4]]', '')
-    """
-    _, closed, said = text.rpartition("</think>")
-    return said if closed or "<think>" not in said else ""
-
-
-def the_one(pattern: re.Pattern[str], choice: Choice) -> str | None:
-    """What a pattern finds in a judge's conclusion; None where it finds nothing, or several different things.
-
-    A judge that repeats the scale or weighs two labels has not said which it means.
-    """
-    found = set(pattern.findall(concluded(choice.text)))
-    return str(found.pop()) if len(found) == 1 else None
-
-
-def read_rating(choice: Choice, *, lowest: float, highest: float) -> float | None:
-    """The rating that a judge gives, as in ``[[7.5]]``; None where there is none within the scale."""
-    found = the_one(_RATING, choice)
-    return float(found) if found is not None and lowest <= float(found) <= highest else None
 
 
 def transcript(messages: Sequence[Message]) -> str:
