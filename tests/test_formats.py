@@ -233,7 +233,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_reward": 1.0}, "`chosen_reward` alone"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": "nine", "score_rejected": 1}, "chosen: reward is 'nine'"),
-    ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rewards": 1}, "did you mean `chosen_reward`?"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rewards": 1}, "`chosen_rewards` alone"),
     ({"prompt": "p", "completion": "a", "label": "good"}, "label is 'good' (a string): true or false"),
     ({"prompt": "p", "completion": "a", "label": 2}, "label is 2 (a number)"),
     ({"prompt": "p", "A0": None, "score_A0": None}, "at least one answer"),

@@ -111,11 +111,21 @@ def test_ids_and_metadata_of_all_rows_are_kept(write_jsonl: WriteJsonl) -> None:
     assert (report.rows, report.groups, report.skipped, report.joined, report.joined_groups) == (5, 2, 1, 2, 2)
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt", "tools", "functions", "images"])
-def test_what_belongs_to_the_prompt_keeps_rows_apart(column: str, write_jsonl: WriteJsonl) -> None:
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", column: value} for value in (["x"], ["y"], ["x"])]
-    groups = list(read_groups(write_jsonl(rows)))
-    assert [group.metadata[column] for group in groups] == [["x"], ["y"]]
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("tools", [[{"name": "x"}], [{"name": "y"}]]),
+        ("functions", [[{"name": "x"}], [{"name": "y"}]]),
+        ("images", [["x"], ["y"]]),
+        ("system", ["x", "y"]),
+        ("history", [[["x", "y"]], [["x", "z"]]]),
+    ],
+)
+def test_what_belongs_to_the_prompt_keeps_rows_apart(column: str, values: list[Any], write_jsonl: WriteJsonl) -> None:
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", column: value} for value in (*values, values[0])]
+    report = ReadReport()
+    assert [len(group.candidates) for group in read_groups(write_jsonl(rows), report=report)] == [2, 2]
+    assert report.joined == 1
     # An empty list says the same as none.
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", column: value} for value in ([], None)]
     assert len(list(read_groups(write_jsonl(rows)))) == 1
@@ -127,12 +137,6 @@ def test_a_system_message_or_another_kind_of_text_is_another_prompt(write_jsonl:
         {"prompt": p, "chosen": "a" if p == "p" else answer("a"), "rejected": "b" if p == "p" else answer("b")} for p in prompts
     ]
     assert [group.prompt for group in read_groups(write_jsonl([*rows, *rows]))] == prompts
-
-
-def test_tools_are_told(write_jsonl: WriteJsonl, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rows = [{"prompt": p, "chosen": "a", "rejected": "b", "tools": tools} for p, tools in (("p", "[{}]"), ("q", None))]
-    assert main(["convert", str(write_jsonl(rows)), str(tmp_path / "out.jsonl")]) == 0
-    assert "1 rows have `tools`, kept in the metadata: prompts are made without them" in capsys.readouterr().out
 
 
 def test_rows_of_our_own_schema_stay_as_they_are(write_jsonl: WriteJsonl) -> None:

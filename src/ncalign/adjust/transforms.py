@@ -104,9 +104,9 @@ def key_of(completion: Text) -> str:
     """What completions are matched by: the text, alone or as the only turn of an assistant; else all turns."""
     if isinstance(completion, str):
         return completion
-    if len(completion) == 1 and completion[0]["role"] == "assistant":
-        return completion[0]["content"]
-    return json.dumps([[turn["role"], turn["content"]] for turn in completion])
+    if len(completion) == 1 and completion[0].keys() == {"role", "content"} and completion[0]["role"] == "assistant":
+        return str(completion[0]["content"])
+    return json.dumps(completion, sort_keys=True)
 
 
 def text_length(text: str, unit: Unit) -> float:

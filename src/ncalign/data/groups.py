@@ -25,8 +25,9 @@ from ncalign.data.formats import (
 )
 from ncalign.data.formats.group import JSON, Candidate, Group, Message, Text
 from ncalign.data.formats.joined import JoinedRows, ReadRow, merge
+from ncalign.data.formats.messages import with_lists
 from ncalign.data.formats.pairs import write_pairs
-from ncalign.data.formats.parsing import Row, tool_notes
+from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.seen import Seen
 from ncalign.data.formats.sources import Source, find_sources, kind_of
 from ncalign.data.formats.values import json_row, without_odd
@@ -81,6 +82,7 @@ class ReadReport:
         reasons: Rows left out, by kind of problem.
         examples: The whole messages of the first few.
         notes: What was read otherwise than it is written, as a text without its number, and how often.
+        unread: Columns that are in the metadata alone, though a model might be meant to see them, and in how many rows.
         schema: The schema of the row read last.
     """
 
@@ -92,6 +94,7 @@ class ReadReport:
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     schema: SchemaName | None = None
 
     def skip(self, error: DataError, rows: int = 1) -> None:
@@ -108,11 +111,18 @@ class ReadReport:
             self.leave_out(reason, rows)
         self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
         self.note(other.notes)
+        for name, rows in other.unread.items():
+            self.unread[name] = self.unread.get(name, 0) + rows
 
     def note(self, notes: Mapping[str, int]) -> None:
         """Count what was read otherwise than it is written."""
         for text, number in notes.items():
             self.notes[text] = self.notes.get(text, 0) + number
+
+    def leave_unread(self, columns: Iterable[str]) -> None:
+        """Count a row's columns that no model sees, though it might be meant to."""
+        for name in columns:
+            self.unread[name] = self.unread.get(name, 0) + 1
 
     def leave_out(self, reason: str, rows: int = 1) -> None:
         """Count rows left out."""
@@ -130,7 +140,13 @@ class ReadReport:
             f"{self.joined + self.joined_groups:,} rows joined into {self.joined_groups:,} groups by their prompt "
             "(join_rows: false keeps them apart)"
         )
-        return [*([joined] if self.joined else []), *(f"{number} {text}" for text, number in self.notes.items())]
+        columns = ", ".join(f"`{name}` ({rows:,} rows)" for name, rows in self.unread.items())
+        unread = (
+            f"no model sees {columns}: kept in the metadata; what belongs to the prompt goes into `prompt` or `system`, and "
+            "rewards of a pair into `chosen_reward` and `rejected_reward`"
+        )
+        notes = [f"{number} {text}" for text, number in self.notes.items()]
+        return [*([joined] if self.joined else []), *notes, *([unread] if self.unread else [])]
 
     def summary(self) -> str:
         """Return one line of counts, and the reasons when rows were left out."""
@@ -206,7 +222,7 @@ def joins(source: Source, tried: tuple[Schema, ...]) -> bool:
         for _, row in rows:
             try:
                 if isinstance(row, dict):
-                    return recognise(json_row(row)[0], tried).joins
+                    return recognise(with_lists(json_row(row)[0]), tried).joins
             except DataError:
                 continue  # such a row is told, or left out, when it is read
     return False
@@ -380,12 +396,13 @@ class _Reader:
             if isinstance(row, DataError):
                 raise row
             row, missing, odd = json_row(row)
+            row = with_lists(row)
             if self._schema is None:
                 self._schema = recognise(row, self._tried)
                 self._report.schema = self._schema.name
             row, left_out = without_odd(row, odd, self._schema.known(row))
             group = self._schema.read(row, f"{self._prefix}{number}", f"{self._source.name}:{number}")
-            self._report.note(tool_notes(group.metadata))
+            self._report.leave_unread(self._schema.unread(group, row))
             for notes in (self._schema.notes(row), missing, left_out):
                 self._report.note(notes)
         except LeftOut:

@@ -32,7 +32,7 @@ from ncalign.data.formats.sources import Source, find_sources
 from ncalign.data.groups import ReadReport, Rules, convertible, joins, read_groups, read_sources, write_groups
 
 _ACCOUNT = ".ncalign"
-_READER = 2
+_READER = 3
 """Raised when the same rows are read as other groups, so that a folder never holds groups of two readings."""
 _JOINED = ".joined.json"
 

@@ -377,7 +377,7 @@ def completion_text(candidate: Candidate, group: Group) -> str:
     if isinstance(completion, str):
         return completion
     if len(completion) == 1 and completion[0]["role"] == "assistant":
-        return completion[0]["content"]
+        return str(completion[0]["content"])
     roles = ", ".join(message["role"] for message in completion)
     raise ValueError(
         f"{_where(group)}a completion has the turns [{roles}]; it must be one assistant message: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -11,7 +11,9 @@ from ncalign.core.errors import DataError, names, nearest, shown
 from ncalign.core.user_code import load_named
 from ncalign.data.config import PublicSchema
 from ncalign.data.formats import argilla, distilabel, native, nca, openai, others, ranked, transcripts, trl, ultrafeedback
+from ncalign.data.formats.columns import HISTORY, SYSTEMS, completed, unread
 from ncalign.data.formats.group import Group
+from ncalign.data.formats.messages import DESCRIPTIONS, spelled
 from ncalign.data.formats.parsing import Row, as_conversation, require_columns
 
 SchemaName: TypeAlias = PublicSchema | Literal["adapter"]
@@ -26,9 +28,9 @@ REWARDS_OF: dict[SchemaName, str] = {
     "nemo_rl": "rank",
     "lmflow": "score",
     "solutions": "is_correct",
-    "sharegpt": "chosen 1, rejected 0",
-    "alpaca": "chosen 1, rejected 0",
-    "nemo_aligner": "chosen_reward and rejected_reward, or chosen 1, rejected 0",
+    "sharegpt": "scores of the pair, or chosen 1, rejected 0",
+    "alpaca": "scores of the pair, or chosen 1, rejected 0",
+    "nemo_aligner": "scores of the pair, or chosen 1, rejected 0",
     "alpaca_eval": "preference",
     "hh": "chosen 1, rejected 0",
     "trl_preference": "scores of the pair, or chosen 1, rejected 0",
@@ -36,7 +38,7 @@ REWARDS_OF: dict[SchemaName, str] = {
     "openai": "preferred 1, not preferred 0",
 }
 """What the rewards of a public schema are."""
-Columns: TypeAlias = Callable[[Iterable[str]], tuple[str, ...]]
+Columns: TypeAlias = Callable[[Row], tuple[str, ...]]
 
 
 def _any_row(row: Row) -> bool:
@@ -73,21 +75,22 @@ class Schema:
 
     def read(self, row: Row, default_id: str, origin: str) -> Group:
         """Return the row's group, or raise a ValueError that says what is wrong with it."""
-        if self.name != "adapter":
-            require_columns(row, self.required(row), self.known(row), self.name)
-        group = self.parse(row, default_id, origin)
-        return as_conversation(group) if self.instructions else group
+        if self.name == "adapter":
+            return self.parse(row, default_id, origin)
+        known = self.known(row)
+        require_columns(row, self.required(row), known, self.name)
+        read = {name: spelled(row[name], name) for name in known if name in row and name not in ("id", "metadata")}
+        group = self.parse({**row, **read}, default_id, origin)
+        return completed(as_conversation(group) if self.instructions else group, row, known)
 
-
-def _preference_columns(columns: Iterable[str]) -> tuple[str, ...]:
-    present = set(columns)
-    scores = trl.REWARD_COLUMNS[1] if present & set(trl.REWARD_COLUMNS[1]) else trl.REWARD_COLUMNS[0]
-    return (*trl.PREFERENCE_COLUMNS, *scores)
+    def unread(self, group: Group, row: Row) -> list[str]:
+        """A row's columns that no model sees, though it might be meant to."""
+        return [] if self.name == "adapter" else unread(group, row, self.known(row), pair=self.joins)
 
 
 NATIVE = Schema("ncalign", lambda _: ("prompt", "candidates"), lambda _: native.COLUMNS, native.parse)
 PROMPTS = Schema("ncalign", lambda _: ("prompt",), lambda _: native.COLUMNS, native.parse)
-PREFERENCE = Schema("trl_preference", lambda _: ("chosen", "rejected"), _preference_columns, trl.parse_preference, joins=True)
+PREFERENCE = Schema("trl_preference", trl.pair_columns, trl.known_pair_columns, trl.parse_pair, joins=True)
 NCA = Schema("nca", nca.required_columns, nca.known_columns, nca.parse, instructions=True)
 
 
@@ -97,7 +100,7 @@ TRL_PROMPTS = Schema(
     lambda _: native.COLUMNS,
     native.parse,
     # A row with other columns is one of another schema, misspelt: by itself a prompt is a part of each.
-    recognises=lambda row: row.keys() <= {"id", "prompt", "metadata"},
+    recognises=lambda row: row.keys() <= {"id", "prompt", "metadata", *SYSTEMS, HISTORY, *DESCRIPTIONS},
 )
 
 
@@ -113,6 +116,13 @@ def _fixed(
 ) -> Schema:
     """A schema whose columns have fixed names."""
     return Schema(name, lambda _: required, lambda _: known, parse, joins, recognises, instructions=instructions)
+
+
+def _pair(
+    name: SchemaName, required: tuple[str, ...], recognises: Callable[[Row], bool] = _any_row, *, instructions: bool = False
+) -> Schema:
+    """A schema of pairs, by the names that one tool gives their columns."""
+    return Schema(name, lambda _: required, trl.known_pair_columns, trl.parse_pair, True, recognises, instructions=instructions)
 
 
 def _ultrafeedback(name: SchemaName, reward: ultrafeedback.Reward) -> Schema:
@@ -161,13 +171,20 @@ PUBLIC = (
         ranked.parse_solutions,
         lambda row: bool(ranked.solution_columns(row)),
     ),
-    _fixed("sharegpt", others.SHAREGPT, others.SHAREGPT_KNOWN, others.parse_sharegpt, others.is_sharegpt, joins=True),
-    _fixed("alpaca", others.ALPACA, others.ALPACA_KNOWN, others.parse_alpaca, lambda row: "prompt" not in row, joins=True),
-    _fixed("nemo_aligner", others.NEMO_ALIGNER, others.NEMO_ALIGNER_KNOWN, others.parse_nemo_aligner, joins=True),
+    _pair("sharegpt", ("conversations", *trl.PAIR), trl.is_sharegpt),
+    _pair("alpaca", ("instruction", *trl.PAIR), lambda row: trl.asks_by(row, "instruction"), instructions=True),
+    _pair("nemo_aligner", ("prompt", "chosen_response", "rejected_response")),
     _fixed("alpaca_eval", others.ANNOTATION, others.ANNOTATION_KNOWN, others.parse_annotation, instructions=True),
     _fixed("hh", ("chosen", "rejected"), transcripts.COLUMNS, transcripts.parse, transcripts.is_pair, joins=True),
     PREFERENCE,
-    _fixed("trl_unpaired", trl.UNPAIRED, trl.UNPAIRED_COLUMNS, trl.parse_unpaired, joins=True),
+    Schema(
+        "trl_unpaired",
+        trl.unpaired_columns,
+        trl.known_unpaired_columns,
+        trl.parse_unpaired,
+        joins=True,
+        recognises=trl.is_labelled,
+    ),
     Schema("openai", openai.required_columns, openai.known_columns, openai.parse, joins=True, recognises=openai.is_row),
 )
 
@@ -210,7 +227,7 @@ def adapted(name: str) -> Schema:
                 f"the adapter returned {shown(found)}: an object with `prompt` and `candidates`, or None, is needed",
                 reason="adapter failed",
             )
-        return native.parse(found, default_id, origin)
+        return NATIVE.read(found, default_id, origin)
 
     # It may read whatever a row holds.
     return Schema("adapter", lambda _: (), tuple, parse)
@@ -241,12 +258,12 @@ def recognise(columns: Row, tried: tuple[Schema, ...]) -> Schema:
     )
 
 
-def _unknown(schema: Schema, columns: Collection[str]) -> list[str]:
+def _unknown(schema: Schema, columns: Row) -> list[str]:
     known = schema.known(columns)
     return [name for name in columns if name not in known]
 
 
-def _distance(schema: Schema, columns: Collection[str]) -> float:
+def _distance(schema: Schema, columns: Row) -> float:
     """Share of required columns that are missing; one that is there under a similar name counts as half."""
     required = schema.required(columns)
     unknown = _unknown(schema, columns)

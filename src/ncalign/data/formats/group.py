@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from ncalign.core.errors import DataError, names, nearest, shown
 
-Message: TypeAlias = dict[str, str]
-"""One turn of a conversation: ``{"role": ..., "content": ...}``, as chat templates take it."""
+Message: TypeAlias = dict[str, Any]
+"""One turn of a conversation: ``{"role": ..., "content": ...}``, as chat templates take it; it may have more keys."""
 
 Text: TypeAlias = str | list[Message]
 """A prompt or a completion: plain text, or turns of a conversation."""
@@ -21,7 +21,12 @@ JSON: TypeAlias = Any
 STRING_PROMPTS = "string_prompts"
 """Key of a group's metadata that says how its string prompt was put to the model that wrote its candidates."""
 
+TOOLS = "tools"
+"""Key of a group's metadata that lists the tools which its chat template is given."""
+
 MESSAGE_KEYS = ("role", "content")
+MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+"""What a message may have besides, for its chat template: all texts, but for the calls."""
 MAX_DEPTH = 100
 MAX_INT_BITS = 1024
 
@@ -167,15 +172,29 @@ def _check_message(message: object, where: str) -> None:
     if not isinstance(message, dict):
         raise DataError(f"{where} is {shown(message)}: a {{role, content}} message is needed", reason="wrong type")
     if message.keys() != {"role", "content"}:
-        unknown = [key for key in message if key not in MESSAGE_KEYS]
+        unknown = [key for key in message if key not in (*MESSAGE_KEYS, *MORE_KEYS)]
         if unknown:
-            raise unknown_key(unknown[0], [key for key in MESSAGE_KEYS if key not in message] or MESSAGE_KEYS, where)
-        lacking = [key for key in MESSAGE_KEYS if key not in message]
-        raise DataError(f"{where} lacks {names(lacking)}: `role` and `content` are needed", reason="missing key")
+            lacking = [key for key in MESSAGE_KEYS if key not in message]
+            raise unknown_key(unknown[0], lacking or (*MESSAGE_KEYS, *MORE_KEYS), where)
+        if lacking := [key for key in MESSAGE_KEYS if key not in message]:
+            raise DataError(f"{where} lacks {names(lacking)}: `role` and `content` are needed", reason="missing key")
+        _check_more(message, where)
     _check_string(message["role"], f"{where}.role")
     _check_string(message["content"], f"{where}.content")
     if not message["role"]:
         raise DataError(f"{where}.role is empty: for instance `user` or `assistant` is needed", reason="empty role")
+
+
+def _check_more(message: Message, where: str) -> None:
+    for key in MORE_KEYS:
+        if key not in message:
+            continue
+        if key != "tool_calls":
+            _check_string(message[key], f"{where}.{key}")
+        elif not isinstance(message[key], list) or not all(isinstance(call, dict) for call in message[key]):
+            raise DataError(f"{where}.{key} is {shown(message[key])}: a list of objects is needed", reason="wrong type")
+        else:
+            check_json(message[key], f"{where}.{key}")
 
 
 def unknown_key(key: object, known: list[str] | tuple[str, ...], where: str) -> DataError:

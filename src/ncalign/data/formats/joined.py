@@ -11,13 +11,13 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from ncalign.data.formats.group import Candidate, Group, Text
-from ncalign.data.formats.parsing import TOOLS
+from ncalign.data.formats.columns import MEDIA
+from ncalign.data.formats.group import TOOLS, Candidate, Group, Text
 from ncalign.data.formats.seen import digest, no_room, temporary_database
 
 ROW_IDS = "row_ids"
 """Key of a joined group's metadata that lists the ids of its rows, where the rows have ids of their own."""
-PARTS_OF_PROMPT = ("system", "system_prompt", "images", *TOOLS)
+PARTS_OF_PROMPT = (*MEDIA, TOOLS)
 """Columns that schemas carry along in the metadata, and that belong to what a model is asked."""
 
 
@@ -115,7 +115,8 @@ def merge(rows: Sequence[ReadRow]) -> Group:
 
 
 def _key(completion: Text) -> object:
-    return completion if isinstance(completion, str) else tuple((turn["role"], turn["content"]) for turn in completion)
+    # A text and a conversation that is written the same are two completions.
+    return completion if isinstance(completion, str) else (None, json.dumps(completion, sort_keys=True))
 
 
 def _mean(rewards: Sequence[float | None]) -> float | None:

@@ -15,7 +15,7 @@ from ncalign.core.atomic import atomic_path
 from ncalign.core.errors import DataError
 from ncalign.data.config import Target
 from ncalign.data.formats import jsonl
-from ncalign.data.formats.group import Candidate, Group
+from ncalign.data.formats.group import TOOLS, Candidate, Group
 from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.sources import kind_of
 
@@ -68,7 +68,9 @@ def _rows(groups: Iterable[Group], target: Target, seed: int) -> Iterator[Row]:
                 "rejected": rejected.completion,
                 "score_chosen": chosen.reward,
                 "score_rejected": rejected.reward,
-                **({"metadata": group.metadata} if group.metadata else {}),
+                # Where TRL looks for them.
+                **({TOOLS: group.metadata[TOOLS]} if TOOLS in group.metadata else {}),
+                **({"metadata": more} if (more := {k: v for k, v in group.metadata.items() if k != TOOLS}) else {}),
             }
 
 
@@ -76,7 +78,7 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
     writer, count = None, 0
     with path.open("wb") as file:
         while batch := list(itertools.islice(rows, _BATCH)):
-            stored = [{**row, "metadata": json.dumps(row.get("metadata", {}), ensure_ascii=False)} for row in batch]
+            stored = [_stored(row) for row in batch]
             try:
                 table = pa.Table.from_pylist(stored, schema=None if writer is None else writer.schema)
             except pa.ArrowException as error:
@@ -91,3 +93,9 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
         if writer is not None:
             writer.close()
     return count
+
+
+def _stored(row: Row) -> Row:
+    """A row as Parquet holds it: what differs in its keys from row to row is JSON."""
+    tools = {TOOLS: json.dumps(row[TOOLS], ensure_ascii=False) if TOOLS in row else None}
+    return {**row, **tools, "metadata": json.dumps(row.get("metadata", {}), ensure_ascii=False)}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ncalign.core.errors import DataError
-from ncalign.data.formats.group import Candidate, Group, Text
+from ncalign.core.errors import DataError, names
+from ncalign.data.formats.group import MESSAGE_KEYS, MORE_KEYS, Candidate, Group, Text
 from ncalign.data.formats.parsing import Row
 
 BATCH_ROWS = 512
@@ -20,8 +22,6 @@ UNREADABLE = (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDec
 """What Arrow raises on damaged files; the last where a column's name is no text."""
 # Arrow's strings hold 2 GiB a column and batch; row groups stay far below, whatever the text's length.
 BATCH_CHARACTERS = 32_000_000
-
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
@@ -88,20 +88,21 @@ def _single_row(batch: pa.RecordBatch) -> Row:
 def write_groups(groups: Iterable[Group], path: Path) -> int:
     """Write groups by row group and return how many; the caller renames the file into place.
 
-    The first row group decides whether prompts, and whether completions, are strings or lists of messages.
+    The first row group decides whether prompts, and whether completions, are strings or lists of messages, and which keys
+    messages have besides role and content; a message's tool calls are JSON.
 
     Raises:
-        ValueError: The file would have to hold both kinds in one column.
+        ValueError: The file would have to hold both kinds in one column, or other keys.
     """
     batches = _batches(groups)
     first = next(batches, [])
-    messages = _kinds(first)
-    schema = _schema(*messages)
+    kinds = _kinds(first)
+    schema = _schema(kinds)
     count = 0
     # A Python file, so that a full disk is Python's own OSError with its number.
     with path.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in itertools.chain([first], batches):
-            rows = [_to_row(group, *messages) for group in batch]
+            rows = [_to_row(group, kinds) for group in batch]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             count += len(batch)
     return count
@@ -128,19 +129,30 @@ def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
 
 
-def _kinds(groups: list[Group]) -> tuple[bool, bool]:
-    """Whether prompts, and whether completions, are lists of messages."""
+@dataclass(frozen=True)
+class _Kinds:
+    """Whether prompts, and whether completions, are lists of messages, and the keys that messages have."""
+
+    prompts: bool = False
+    completions: bool = False
+    keys: tuple[str, ...] = MESSAGE_KEYS
+
+
+def _kinds(groups: list[Group]) -> _Kinds:
     if not groups:
-        return False, False
+        return _Kinds()
     prompts = isinstance(groups[0].prompt, list)
     completions = (isinstance(candidate.completion, list) for group in groups for candidate in group.candidates)
-    return prompts, next(completions, prompts)
+    turns = [turn for group in groups for text in _texts(group) if isinstance(text, list) for turn in text]
+    more = tuple(key for key in MORE_KEYS if any(key in turn for turn in turns))
+    return _Kinds(prompts, next(completions, prompts), (*MESSAGE_KEYS, *more))
 
 
-def _schema(prompts: bool, completions: bool) -> pa.Schema:
+def _schema(kinds: _Kinds) -> pa.Schema:
+    messages = pa.list_(pa.struct([(key, pa.string()) for key in kinds.keys]))
     candidate = pa.struct(
         [
-            ("completion", _MESSAGES if completions else pa.string()),
+            ("completion", messages if kinds.completions else pa.string()),
             ("reward", pa.float64()),
             ("reference_logprob", pa.float64()),
             ("source", pa.string()),
@@ -150,25 +162,25 @@ def _schema(prompts: bool, completions: bool) -> pa.Schema:
     return pa.schema(
         [
             ("id", pa.string()),
-            ("prompt", _MESSAGES if prompts else pa.string()),
+            ("prompt", messages if kinds.prompts else pa.string()),
             ("candidates", pa.list_(candidate)),
             ("metadata", pa.string()),
         ]
     )
 
 
-def _to_row(group: Group, prompts: bool, completions: bool) -> Row:
+def _to_row(group: Group, kinds: _Kinds) -> Row:
     return {
         "id": group.id,
-        "prompt": _of_kind(group.prompt, prompts, group, "prompt"),
-        "candidates": [_to_struct(item, completions, group, index) for index, item in enumerate(group.candidates)],
+        "prompt": _of_kind(group.prompt, kinds.prompts, kinds, group, "prompt"),
+        "candidates": [_to_struct(item, kinds, group, index) for index, item in enumerate(group.candidates)],
         "metadata": json.dumps(group.metadata, ensure_ascii=False, allow_nan=False),
     }
 
 
-def _to_struct(candidate: Candidate, completions: bool, group: Group, index: int) -> Row:
+def _to_struct(candidate: Candidate, kinds: _Kinds, group: Group, index: int) -> Row:
     return {
-        "completion": _of_kind(candidate.completion, completions, group, f"candidates[{index}].completion"),
+        "completion": _of_kind(candidate.completion, kinds.completions, kinds, group, f"candidates[{index}].completion"),
         "reward": candidate.reward,
         "reference_logprob": candidate.reference_logprob,
         "source": candidate.source,
@@ -176,12 +188,25 @@ def _to_struct(candidate: Candidate, completions: bool, group: Group, index: int
     }
 
 
-def _of_kind(text: Text, messages: bool, group: Group, where: str) -> Text:
-    if isinstance(text, list) == messages:
+def _of_kind(text: Text, messages: bool, kinds: _Kinds, group: Group, where: str) -> Text:
+    if isinstance(text, list) and messages:
+        for turn in text:
+            if more := [key for key in turn if key not in kinds.keys]:
+                raise DataError(
+                    f"group {group.id!r}: a message of {where} has {names(more)}, and none of the first groups has: write to a "
+                    ".jsonl file instead (use JSONL)",
+                    reason="mixed kinds",
+                )
+        return [{key: _plain(value) for key, value in turn.items()} for turn in text]
+    if isinstance(text, str) and not messages:
         return text
-    kinds = ("a string", "a list of messages")
+    found = ("a string", "a list of messages")
     raise DataError(
-        f"group {group.id!r}: {where} is {kinds[not messages]}, but earlier ones are {kinds[messages]}: a Parquet column "
+        f"group {group.id!r}: {where} is {found[not messages]}, but earlier ones are {found[messages]}: a Parquet column "
         "holds one kind; write to a .jsonl file instead (use JSONL)",
         reason="mixed kinds",
     )
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

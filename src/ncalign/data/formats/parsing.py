@@ -13,8 +13,6 @@ from ncalign.data.formats.group import MAX_INT_BITS, Candidate, Group, Message, 
 from ncalign.data.formats.values import read_number
 
 Row: TypeAlias = dict[str, Any]
-TOOLS = ("tools", "functions")
-"""Columns that describe what a model may call; they are carried along in the metadata."""
 
 
 def require_columns(row: Row, required: Collection[str], known: Collection[str], schema: str) -> None:
@@ -84,12 +82,6 @@ def _decoded(text: str) -> object:
         ) from None
 
 
-def tool_notes(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """What is to be said of a row with tools: nothing puts them into its prompt."""
-    present = [name for name in TOOLS if metadata.get(name)]
-    return {f"rows have `{name}`, kept in the metadata: prompts are made without them": 1 for name in present}
-
-
 def make_candidate(where: str, completion: Text, reward: Any) -> Candidate:
     """Build a candidate; errors name the column that it came from."""
     try:
@@ -115,13 +107,13 @@ def as_conversation(group: Group) -> Group:
     return replace(group, prompt=question_turns(group.prompt, None), candidates=candidates)
 
 
-def separate_prompt(prompt: object, completions: dict[str, Any]) -> tuple[Text, list[Text]]:
+def separate_prompt(prompt: object, completions: dict[str, Any], where: str = "prompt") -> tuple[Text, list[Text]]:
     """Check a prompt and completions by their columns, and take the prompt's turns off the completions that repeat them.
 
     A string prompt beside conversations becomes the turns that they open with, up to the user's turn that asks it; beside
     answers alone it becomes a user's turn.
     """
-    check_text(prompt, "prompt")
+    check_text(prompt, where.replace("`", ""))
     for column, value in completions.items():
         check_text(value, column)
     values: list[Text] = list(completions.values())

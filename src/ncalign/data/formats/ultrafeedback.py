@@ -20,7 +20,7 @@ from ncalign.data.formats.values import read_number
 Reward: TypeAlias = Literal["overall_score", "aspect_mean"]
 
 COLUMNS = ("instruction", "completions")
-KNOWN = ("id", *COLUMNS, "metadata", "models", "custom_system_prompt")
+KNOWN = ("id", *COLUMNS, "metadata", "models")
 _SUSPECT, _TRUE_SCORE = 10.0, 1.0
 _FAULTY_MEAN, _DOUBTFUL_MEAN = 2.0, 4.0
 _NOTES = {
@@ -57,7 +57,7 @@ def parse(row: Row, default_id: str, origin: str, *, reward: Reward) -> Group:
         metadata = {**metadata, "overall_score": given}
     return Group(
         id=row_id(row, default_id),
-        prompt=question_turns(row["instruction"], row.get("custom_system_prompt")),
+        prompt=question_turns(row["instruction"], None),
         candidates=[
             candidate(place, entry["response"], value, entry.get("model"))
             for place, entry, value in zip(places, completions, rewards, strict=True)
