@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -263,6 +264,21 @@ class TestFiles:
         expected = make_adapter(tiny_model_dir, tmp_path, lora())
         shutil.copy(tiny_model_dir / "config.json", tmp_path)
         torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_the_hub(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As the hub's cache holds it: offline, nothing else is asked.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--adapter"
+    expected = make_adapter(tiny_model_dir, repository / "snapshots" / "0123", lora())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    policy = load_policy("someone/adapter")
+    assert policy.on_adapter
+    assert policy.source == "someone/adapter"
+    torch.testing.assert_close(logits(policy.model), expected, rtol=0, atol=1e-4)
+    assert policy.tokenizer.get_vocab() == load_tokenizer(str(tiny_model_dir)).get_vocab()
+    torch.testing.assert_close(logits(load(Path("someone/adapter"))), expected, rtol=0, atol=1e-4)
 
 
 class TestTokenizer:

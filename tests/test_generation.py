@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from ncalign.data.groups import Group, Message, read_groups
 from ncalign.data.rendering import Rendering
@@ -238,3 +238,11 @@ def test_run_generate_refuses_a_file_without_prompts(tmp_path: Path, tiny_model_
     with pytest.raises(ValueError, match=r"none\.jsonl"):
         run_generate(config)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused_in_words(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = MambaConfig(vocab_size=len(tiny_tokenizer), hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM keeps what it has read in a way that can't be sampled from here"):
+        generator_of(MambaForCausalLM(config), tiny_tokenizer).generate(
+            PROMPTS[:1], num_samples=2, params=SamplingParams(2), seed=0
+        )

@@ -432,3 +432,12 @@ class TestHeadMemoryBenchmark:
         done = self.run("--scored", "15")
         assert done.returncode == 2
         assert "--scored is 15: it must be from 1 to rows x (tokens - 1) = 14" in done.stderr
+
+
+def test_check_head_refuses_a_head_that_stands_on_more_than_the_body() -> None:
+    config = transformers.ElectraConfig(
+        vocab_size=64, embedding_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config.is_decoder = True
+    with pytest.raises(ValueError, match="ElectraForCausalLM has no head that can be used apart from its body"):
+        check_head(transformers.ElectraForCausalLM(config).eval())

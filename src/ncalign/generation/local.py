@@ -22,6 +22,7 @@ from ncalign.core.progress import Bar
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, SamplingParams
+from ncalign.model.adapters import reason
 from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.encoding import render_prompt, resolve_string_prompts
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer
@@ -82,7 +83,11 @@ class TransformersGenerator:
                 batch_seed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
                 generator = torch.Generator(self._model.device).manual_seed(batch_seed)
                 with torch.autocast(self._model.device.type, dtype=self._autocast, enabled=self._autocast is not None):
-                    rows = self._sample([encoded[index] for index in indices], repeats, params, generator)
+                    try:
+                        rows = self._sample([encoded[index] for index in indices], repeats, params, generator)
+                    # A cache of another kind than attention's: it can't be asked for its length, repeated or cut.
+                    except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError, AssertionError) as error:
+                        raise ValueError(_no_cache(self._model, error)) from error
                 for row, (tokens, logprob) in enumerate(rows):
                     samples[indices[row // repeats]].append(self._decode(tokens, logprob))
                 num_tokens += sum(len(tokens) for tokens, _ in rows)
@@ -199,6 +204,14 @@ def encode_prompts(
             raise PromptError(index, "it has no tokens: a completion needs something before it")
         encoded.append(ids)
     return encoded
+
+
+def _no_cache(model: PreTrainedModel | PeftModel, error: Exception) -> str:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return (
+        f"{type(inner).__name__} keeps what it has read in a way that can't be sampled from here ({reason(error)}): let a "
+        "server or vLLM sample from it"
+    )
 
 
 def _eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -51,6 +53,37 @@ def is_adapter(model: str) -> bool:
             "its own, and give the folder that is meant"
         )
     return True
+
+
+@functools.cache
+def hub_adapter(name: str, *, from_cache: bool) -> str | None:
+    """The local copy of a hub id's adapter; None where the hub id is no adapter.
+
+    transformers would put such an adapter beside its base model's weights unasked, and save it in place of the model.
+
+    Args:
+        name: a hub id that exists.
+        from_cache: whether to ask the hub's cache alone.
+
+    Raises:
+        ValueError: the adapter can't be downloaded.
+    """
+    if Path(name).exists():
+        return None
+    try:
+        there = (
+            try_to_load_from_cache(name, ADAPTER_FILE, cache_dir=constants.HF_HUB_CACHE)
+            if from_cache
+            else HfApi().file_exists(name, ADAPTER_FILE)
+        )
+        if not there or not (from_cache is False or isinstance(there, str)):
+            return None
+        # Not the checkpoints in its folders, nor pickled weights.
+        return snapshot_download(
+            name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"], local_files_only=from_cache
+        )
+    except Exception as error:  # classes of the hub's HTTP client, which differ from version to version
+        raise ValueError(f"the adapter {name!r} can't be downloaded: {reason(error)}") from error
 
 
 def adapter_config(folder: str) -> PeftConfig:

@@ -233,7 +233,8 @@ def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
         once, _ = chosen_logprobs(model, batch, lambda scores: every, scoring=nullcontext())
         error = max(float((found - expected).abs().max()) for found in (completion_logprobs(model, batch), once))
         reason = None if error <= _probe_tolerance(causal, expected) else f"log-probs differ by {error:.2g} nats"
-    except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as failure:
+    # What an architecture raises where prompts are laid out in a way that it does not know is its own affair.
+    except Exception as failure:
         reason = str(failure).strip().split("\n", 1)[0] or type(failure).__name__
     model.train(training)
     if reason is not None:
@@ -315,7 +316,13 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     vocabulary = causal.config.get_text_config().vocab_size
     ids = (torch.arange(1, 9, device=causal.device) * 7 % vocabulary).unsqueeze(0)
     expected = causal(input_ids=ids, use_cache=False).logits.double()
-    found = head_of(causal)(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state).double()
+    try:
+        found = head_of(causal)(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state).double()
+    except (AttributeError, AssertionError, TypeError, RuntimeError) as failure:
+        raise ValueError(
+            f"{type(causal).__name__} has no head that can be used apart from its body, as log-probs need it "
+            f"({str(failure).strip().split(chr(10), 1)[0] or type(failure).__name__}); please report the architecture"
+        ) from failure
     error = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
     tolerance = 1e-3 if causal.dtype in (torch.float32, torch.float64) else 0.1
     if not error <= tolerance:

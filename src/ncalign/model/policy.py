@@ -35,6 +35,7 @@ from ncalign.model.adapters import (
     adapter_shapes,
     base_from_cache,
     check_mergeable,
+    hub_adapter,
     is_adapter,
     merged_into,
     quiet_peft,
@@ -112,10 +113,11 @@ def load_policy(
     if computation not in DTYPES:
         raise ValueError(f"dtype is {computation!r}; it must be one of {', '.join(DTYPES)}")
     weights_dtype = torch.float32 if computation == "bfloat16" and lora is None else DTYPES[computation]
-    loaded = load_model(model, dtype=weights_dtype, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    opened = hub_adapter(model, from_cache=only_cached(model, what="model")) or model
+    loaded = load_model(opened, dtype=weights_dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(opened, trust_remote_code=trust_remote_code)
     fingerprint = weights_fingerprint(loaded, computation=computation)
-    stored = load_config(model, trust_remote_code=trust_remote_code).dtype
+    stored = load_config(opened, trust_remote_code=trust_remote_code).dtype
     # Where the configuration does not say, weights are float32, as of old.
     stored = stored if isinstance(stored, torch.dtype) else torch.float32
     finer = torch.promote_types(stored, weights_dtype) != weights_dtype
@@ -124,7 +126,7 @@ def load_policy(
         tokenizer,
         model,
         fingerprint,
-        is_adapter(model),
+        is_adapter(opened),
         disable_dropout(loaded),
         stored if finer else weights_dtype,
         trust_remote_code,
@@ -196,6 +198,9 @@ def _load_whole(
     """Load a model that is no adapter; the adapters that will be put on it may bring weights that it lacks."""
     _check_folder(model)
     from_cache = base_from_cache(adapters[0], model) if adapters else only_cached(model, what=what)
+    adapter = hub_adapter(model, from_cache=from_cache)
+    if adapter is not None:
+        return _load(adapter, adapters, dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what)
     config = load_config(model, trust_remote_code=trust_remote_code, from_cache=from_cache)
     made_as = "a causal language model" if task == "CAUSAL_LM" else "a sequence classifier"
     if task == "CAUSAL_LM" and config.is_encoder_decoder:
@@ -247,7 +252,7 @@ def _refuse_bidirectional(loaded: PreTrainedModel, model: str) -> None:
         )
 
 
-def load_config(model: str, *, trust_remote_code: bool, from_cache: bool = False) -> PreTrainedConfig:
+def load_config(model: str, *, trust_remote_code: bool, from_cache: bool | None = None) -> PreTrainedConfig:
     """The configuration of a model, or of the base model of an adapter's folder.
 
     Raises:
@@ -257,6 +262,8 @@ def load_config(model: str, *, trust_remote_code: bool, from_cache: bool = False
     while is_adapter(model) and model not in seen:
         seen.add(model)
         model = adapter_base(model)
+    if from_cache is None:
+        from_cache = only_cached(model, what="model")
     try:
         with quiet_transformers(model):
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=from_cache)
@@ -309,6 +316,9 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
             tokenizer.chat_template = template.read_text(encoding="utf-8")
         return tokenizer
     from_cache = only_cached(model, what="model")
+    adapter = hub_adapter(model, from_cache=from_cache)
+    if adapter is not None:
+        return load_tokenizer(adapter, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers(model):
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=from_cache)
