@@ -486,6 +486,18 @@ def test_adapters_are_loaded_by_a_vllm_server(run: Run, tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "rounds").rglob("weights"))) == 1
 
 
+def test_merged_weights_are_reloaded_by_a_server_while_the_adapter_trains_on(run: Run, tmp_path: Path) -> None:
+    double = ServerDouble(various)
+    with serving(double) as url:
+        server = {"base_url": url, "model": "base"}
+        fields: dict[str, Any] = {"lora": {"r": 2}, "probe_tolerance": None, "string_prompts": "raw"}
+        run(generator="server", server=server, push="folder", **fields)
+    sent = [Path(body["kwargs"]["weights_path"]) for path, body in double.requests if "collective_rpc" in path]
+    assert len(sent) > 1
+    assert (sent[-1] / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+
+
 def test_a_server_with_other_log_probs_stops_the_round(run: Run) -> None:
     with serving(ServerDouble(answer=lambda body, number: "a")) as url:
         server = {"base_url": url, "model": "m"}
