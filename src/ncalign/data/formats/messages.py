@@ -119,9 +119,12 @@ def _conversation(values: list[Any], where: str) -> list[Any]:
 
 def _message(value: dict[str, Any], where: str) -> Message:
     """A message of ours; keys that nothing knows stay, and are refused by name where the group is made."""
-    if value.keys() == {"role", "content"} and type(value["content"]) is str and _ROLES.get(value["role"]) == value["role"]:
+    plain = value.keys() == {"role", "content"} and all(type(held) is str for held in value.values())
+    if plain and _ROLES.get(value["role"]) == value["role"]:
         return value
     role_key = "role" if value.get("role") is not None or "from" not in value else "from"
+    if role_key not in value:
+        return value
     content_key = next((key for key in _CONTENTS if value.get(key) is not None), None)
     read = (role_key, *_CONTENTS, "weight", "function_call", "tool_calls")
     more = {key: without_nulls(held) for key, held in value.items() if key not in read and held not in _NOTHING}

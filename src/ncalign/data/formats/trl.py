@@ -29,8 +29,9 @@ LABELS = ("label", "kto_tag")
 
 def pair_columns(row: Mapping[str, Any]) -> tuple[str, str]:
     """The columns of the chosen and the rejected completions, by the names that a row has for them."""
-    found = (pair for pair in (*PAIRS, *CHAT_PAIRS) if all(row.get(name) is not None for name in pair))
-    return next(found, PAIR)
+    there = [pair for pair in (*PAIRS, *CHAT_PAIRS) if all(name in row for name in pair)]
+    filled = (pair for pair in there if all(row[name] is not None for name in pair))
+    return next(filled, there[0] if there else PAIR)
 
 
 def known_pair_columns(row: Mapping[str, Any]) -> tuple[str, ...]:

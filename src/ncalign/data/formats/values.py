@@ -32,7 +32,7 @@ def json_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int], list[
     odd: list[str] = []
     for column, value in row.items():
         seen: list[str] = []
-        read[str(column)] = _read(value, seen, 1, keep=True)
+        read[str(column)] = _read(value, seen, _depth(column), keep=True)
         if seen:
             missing = seen.count(_NAN)
             if missing:
@@ -52,11 +52,16 @@ def without_odd(row: dict[str, Any], odd: Collection[str], read: Collection[str]
     for column in odd:
         if column not in read or column == "metadata":
             seen: list[str] = []
-            plain[column] = _read(row[column], seen, 1, keep=False)
+            plain[column] = _read(row[column], seen, _depth(column), keep=False)
             notes.update(f"values of `{column}` {what}" for what in seen)
         elif isinstance(row[column], DataError):
             raise row[column]
     return plain, dict(notes)
+
+
+def _depth(column: str) -> int:
+    """How deep a column's values lie in the metadata, where those of the column of that name are beside the others."""
+    return 0 if column == "metadata" else 1
 
 
 def as_number(text: str) -> int | float | None:
