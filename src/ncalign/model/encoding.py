@@ -18,14 +18,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.data.formats.group import MORE_KEYS
 from ncalign.data.groups import Candidate, Group, Message
 from ncalign.data.rendering import Rendering
 from ncalign.model.config import StringPrompts
+from ncalign.model.untold import answers_keys, untold
 
 Ids = NDArray[np.int32]
 
@@ -73,6 +76,7 @@ class EncodingReport:
             prompt.
         dropped: dropped groups by reason.
         first_truncated: the first truncated group, to look at.
+        untold: groups by what the chat template leaves out of their messages.
     """
 
     groups: int = 0
@@ -87,6 +91,7 @@ class EncodingReport:
     template_mismatches: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     first_truncated: str | None = None
+    untold: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: EncodingReport) -> None:
         """Count what another encoder did as well."""
@@ -95,6 +100,7 @@ class EncodingReport:
                 combine = max if entry.name == "longest" else sum
                 setattr(self, entry.name, combine((getattr(self, entry.name), getattr(other, entry.name))))
         self.dropped.update(other.dropped)
+        self.untold.update(other.untold)
         self.first_truncated = self.first_truncated or other.first_truncated
 
     def notices(self) -> list[str]:
@@ -117,6 +123,9 @@ class EncodingReport:
                 f"the chat template renders {self.template_mismatches} completions differently from a generated turn; they are "
                 "encoded as plain text after the prompt"
             )
+        if self.untold:
+            names = ", ".join(f"`{name}` ({number} groups)" for name, number in self.untold.items())
+            found.append(f"the chat template leaves out {names}: the model does not see it; use a template that writes it")
         return found
 
 
@@ -186,6 +195,7 @@ class Encoder:
             rewards=tuple(candidate.reward for candidate in group.candidates),
             reference_logprobs=tuple(candidate.reference_logprob for candidate in group.candidates),
         )
+        self.report.untold.update(self._untold(group))
         scored = sum(len(completion) for completion in completions)
         self.report.groups += 1
         self.report.candidates += len(completions)
@@ -236,6 +246,8 @@ class Encoder:
     def _content(self, candidate: Candidate, group: Group, end_id: int) -> str:
         """The completion's text without end tokens at its end, which a template would follow with white space of its own."""
         text = completion_text(candidate, group)
+        if isinstance(candidate.completion, list) and candidate.completion[0].get("tool_calls"):
+            raise DroppedGroupError(group, "tool calls in a completion", _CALLS)
         ends = tuple(self.tokenizer.convert_ids_to_tokens([end_id, int(self.tokenizer.eos_token_id)]))
         content = text
         while content.rstrip().endswith(ends):
@@ -275,6 +287,20 @@ class Encoder:
             else:
                 self._template_end = (int(self.tokenizer.eos_token_id), "", after)
         return self._template_end
+
+    def _untold(self, group: Group) -> list[str]:
+        """What a conversation holds and its rendering does not; most hold nothing but roles and texts."""
+
+        def render(messages: list[Message], tools: list[Any] | None) -> str:
+            try:
+                return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+            except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
+                raise ValueError(str(error)) from error
+
+        found = list(answers_keys([candidate.completion for candidate in group.candidates]))
+        if isinstance(group.prompt, list) and any(turn.keys() & {*MORE_KEYS} for turn in group.prompt):
+            found += untold(render, group.prompt)
+        return found
 
     def _split(self, group: Group, prompt: list[int], rest: str, ids: list[int], end_id: int) -> list[int]:
         """The completion's tokens, with exactly one end token."""
@@ -317,6 +343,7 @@ class Encoder:
 
 _PROBE = "ncalign"
 _EMPTY = "a completion is empty: there is nothing to score"
+_CALLS = "a completion has `tool_calls`: write the call into its text, as the model does, or leave the group out"
 
 
 def resolve_string_prompts(tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts) -> Rendering:

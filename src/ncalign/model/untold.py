@@ -1,0 +1,48 @@
+"""What messages and groups hold for a chat template, and the template leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from ncalign.data.formats.group import MORE_KEYS
+from ncalign.data.groups import Message
+
+Render: TypeAlias = Callable[[list[Message], "list[Any] | None"], str]
+"""A conversation and its tools as a template writes them."""
+
+
+def untold(render: Render, messages: Sequence[Message], tools: list[Any] | None = None) -> list[str]:
+    """The names of what a template writes the same text without: tools, tool calls, thoughts, names.
+
+    What only joins an answer to its call, the call's id and the tool's name, is not looked for.
+
+    Args:
+        render: raises a ValueError where the template refuses the conversation.
+        messages: the conversation.
+        tools: what the model may call.
+    """
+    whole = render(list(messages), tools)
+    found = ["tools"] if tools and _same(render, list(messages), None, whole) else []
+    for key in MORE_KEYS:
+        without = [{name: value for name, value in turn.items() if name != key or _joins(turn, key)} for turn in messages]
+        if without != list(messages) and _same(render, without, tools, whole):
+            found.append(key)
+    return found
+
+
+def answers_keys(completions: Sequence[Any]) -> Iterator[str]:
+    """What answers hold beside their text, which alone is scored."""
+    turns = [turn for completion in completions if isinstance(completion, list) for turn in completion]
+    return (f"{key} of answers" for key in MORE_KEYS if any(key in turn for turn in turns))
+
+
+def _joins(turn: Message, key: str) -> bool:
+    return key == "tool_call_id" or (key == "name" and turn["role"] == "tool")
+
+
+def _same(render: Render, messages: list[Message], tools: list[Any] | None, whole: str) -> bool:
+    try:
+        return render(messages, tools) == whole
+    except ValueError:  # a template that needs it writes it
+        return False

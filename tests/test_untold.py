@@ -1,0 +1,63 @@
+"""What a row holds for the chat template, and the template leaves out, is told by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from conftest import CHATML, build_tokenizer
+from ncalign.data.groups import Candidate, Group
+from ncalign.model.encoding import DroppedGroupError, Encoder
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TURNS: list[dict[str, Any]] = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "I look."},
+    {"role": "tool", "content": "3 C", "tool_call_id": "1", "name": "weather"},
+]
+CALLS = "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}"
+THOUGHTS = "{% if message.reasoning_content %}{{ message.reasoning_content }}{% endif %}"
+
+
+def group(prompt: list[dict[str, Any]] = TURNS, **more: Any) -> Group:
+    return Group("g", prompt, [Candidate([{"role": "assistant", "content": "3", **more}], 1.0)])
+
+
+def tokenizer(*added: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose template writes more of each message after its text."""
+    found = build_tokenizer()
+    found.chat_template = CHATML.replace("{% endfor %}", "".join(added) + "{% endfor %}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("added", "left_out"),
+    [
+        ((), ["tool_calls", "reasoning_content"]),
+        ((CALLS,), ["reasoning_content"]),
+        ((CALLS, THOUGHTS), []),
+    ],
+)
+def test_what_the_template_leaves_out_is_named(added: tuple[str, ...], left_out: list[str]) -> None:
+    encoder = Encoder(tokenizer(*added), max_length=512)
+    encoder.encode(group())
+    encoder.encode(group([{"role": "user", "content": "Weather?"}]))
+    assert dict(encoder.report.untold) == dict.fromkeys(left_out, 1)
+    notices = [notice for notice in encoder.report.notices() if "leaves out" in notice]
+    assert all(f"`{name}` (1 groups)" in notice for notice in notices for name in left_out)
+    assert len(notices) == bool(left_out)
+
+
+def test_thoughts_beside_an_answer_are_named() -> None:
+    encoder = Encoder(tokenizer(), max_length=512)
+    encoder.encode(group([{"role": "user", "content": "Weather?"}], reasoning_content="I look."))
+    assert dict(encoder.report.untold) == {"reasoning_content of answers": 1}
+
+
+def test_calls_in_an_answer_are_refused_by_name() -> None:
+    encoder = Encoder(tokenizer(CALLS), max_length=512)
+    with pytest.raises(DroppedGroupError, match="a completion has `tool_calls`: write the call into its text"):
+        encoder.encode(group(tool_calls=[CALL]))
+    assert dict(encoder.report.dropped) == {"tool calls in a completion": 1}
