@@ -88,7 +88,8 @@ def test_length_bias_equals_scipy_and_counts_the_longer() -> None:
     found = length_bias(games, lengths)
     assert found.correlation == pytest.approx(np.corrcoef(ours - theirs, preferences)[0, 1], abs=1e-12)
     expected = stats.spearmanr(ours - theirs, preferences)
-    assert (found.rank_correlation, found.p_value) == pytest.approx((expected.statistic, expected.pvalue), abs=1e-12)
+    assert (found.rank_correlation, found.rank_p_value) == pytest.approx((expected.statistic, expected.pvalue), abs=1e-12)
+    assert found.p_value == pytest.approx(min(1, 2 * min(found.rank_p_value, found.longer_p_value)), abs=1e-12)
     agree = np.mean([(a > b) == (p > 0.5) for a, b, p in zip(ours, theirs, preferences, strict=True) if a != b])
     assert found.longer_preferred == pytest.approx(100 * agree, abs=1e-9)
     assert (found.num_counted, found.num_missing) == (n, 0)
@@ -117,9 +118,22 @@ def test_verdicts_that_go_with_length_are_said_to(share: float, related: bool) -
     assert math.isnan(found.correlation)
     assert found.longer_preferred == pytest.approx(100 * share, abs=1e-12)
     tail = sum(math.comb(20, k) for k in range(round(20 * min(share, 1 - share)) + 1)) / 2**20
-    assert found.longer_p_value == pytest.approx(min(1, 2 * tail), abs=1e-12)
+    # Without a correlation it is the only test.
+    assert found.longer_p_value == found.p_value == pytest.approx(min(1, 2 * tail), abs=1e-12)
     assert found.related == related
     assert ("don't go" in found.summary) == (not related)
+
+
+def test_verdicts_without_regard_to_length_are_called_related_in_one_of_twenty() -> None:
+    # Ties, wins and losses by chance. Either test alone at 5 % would flag about 8 % of these.
+    rng, flagged = np.random.default_rng(0), 0
+    for _ in range(400):
+        pairs = rng.integers(1, 500, size=(40, 2))
+        lengths = {(f"q{i}", name): int(pairs[i, j]) for i in range(40) for j, name in enumerate(("new", "old"))}
+        verdicts = rng.choice([0.0, 0.5, 1.0], size=40).tolist()
+        flagged += length_bias([Game(f"q{i}", "new", "old", True, p) for i, p in enumerate(verdicts)], lengths).related
+    # 3 standard errors of 400 draws.
+    assert flagged <= 400 * 0.05 + 3 * math.sqrt(400 * 0.05 * 0.95)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from typing import Literal
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.optimize import minimize
 from scipy.special import expit
 
 from ncalign.core.errors import MissingPackageError
 from ncalign.stats.arena_hard import arena_hard_scores
-from ncalign.stats.bradley_terry import bradley_terry, fit_bradley_terry
-from ncalign.stats.intervals import Bootstrap
+from ncalign.stats.bradley_terry import Strength, bradley_terry
+from ncalign.stats.logistic import fit_maximum
 from ncalign.stats.preferences import complete_games
 from ncalign.stats.records import Game
 from ncalign.stats.style import Style, style_differences, style_of
@@ -33,9 +33,6 @@ def round_robin(seed: int, *, num_models: int = 5, num_questions: int = 60) -> l
         preference = [preference, 0.5, float(rng.random()), None][rng.choice(4, p=[0.7, 0.1, 0.15, 0.05])]
         games.append(Game(f"q{q}", f"m{i}", f"m{j}", first, preference, weight=int(rng.choice([1, 3]))))
     return games
-
-
-NO_INTERVALS = Bootstrap(num_rounds=0)
 
 
 def minimum(design: np.ndarray, outcomes: np.ndarray, weights: np.ndarray, ridge: float = 0.0) -> np.ndarray:
@@ -68,7 +65,7 @@ def design_of(games: list[Game], anchor: str) -> tuple[np.ndarray, np.ndarray, n
 @pytest.mark.parametrize("seed", range(4))
 def test_is_at_the_minimum_that_scipy_finds(seed: int) -> None:
     games = round_robin(seed)
-    found = bradley_terry(games, anchor="m0", bootstrap=NO_INTERVALS)
+    found = bradley_terry(games, anchor="m0")
     design, outcomes, weights, names = design_of(games, "m0")
     expected = dict(zip(names, minimum(design, outcomes, weights), strict=True)) | {"m0": 0.0}
     for strength in found.strengths:
@@ -83,7 +80,7 @@ def test_is_at_the_minimum_that_scipy_finds(seed: int) -> None:
 def test_ridge_is_at_the_minimum_that_scipy_finds_and_keeps_an_unbeaten_model_finite() -> None:
     games = round_robin(1) + [Game(f"q{i}", "best", "m0", True, 1.0) for i in range(9)]
     design, outcomes, weights, names = design_of(games, "m0")
-    found = {s.model: s for s in bradley_terry(games, anchor="m0", ridge=0.5, bootstrap=NO_INTERVALS).strengths}
+    found = {s.model: s for s in bradley_terry(games, anchor="m0", ridge=0.5).strengths}
     for name, theta in zip(names, minimum(design, outcomes, weights, ridge=0.5), strict=True):
         assert found[name].rating == pytest.approx(1000 + 400 / math.log(10) * theta, abs=1e-4)
     with pytest.raises(ValueError, match="best won everything or nothing"):
@@ -94,49 +91,69 @@ def test_two_models_have_the_odds_of_their_games() -> None:
     # 3 weighted wins, 2 losses, 1 tie: odds 3.5 to 2.5.
     games = [Game("a", "x", "y", True, 1.0, weight=3), Game("b", "x", "y", True, 0.0), Game("c", "x", "y", False, 0.0)]
     games += [Game("d", "y", "x", True, 0.5), Game("e", "x", "y", True, None, weight=3)]
-    best, anchor = bradley_terry(games, anchor="y", bootstrap=NO_INTERVALS).strengths
+    best, anchor = bradley_terry(games, anchor="y").strengths
     assert best.rating == pytest.approx(1000 + 400 * math.log10(3.5 / 2.5), abs=1e-9)
     assert best.win_rate == pytest.approx(100 * 3.5 / 6, abs=1e-9)
     assert (anchor.rating, anchor.win_rate, best.num_games) == (1000, 50, 4)
-    assert all(math.isnan(bound) for bound in best.rating_ci)
+    assert all(math.isnan(bound) for bound in anchor.rating_ci)
 
 
 def test_the_anchor_moves_all_ratings_alike() -> None:
     games = round_robin(2)
-    one = {s.model: s.rating for s in bradley_terry(games, anchor="m1", bootstrap=NO_INTERVALS).strengths}
-    two = {s.model: s.rating for s in bradley_terry(games, anchor="m2", bootstrap=NO_INTERVALS).strengths}
+    one = {s.model: s.rating for s in bradley_terry(games, anchor="m1").strengths}
+    two = {s.model: s.rating for s in bradley_terry(games, anchor="m2").strengths}
     shifts = [one[name] - two[name] for name in one]
     assert shifts == pytest.approx([1000 - two["m1"]] * 5, abs=1e-6)
 
 
-@pytest.mark.parametrize("resample", ["questions", "games"])
-def test_interval_has_the_width_that_the_information_gives(resample: Literal["questions", "games"]) -> None:
-    # 900 games, won half: theta's standard error is 1 / sqrt(n p (1 - p)) = 1 / 15.
-    games = [Game(f"q{i}", "x", "y", True, float(i % 2)) for i in range(900)]
-    found = bradley_terry(games, anchor="y", bootstrap=Bootstrap(resample, 2000, (0.025, 0.975), seed=1))
-    (low, high) = next(s for s in found.strengths if s.model == "x").rating_ci
-    assert (high - low) * math.log(10) / 400 == pytest.approx(2 * 1.96 / 15, rel=0.08)
-    assert found.num_failed_rounds == 0
+def rating_of(games: list[Game], model: str) -> Strength:
+    return next(s for s in bradley_terry(games, anchor="y").strengths if s.model == model)
 
 
-def test_resampling_questions_keeps_their_games_together() -> None:
+def test_interval_has_the_width_that_the_information_gives() -> None:
+    # 900 games, won half: theta's standard error is 1 / sqrt(n p (1 - p)) = 1 / 15; the jackknife's is larger by 900 / 899.
+    low, high = rating_of([Game(f"q{i}", "x", "y", True, float(i % 2)) for i in range(900)], "x").rating_ci
+    t = stats.t.ppf(0.975, 899)
+    assert (high - low) * math.log(10) / 400 == pytest.approx(2 * t / 15 * 900 / 899, rel=1e-6)
+
+
+def test_two_models_have_the_error_of_leaving_out_each_question() -> None:
+    # With one game a question, 13 won of 20: leaving one out moves theta by a Newton step of (p_i - m) / ((n - 1) m (1 - m)).
+    games = [Game(f"q{i}", "x", "y", True, float(i < 13)) for i in range(20)]
+    m = 13 / 20
+    steps = np.array([(game.preference or 0.0) - m for game in games]) / (19 * m * (1 - m))
+    arm = stats.t.ppf(0.975, 19) * math.sqrt(float(steps @ steps))
+    found = rating_of(games, "x")
+    theta = math.log(m / (1 - m))
+    assert found.win_rate_ci == pytest.approx((100 * expit(theta - arm), 100 * expit(theta + arm)), abs=1e-6)
+    assert found.rating_ci == pytest.approx([1000 + 400 / math.log(10) * (theta + side * arm) for side in (-1, 1)], abs=1e-6)
+
+
+def test_a_questions_games_stay_together() -> None:
     # Each question was judged ten times with one result: it is one observation, not ten.
-    games = [Game(f"q{i}", "x", "y", True, float(i % 2)) for i in range(100) for _ in range(10)]
-    widths = {}
-    resamples: tuple[Literal["questions", "games"], ...] = ("questions", "games")
-    for resample in resamples:
-        found = bradley_terry(games, anchor="y", bootstrap=Bootstrap(resample, 400))
-        low, high = next(s for s in found.strengths if s.model == "x").rating_ci
-        widths[resample] = high - low
-    assert widths["questions"] / widths["games"] == pytest.approx(math.sqrt(10), rel=0.15)
+    single = [Game(f"q{i}", "x", "y", True, float(i % 2)) for i in range(100)]
+    ten = [game for game in single for _ in range(10)]
+    apart = [Game(f"{game.question}/{k}", "x", "y", True, game.preference) for game in single for k in range(10)]
+    assert rating_of(ten, "x").rating_ci == pytest.approx(rating_of(single, "x").rating_ci, abs=1e-6)
+    widths = [high - low for low, high in (rating_of(games, "x").rating_ci for games in (ten, apart))]
+    assert widths[0] / widths[1] == pytest.approx(math.sqrt(10), rel=0.05)
 
 
-def test_rounds_without_a_fit_are_counted() -> None:
-    # One win in four games: a round misses it with chance (3/4)^4, and the loss side as seldom.
-    games = [Game(f"q{i}", "x", "y", True, float(i == 0)) for i in range(4)]
-    found = bradley_terry(games, anchor="y", bootstrap=Bootstrap(num_rounds=500))
-    chance = 0.75**4 + 0.25**4
-    assert found.num_failed_rounds / 500 == pytest.approx(chance, abs=5 * math.sqrt(chance * (1 - chance) / 500))
+def test_ties_alone_are_no_certainty() -> None:
+    # Of 20 questions with both orders tied, a share of z^2 / (n + z^2) may still be decided: theta's error is sqrt of it over
+    # that of 20 games of wins and losses, 2 / sqrt(20).
+    games = [Game(f"q{i}", "x", "y", first, 0.5) for i in range(20) for first in (True, False)]
+    low, high = rating_of(games, "x").rating_ci
+    z = stats.norm.ppf(0.975)
+    arm = z * math.sqrt(z**2 / (20 + z**2)) * 2 / math.sqrt(20)
+    assert (high - 1000, 1000 - low) == pytest.approx([400 / math.log(10) * arm] * 2, abs=1e-6)
+
+
+def test_the_anchor_has_no_interval_and_one_question_tells_none() -> None:
+    found = rating_of([Game(f"q{i}", "x", "y", True, float(i % 2)) for i in range(30)], "y")
+    assert all(math.isnan(bound) for bound in (*found.rating_ci, *found.win_rate_ci))
+    found = rating_of([Game("q", "x", "y", first, float(first)) for first in (True, False)], "x")
+    assert all(math.isnan(bound) for bound in (*found.rating_ci, *found.win_rate_ci))
 
 
 def test_refuses_games_that_determine_nothing() -> None:
@@ -170,8 +187,8 @@ def styled_games(seed: int, *, taste: float, edge: float) -> tuple[list[Game], d
 
 def test_style_control_recovers_strengths_that_length_hid() -> None:
     games, styles = styled_games(0, taste=3.0, edge=0.5)
-    plain = {s.model: s.win_rate for s in bradley_terry(games, anchor="base", bootstrap=NO_INTERVALS).strengths}
-    found = bradley_terry(games, anchor="base", styles=styles, centered=False, bootstrap=NO_INTERVALS)
+    plain = {s.model: s.win_rate for s in bradley_terry(games, anchor="base").strengths}
+    found = bradley_terry(games, anchor="base", styles=styles, centered=False)
     controlled = {s.model: s.win_rate for s in found.strengths}
     # Without control the wordy m0 looks better than the stronger m3; with it each model has the strength it was given.
     assert plain["m0"] > plain["m3"]
@@ -188,7 +205,7 @@ def test_centred_style_control_is_at_the_minimum_that_scipy_finds() -> None:
     games, styles = styled_games(3, taste=1.0, edge=0.3)
     rng = np.random.default_rng(0)
     games = [Game(g.question, g.model, g.baseline, g.model_first, float(rng.random() < (g.preference or 0))) for g in games]
-    found = bradley_terry(games, anchor="base", styles=styles, bootstrap=Bootstrap(num_rounds=10))
+    found = bradley_terry(games, anchor="base", styles=styles)
     design, outcomes, weights, names = design_of(games, "base")
     rows = style_differences([styles[g.question, g.model] for g in games], [styles[g.question, "base"] for g in games])
     coef = minimum(np.hstack([design, (rows - rows.mean(0)) / rows.std(0, ddof=1)]), outcomes, weights)
@@ -202,7 +219,7 @@ def test_centred_style_control_is_at_the_minimum_that_scipy_finds() -> None:
 def test_style_that_never_differs_is_left_out_and_a_missing_one_is_named() -> None:
     games, styles = styled_games(1, taste=1.0, edge=0.5)
     bare = {key: Style(style.num_tokens, 0, 0, style.num_bold) for key, style in styles.items()}
-    assert set(bradley_terry(games, anchor="base", styles=bare, bootstrap=NO_INTERVALS).style) == {"length", "bold"}
+    assert set(bradley_terry(games, anchor="base", styles=bare).style) == {"length", "bold"}
     del bare["q7", "m2"]
     with pytest.raises(ValueError, match="question 'q7': the style of m2's answer"):
         bradley_terry(games, anchor="base", styles=bare)
@@ -214,13 +231,13 @@ def test_verdicts_that_style_tells_apart_have_no_finite_fit() -> None:
     styles |= {(f"q{i}", "y"): Style(100, 0, 0, 0) for i in range(20)}
     with pytest.raises(ValueError, match="don't determine finite strengths: style"):
         bradley_terry(games, anchor="y", styles=styles)
-    assert bradley_terry(games, anchor="y", styles=styles, ridge=0.1, bootstrap=NO_INTERVALS).style["length"] > 0
+    assert bradley_terry(games, anchor="y", styles=styles, ridge=0.1).style["length"] > 0
 
 
 def test_fit_is_at_the_maximum() -> None:
     rng = np.random.default_rng(0)
     design, outcomes, weights = rng.normal(size=(50, 3)), rng.uniform(size=50), rng.uniform(1, 3, size=50)
-    theta = fit_bradley_terry(design, outcomes, weights, ridge=0.3)
+    theta = fit_maximum(design, outcomes, weights, ridge=0.3)
     assert theta is not None
     gradient = design.T @ (weights * (expit(design @ theta) - outcomes)) + 0.3 * theta
     assert np.abs(gradient).max() < 1e-8
@@ -260,24 +277,37 @@ def test_arena_hard_score_counts_strong_verdicts_three_times() -> None:
     assert (len(kept), dropped) == (4, 1)
 
 
-@pytest.mark.parametrize("resample", ["questions", "games"])
-def test_arena_hard_rounds_centre_on_the_score(resample: Literal["questions", "games"]) -> None:
+def test_arena_hard_intervals_are_those_of_the_weighted_mean_of_questions() -> None:
+    # Two orders of 100 questions, a strong verdict now and then: the ratio's error is that of its linear part.
     rng = np.random.default_rng(0)
     games = [
         Game(f"q{i}", "x", "base", first, float(rng.integers(0, 3)) / 2, weight=int(rng.choice([1, 3])))
         for i in range(100)
         for first in (True, False)
     ]
-    (score,) = arena_hard_scores(games, bootstrap=Bootstrap(resample, 3000))
-    assert score.bootstrap_mean == pytest.approx(score.score, abs=0.3)
+    (score,) = arena_hard_scores(games)
+    totals, sizes = (np.array([sum(f(g) for g in games[2 * i : 2 * i + 2]) for i in range(100)]) for f in (weighted, weight))
+    off = totals - sizes * score.score / 100
+    width = 2 * stats.t.ppf(0.975, 99) * 100 * math.sqrt(float(off @ off) * 100 / 99) / sizes.sum()
+    assert score.ci[1] - score.ci[0] == pytest.approx(width, rel=0.03)
     assert score.ci[0] < score.score < score.ci[1]
 
 
-def test_arena_hard_games_are_drawn_as_often_as_they_count() -> None:
-    # One strong win and three plain losses: six rows of one weight, whose mean has the variance p(1 - p) / 6.
-    games = [Game("a", "x", "base", True, 1.0, weight=3)] + [Game(f"b{i}", "x", "base", True, 0.0) for i in range(3)]
-    (score,) = arena_hard_scores(games, bootstrap=Bootstrap("games", 4000, (0.16, 0.84)))
-    assert score.ci == pytest.approx((100 * 2 / 6, 100 * 4 / 6), abs=1e-9)
+def weighted(game: Game) -> float:
+    return game.weight * (game.preference or 0.0)
+
+
+def weight(game: Game) -> float:
+    return float(game.weight)
+
+
+@pytest.mark.parametrize("won", [0.0, 1.0])
+def test_arena_hard_of_one_kind_of_verdict_has_wilsons_interval(won: float) -> None:
+    # 10 of 10 questions: z^2 / (n + z^2) of them may be of the other kind.
+    (score,) = arena_hard_scores([Game(f"q{i}", "x", "b", first, won, weight=3) for i in range(10) for first in (True, False)])
+    z = stats.norm.ppf(0.975)
+    share = 100 * z**2 / (10 + z**2)
+    assert score.ci == pytest.approx((100 - share, 100) if won else (0, share), abs=1e-9)
 
 
 def test_arena_hard_needs_one_baseline_and_verdicts() -> None:

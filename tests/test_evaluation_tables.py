@@ -20,6 +20,7 @@ from ncalign.judging.summaries import (
     arena_table,
     comparison_table,
     judge_table,
+    length_control_words,
     mt_bench_table,
     strength_table,
     win_matrix_table,
@@ -30,7 +31,6 @@ from ncalign.report.tables import Column, Table, escape_latex, to_csv, to_json, 
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
 from ncalign.stats.bradley_terry import bradley_terry
-from ncalign.stats.intervals import Bootstrap
 from ncalign.stats.length_control import length_controlled_win_rate
 from ncalign.stats.mt_bench import mt_bench
 from ncalign.stats.paired import paired_comparison
@@ -125,19 +125,19 @@ def test_summaries_hold_the_results_numbers() -> None:
     rng = np.random.default_rng(0)
     p, ours, theirs = rng.uniform(size=30), rng.integers(1, 99, size=30), rng.integers(1, 99, size=30)
     rates = {"low": win_rate(p / 2), "high": win_rate((1 + p) / 2)}
-    controlled = {"low": length_controlled_win_rate(p / 2, ours, theirs, num_resamples=5)}
+    controlled = {"low": length_controlled_win_rate(p / 2, ours, theirs)}
     rows = to_json(win_rate_table(rates, controlled, baseline="base"))["rows"]
     assert [row["model"] for row in rows] == ["high", "low"]
     assert rows[1]["LC (%)"] == controlled["low"].win_rate
     assert rows[0]["LC (%)"] is None
     assert (rows[0]["low"], rows[0]["high"]) == rates["high"].ci
 
-    found = bradley_terry(games(), anchor="base", bootstrap=Bootstrap(num_rounds=20))
+    found = bradley_terry(games(), anchor="base")
     table = strength_table(found)
     assert [row["rating"] for row in to_json(table)["rows"]] == [strength.rating for strength in found.strengths]
     assert f"{found.num_missing} games have no verdict" in table.caption
 
-    scores = arena_hard_scores(games(), bootstrap=Bootstrap(num_rounds=20))
+    scores = arena_hard_scores(games())
     assert [row["score (%)"] for row in to_json(arena_table(scores))["rows"]] == [score.score for score in scores]
 
     matrix = win_matrix(games())
@@ -152,6 +152,49 @@ def test_summaries_hold_the_results_numbers() -> None:
     comparison = paired_comparison(before, after, seed=0)
     (row,) = to_json(comparison_table({"win rate": comparison}))["rows"]
     assert (row["difference"], row["p"]) == (comparison.difference, comparison.p_value)
+
+
+def test_a_length_controlled_rate_that_is_not_estimable_is_said_so_in_every_form() -> None:
+    # The longer answer always wins: there is no fit at equal lengths.
+    lengths = np.arange(40)
+    found = length_controlled_win_rate((lengths > 19).astype(float), 1000 + 30 * (lengths - 19), np.full(40, 1000))
+    plain = win_rate(np.array([0.0, 1.0] * 20))
+    table = win_rate_table({"a": plain, "b": plain}, {"a": found}, baseline="base")
+    first, second = to_json(table)["rows"]
+    assert (first["LC (%)"], first["LC remark"], second["LC remark"]) == (None, "not estimable", None)
+    assert "not estimable" in to_csv(table)
+    assert "not estimable" in to_text(table, width=200)
+    assert "not estimable" in length_control_words(found)
+    assert "LC remark" not in to_json(win_rate_table({"a": plain}, {}, baseline="base"))["columns"]
+
+
+def test_an_even_rate_is_as_detectable_whatever_was_won() -> None:
+    # 2.8 standard errors of 20 wins and losses at 50 %; ten of ten would have no error at all.
+    (row,) = to_json(win_rate_table({"a": win_rate(np.ones(20))}, {}, baseline="base"))["rows"]
+    assert row["detectable"] == pytest.approx((1.959964 + 0.841621) * 50 / math.sqrt(20), abs=1e-4)
+    assert (row["low"], row["high"]) == pytest.approx((100 * 20 / (20 + 1.959964**2), 100), abs=1e-4)
+
+
+def test_p_values_of_several_comparisons_are_holms() -> None:
+    # Twelve differences of one sign: p = 2 / 2^12; the other is certain chance.
+    sure, even = (paired_comparison(np.zeros(12), after, seed=0) for after in (np.ones(12), np.tile([1.0, -1.0], 6)))
+    table = comparison_table({"sure": sure, "even": even})
+    assert [row["p"] for row in to_json(table)["rows"]] == pytest.approx([2 * 2 / 2**12, 1])
+    assert "Holm" in table.caption
+    assert "Holm" not in comparison_table({"sure": sure}).caption
+
+
+def test_every_table_with_intervals_says_which() -> None:
+    ratings = [Rating(f"{i}", "a", 1, "math", float(i)) for i in range(5)]
+    found = {"x": paired_comparison(np.zeros(5), np.arange(5.0), seed=0)}
+    for table in (
+        win_rate_table({"a": win_rate(np.array([0.0, 1.0]))}, {}, baseline="base"),
+        strength_table(bradley_terry(games(), anchor="base")),
+        arena_table(arena_hard_scores(games())),
+        mt_bench_table(mt_bench(ratings)),
+        comparison_table(found),
+    ):
+        assert "95 % interval" in table.caption
 
 
 def test_mt_bench_table_has_turns_and_categories_that_may_have_the_same_name() -> None:
@@ -173,7 +216,7 @@ def test_judge_table_tells_what_was_measured() -> None:
 
 
 def test_results_become_json_whole() -> None:
-    matrix, strengths = win_matrix(games()), bradley_terry(games(), anchor="base", bootstrap=Bootstrap(num_rounds=5))
+    matrix, strengths = win_matrix(games()), bradley_terry(games(), anchor="base")
     read = json.loads(json.dumps(json_ready({"matrix": matrix, "strengths": strengths}), allow_nan=False))
     assert read["matrix"]["models"] == list(matrix.models)
     assert read["matrix"]["rates"][0][0] is None
@@ -213,7 +256,7 @@ def test_the_same_values_give_the_same_bytes(tmp_path: Path, suffix: str) -> Non
 def test_category_chart_has_a_bar_for_each_mean(tmp_path: Path) -> None:
     ratings = [Rating(f"{i}", name, 1, f"cat_${i}", float(1 + i)) for name in NASTY[:4] for i in range(3)]
     ratings.append(Rating("9", NASTY[4], 1, "cat_$0", None))
-    figure = category_chart(mt_bench(ratings, num_resamples=10))
+    figure = category_chart(mt_bench(ratings))
     (axes,) = figure.axes
     heights = [bar.get_height() for container in axes.containers if hasattr(container, "patches") for bar in container.patches]
     assert sorted(heights) == sorted([1.0, 2.0, 3.0] * 4)

@@ -27,7 +27,6 @@ from ncalign.judging.interop import (
 )
 from ncalign.judging.records import Answer, Question
 from ncalign.stats.arena_hard import arena_hard_scores
-from ncalign.stats.intervals import Bootstrap
 from ncalign.stats.preferences import complete_games, question_preferences
 from ncalign.stats.records import Game, Rating
 from ncalign.stats.win_rate import win_rate
@@ -123,7 +122,7 @@ def test_arena_hard_counts_what_is_written(labels: list[tuple[str | None, str | 
             scores += worth[first] + [1 - score for score in worth[second]]
     if not scores:
         return
-    [found] = arena_hard_scores(complete_games(games)[0], bootstrap=Bootstrap(num_rounds=2))
+    [found] = arena_hard_scores(complete_games(games)[0])
     assert found.score == pytest.approx(100 * sum(scores) / len(scores))
 
 

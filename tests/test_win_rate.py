@@ -30,7 +30,7 @@ def game(question: str, first: bool, preference: float | None, model: str = "new
 
 def assert_equals_alpaca_eval(values: list[float | None]) -> WinRate:
     expected = alpaca_metrics().get_winrate([{"preference": value} for value in values])
-    found = win_rate(from_alpaca_eval(values), num_resamples=100)
+    found = win_rate(from_alpaca_eval(values))
     for ours, theirs in NAMES.items():
         assert getattr(found, ours) == pytest.approx(expected[theirs], abs=1e-9, nan_ok=True), ours
     assert found.num_missing == len(values) - found.num_counted
@@ -49,7 +49,7 @@ def test_equals_the_public_leaderboard() -> None:
     with (folder / "weighted_alpaca_eval_gpt4_turbo_leaderboard.csv").open(encoding="utf-8", newline="") as file:
         board = {row[""]: row for row in csv.DictReader(file)}
     for model in ("alpaca-7b", "gemma-2b-it"):
-        found = win_rate(from_alpaca_eval([row["preference"] for row in annotations(model)]), num_resamples=10)
+        found = win_rate(from_alpaca_eval([row["preference"] for row in annotations(model)]))
         for name in ("win_rate", "standard_error", "discrete_win_rate"):
             assert getattr(found, name) == pytest.approx(float(board[model][name]), abs=1e-6), name
 
@@ -68,8 +68,8 @@ def test_equals_alpaca_eval_on_random_preferences(seed: int) -> None:
 def test_missing_verdicts_change_nothing_but_their_own_count(values: list[float | None]) -> None:
     array = np.array([math.nan if value is None else value for value in values])
     known = array[~np.isnan(array)]
-    result = win_rate(array, num_resamples=20)
-    assert result == win_rate_or_nan_equal(result, win_rate(known, num_resamples=20), len(array) - len(known))
+    result = win_rate(array)
+    assert result == win_rate_or_nan_equal(result, win_rate(known), len(array) - len(known))
     assert result.win_rate == pytest.approx(100 * known.mean(), abs=1e-12)
     assert result.num_wins + result.num_losses + result.num_ties == result.num_counted == len(known)
 
@@ -82,7 +82,7 @@ def win_rate_or_nan_equal(result: WinRate, bare: WinRate, missing: int) -> WinRa
 
 
 def test_interval_covers_what_the_standard_error_says() -> None:
-    result = win_rate(np.array([0.0, 1.0] * 200), seed=3)
+    result = win_rate(np.array([0.0, 1.0] * 200))
     assert result.standard_error == pytest.approx(100 * math.sqrt(0.25 * 400 / 399 / 400), abs=1e-12)
     assert result.ci == pytest.approx((50 - 1.96 * 2.5, 50 + 1.96 * 2.5), abs=0.4)
 

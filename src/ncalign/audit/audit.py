@@ -136,7 +136,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
             max_length=config.max_length,
             string_prompts=config.string_prompts,
         )
-        kernel_numbers, kernel_tables = audit_kernel(sample, measured, to_best, scores, beta=config.beta, seed=config.seed)
+        kernel_numbers, kernel_tables = audit_kernel(sample, measured, to_best, scores, beta=config.beta)
         numbers |= kernel_numbers
         tables |= kernel_tables
         numbers["beta/low"], numbers["beta/high"] = beta_range(list(scores.values())) or (math.nan, math.nan)

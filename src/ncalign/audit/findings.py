@@ -190,9 +190,9 @@ def _hard_negatives(n: Numbers) -> Named:
     """By the best measure of likeness that there is."""
     for name in ("meaning", "bertscore", "words"):
         gain = n.get(f"kernel/likeness_gain/{name}")
-        if gain is None or not math.isfinite(gain):
+        low, high = (n.get(f"kernel/likeness_gain_{bound}/{name}", math.nan) for bound in ("low", "high"))
+        if gain is None or not math.isfinite(low):
             continue
-        low, high = n[f"kernel/likeness_gain_low/{name}"], n[f"kernel/likeness_gain_high/{name}"]
         verdict = "more like the best than" if low > 0 else "less like the best than" if high < 0 else "as like the best as"
         yield (
             "hard_negatives",

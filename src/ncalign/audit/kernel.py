@@ -31,7 +31,6 @@ Tables = dict[str, list[dict[str, Any]]]
 
 _FALSE_MARGIN = 0.1
 """A lower-scored candidate may be as good as the best if its reward is this near, as a share of the group's spread."""
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ def audit_kernel(
     scores: Mapping[int, Sequence[float]],
     *,
     beta: float,
-    seed: int,
 ) -> tuple[dict[str, float], Tables]:
     """Weights ``softmax(beta r)`` over each group's lower-scored candidates, and what they mean.
 
@@ -62,7 +60,6 @@ def audit_kernel(
         to_best: for each measure of likeness, each group's lower-scored candidates against its best.
         scores: r, as :func:`kernel_scores` gives it.
         beta: of the kernel.
-        seed: of the bootstrap.
 
     Returns:
         Means over groups, by name; and tables: the weight, and the weight in a random draw, by rank (2 is the second-best
@@ -77,7 +74,7 @@ def audit_kernel(
         drawn.append(_Drawn(groups[number], measured[number], order, weights, likeness))
     numbers = _evenness(drawn) | _false_negatives(drawn) | _lengths(drawn)
     for name in to_best:
-        numbers |= _likeness_gain(name, drawn, seed=seed)
+        numbers |= _likeness_gain(name, drawn)
     several, mask = padded([values for values in scores.values() if len(values) > 1])
     shares = {beta: (sample_sizes(several, mask, beta) / mask.sum(dim=1)).tolist() for beta in BETAS}
     by_beta = [{"beta": beta, "effective_share": mean(found)} for beta, found in shares.items()]
@@ -108,15 +105,13 @@ def _false_negatives(drawn: Sequence[_Drawn]) -> dict[str, float]:
     return {"kernel/false_negatives": mean(weight), "kernel/false_negatives_random": mean(uniform)}
 
 
-def _likeness_gain(name: str, drawn: Sequence[_Drawn], *, seed: int) -> dict[str, float]:
+def _likeness_gain(name: str, drawn: Sequence[_Drawn]) -> dict[str, float]:
     """The paper's first check: is what the kernel draws more like the best candidate than a random negative is?"""
     several = [one for one in drawn if len(one.weights) > 1]
     weighted = [float(one.weights @ one.to_best[name]) for one in several]
     uniform = [float(np.mean(one.to_best[name])) for one in several]
     gains = np.subtract(weighted, uniform)
-    low, high = math.nan, math.nan
-    if len(several) > 1:
-        low, high = mean_interval(gains, _RESAMPLES, np.random.default_rng(seed))
+    low, high = mean_interval(gains)
     return {
         f"kernel/likeness_drawn/{name}": mean(weighted),
         f"kernel/likeness_random/{name}": mean(uniform),

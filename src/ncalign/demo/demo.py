@@ -175,7 +175,7 @@ def assemble(
 
 def comparison_row(before: Rewards, after: Rewards, seed: int) -> dict[str, Any]:
     """Means, their intervals and the p-value of the same prompts' rewards, as JSON values."""
-    found = paired_comparison(before, after, seed=seed)
+    found = paired_comparison(before, after, bounds=(0.0, 1.0), seed=seed)
     return {
         "before": found.mean_before,
         "after": found.mean_after,
@@ -250,7 +250,9 @@ def side_by_side(prompts: Sequence[Group], before: Answers, after: Answers) -> l
 
 def summary(results: Mapping[str, Any], page: Path) -> str:
     """What the terminal shows at the end."""
-    lines = [f"{results['method']} on {results['num_eval_prompts']} held-out prompts (95 % bootstrap intervals):"]
+    lines = [
+        f"{results['method']} on {results['num_eval_prompts']} held-out prompts (95 % score intervals; p-values uncorrected):"
+    ]
     for name, row in results["comparison"].items():
         lines.append(
             f"  {name.replace('_', ' '):<13} {shown(row, 'before')} -> {shown(row, 'after')}   "

@@ -124,7 +124,7 @@ def _rewards(folder: Path) -> tuple[Rewards, Rewards]:
 def summary(found: Mapping[str, Any]) -> str:
     """What the terminal shows at the end."""
     rows, arms = found["comparison"], found["arms"]
-    lines = [f"{found['method']} on {found['num_eval_prompts']} held-out prompts, mean reward (95 % bootstrap intervals):"]
+    lines = [f"{found['method']} on {found['num_eval_prompts']} held-out prompts, mean reward (95 % score intervals):"]
     for arm, facts in arms.items():
         row = rows[arm]
         lines.append(

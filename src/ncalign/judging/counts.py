@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from ncalign.judging.summaries import (
     arena_table,
     comparison_table,
     judge_table,
+    length_control_words,
     mt_bench_table,
     strength_table,
     win_matrix_table,
@@ -29,9 +31,9 @@ from ncalign.rewards.verdicts import Account
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
 from ncalign.stats.bradley_terry import bradley_terry
-from ncalign.stats.intervals import Bootstrap
+from ncalign.stats.intervals import Bounds
 from ncalign.stats.length_control import DifficultyTable, LengthControlled, length_controlled_win_rate
-from ncalign.stats.mt_bench import mt_bench, question_scores
+from ncalign.stats.mt_bench import HIGHEST, LOWEST, mt_bench, question_scores
 from ncalign.stats.paired import PairedComparison, paired_comparison, paired_values
 from ncalign.stats.preferences import QuestionPreferences, complete_games, question_preferences
 from ncalign.stats.records import Game, Rating
@@ -46,8 +48,8 @@ class Counting:
     """How verdicts are counted.
 
     Attributes:
-        seed: of bootstrap and permutations.
-        num_resamples: of both.
+        seed: of permutations.
+        num_resamples: how many.
         difficulties: AlpacaEval's table, for its length-controlled win rate.
         places: each question's place in the set, by which the table is read.
         other_judge: games of a second judge, for the agreement of the two.
@@ -117,7 +119,7 @@ def count_games(
         results.charts["win_matrix.png"] = matrix_chart(matrix)
     if ordered:
         _judge_report(games, answers, counting.other_judge, results)
-        _strengths(games, answers, baseline=pairs[0][1], results=results, seed=counting.seed)
+        _strengths(games, answers, baseline=pairs[0][1], results=results)
 
 
 def _add_win_rates(
@@ -128,11 +130,7 @@ def _add_win_rates(
     *,
     baseline: str,
 ) -> None:
-    rates = {
-        name: win_rate(found.preferences, seed=counting.seed)
-        for name, found in preferences.items()
-        if np.isfinite(found.preferences).any()
-    }
+    rates = {name: win_rate(found.preferences) for name, found in preferences.items() if np.isfinite(found.preferences).any()}
     if not rates:
         raise ValueError("there is no verdict in both orders of any question: nothing can be said")
     controlled: dict[str, LengthControlled] = {}
@@ -140,19 +138,18 @@ def _add_win_rates(
         controlled = {} if answers is None else _controlled(preferences, answers, counting)
     except MissingPackageError as error:
         results.lines.append(f"no length-controlled win rates: {error}")
-    results.lines += [
-        f"{name}: the penalty of the length-controlled fit leaves no effect of the model, for want of questions or of a "
-        "difference: its 50 % is where the fit begins, and no finding"
-        for name, found in controlled.items()
-        if found.coefficients["model"] == 0
-    ]
+    results.lines += [f"{name}: {words}" for name, found in controlled.items() if (words := length_control_words(found))]
     results.values["baseline"] = baseline
     results.add("win_rates", rates, win_rate_table(rates, controlled, baseline=baseline))
     results.values["length_controlled"] = controlled
     chart = {"win rate": {name: (rate.win_rate, rate.ci) for name, rate in rates.items()}}
     if controlled:
-        chart["length-controlled"] = {name: (found.win_rate, found.ci) for name, found in controlled.items()}
-    results.charts["win_rates.png"] = interval_chart(chart, title=f"Win rate against {baseline}", unit="%", reference=50)
+        whole = all(math.isfinite(found.win_rate) for found in controlled.values())
+        measure = "length-controlled" if whole else "length-controlled, where estimable"
+        chart[measure] = {name: (found.win_rate, found.ci) for name, found in controlled.items()}
+    results.charts["win_rates.png"] = interval_chart(
+        chart, title=f"Win rate against {baseline}", unit="%, 95 % intervals", reference=50
+    )
 
 
 def _compare_models(preferences: Mapping[str, QuestionPreferences], results: Results, counting: Counting) -> None:
@@ -163,7 +160,7 @@ def _compare_models(preferences: Mapping[str, QuestionPreferences], results: Res
         for other in others
         if other.baseline == first.baseline
     }
-    add_comparisons(pairs, results, counting)
+    add_comparisons(pairs, results, counting, bounds=(0.0, 1.0))
 
 
 def _controlled(
@@ -184,8 +181,6 @@ def _controlled(
                 theirs,
                 table=counting.difficulties,
                 questions=[counting.places[question] for question in one.questions],
-                seed=counting.seed,
-                num_resamples=counting.num_resamples,
             )
     return found
 
@@ -208,12 +203,10 @@ def _judge_report(
     results.lines += [f"Judge: {bias.summary}." for bias in (place, length) if bias is not None]
 
 
-def _strengths(
-    games: Sequence[Game], answers: Mapping[str, Answers] | None, *, baseline: str, results: Results, seed: int
-) -> None:
+def _strengths(games: Sequence[Game], answers: Mapping[str, Answers] | None, *, baseline: str, results: Results) -> None:
     """Arena-Hard's score and Bradley-Terry strengths, with and without style control."""
     complete, _ = complete_games(games)
-    arena = arena_hard_scores(complete, bootstrap=Bootstrap(seed=seed))
+    arena = arena_hard_scores(complete)
     results.add("arena_hard", arena, arena_table(arena))
     styles: dict[tuple[str, str], Style] = {
         (q, name): style_of("\n".join(answer.turns), sum(answer.num_tokens) or len(" ".join(answer.turns)) // 4)
@@ -222,7 +215,7 @@ def _strengths(
     }
     for name, style in (("strengths", None), *((("strengths_style_controlled", styles),) if styles else ())):
         try:
-            found = bradley_terry(games, anchor=baseline, styles=style, centered=False, bootstrap=Bootstrap(seed=seed))
+            found = bradley_terry(games, anchor=baseline, styles=style, centered=False)
         except ValueError as error:
             results.lines.append(f"{name.replace('_', ' ')}: {error}")
             continue
@@ -231,24 +224,32 @@ def _strengths(
 
 def count_ratings(ratings: Sequence[Rating], results: Results, counting: Counting) -> None:
     """Add what ratings say: means by turn and category, and models compared question by question."""
-    scores = mt_bench(ratings, seed=counting.seed, num_resamples=counting.num_resamples)
+    scores = mt_bench(ratings)
     results.add("ratings", scores, mt_bench_table(scores))
     results.charts["ratings.png"] = category_chart(scores)
     first, *others = dict.fromkeys(rating.model for rating in ratings)
     values = question_scores(ratings, first)
     pairs = {f"rating: {other} to {first}": (question_scores(ratings, other), values) for other in others}
-    add_comparisons(pairs, results, counting)
+    add_comparisons(pairs, results, counting, bounds=(LOWEST, HIGHEST))
 
 
 def add_comparisons(
-    pairs: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]], results: Results, counting: Counting
+    pairs: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]],
+    results: Results,
+    counting: Counting,
+    *,
+    bounds: Bounds | None = None,
 ) -> None:
-    """Add comparisons of two models' values by question, before and after, where they share two questions or more."""
+    """Add comparisons of two models' values by question, before and after, where they share two questions or more.
+
+    Values lie between the bounds; without them, within the range of those seen.
+    """
     for name, (before, after) in pairs.items():
         first, second, _ = paired_values(before, after)
         if len(first) >= 2:
-            found = paired_comparison(first, second, seed=counting.seed, num_resamples=counting.num_resamples)
-            results.comparisons[name] = found
+            results.comparisons[name] = paired_comparison(
+                first, second, bounds=bounds, seed=counting.seed, num_resamples=counting.num_resamples
+            )
     if results.comparisons:
         results.add("comparisons", results.comparisons, comparison_table(results.comparisons))
 

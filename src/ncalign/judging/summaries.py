@@ -9,6 +9,7 @@ from ncalign.report.tables import Cell, Column, Table, columns
 from ncalign.stats.agreement import Agreement, LengthBias, PositionBias
 from ncalign.stats.arena_hard import ArenaScore
 from ncalign.stats.bradley_terry import BradleyTerry
+from ncalign.stats.intervals import holm
 from ncalign.stats.length_control import LengthControlled
 from ncalign.stats.mt_bench import MTBench
 from ncalign.stats.paired import PairedComparison
@@ -19,19 +20,41 @@ from ncalign.stats.win_rate import WinMatrix, WinRate
 def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, LengthControlled], *, baseline: str) -> Table:
     """A row for each model: win rate with its interval, the length-controlled one where there is one, and what was counted."""
     names = ("model", "win rate (%)", "low", "high", "LC (%)", "LC low", "LC high")
-    heads = columns(*names, "wins", "ties", "losses", "missing", "detectable")
+    # A file of rows alone, such as CSV, is to say it too.
+    remarks = {model: "not estimable" for model, lc in controlled.items() if not math.isfinite(lc.win_rate)}
+    heads = columns(*names, "wins", "ties", "losses", "missing", "detectable", *(["LC remark"] if remarks else []))
     rows: list[tuple[Cell, ...]] = []
     for model, rate in sorted(rates.items(), key=lambda item: -item[1].win_rate):
         lc = controlled.get(model)
         lc_cells: tuple[Cell, ...] = (lc.win_rate, *lc.ci) if lc else (None, None, None)
         counts = (rate.num_wins, rate.num_ties, rate.num_losses, rate.num_missing)
-        detectable = detectable_difference(rate.standard_error) if math.isfinite(rate.standard_error) else None
-        rows.append((model, rate.win_rate, *rate.ci, *lc_cells, *counts, detectable))
+        size = rate.effective_size
+        detectable = detectable_difference(50 / math.sqrt(size)) if math.isfinite(size) else None
+        remark = (remarks.get(model),) if remarks else ()
+        rows.append((model, rate.win_rate, *rate.ci, *lc_cells, *counts, detectable, *remark))
     caption = (
-        f"Win rate against {baseline} and length-controlled win rate (LC); low and high bound 95 % intervals; a difference "
-        f"from 50 is found with 80 % chance if it is at least the detectable one, in points."
+        f"Win rate against {baseline} and length-controlled win rate (LC); low and high bound 95 % intervals (score intervals; "
+        f"LC: the fit without penalty, jackknife); a difference from 50 is found with 80 % chance if it is at least the "
+        f"detectable one, in points."
     )
     return Table(heads, tuple(rows), caption)
+
+
+def length_control_words(found: LengthControlled) -> str:
+    """What is to be said of a length-controlled win rate that is not estimable, or whose interval can't be told; else empty."""
+    low, high = found.ci
+    known = math.isfinite(low)
+    if math.isfinite(found.win_rate):
+        return "" if known else "the length-controlled win rate has no interval: all verdicts are one and the same"
+    if not known:
+        return (
+            "the length-controlled win rate is not estimable: the verdicts, or their going with length, are too one-sided for "
+            f"{found.num_fitted} questions"
+        )
+    return (
+        f"the length-controlled win rate is not estimable from {found.num_fitted} verdicts: the fit's penalty moves it by more "
+        f"than its standard error; without penalty it lies between {low:.1f} and {high:.1f} % (95 % interval)"
+    )
 
 
 def strength_table(found: BradleyTerry) -> Table:
@@ -40,15 +63,18 @@ def strength_table(found: BradleyTerry) -> Table:
     heads = (Column("model"), *ratings, *columns("win rate (%)", "low", "high", "games"))
     rows = tuple((s.model, s.rating, *s.rating_ci, s.win_rate, *s.win_rate_ci, s.num_games) for s in found.strengths)
     style = f", style controlled ({', '.join(found.style)})" if found.style else ""
-    failed = f"; {found.num_failed_rounds} bootstrap rounds had no fit" if found.num_failed_rounds else ""
-    missing = f"{found.num_missing} games have no verdict"
-    return Table(heads, rows, f"Bradley-Terry strengths{style}; win rates are against {found.anchor}; {missing}{failed}.")
+    caption = (
+        f"Bradley-Terry strengths{style}; win rates are against {found.anchor}, whose rating is 1000 by definition; low "
+        f"and high bound 95 % intervals (jackknife over questions); {found.num_missing} games have no verdict."
+    )
+    return Table(heads, rows, caption)
 
 
 def arena_table(scores: Sequence[ArenaScore]) -> Table:
     """A row for each model: Arena-Hard's score with its interval."""
     heads = columns("model", "score (%)", "low", "high", "games", "missing")
-    return Table(heads, tuple((s.model, s.score, *s.ci, s.num_games, s.num_missing) for s in scores), "Arena-Hard scores.")
+    caption = "Arena-Hard scores; low and high bound 95 % intervals (score intervals over questions)."
+    return Table(heads, tuple((s.model, s.score, *s.ci, s.num_games, s.num_missing) for s in scores), caption)
 
 
 def mt_bench_table(scores: Sequence[MTBench]) -> Table:
@@ -62,7 +88,11 @@ def mt_bench_table(scores: Sequence[MTBench]) -> Table:
         means = {f"turn {turn}": one.mean for turn, one in score.turns.items()}
         means |= {f"category {name}": one.mean for name, one in score.categories.items()}
         rows.append((score.model, score.overall.mean, *score.overall.ci, *map(means.get, parts), score.overall.num_missing))
-    return Table(heads, tuple(rows), "Mean ratings, at most 10; low and high bound the mean's 95 % interval.")
+    return Table(
+        heads,
+        tuple(rows),
+        "Mean ratings, at most 10; low and high bound the mean's 95 % interval (score interval over questions).",
+    )
 
 
 def win_matrix_table(matrix: WinMatrix) -> Table:
@@ -76,9 +106,15 @@ def win_matrix_table(matrix: WinMatrix) -> Table:
 def comparison_table(comparisons: Mapping[str, PairedComparison]) -> Table:
     """A row for each measure: two models on the same questions, their difference, its interval and p-value."""
     heads = (*columns("measure", "before", "after", "difference", "low", "high"), Column("p", 4))
-    found = comparisons.items()
-    rows = tuple((name, c.mean_before, c.mean_after, c.difference, *c.ci_difference, c.p_value) for name, c in found)
-    caption = "Paired by question; low and high bound the difference's 95 % interval; p is a permutation test's."
+    corrected = holm([comparison.p_value for comparison in comparisons.values()])
+    rows = tuple(
+        (name, c.mean_before, c.mean_after, c.difference, *c.ci_difference, p)
+        for (name, c), p in zip(comparisons.items(), corrected, strict=True)
+    )
+    caption = (
+        "Paired by question; low and high bound the difference's 95 % interval (score interval); p is a permutation test's"
+        + (f", Holm's of {len(rows)} tests." if len(rows) > 1 else ".")
+    )
     return Table(heads, rows, caption)
 
 
@@ -86,8 +122,8 @@ def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agree
     """Measures of a judge, a row each; the caption says in words how it is biased."""
     rows: list[tuple[Cell, ...]] = [
         ("answer shown first preferred (%)", place.first_place),
-        ("interval's low bound", place.ci[0]),
-        ("interval's high bound", place.ci[1]),
+        ("95 % interval's low bound", place.ci[0]),
+        ("95 % interval's high bound", place.ci[1]),
         ("p-value of no position bias", place.p_value),
         ("orders contradict each other (%)", place.contradictions),
         ("one order a tie, the other not (%)", place.half_contradictions),
@@ -99,6 +135,7 @@ def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agree
             ("longer answer preferred (%)", length.longer_preferred),
             ("correlation with length", length.correlation),
             ("rank correlation with length", length.rank_correlation),
+            ("p-value of no relation to length", length.p_value),
         ]
     if agreement is not None:
         rows += [

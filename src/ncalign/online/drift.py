@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ncalign.core.json import json_ready
+from ncalign.stats.intervals import NO_INTERVAL, Interval, normal_arm
+
 WARN_ABOVE = 0.1
 """KL in nats above which a round's samples are no longer those of the policy (the source paper's check)."""
-_RESAMPLES = 2000
-_CONFIDENCE = 0.95
+_ENOUGH = 0.75
+"""Effective share below which the samples don't tell where the current policy went, nor how far they are from telling it."""
 _LARGEST = 50.0
 """Log-weights above this would overflow when squared; such a sample tells nothing but that the policies are far apart."""
 
@@ -25,9 +28,10 @@ class Drift:
 
     Attributes:
         kl: KL(generating ‖ current).
-        kl_interval: its 95 % bootstrap interval over groups.
+        kl_interval: its 95 % interval, on the scale of its logarithm, by the jackknife over groups; NaN for one group. What
+            moves far and is too rare to be among the samples is in no estimate and in no interval.
         reverse_kl: KL(current ‖ generating).
-        reverse_kl_interval: its interval.
+        reverse_kl_interval: likewise; NaN where ``effective_share`` is below 3/4.
         num_completions: what it was measured on.
         effective_share: effective sample size of the weights current/generating, as a share of the completions.
     """
@@ -41,10 +45,11 @@ class Drift:
 
     def as_json(self) -> dict[str, Any]:
         """For round.json."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        found: dict[str, Any] = json_ready(asdict(self))
+        return found
 
 
-def estimate_drift(generating: Sequence[Sequence[float]], current: Sequence[Sequence[float]], *, seed: int = 0) -> Drift:
+def estimate_drift(generating: Sequence[Sequence[float]], current: Sequence[Sequence[float]]) -> Drift:
     r"""Estimate both divergences from completions that the generating policy sampled.
 
     With $w = \pi_{now}/\pi_{gen}$ of a completion and means over the completions, $KL(\pi_{gen}\|\pi_{now})$ is estimated as
@@ -56,7 +61,6 @@ def estimate_drift(generating: Sequence[Sequence[float]], current: Sequence[Sequ
     Args:
         generating: log-probs under the generating policy, in nats; one list a group, groups may differ in length.
         current: the same completions' under the current policy.
-        seed: of the bootstrap over groups.
 
     Raises:
         ValueError: there is nothing to measure, or the two don't match.
@@ -73,24 +77,36 @@ def estimate_drift(generating: Sequence[Sequence[float]], current: Sequence[Sequ
     forward = -log_w + _coefficient(-log_w, known_zero) * known_zero
     shift = float(log_w.max())
     w = np.exp(log_w - shift)
-    # Sums of each group, so that the bootstrap over groups adds up rows.
+    # Sums of each group, so that the jackknife over groups subtracts rows.
     sums = np.stack([np.bincount(owner, values) for values in (np.ones_like(w), forward, w, w * log_w)], axis=1)
 
     def divergences(totals: NDArray[np.float64]) -> NDArray[np.float64]:
         size, total, weight, tilted = np.moveaxis(totals, -1, 0)
         return np.stack([total / size, tilted / weight - np.log(weight / size) - shift], axis=-1)
 
-    drawn = np.random.default_rng(seed).integers(0, len(sums), size=(_RESAMPLES, len(sums)))
-    found = divergences(sums.sum(axis=0))
-    low, high = np.quantile(divergences(sums[drawn].sum(axis=1)), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2], axis=0)
+    kl, reverse_kl = divergences(sums.sum(axis=0)).tolist()
+    effective_share = float(w.sum() ** 2 / (w**2).sum() / len(w))
+    intervals = [NO_INTERVAL, NO_INTERVAL]
+    if len(sums) > 1:
+        without = divergences(sums.sum(axis=0) - sums)
+        errors = np.sqrt((len(sums) - 1) * without.var(axis=0)).tolist()
+        intervals = [_log_interval(*pair, num=len(sums)) for pair in zip((kl, reverse_kl), errors, strict=True)]
     return Drift(
-        kl=float(found[0]),
-        kl_interval=(float(low[0]), float(high[0])),
-        reverse_kl=float(found[1]),
-        reverse_kl_interval=(float(low[1]), float(high[1])),
+        kl=kl,
+        kl_interval=intervals[0],
+        reverse_kl=reverse_kl,
+        reverse_kl_interval=intervals[1] if effective_share >= _ENOUGH else NO_INTERVAL,
         num_completions=len(w),
-        effective_share=float(w.sum() ** 2 / (w**2).sum() / len(w)),
+        effective_share=effective_share,
     )
+
+
+def _log_interval(value: float, error: float, *, num: int) -> Interval:
+    """95 % interval of a quantity above 0, whose logarithm is nearer to normal; 0 to 0 where nothing moved at all."""
+    if value <= 0:
+        return (0.0, 0.0) if value == error == 0 else NO_INTERVAL
+    arm = normal_arm(error / value, least=0.0, num=num)
+    return value * math.exp(-arm), value * math.exp(min(arm, _LARGEST))
 
 
 def _coefficient(values: NDArray[np.float64], known_zero: NDArray[np.float64]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ncalign.core.atomic import write_json_atomic
+from ncalign.core.json import json_ready
 from ncalign.core.progress import say
 from ncalign.generation.base import SamplingParams
 from ncalign.generation.generate import completion_as_candidate
@@ -59,5 +60,5 @@ def compare(run: Run) -> dict[str, Any]:
     }
     if len(pairs) > 1:
         before, after = (np.array(side, dtype=np.float64) for side in zip(*pairs, strict=True))
-        found["comparison"] = asdict(paired_comparison(before, after, seed=run.config.training.seed))
+        found["comparison"] = json_ready(asdict(paired_comparison(before, after, seed=run.config.training.seed)))
     return found

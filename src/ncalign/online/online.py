@@ -297,7 +297,7 @@ def measure_drift(run: Run, pool: Pool) -> Drift | None:
     if not pool.measured:
         return None
     with run.clock.phase("drift"):
-        return estimate_drift(pool.generating, run.engine.logprobs(pool.measured), seed=run.config.training.seed)
+        return estimate_drift(pool.generating, run.engine.logprobs(pool.measured))
 
 
 # --- Ends -------------------------------------------------------------------------------------------------------------
@@ -350,7 +350,8 @@ def _round_line(row: dict[str, Any]) -> str:
     parts = [f"reward {health.get('reward/mean', math.nan):.3f} (best {health.get('reward/best', math.nan):.3f})"]
     if drift is not None:
         low, high = drift["kl_interval"]
-        parts.append(f"drift {drift['kl']:.3f} nats [{low:.3f}, {high:.3f}]")
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        parts.append(f"drift {drift['kl']:.3f} nats{interval}")
     return ", ".join(parts)
 
 
@@ -362,10 +363,12 @@ def summary(results: dict[str, Any]) -> str:
     comparison = results["evaluation"].get("comparison")
     if comparison is not None:
         low, high = comparison["ci_difference"]
+        # Where every reward is the same.
+        interval = f"[{low:.3f}, {high:.3f}] (95 % score interval)" if low is not None else "(no interval can be told)"
         lines.append(
             f"  {results['evaluation']['num_compared']} held-out prompts: mean reward {comparison['mean_before']:.3f} -> "
-            f"{comparison['mean_after']:.3f}, difference {comparison['difference']:.3f} [{low:.3f}, {high:.3f}] (95 % "
-            f"bootstrap), p = {comparison['p_value']:.4f}"
+            f"{comparison['mean_after']:.3f}, difference {comparison['difference']:.3f} {interval}, "
+            f"p = {comparison['p_value']:.4f}"
         )
     lines += [f"  round {row['round']}: {alarm}" for row in results["rounds"] for alarm in row["alarms"]]
     return "\n".join([*lines, f"Report: {results['report']}", f"Model:  {results['model']}"])

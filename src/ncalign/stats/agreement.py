@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ncalign.stats.intervals import NO_INTERVAL, SIGNIFICANCE, Interval
+from ncalign.stats.intervals import NO_INTERVAL, SIGNIFICANCE, Interval, holm
 from ncalign.stats.paired import paired_comparison
 from ncalign.stats.preferences import mean_preferences, order_preferences
 from ncalign.stats.records import Game
@@ -26,7 +26,7 @@ class PositionBias:
     Attributes:
         first_place: mean preference for the answer shown first, in percent, over questions judged in both orders; 50 without
             bias, whichever model is better; NaN where there is no such question.
-        ci: 95 % bootstrap interval of ``first_place``.
+        ci: 95 % interval of ``first_place``.
         p_value: two-sided, of a sign-flip permutation test against 50; see :func:`position_bias` for few questions.
         num_pairs: questions judged in both orders.
         num_incomplete: questions with a verdict in one order alone, or in none.
@@ -68,7 +68,8 @@ def position_bias(games: Iterable[Game], *, seed: int = 0, num_resamples: int = 
         words = f"{len(pairs)} questions were judged in both orders: position bias can't be told"
         return PositionBias(_NAN, NO_INTERVAL, _NAN, len(pairs), incomplete, _NAN, _NAN, False, words)
     first_place = 50 * (pairs[:, 0] + 1 - pairs[:, 1])
-    test = paired_comparison(np.full(len(pairs), 50.0), first_place, seed=seed, num_resamples=num_resamples)
+    even = np.full(len(pairs), 50.0)
+    test = paired_comparison(even, first_place, bounds=(0.0, 100.0), seed=seed, num_resamples=num_resamples)
     leaning = np.sign(pairs - 0.5)
     product = leaning[:, 0] * leaning[:, 1]
     half = (product == 0) & (np.abs(leaning).sum(axis=1) == 1)
@@ -106,19 +107,21 @@ class LengthBias:
     Attributes:
         correlation: Pearson's, of the preference with the difference in length; NaN where either is constant.
         rank_correlation: Spearman's.
-        p_value: two-sided, of the rank correlation.
+        rank_p_value: two-sided, of the rank correlation alone.
         longer_preferred: percent of decided questions with answers of different lengths won by the longer one;
             NaN where there are none.
-        longer_p_value: two-sided, of a binomial test of ``longer_preferred`` against 50; NaN likewise.
-        related: whether either p-value is below 5 %; ``summary`` says so in words.
+        longer_p_value: two-sided, of a binomial test of ``longer_preferred`` against 50 alone; NaN likewise.
+        p_value: of both tests together: the smaller of the two, by Holm's correction.
+        related: whether ``p_value`` is below 5 %; ``summary`` says so in words.
         num_counted: questions with a verdict; ``num_missing`` have none.
     """
 
     correlation: float
     rank_correlation: float
-    p_value: float
+    rank_p_value: float
     longer_preferred: float
     longer_p_value: float
+    p_value: float
     related: bool
     summary: str
     num_counted: int
@@ -143,24 +146,25 @@ def length_bias(games: Iterable[Game], lengths: Mapping[tuple[str, str], int]) -
     preferences = np.array(list(means.values()), dtype=np.float64)
     judged = ~np.isnan(preferences)
     longer, wins = np.array(differences, dtype=np.float64)[judged], preferences[judged]
-    correlation = rank = p_value = _NAN
+    correlation = rank = rank_p_value = _NAN
     if len(wins) > 2 and np.ptp(longer) > 0 and np.ptp(wins) > 0:
         correlation = float(stats.pearsonr(longer, wins).statistic)
         ranks = stats.spearmanr(longer, wins)
-        rank, p_value = float(ranks.statistic), float(ranks.pvalue)
+        rank, rank_p_value = float(ranks.statistic), float(ranks.pvalue)
     decided = (longer != 0) & (wins != 0.5)
     num_longer, num_decided = int((np.where(longer > 0, wins, 1 - wins)[decided] > 0.5).sum()), int(decided.sum())
     share = 100 * num_longer / num_decided if num_decided else _NAN
     longer_p_value = float(stats.binomtest(num_longer, num_decided).pvalue) if num_decided else _NAN
-    related = p_value < SIGNIFICANCE or longer_p_value < SIGNIFICANCE
+    p_value = min((p for p in holm([rank_p_value, longer_p_value]) if not np.isnan(p)), default=_NAN)
     return LengthBias(
         correlation=correlation,
         rank_correlation=rank,
-        p_value=p_value,
+        rank_p_value=rank_p_value,
         longer_preferred=share,
         longer_p_value=longer_p_value,
-        related=related,
-        summary=_length_words(share, rank, num_decided, related),
+        p_value=p_value,
+        related=p_value < SIGNIFICANCE,
+        summary=_length_words(share, rank, num_decided, p_value < SIGNIFICANCE),
         num_counted=len(wins),
         num_missing=len(means) - len(wins),
     )

@@ -1,4 +1,4 @@
-"""Arena-Hard's score without style control: a weighted mean of verdicts, bootstrapped."""
+"""Arena-Hard's score without style control: a weighted mean of verdicts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ncalign.stats.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Interval, quantile_interval, resampled_counts
-from ncalign.stats.preferences import verdict_arrays
+from ncalign.stats.intervals import Interval, mean_interval
+from ncalign.stats.preferences import numbered, verdict_arrays
 from ncalign.stats.records import Game
 
 
@@ -18,27 +18,24 @@ class ArenaScore:
 
     Attributes:
         score: mean preference in percent, strong verdicts counting with their weight.
-        bootstrap_mean: mean of the bootstrap rounds, which Arena-Hard prints as its score.
-        ci: bootstrap interval of ``score``.
+        ci: 95 % interval of ``score``; a question's games stay together. NaN for one question.
         num_games: games with a verdict; ``num_missing`` have none.
     """
 
     model: str
     score: float
-    bootstrap_mean: float
     ci: Interval
     num_games: int
     num_missing: int
 
 
-def arena_hard_scores(games: Iterable[Game], *, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> tuple[ArenaScore, ...]:
+def arena_hard_scores(games: Iterable[Game]) -> tuple[ArenaScore, ...]:
     """Weighted mean preference of each model against its baseline, ``100 * sum(w p) / sum(w)``, best first.
 
     Arena-Hard leaves out a question that lacks a verdict in either order: pass what :func:`complete_games` keeps.
 
     Args:
         games: of any models, each against one baseline.
-        bootstrap: how rounds are drawn; where they draw games, each game is drawn as often as it counts, as Arena-Hard does.
 
     Raises:
         ValueError: there are no games, a model has no verdict, or met two baselines.
@@ -48,32 +45,25 @@ def arena_hard_scores(games: Iterable[Game], *, bootstrap: Bootstrap = DEFAULT_B
         by_model.setdefault(game.model, []).append(game)
     if not by_model:
         raise ValueError("there are no games: a score needs judged answers")
-    scores = [_arena_score(model, group, bootstrap) for model, group in by_model.items()]
+    scores = [_arena_score(model, group) for model, group in by_model.items()]
     return tuple(sorted(scores, key=lambda score: -score.score))
 
 
-def _arena_score(model: str, games: Sequence[Game], bootstrap: Bootstrap) -> ArenaScore:
+def _arena_score(model: str, games: Sequence[Game]) -> ArenaScore:
     baselines = {game.baseline for game in games}
     if len(baselines) > 1:
         raise ValueError(f"{model} met the baselines {sorted(baselines)[:3]}: one baseline is needed for a score")
     judged = [game for game in games if game.preference is not None]
     if not judged:
         raise ValueError(f"{model} has no game with a verdict out of {len(games)}")
-    rows = judged if bootstrap.resample == "questions" else [game for game in judged for _ in range(game.weight)]
-    outcomes, weights, units = verdict_arrays(rows, bootstrap.resample)
-    if bootstrap.resample == "games":
-        weights = np.ones(len(rows))
-    rounds = np.array(
-        [
-            100 * np.average(outcomes, weights=weights * counts)
-            for counts in resampled_counts(units, bootstrap.num_rounds, bootstrap.seed)
-        ]
-    )
+    outcomes, weights = verdict_arrays(judged)
+    questions = numbered(game.question for game in judged)
+    totals, sizes = (np.bincount(questions, values).astype(np.float64) for values in (weights * outcomes, weights))
+    low, high = mean_interval(totals, sizes=sizes, bounds=(0.0, 1.0))
     return ArenaScore(
         model=model,
         score=float(100 * np.average(outcomes, weights=weights)),
-        bootstrap_mean=float(rounds.mean()),
-        ci=quantile_interval(rounds, bootstrap.quantiles),
+        ci=(100 * low, 100 * high),
         num_games=len(judged),
         num_missing=len(games) - len(judged),
     )

@@ -1,9 +1,8 @@
-"""Bradley-Terry strengths of many models from games, with bootstrap intervals and control for style."""
+"""Bradley-Terry strengths of many models from games, with intervals and control for style."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
-from ncalign.stats.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Interval, quantile_interval, resampled_counts
-from ncalign.stats.logistic import fit_logistic
-from ncalign.stats.preferences import verdict_arrays
+from ncalign.stats.intervals import Interval, normal_arm
+from ncalign.stats.logistic import curvature, fit_maximum, jackknife_shifts
+from ncalign.stats.preferences import numbered, verdict_arrays
 from ncalign.stats.records import Game
 from ncalign.stats.style import FEATURES, Style, style_differences
 
@@ -24,10 +23,6 @@ Array = NDArray[np.float64]
 
 ELO_SCALE = 400 / math.log(10)
 ANCHOR_RATING = 1000.0
-# Log-odds that fewer than a million games can't tell from infinity.
-_LARGEST_LOG_ODDS = 15.0
-# Of a fit that reached its maximum: the gradient, as a share of the games' weight, and the condition of the curvature there.
-_LARGEST_GRADIENT, _LARGEST_CONDITION = 1e-8, 1e10
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,9 @@ class Strength:
 
     Attributes:
         rating: on Elo's scale, the anchor having 1000.
-        rating_ci: bootstrap interval of ``rating``.
+        rating_ci: 95 % interval of ``rating``; NaN for the anchor, whose rating is no estimate, and where it can't be told.
         win_rate: percent of games it is expected to win against the anchor, ties counting half.
-        win_rate_ci: bootstrap interval of ``win_rate``.
+        win_rate_ci: 95 % interval of ``win_rate``, likewise.
         num_games: games with a verdict that it took part in.
     """
 
@@ -60,7 +55,6 @@ class BradleyTerry:
         style: log-odds that one standard deviation of each style difference is worth, without those that never differ; empty
             without style control.
         num_games: games with a verdict; the ``num_missing`` without count nowhere.
-        num_failed_rounds: bootstrap rounds whose draw allowed no finite fit; the intervals rest on the others.
     """
 
     strengths: tuple[Strength, ...]
@@ -68,7 +62,6 @@ class BradleyTerry:
     style: Mapping[str, float]
     num_games: int
     num_missing: int
-    num_failed_rounds: int
 
 
 def bradley_terry(
@@ -78,12 +71,14 @@ def bradley_terry(
     styles: Mapping[tuple[str, str], Style] | None = None,
     centered: bool = True,
     ridge: float = 0.0,
-    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> BradleyTerry:
     """Maximise ``sum_g w_g (p_g log s(z_g) + (1 - p_g) log s(-z_g)) - ridge / 2 |theta|^2`` over strengths.
 
     ``z = theta_model - theta_baseline + style_g . gamma`` and s is the sigmoid; a tie is a preference of 1/2, a strong verdict
     counts with its weight. The anchor's theta is 0. Ratings are ``1000 + 400 / ln 10 * theta``, win rates ``100 * s(theta)``.
+
+    An interval is theta plus and minus Student's quantile times its standard error, by the jackknife over questions with all
+    their games; the mean and spread of style differences count as known.
 
     Style differences (:func:`style_differences`) are divided by their standard deviation over games, and their mean is
     subtracted as in Arena-Hard: a win rate is then that at the average difference. With few models, all of which write more
@@ -95,7 +90,6 @@ def bradley_terry(
         styles: of each answer, by question and model; None for no style control.
         centered: see above.
         ridge: needed where a model won all its games or lost them all.
-        bootstrap: how the rounds behind the intervals are drawn.
 
     Raises:
         ValueError: the anchor has no verdict, a style or scikit-learn is missing, or no finite strengths fit the games.
@@ -105,49 +99,28 @@ def bradley_terry(
     every = list(games)
     judged = [game for game in every if game.preference is not None]
     design, names = _pair_columns(judged, anchor)
-    outcomes, weights, units = verdict_arrays(judged, bootstrap.resample)
+    outcomes, weights = verdict_arrays(judged)
     design, controlled = _with_style(design, judged, styles, weights, centered)
     if ridge == 0:
         _check_connected(judged)
-    theta = fit_bradley_terry(design, outcomes, weights, ridge=ridge)
+    theta = fit_maximum(design, outcomes, weights, ridge=ridge)
     if theta is None:
         raise ValueError(
             "the games don't determine finite strengths: style separates all verdicts, or can't be told from the models; "
             "give a ridge above 0, or leave out style control"
         )
-    draws = resampled_counts(units, bootstrap.num_rounds, bootstrap.seed)
-    rounds = _fitted_rounds(design, outcomes, (weights * counts for counts in draws), ridge)
+    arms = _arms(judged, design, outcomes, weights, theta, ridge)
     num_games = Counter(name for game in judged for name in (game.model, game.baseline))
-    # The anchor, which has no column, is 0 in every round.
-    fitted = {anchor: (0.0, np.zeros(len(rounds)))} | {name: (theta[i], rounds[:, i]) for i, name in enumerate(names)}
-    strengths = [
-        _strength(name, value, drawn, bootstrap.quantiles, num_games[name]) for name, (value, drawn) in sorted(fitted.items())
-    ]
+    # The anchor has no column.
+    fitted = [(anchor, 0.0, math.nan), *zip(names, theta.tolist(), arms.tolist(), strict=False)]
+    strengths = [_strength(name, value, arm, num_games[name]) for name, value, arm in sorted(fitted)]
     return BradleyTerry(
         strengths=tuple(sorted(strengths, key=lambda strength: -strength.rating)),
         anchor=anchor,
         style=dict(zip(controlled, theta[len(names) :].tolist(), strict=True)),
         num_games=len(judged),
         num_missing=len(every) - len(judged),
-        num_failed_rounds=bootstrap.num_rounds - len(rounds),
     )
-
-
-def fit_bradley_terry(
-    design: Float[Array, "N P"], outcomes: Float[Array, " N"], weights: Float[Array, " N"], *, ridge: float = 0.0
-) -> Float[Array, " P"] | None:
-    """Maximum likelihood of :func:`fit_logistic` with the L2 penalty ``ridge``; None where no finite one exists."""
-    with warnings.catch_warnings():
-        # scikit-learn warns where its line search ends in rounding errors, also at a maximum: what it found is examined.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        theta = fit_logistic(design, outcomes, weights, penalty="l2", inverse_penalty=1 / ridge if ridge else math.inf)
-    won = expit(design @ theta)
-    gradient = design.T @ (weights * (outcomes - won)) - ridge * theta
-    curvature = design.T @ (design * (weights * won * (1 - won))[:, None]) + ridge * np.eye(len(theta))
-    flat = np.linalg.cond(curvature) > _LARGEST_CONDITION
-    far = ridge == 0 and np.abs(theta).max() > _LARGEST_LOG_ODDS
-    return None if flat or far or np.abs(gradient).max() > _LARGEST_GRADIENT * weights.sum() else theta
 
 
 def _pair_columns(games: Sequence[Game], anchor: str) -> tuple[Float[Array, "N M"], list[str]]:
@@ -209,26 +182,24 @@ def _with_style(
     return np.hstack([design, shifted[:, varied] / spread[varied]]), names
 
 
-def _fitted_rounds(
-    design: Float[Array, "N P"], outcomes: Float[Array, " N"], draws: Iterable[Float[Array, " N"]], ridge: float
-) -> Float[Array, "R P"]:
-    """Coefficients of the bootstrap rounds that allowed a fit, from each round's weights."""
-    # Games with equal rows are one row for the fit.
-    rows, place = np.unique(design, axis=0, return_inverse=True)
-    place = place.reshape(-1)
-    found = []
-    for weights in draws:
-        total = np.asarray(np.bincount(place, weights=weights, minlength=len(rows)), dtype=np.float64)
-        won = np.bincount(place, weights=weights * outcomes, minlength=len(rows))
-        met = total > 0
-        theta = fit_bradley_terry(rows[met], won[met] / total[met], total[met], ridge=ridge)
-        if theta is not None:
-            found.append(theta)
-    return np.array(found).reshape(len(found), design.shape[1])
+def _arms(
+    games: Sequence[Game], design: Float[Array, "N P"], outcomes: Array, weights: Array, theta: Array, ridge: float
+) -> Float[Array, " P"]:
+    """Half of each coefficient's interval: the jackknife over questions."""
+    questions = numbered([game.question for game in games])
+    shifts = jackknife_shifts(design, outcomes, weights, questions, theta, ridge=ridge)
+    met = np.zeros(shifts.shape, dtype=bool)
+    np.logical_or.at(met, questions, design != 0)
+    # If all games of a question between two models ended alike, they would be one game with the weight of all.
+    together = np.bincount(numbered([(game.question, *sorted((game.model, game.baseline))) for game in games]), weights=weights)
+    least = np.linalg.inv(curvature(design, weights, theta, ridge=ridge)).diagonal() * (together**2).sum() / together.sum()
+    errors = np.sqrt((shifts**2).sum(axis=0))
+    found = zip(errors.tolist(), np.sqrt(least).tolist(), met.sum(axis=0).tolist(), strict=True)
+    return np.array([normal_arm(error, least=bound, num=num) for error, bound, num in found])
 
 
-def _strength(name: str, theta: float, rounds: Float[Array, " R"], quantiles: tuple[float, float], num_games: int) -> Strength:
-    low, high = quantile_interval(rounds, quantiles)
+def _strength(name: str, theta: float, arm: float, num_games: int) -> Strength:
+    low, high = theta - arm, theta + arm
     return Strength(
         model=name,
         rating=ANCHOR_RATING + ELO_SCALE * float(theta),

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from ncalign.core.errors import DataError
-from ncalign.stats.intervals import Interval, quantile_interval, resampled_counts
-from ncalign.stats.logistic import fit_logistic
+from ncalign.stats.intervals import NO_INTERVAL, Interval, Z, normal_arm
+from ncalign.stats.logistic import curvature, fit_logistic, fit_maximum, jackknife_shifts
 from ncalign.stats.preferences import checked_preferences
 
 Array = NDArray[np.float64]
@@ -52,10 +52,11 @@ class LengthControlled:
     """A length-controlled win rate.
 
     Attributes:
-        win_rate: in percent.
+        win_rate: in percent; NaN where it is not estimable: where the penalty moves it by more than a standard error.
         standard_error: of the predictions' mean over questions, in points, as AlpacaEval gives it. It leaves out the
             uncertainty of the regression: it is 0 without difficulties, where all predictions are the same.
-        ci: 95 % bootstrap interval of ``win_rate``: questions are resampled and the regression is fitted again.
+        ci: 95 % interval of the rate by the same regression without penalty; NaN where the verdicts are too one-sided, or too
+            much of one kind with length, for that to have a maximum.
         coefficients: of ``length``, ``difficulty`` (where a table was given) and ``model``.
         strength: C, the inverse of the penalty, as cross-validation chose it.
         num_fitted: questions with a verdict.
@@ -79,8 +80,6 @@ def length_controlled_win_rate(
     table: DifficultyTable | None = None,
     questions: Sequence[int] | None = None,
     regularized: bool = True,
-    seed: int = 0,
-    num_resamples: int = 1000,
 ) -> LengthControlled:
     """Mean of ``sigmoid(model + difficulty_q * gamma)``, the fitted preference at equal lengths, in percent.
 
@@ -90,6 +89,10 @@ def length_controlled_win_rate(
     ``regularized=False`` only its difficulties are used (``length_controlled_noreg``). Without a table there is no difficulty
     term (``length_controlled_minimal``).
 
+    With few questions the penalty pulls the estimate to where the fit begins, as far as to 50 %, whatever the verdicts are. It
+    is given where it lies within a standard error of the fit without penalty, or all verdicts are one and the same. The
+    interval is that fit's: in log-odds, by the jackknife over questions.
+
     Args:
         preferences: 0 (baseline) to 1 (model), NaN where there is no verdict.
         model_lengths: of the model's answers, in characters.
@@ -97,8 +100,6 @@ def length_controlled_win_rate(
         table: of difficulties.
         questions: each row's place in the set, from 0; without it the rows are the set in its order.
         regularized: see above.
-        seed: of the bootstrap.
-        num_resamples: of the bootstrap.
 
     Raises:
         ValueError: lengths don't match or all differ alike, under 5 verdicts, a question without difficulty, no scikit-learn.
@@ -111,26 +112,56 @@ def length_controlled_win_rate(
         raise ValueError(f"{num_known} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
     features = _features(model_lengths, baseline_lengths, len(targets), table, questions)
     gamed = _gamed_rows(table if regularized else None, features.shape[1])
-    inverse_penalty = _chosen_inverse_penalty(*_training_rows(gamed, features, targets, np.ones(len(targets))))
-
-    def predicted(counts: Array) -> tuple[Array, Array]:
-        """Coefficients, and each question's preference at equal lengths, where questions count this often."""
-        fitted = _fit(*_training_rows(gamed, features, targets, counts), inverse_penalty, np.random.RandomState(_SEED))
-        return fitted, expit(features[:, 1:] @ fitted[1:])
-
-    coefficients, even = predicted(np.ones(len(targets)))
-    draws = resampled_counts(np.arange(len(targets)), num_resamples, seed)
-    rounds = [100 * np.average(predicted(counts)[1], weights=counts) for counts in draws]
+    rows, labels, weights = _training_rows(gamed, features, targets)
+    inverse_penalty = _chosen_inverse_penalty(rows, labels, weights)
+    coefficients = _fit(rows, labels, weights, inverse_penalty, np.random.RandomState(_SEED))
+    even = expit(features[:, 1:] @ coefficients[1:])
+    free = _without_penalty(rows, labels, weights, features, np.isfinite(targets))
+    if free is None:
+        ci, estimable = NO_INTERVAL, bool(np.ptp(targets[np.isfinite(targets)]) == 0)
+    else:
+        ci = (100 * float(expit(free.log_odds - free.arm)), 100 * float(expit(free.log_odds + free.arm)))
+        estimable = bool(abs(logit(even.mean()) - free.log_odds) <= free.arm / Z)
     names = ("length", "model") if table is None else ("length", "difficulty", "model")
     return LengthControlled(
-        win_rate=float(even.mean() * 100),
-        standard_error=float(even.std(ddof=1) / np.sqrt(len(even)) * 100),
-        ci=quantile_interval(rounds, (0.025, 0.975)),
+        win_rate=float(even.mean() * 100) if estimable else float("nan"),
+        standard_error=float(even.std(ddof=1) / np.sqrt(len(even)) * 100) if estimable else float("nan"),
+        ci=ci,
         coefficients=dict(zip(names, coefficients.tolist(), strict=True)),
         strength=inverse_penalty,
         num_fitted=num_known,
         num_missing=len(targets) - num_known,
     )
+
+
+@dataclass(frozen=True)
+class _Free:
+    """What the fit without penalty gives: the mean preference at equal lengths in log-odds, and half of its 95 % interval."""
+
+    log_odds: float
+    arm: float
+
+
+def _without_penalty(
+    rows: Array, labels: Array, weights: Array, features: Array, known: Bool[NDArray[np.bool_], " Q"]
+) -> _Free | None:
+    """The fit without penalty, whose last rows are those of the questions with a verdict; None where it has no maximum."""
+    theta = fit_maximum(rows, labels, weights)
+    if theta is None:
+        return None
+    num_known = int(known.sum())
+    # The gamed baselines' rows, which stand first, are no sample.
+    units = np.concatenate([np.full(len(rows) - num_known, -1), np.arange(num_known)])
+    shifts = jackknife_shifts(rows, labels, weights, units, theta)
+    even = expit(features[:, 1:] @ theta[1:])
+    mean = float(even.mean())
+    # Of the mean: that of its logit is the same over mean (1 - mean).
+    slope = np.concatenate([[0.0], (even * (1 - even)) @ features[:, 1:] / len(even)])
+    influence = (even - mean) / len(even)
+    influence[known] += shifts @ slope
+    least = np.sqrt(slope @ np.linalg.solve(curvature(rows, weights, theta), slope))
+    error, least = float(np.sqrt(influence @ influence)) / (mean * (1 - mean)), float(least) / (mean * (1 - mean))
+    return _Free(float(logit(mean)), normal_arm(error, least=least, num=num_known))
 
 
 def read_difficulty_table(path: str | Path) -> DifficultyTable:
@@ -229,12 +260,12 @@ def _gamed_rows(table: DifficultyTable | None, num_features: int) -> tuple[Array
     return features, table.preferences[judged], np.where(table.not_gamed[judged], 1.0, _BASELINE_WEIGHT)
 
 
-def _training_rows(
-    gamed: tuple[Array, Array, Array], features: Array, targets: Array, counts: Array
-) -> tuple[Array, Array, Array]:
+def _training_rows(gamed: tuple[Array, Array, Array], features: Array, targets: Array) -> tuple[Array, Array, Array]:
     """Features, preferences and weights of the gamed baselines' rows and of the questions with a verdict."""
     known = ~np.isnan(targets)
-    rows, labels, weights = map(np.concatenate, zip(gamed, (features[known], targets[known], counts[known]), strict=True))
+    rows, labels, weights = map(
+        np.concatenate, zip(gamed, (features[known], targets[known], np.ones(int(known.sum()))), strict=True)
+    )
     return rows, labels, weights
 
 

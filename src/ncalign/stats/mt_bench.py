@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from ncalign.stats.intervals import Interval, ratio_interval
+from ncalign.stats.intervals import Interval, mean_interval
 from ncalign.stats.records import Rating
 
 # MT-Bench asks for 1 to 10; some judges give 0, and FastChat counts it.
@@ -22,7 +21,7 @@ class MeanScore:
 
     Attributes:
         mean: NaN where none has a score.
-        ci: 95 % bootstrap interval of ``mean``; questions are resampled, their turns stay together. NaN for one question.
+        ci: 95 % interval of ``mean``; a question's turns stay together. NaN for one question.
         num_counted: ratings with a score.
         num_missing: ratings without, which are left out.
     """
@@ -49,7 +48,7 @@ class MTBench:
     categories: Mapping[str, MeanScore]
 
 
-def mt_bench(ratings: Iterable[Rating], *, seed: int = 0, num_resamples: int = 10_000) -> tuple[MTBench, ...]:
+def mt_bench(ratings: Iterable[Rating]) -> tuple[MTBench, ...]:
     """Plain means of ratings: every rating with a score counts once. Best model first.
 
     Raises:
@@ -70,14 +69,13 @@ def mt_bench(ratings: Iterable[Rating], *, seed: int = 0, num_resamples: int = 1
         raise ValueError("there are no ratings: a score needs judged answers")
     scores = []
     for model, group in by_model.items():
-        mean = partial(_mean_score, num_resamples=num_resamples, rng=np.random.default_rng(seed))
         scores.append(
             MTBench(
                 model=model,
-                overall=mean(group),
-                turns={turn: mean([r for r in group if r.turn == turn]) for turn in sorted({r.turn for r in group})},
+                overall=_mean_score(group),
+                turns={turn: _mean_score([r for r in group if r.turn == turn]) for turn in sorted({r.turn for r in group})},
                 categories={
-                    name: mean([r for r in group if r.category == name]) for name in sorted({r.category for r in group})
+                    name: _mean_score([r for r in group if r.category == name]) for name in sorted({r.category for r in group})
                 },
             )
         )
@@ -118,14 +116,14 @@ def _scores_by_question(ratings: Iterable[Rating]) -> dict[str, list[float]]:
     return scores
 
 
-def _mean_score(ratings: Sequence[Rating], num_resamples: int, rng: np.random.Generator) -> MeanScore:
+def _mean_score(ratings: Sequence[Rating]) -> MeanScore:
     by_question = [scores for scores in _scores_by_question(ratings).values() if scores]
     num_counted = sum(map(len, by_question))
     totals = np.array([sum(scores) for scores in by_question])
     sizes = np.array([len(scores) for scores in by_question], dtype=np.float64)
     return MeanScore(
         mean=float(totals.sum() / num_counted) if num_counted else float("nan"),
-        ci=ratio_interval(totals, sizes, num_resamples, rng),
+        ci=mean_interval(totals, sizes=sizes, bounds=(LOWEST, HIGHEST)),
         num_counted=num_counted,
         num_missing=len(ratings) - num_counted,
     )

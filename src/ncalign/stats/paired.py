@@ -1,4 +1,4 @@
-"""Before against after on the same prompts: means, bootstrap intervals and a paired permutation test."""
+"""Before against after on the same prompts: means, intervals and a paired permutation test."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from ncalign.stats.intervals import Interval, mean_interval
+from ncalign.stats.intervals import Bounds, Interval, mean_interval
 
 
 @dataclass(frozen=True)
 class PairedComparison:
     """What a treatment changed, measured on the same n items before and after.
 
-    Each ``ci`` is a 95 % bootstrap interval; items are resampled, so that pairs stay together.
+    Each ``ci`` is a 95 % interval by :func:`ncalign.stats.intervals.mean_interval`, that of the difference from the items' own
+    differences; NaN where it can't be told.
 
     Attributes:
         difference: ``mean_after - mean_before``.
@@ -37,14 +38,22 @@ def paired_comparison(
     before: Float[NDArray[np.float64], " n"],
     after: Float[NDArray[np.float64], " n"],
     *,
+    bounds: Bounds | None = None,
     seed: int,
     num_resamples: int = 10_000,
 ) -> PairedComparison:
     """Compare two measurements of the same items.
 
-    The intervals are percentile bootstrap intervals over items. The p-value is that of the permutation test in which each
-    item's difference keeps or flips its sign with equal chance; with few items all ``2^n`` sign patterns are enumerated, else
-    ``num_resamples`` are drawn and the observed one counted among them, so it is never 0.
+    The p-value is that of the permutation test in which each item's difference keeps or flips its sign with equal chance; with
+    few items all ``2^n`` sign patterns are enumerated, else ``num_resamples`` are drawn and the observed one counted among
+    them, so it is never 0. Where several comparisons are made, it is not corrected for their number.
+
+    Args:
+        before: one value an item.
+        after: likewise.
+        bounds: between which a value may lie; None for the range of all that were seen, before and after.
+        seed: of the drawn sign patterns.
+        num_resamples: sign patterns.
 
     Raises:
         ValueError: the arrays are not of one length n ≥ 2, or hold NaN or infinities.
@@ -59,15 +68,15 @@ def paired_comparison(
     if len(first) < 2:
         raise ValueError(f"there are {len(first)} items; at least 2 are needed for intervals")
     differences = second - first
-    rng = np.random.default_rng(seed)
+    low, high = bounds or (float(min(first.min(), second.min())), float(max(first.max(), second.max())))
     return PairedComparison(
         mean_before=float(first.mean()),
         mean_after=float(second.mean()),
-        ci_before=mean_interval(first, num_resamples, rng),
-        ci_after=mean_interval(second, num_resamples, rng),
+        ci_before=mean_interval(first, bounds=(low, high)),
+        ci_after=mean_interval(second, bounds=(low, high)),
         difference=float(differences.mean()),
-        ci_difference=mean_interval(differences, num_resamples, rng),
-        p_value=_sign_flip_p_value(first, second, num_resamples, rng),
+        ci_difference=mean_interval(differences, bounds=(low - high, high - low)),
+        p_value=_sign_flip_p_value(first, second, num_resamples, np.random.default_rng(seed)),
     )
 
 

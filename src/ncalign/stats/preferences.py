@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -156,14 +156,19 @@ def checked_preferences(values: Float[NDArray[np.float64], " Q"]) -> Float[NDArr
     return array
 
 
-def verdict_arrays(
-    games: Sequence[Game], resample: Literal["questions", "games"]
-) -> tuple[Float[NDArray[np.float64], " N"], Float[NDArray[np.float64], " N"], Int[NDArray[np.int64], " N"]]:
-    """Preferences and weights of games with a verdict, and the number of what a bootstrap round draws: question, or game."""
-    places: dict[str, int] = {}
-    questions = [places.setdefault(game.question, len(places)) for game in games]
+def verdict_arrays(games: Sequence[Game]) -> tuple[Float[NDArray[np.float64], " N"], Float[NDArray[np.float64], " N"]]:
+    """Preferences and weights of games with a verdict."""
     return (
         np.array([game.preference for game in games], dtype=np.float64),
         np.array([game.weight for game in games], dtype=np.float64),
-        np.array(questions if resample == "questions" else range(len(games)), dtype=np.int64),
     )
+
+
+def numbered(keys: Iterable[Hashable]) -> Int[NDArray[np.int64], " N"]:
+    """Equal keys by the same number, from 0, in the order in which they were met.
+
+    >>> numbered(["b", "a", "b"]).tolist()
+    [0, 1, 0]
+    """
+    places: dict[Hashable, int] = {}
+    return np.array([places.setdefault(key, len(places)) for key in keys], dtype=np.int64)

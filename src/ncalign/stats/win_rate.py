@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from ncalign.stats.intervals import Interval, mean_interval
+from ncalign.stats.intervals import Interval, effective_size, mean_interval
 from ncalign.stats.preferences import checked_preferences, question_preferences
 from ncalign.stats.records import Game
 
@@ -22,7 +22,8 @@ class WinRate:
     Attributes:
         win_rate: mean preference, in percent.
         standard_error: of ``win_rate``, in points; NaN for one question.
-        ci: 95 % bootstrap interval of ``win_rate``, resampling questions; NaN for one question.
+        ci: 95 % interval of ``win_rate`` by :func:`ncalign.stats.intervals.mean_interval`; NaN for one question.
+        effective_size: how many questions with wins and losses alone would tell as much; NaN for one question.
         discrete_win_rate: percent of questions won, ties counting half.
         num_ties: questions with a preference of exactly 1/2; wins lie above it, losses below.
         num_counted: questions with a verdict; the ``num_missing`` without are left out.
@@ -31,6 +32,7 @@ class WinRate:
     win_rate: float
     standard_error: float
     ci: Interval
+    effective_size: float
     discrete_win_rate: float
     num_wins: int
     num_losses: int
@@ -39,7 +41,7 @@ class WinRate:
     num_missing: int
 
 
-def win_rate(preferences: Float[NDArray[np.float64], " Q"], *, seed: int = 0, num_resamples: int = 10_000) -> WinRate:
+def win_rate(preferences: Float[NDArray[np.float64], " Q"]) -> WinRate:
     """Mean preference in percent: ``100 * sum(p) / n`` over the n questions with a verdict.
 
     The standard error is ``100 * sd(p) / sqrt(n)`` with n − 1 in the variance.
@@ -62,7 +64,8 @@ def win_rate(preferences: Float[NDArray[np.float64], " Q"], *, seed: int = 0, nu
     return WinRate(
         win_rate=float(counted.mean() * 100),
         standard_error=float(counted.std(ddof=1) / np.sqrt(len(counted)) * 100) if len(counted) > 1 else float("nan"),
-        ci=mean_interval(100 * counted, num_resamples, np.random.default_rng(seed)),
+        ci=mean_interval(100 * counted, bounds=(0.0, 100.0)),
+        effective_size=effective_size(counted, bounds=(0.0, 1.0)),
         discrete_win_rate=100 * (wins + ties / 2) / len(counted),
         num_wins=wins,
         num_losses=losses,
