@@ -199,3 +199,25 @@ def test_one_notice_names_what_no_model_sees(tmp_path: Path) -> None:
     assert len(list(read_groups(tmp_path / "rows.jsonl", report=report))) == 3
     [notice] = report.counted_notes()
     assert notice.startswith("no model sees `margin` (3 rows), `context` (2 rows): kept in the metadata")
+
+
+def test_a_table_of_cells_says_the_same_as_json(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(
+        'system,query,history,chosen,rejected,chosen_rating,rejected_rating,margin\nS,[1],"[[""P"", ""p""]]",a,b,5,N/A,1.5\n'
+    )
+    report = ReadReport()
+    [group] = read_groups(tmp_path / "rows.csv", report=report)
+    assert as_line(group) == "system: S / user: P / assistant: p / user: [1] → assistant: a = 5, assistant: b"
+    assert report.unread == {"margin": 1}
+
+
+@pytest.mark.parametrize("name", ["groups.jsonl", "groups.parquet"])
+def test_what_convert_wrote_has_nothing_left_to_tell(name: str, tmp_path: Path) -> None:
+    row = {"system": "S", "question": "Q", "context": "Some words.", "chosen": "a", "rejected": "b", "margin": 2}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    first = convert(tmp_path / "rows.jsonl", tmp_path / name)
+    assert first.unread == {"context": 1, "margin": 1}
+    report = ReadReport()
+    [group] = read_groups(tmp_path / name, report=report)
+    assert report.counted_notes() == []
+    assert group.metadata == {"context": "Some words.", "margin": 2}

@@ -11,6 +11,7 @@ from ncalign.core.errors import DataError, names, shown
 from ncalign.data.formats.group import STRING_PROMPTS, TOOLS, Group, Message, Text
 from ncalign.data.formats.messages import DESCRIPTIONS, spelled, tools_of
 from ncalign.data.formats.parsing import Row, as_conversation
+from ncalign.data.formats.values import as_number
 
 QUESTIONS = ("instruction", "question", "query", "input", "problem")
 """Columns that hold a prompt's text where there is no `prompt`."""
@@ -189,7 +190,9 @@ def unread(group: Group, row: Row, known: Collection[str], *, pair: bool) -> lis
 
 def _is_numeric(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return any(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+    return any(isinstance(one, int | float) and not isinstance(one, bool) for one in values) or any(
+        isinstance(one, str) and as_number(one) is not None for one in values
+    )
 
 
 def _prose(value: Any) -> Iterator[str]:

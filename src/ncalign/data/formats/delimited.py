@@ -29,10 +29,11 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _NUMBERS = frozenset(
     "reward rewards score scores rank ranks rating ratings preference logprob".split()  # words of the names of such columns
 )
-_FLAGS = frozenset({"label", "finished", "is_correct"})
+_FLAGS = frozenset({"label", "kto_tag", "finished", "is_correct"})
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _TEXT = re.compile(
-    r"prompt|chosen|rejected|completion|instruction|input|output|question|answer|response|context|system|system_prompt"
+    r"prompt|chosen|rejected|completion|instruction|input|output|question|answer|response|context|query|problem"
+    r"|system|system_prompt|system_message|custom_system_prompt"
     r"|chosen_response|rejected_response|ground_truth|reference|id"
     r"|(A|completion|response|generation|generations|reply|answer|output|candidate|option)[-_ ]?\d+"
 )
