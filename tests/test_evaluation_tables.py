@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from ncalign.core.json import json_ready
 from ncalign.judging.summaries import (
@@ -26,6 +27,7 @@ from ncalign.judging.summaries import (
     win_matrix_table,
     win_rate_table,
 )
+from ncalign.judging.tasks import tabulate_tasks
 from ncalign.report.charts import category_chart, interval_chart, matrix_chart, write_chart
 from ncalign.report.tables import Column, Table, escape_latex, to_csv, to_json, to_latex, to_text, write_table
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
@@ -195,6 +197,25 @@ def test_every_table_with_intervals_says_which() -> None:
         comparison_table(found),
     ):
         assert "95 % interval" in table.caption
+
+
+def test_scores_of_tasks_have_wilsons_interval() -> None:
+    # 8 of 10; the same with an error as of half as many, as questions of a kind have; all of 10, whose error is 0; no share.
+    score = {"metric": "acc", "stderr": None, "num_samples": 10}
+    scores = {
+        "plain": score | {"score": 0.8},
+        "clusters": score | {"score": 0.8, "stderr": math.sqrt(0.8 * 0.2 / 5)},
+        "all": score | {"score": 1.0, "stderr": 0.0},
+        "other": score | {"score": 7.5},
+    }
+    results = tabulate_tasks([{"model": "a", "results": scores, "failed": {}}], limit=None)
+    table = results.tables["tasks"]
+    found = {row["task"]: (row["low"], row["high"]) for row in to_json(table)["rows"]}
+    for name, won, num in (("plain", 8, 10), ("clusters", 4, 5), ("all", 10, 10)):
+        expected = stats.binomtest(won, num).proportion_ci(method="wilson")
+        assert found[name] == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-9)
+    assert found["other"] == (None, None)
+    assert "95 % interval" in table.caption
 
 
 def test_mt_bench_table_has_turns_and_categories_that_may_have_the_same_name() -> None:

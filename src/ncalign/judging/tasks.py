@@ -7,6 +7,7 @@ from typing import Any
 
 from ncalign.judging.counts import Results
 from ncalign.report.tables import Table, columns
+from ncalign.stats.intervals import share_interval
 from ncalign.tasks.reasoning_table import paper_table
 
 
@@ -14,17 +15,20 @@ def tabulate_tasks(found: Sequence[Mapping[str, Any]], *, limit: int | None) -> 
     """What `run_tasks` gave for each model, the baseline first, tabulated as in the papers."""
     names, rows = paper_table(found)
     results = Results(values={"models": found})
-    caption = "Accuracy in percent; arrows say whether a score rose or fell against the first row."
+    caption = "Accuracy in percent; arrows say whether a score rose or fell against the first row, be it by chance."
     results.tables["reasoning"] = Table(columns(*names), tuple(map(tuple, rows)), caption)
     every = []
     for one in found:
         for task, score in one["results"].items():
             error = None if score["stderr"] is None else 100 * score["stderr"]
-            every.append((one["model"], task, 100 * score["score"], error, score["num_samples"], score["metric"]))
+            bounds = share_interval(score["score"], score["num_samples"], standard_error=score["stderr"])
+            low, high = (100 * bound for bound in bounds)
+            every.append((one["model"], task, 100 * score["score"], low, high, error, score["num_samples"], score["metric"]))
         results.lines += [f"{one['model']}: task {task} failed: {reason}" for task, reason in one["failed"].items()]
     if every:
-        heads = columns("model", "task", "score (%)", "standard error", "questions", "measure")
-        results.tables["tasks"] = Table(heads, tuple(every), "Every task, as it was scored.")
+        heads = columns("model", "task", "score (%)", "low", "high", "standard error", "questions", "measure")
+        caption = "Every task, as it was scored; low and high bound 95 % intervals (score intervals)."
+        results.tables["tasks"] = Table(heads, tuple(every), caption)
     if limit is not None:
         results.lines.append(f"At most {limit} questions a task: these are not the tasks' own scores")
     return results

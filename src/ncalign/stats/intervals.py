@@ -50,12 +50,29 @@ def mean_interval(
     size = effective_size(values, sizes=sizes, bounds=(low, high))
     if math.isnan(size):
         return NO_INTERVAL
-    place = _place(values, weights, (low, high))
+    ends = _wilson(_place(values, weights, (low, high)), size)
+    return low + (high - low) * ends[0], low + (high - low) * ends[1]
+
+
+def share_interval(share: float, num: int, *, standard_error: float | None = None) -> Interval:
+    """Wilson's 95 % interval of a share, or of a mean from 0 to 1, of which no more is known; NaN of fewer than 2 values.
+
+    Args:
+        share: from 0 to 1; NaN for another.
+        num: of how many.
+        standard_error: of the share where it is known; a larger one than that of shares, as of values in clusters, counts.
+    """
+    if num < 2 or not 0 <= share <= 1:
+        return NO_INTERVAL
+    even = share * (1 - share)
+    return _wilson(share, min(num, even / standard_error**2) if standard_error and even > 0 else num)
+
+
+def _wilson(place: float, size: float) -> Interval:
     centre = (place + Z**2 / (2 * size)) / (1 + Z**2 / size)
     arm = Z / (1 + Z**2 / size) * math.sqrt(place * (1 - place) / size + Z**2 / (4 * size**2))
     # Bounded, so that rounding puts no bound on the wrong side of the mean.
-    ends = min(place, max(0.0, centre - arm)), max(place, min(1.0, centre + arm))
-    return low + (high - low) * ends[0], low + (high - low) * ends[1]
+    return min(place, max(0.0, centre - arm)), max(place, min(1.0, centre + arm))
 
 
 def effective_size(
