@@ -18,17 +18,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ncalign.data.formats.group import MORE_KEYS
 from ncalign.data.groups import Candidate, Group, Message
 from ncalign.data.rendering import Rendering
 from ncalign.model.config import StringPrompts
-from ncalign.model.untold import answers_keys, untold
+from ncalign.model.untold import left_out
 
 Ids = NDArray[np.int32]
 
@@ -195,7 +193,7 @@ class Encoder:
             rewards=tuple(candidate.reward for candidate in group.candidates),
             reference_logprobs=tuple(candidate.reference_logprob for candidate in group.candidates),
         )
-        self.report.untold.update(self._untold(group))
+        self.report.untold.update(left_out(self.tokenizer, group))
         scored = sum(len(completion) for completion in completions)
         self.report.groups += 1
         self.report.candidates += len(completions)
@@ -287,20 +285,6 @@ class Encoder:
             else:
                 self._template_end = (int(self.tokenizer.eos_token_id), "", after)
         return self._template_end
-
-    def _untold(self, group: Group) -> list[str]:
-        """What a conversation holds and its rendering does not; most hold nothing but roles and texts."""
-
-        def render(messages: list[Message], tools: list[Any] | None) -> str:
-            try:
-                return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-            except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
-                raise ValueError(str(error)) from error
-
-        found = list(answers_keys([candidate.completion for candidate in group.candidates]))
-        if isinstance(group.prompt, list) and any(turn.keys() & {*MORE_KEYS} for turn in group.prompt):
-            found += untold(render, group.prompt)
-        return found
 
     def _split(self, group: Group, prompt: list[int], rest: str, ids: list[int], end_id: int) -> list[int]:
         """The completion's tokens, with exactly one end token."""

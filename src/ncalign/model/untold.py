@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+from transformers import PreTrainedTokenizerBase
+
 from ncalign.data.formats.group import MORE_KEYS
-from ncalign.data.groups import Message
+from ncalign.data.groups import Group, Message
 
 Render: TypeAlias = Callable[[list[Message], "list[Any] | None"], str]
 """A conversation and its tools as a template writes them."""
+
+
+def left_out(tokenizer: PreTrainedTokenizerBase, group: Group) -> list[str]:
+    """What a group holds beside roles and texts that its rendering does not show."""
+
+    def render(messages: list[Message], tools: list[Any] | None) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
+            raise ValueError(str(error)) from error
+
+    found = list(answers_keys([candidate.completion for candidate in group.candidates]))
+    if isinstance(group.prompt, list) and any(turn.keys() & {*MORE_KEYS} for turn in group.prompt):
+        found += untold(render, group.prompt)
+    return found
 
 
 def untold(render: Render, messages: Sequence[Message], tools: list[Any] | None = None) -> list[str]:
