@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[dict[str, Any], int], str]
-Fault = str | int | bytes | None
+Fault = str | int | bytes | tuple[int, Any] | None
 
 
 def echo(body: dict[str, Any], number: int) -> str:
@@ -25,8 +25,8 @@ class ServerDouble:
     """Records requests; ``faults`` says what to do wrong with the request of a given number, counted from 0.
 
     A fault is ``drop``, ``half`` (half the JSON), ``few`` (one choice, whatever n is), ``many``, ``slow``, ``trickle`` (a byte
-    now and then), ``null`` (content is null), ``too long`` (what servers say of a prompt that does not fit), a status to answer
-    with, or the bytes to answer with; ``fault_of`` says the same of a request's body.
+    now and then), ``null`` (no message), ``too long`` (what servers say of a prompt that does not fit), a status to answer
+    with, a status and what it says, or the bytes to answer with; ``fault_of`` says the same of a request's body.
     """
 
     def __init__(self, answer: Answer = echo, faults: Callable[[int], Fault] = lambda number: None) -> None:
@@ -86,6 +86,10 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
             if isinstance(fault, bytes):
                 self.send(fault, 200)
                 return
+            if isinstance(fault, tuple):
+                status, said = fault
+                self.send(said.encode() if isinstance(said, str) else said, status)
+                return
             if isinstance(fault, int):
                 self.send({"error": {"message": f"no, {self.headers.get('Authorization')}"}}, fault)
                 return
@@ -102,7 +106,7 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
             n = {"few": 1, "many": n + 2}.get(str(fault), n)
             choices = double.choices(self.path, body, n)
             if fault == "null":
-                choices[0]["message"]["content"] = None
+                choices[0]["message"] = None
             answer = {"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 3 * n}}
             if fault not in ("half", "null", "slow"):
                 with double.lock:

@@ -164,7 +164,7 @@ def test_thoughts_are_no_verdicts() -> None:
 )
 def test_servers_that_say_it_in_other_words(said_of_it: str) -> None:
     class Asked:
-        usage = Usage()
+        usage, changes = Usage(), {}
 
         def ask(self, requests: list[Any], done: Any) -> list[Any]:
             return [ServerError(said_of_it, refused=True) for _ in requests]
@@ -176,7 +176,7 @@ def test_servers_that_say_it_in_other_words(said_of_it: str) -> None:
 
 def test_a_server_that_takes_too_long_is_no_long_prompt() -> None:
     class Asked:
-        usage = Usage()
+        usage, changes = Usage(), {}
 
         def ask(self, requests: list[Any], done: Any) -> list[Any]:
             return [ServerError("the request took too long") for _ in requests]

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from pydantic import AliasChoices, AliasPath, BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from ncalign.core.install import install_hint
+from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.refusals import Changes, changed, name_instead, reason_of, refused_field, what_changes
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -36,6 +38,12 @@ _ABOUT_THE_REQUEST = frozenset({400, 404, 413, 422})
 _GIVE_UP_AFTER = 2
 # Keys of fewer characters are placeholders for servers without keys ("EMPTY", "ollama"), and words that a model may say.
 _SECRET_LENGTH = 16
+# Of an answer that is an error in spite of its status.
+_HEAD = 1000
+# Finish reasons, as servers spell them: the limit on tokens, a filter, and the server's own failure.
+_CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
+_WITHHELD = frozenset({"content_filter", "safety", "recitation", "blocklist", "prohibited_content"})
+_BROKEN_OFF = frozenset({"error", "abort", "cancelled", "insufficient_system_resource"})
 
 # In nats. Rounding may put the log-prob of a certain token a little above 0.
 Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
@@ -52,6 +60,7 @@ class Choice:
         num_tokens: of the answer; None where the server does not say.
         logprob: sum of its tokens' log-probs, in nats; None where the server does not give them.
         top: for each token, the likeliest alternatives with their log-probs; empty where they were not asked for.
+        withheld: whether a filter of the server's ended it, and no limit on its length.
     """
 
     text: str
@@ -59,6 +68,7 @@ class Choice:
     num_tokens: int | None = None
     logprob: Logprob | None = None
     top: tuple[Mapping[str, Logprob], ...] = ()
+    withheld: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,11 +79,13 @@ class Request:
         kind: which of the two APIs.
         body: the request's JSON without ``model`` and ``n``.
         n: how many answers.
+        needed: fields of the body without which it has no sense, so that a server which does not take them refuses it.
     """
 
     kind: Literal["chat", "completions"]
     body: Mapping[str, Any]
     n: int = 1
+    needed: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -99,11 +111,12 @@ class ServerError(RuntimeError):
     Attributes:
         refused: whether it said that it does not take this very request (a status of 400 and the like), so that others may
             fare better; false where it is down, overloaded, or wants another key.
+        body: what it answered, as it came; never shown.
     """
 
-    def __init__(self, message: str, *, refused: bool = False) -> None:
+    def __init__(self, message: str, *, refused: bool = False, body: str = "") -> None:
         super().__init__(message)
-        self.refused = refused
+        self.refused, self.body = refused, body
 
 
 class Server:
@@ -120,6 +133,7 @@ class Server:
         model: the model asked for by name; may change while nothing is under way.
         version: of the weights behind that name; answers of another version are not remembered.
         usage: what was asked and answered.
+        changes: fields that the server said it does not take; they are renamed or left out.
 
     Raises:
         ValueError: the package `openai` is missing, or the environment variable with the key, or the server's host.
@@ -140,6 +154,13 @@ class Server:
         check_host(config.base_url)
         self._next_start = 0.0
         self.model, self.version = config.model, ""
+        self._changes_key = Store.key(config.base_url, config.model, "fields")
+        try:
+            kept = None if store is None else store.get(self._changes_key)
+            self.changes: Changes = _CHANGES.validate_python(kept or {})
+        except ValidationError:
+            self.changes = {}
+        self._said: set[str] = set()
 
     def ask(
         self, requests: Sequence[Request], *, done: Callable[[int], None] = lambda index: None
@@ -156,7 +177,14 @@ class Server:
             For each request, in order, its answers: ``n`` or, where the server stopped giving more, fewer; or why there are
             none.
         """
+        self._say_changes()
         return self._run(lambda client: self._ask(client, requests, done))
+
+    def _say_changes(self) -> None:
+        for name, other in self.changes.items():
+            if name not in self._said:
+                self._said.add(name)
+                say(f"{what_changes(name, other)} ({self.config.base_url})")
 
     def post(self, path: str, body: Mapping[str, Any]) -> None:
         """Tell the server something that has no answer, such as to load an adapter.
@@ -274,7 +302,7 @@ class Server:
             start = max(self._next_start, now)
             self._next_start = start + 60 / self.config.requests_per_minute
             await sleep(start - now)
-        text = await self._sent(client, "/chat/completions" if request.kind == "chat" else "/completions", body)
+        text = await self._taken(client, "/chat/completions" if request.kind == "chat" else "/completions", body, request)
         self.usage.requests += 1
         if len(self._key) >= _SECRET_LENGTH:
             text = self._without_key(text)
@@ -283,14 +311,38 @@ class Server:
         except ValidationError as error:
             [first, *_] = error.errors(include_url=False, include_input=False)
             place = "".join(f"{part}: " for part in first["loc"])
-            raise _Malformed(self._without_key(f"{place}{first['msg']} in {text[:200]!r}")) from None
+            said = reason_of(text) if '"error"' in text[:_HEAD] else f"{place}{first['msg']} in {text[:200]!r}"
+            raise _Malformed(self._without_key(said)) from None
         counted = answer.usage or _Usage()
         self.usage.prompt_tokens += counted.prompt_tokens or 0
         self.usage.completion_tokens += counted.completion_tokens or 0
-        found = [choice.read() for choice in answer.choices]
+        found = [choice.read() for choice in answer.choices if choice.finish_reason not in _BROKEN_OFF]
+        if not found:
+            raise _Malformed(f"the server broke off: finish_reason {answer.choices[0].finish_reason}")
         if len(found) == 1 and found[0].num_tokens is None:
             found = [replace(found[0], num_tokens=counted.completion_tokens or None)]
         return found
+
+    async def _taken(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any], request: Request) -> str:
+        """What the server answers without the fields that it says it does not take, which are remembered once it has."""
+        changes = dict(self.changes)
+        while True:
+            sent = changed(body, changes)
+            try:
+                text = await self._sent(client, path, sent)
+                break
+            except ServerError as error:
+                field = refused_field(error.body, sent, request.needed) if error.refused else None
+                if field is None:
+                    raise
+                renamed = next((name for name, other in changes.items() if other == field), None)
+                changes[renamed or field] = None if renamed else name_instead(field, error.body, {field})
+        if changes != self.changes:
+            self.changes |= changes
+            self._say_changes()
+            if self._store is not None:
+                self._store.put(self._changes_key, self.changes)
+        return text
 
     async def _sent(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any]) -> str:
         from openai import APIStatusError, OpenAIError
@@ -298,15 +350,15 @@ class Server:
         try:
             return await client.post(path, body=dict(body), cast_to=str)
         except OpenAIError as error:
-            status = error.status_code if isinstance(error, APIStatusError) else 0
-            said = self._without_key(str(error)).strip().split("\n", 1)[0][:300]
+            status, answered = (error.status_code, error.response.text) if isinstance(error, APIStatusError) else (0, "")
+            said = self._without_key(reason_of(self._without_key(answered) or str(error)))
             advice = {
                 401: f"; is the key in {self.config.api_key_env} right?",
                 404: f"; does it serve the model {self.model!r}?",
                 429: "; lower max_concurrency or set requests_per_minute",
             }.get(status, "")
-            message = f"server {self.config.base_url}: {said}{advice}"
-            raise ServerError(message, refused=status in _ABOUT_THE_REQUEST) from None
+            message = f"server {self.config.base_url}: {f'status {status}: ' if status else ''}{said}{advice}"
+            raise ServerError(message, refused=status in _ABOUT_THE_REQUEST, body=answered) from None
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -335,10 +387,39 @@ class _Usage(BaseModel):
     completion_tokens: Count | None = None
 
 
+class _Part(BaseModel):
+    type: str = "text"
+    text: str | None = None
+
+    def is_text(self) -> bool:
+        """Whether it is said, and not thought."""
+        return self.type in ("text", "output_text")
+
+
+class _Message(BaseModel):
+    # Null where the model's tokens ended in its thoughts, where it called a tool, or said nothing: an answer without text.
+    content: str | list[str | _Part] | None = None
+    refusal: str | None = None
+
+    def read(self) -> str:
+        parts = self.content if isinstance(self.content, list) else [self.content or ""]
+        texts = [
+            part if isinstance(part, str) else part.text or "" for part in parts if isinstance(part, str) or part.is_text()
+        ]
+        return "".join(texts) or self.refusal or ""
+
+
 class _WireChoice(BaseModel):
-    text: str = Field(validation_alias=AliasChoices(AliasPath("message", "content"), "text"))
-    finish_reason: str | None = None
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: Annotated[str, AfterValidator(str.lower)] | None = None
     logprobs: _Logprobs | None = None
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> _WireChoice:
+        if self.message is None and self.text is None:
+            raise ValueError("neither message nor text")
+        return self
 
     def read(self) -> Choice:
         given = self.logprobs or _Logprobs()
@@ -347,11 +428,12 @@ class _WireChoice(BaseModel):
             values = [token.logprob for token in tokens]
         top = tuple({one.token: one.logprob for one in token.top_logprobs or ()} for token in tokens or ())
         return Choice(
-            self.text,
-            finished=self.finish_reason != "length",
+            self.message.read() if self.message is not None else self.text or "",
+            finished=self.finish_reason not in _CUT | _WITHHELD,
             num_tokens=None if values is None else len(values),
             logprob=None if values is None else float(sum(value for value in values if value is not None)),
             top=top if any(top) else (),
+            withheld=self.finish_reason in _WITHHELD,
         )
 
 
@@ -361,6 +443,7 @@ class _Answer(BaseModel):
 
 
 _CHOICES = TypeAdapter(list[Choice])
+_CHANGES = TypeAdapter(Changes)
 
 
 def check_host(url: str) -> None:

@@ -140,11 +140,12 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         prompts, generator, num_samples=config.num_samples, params=params, seed=config.seed, source=name
     )
     rendering = generator.string_prompts if any(isinstance(group.prompt, str) for group in prompts) else None
-    for_empty, for_cut = remedies(rendering, has_template=has_template, max_new_tokens=config.max_new_tokens)
     answered = [group for group in groups if group.candidates]
+    cut = sum(not candidate.finished for group in answered for candidate in group.candidates)
+    longest, spent = config.max_new_tokens, counts.unfinished > cut
+    for_empty, for_cut = remedies(rendering, has_template=has_template, max_new_tokens=longest, spent=spent)
     if not answered:
         raise ValueError(f"{name} gave only empty completions to {config.prompts}: {for_empty}")
-    cut = sum(not candidate.finished for group in answered for candidate in group.candidates)
     if warning := incomplete_warning(counts.empty, cut, counts.empty + counts.candidates, for_empty=for_empty, for_cut=for_cut):
         say(f"warning: {warning}")
     write_groups(answered, config.output)
@@ -155,5 +156,6 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         **asdict(counts),
         "groups": len(answered),
         "rows_skipped": report.skipped,
+        **(generator.record() if isinstance(generator, ServerGenerator) else {}),
         **({} if dtype is None else {"dtype": dtype}),
     }

@@ -31,15 +31,21 @@ def incomplete_warning(empty: int, cut: int, total: int, *, for_empty: str, for_
     return f"{counts}: {'; '.join(dict.fromkeys([for_empty] * bool(empty) + [for_cut] * bool(cut)))}"
 
 
-def remedies(rendering: Rendering | None, *, has_template: bool | None, max_new_tokens: int) -> tuple[str, str]:
+def remedies(
+    rendering: Rendering | None, *, has_template: bool | None, max_new_tokens: int, spent: bool = False
+) -> tuple[str, str]:
     """What helps against empty and against cut completions.
 
     Args:
         rendering: how prompts that are plain strings were put to the model; None where there were none.
         has_template: whether the model has a chat template; None where that is not known, as for a server.
         max_new_tokens: of the sampling.
+        spent: whether empty completions were cut: their tokens went into thoughts that a server keeps apart.
     """
     longer = f"raise --max_new_tokens (now {max_new_tokens})"
+    if spent:
+        thinks = f"{longer}: the tokens ended in the model's thoughts, before its answer"
+        return thinks, longer
     if rendering == "raw" and has_template:
         given = "the prompts were given raw to a model that has a chat template; try --string_prompts user_turn"
         return given, f"{given}, or {longer}"

@@ -42,6 +42,10 @@ class ServerGenerator:
         self.string_prompts: Rendering = "user_turn" if string_prompts == "auto" else string_prompts
         self._chosen, self._progress = string_prompts != "auto", progress
 
+    def record(self) -> dict[str, object]:
+        """What results say of the fields that the server does not take: nothing where it takes all."""
+        return {"server_fields": dict(self.server.changes)} if self.server.changes else {}
+
     def generate(
         self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
     ) -> list[list[Completion]]:

@@ -179,7 +179,8 @@ def _warn_of_incomplete(
 ) -> None:
     """Warn where more than a tenth of a model's answers are empty or cut."""
     used = rendering if any(question.is_text for question in questions) else None
-    for_empty, for_cut = remedies(used, has_template=None, max_new_tokens=max_new_tokens)
+    spent = any(not one.text and not one.finished for one in given)
+    for_empty, for_cut = remedies(used, has_template=None, max_new_tokens=max_new_tokens, spent=spent)
     empty = sum(not one.text for one in given)
     cut = sum(bool(one.text) and not one.finished for one in given)
     if warning := incomplete_warning(empty, cut, len(given), for_empty=for_empty, for_cut=for_cut):

@@ -124,6 +124,9 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
                 "order_decided": part.num_changed,
                 "prompt_tokens": part.account.prompt_tokens,
                 "completion_tokens": part.account.completion_tokens,
+                **({"server_fields": part.account.server_fields} if part.account.server_fields else {}),
             }
+            if part.account.missing:
+                say(f"warning: {part.account.text()}")
     result["failed_rewards"] = check_failures(source)
     return result

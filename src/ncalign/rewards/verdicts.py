@@ -15,16 +15,12 @@ from typing import Any, TypeVar
 
 from ncalign.data.groups import Message
 from ncalign.generation.client import Choice, Request, Server, ServerError, Usage
+from ncalign.generation.refusals import TOO_LONG, Changes
 
 Verdict = TypeVar("Verdict")
 
 _LONG_PROMPT = "prompt too long for the judge"
-# What servers say of a prompt that does not fit: OpenAI, vLLM, SGLang, TGI and llama.cpp word it differently.
-_TOO_LONG = re.compile(
-    r"context[ _](?:length|size|window)|maximum context|exceeds? the (?:available )?context|too long|too many tokens"
-    r"|maximum number of tokens|inputs?`? tokens",
-    re.IGNORECASE,
-)
+_CUT = "cut at max_tokens before a verdict"
 
 
 @dataclass
@@ -35,14 +31,15 @@ class Account:
         mode: the kind of verdict that was asked for.
         asked: verdicts asked for.
         identical: questions whose two answers are the same, which are ties and not asked about.
-        missing: verdicts that are missing, by reason (``unreadable``, ``prompt too long for the judge``, ``no answer``); they
-            count nowhere.
+        missing: verdicts that are missing, by reason (``unreadable``, ``cut at max_tokens before a verdict``, ``withheld by a
+            filter``, ``prompt too long for the judge``, ``no answer``); they count nowhere.
         remembered: requests answered from disk.
         requests: requests that the server answered now.
         prompt_tokens: as the server counted them, now.
         completion_tokens: as the server counted them, now.
         cost: of these, where prices are known.
         first_failure: what the server said the first time it gave no answer.
+        server_fields: fields of requests that the server does not take, with the name that they were sent under, or None.
     """
 
     mode: str
@@ -55,6 +52,7 @@ class Account:
     completion_tokens: int = 0
     cost: float | None = None
     first_failure: str = ""
+    server_fields: Changes = field(default_factory=dict)
 
     def add_usage(self, before: Usage, after: Usage) -> None:
         """Add what the server did between two moments."""
@@ -73,6 +71,7 @@ class Account:
             f"{self.remembered} remembered",
             f"{self.prompt_tokens} + {self.completion_tokens} tokens",
             *([f"cost {self.cost:.4g}"] if self.cost is not None else []),
+            *([f"raise judge.max_tokens: {self.missing[_CUT]} verdicts were cut"] if self.missing[_CUT] else []),
         ]
         return ", ".join(parts)
 
@@ -103,6 +102,7 @@ def ask_verdicts(
 
     Raises:
         ServerError: the server answers nothing at all, as when it is down; where all prompts are too long, all are missing.
+        ValueError: nothing was judged so far, and every answer was cut before a verdict.
     """
     before = replace(server.usage)
     values: list[Verdict | None] = [None] * len(prompts)
@@ -113,7 +113,14 @@ def ask_verdicts(
         requests = [_request(prompts[index], attempt, body) for index in open_]
         answers = server.ask(requests, done=done if attempt == 0 else lambda index: None)
         for index, answer in zip(open_, answers, strict=True):
-            values[index], reasons[index] = _verdict(answer, read)
+            values[index], reasons[index] = _verdict(answer, read, body)
+        if set(reasons) == {_CUT} and account.asked == account.missing.total() and all(value is None for value in values):
+            # The next attempts, and the next prompts, would cost as much and end as soon.
+            raise ValueError(
+                f"the judge ({server.config.model}) gave no verdict: all {len(prompts)} of its answers were cut at "
+                f"judge.max_tokens ({body['max_tokens']}) before one; raise judge.max_tokens: a judge that thinks needs room "
+                "for its thoughts and for the verdict after them"
+            )
         errors = [answer for answer in answers if isinstance(answer, ServerError)]
         account.first_failure = account.first_failure or next(map(str, errors), "")
         again = [index for index in open_ if values[index] is None and reasons[index] != _LONG_PROMPT]
@@ -126,20 +133,27 @@ def ask_verdicts(
     account.asked += len(prompts)
     account.missing.update(reason for reason, value in zip(reasons, values, strict=True) if value is None)
     account.add_usage(before, server.usage)
+    account.server_fields = dict(server.changes)
     return values
 
 
-def _verdict(answer: list[Choice] | ServerError, read: Callable[[Choice], Verdict | None]) -> tuple[Verdict | None, str]:
+def _verdict(
+    answer: list[Choice] | ServerError, read: Callable[[Choice], Verdict | None], body: Mapping[str, Any]
+) -> tuple[Verdict | None, str]:
     """The verdict in an answer, and why it is missing where it is."""
     if not isinstance(answer, ServerError):
-        return read(answer[0]), "unreadable"
-    return None, _LONG_PROMPT if answer.refused and _TOO_LONG.search(str(answer)) else "no answer"
+        choice = answer[0]
+        # A verdict that is one token is cut by its nature.
+        cut = not choice.finished and body.get("max_tokens", 1) > 1
+        return read(choice), "withheld by a filter" if choice.withheld else _CUT if cut else "unreadable"
+    return None, _LONG_PROMPT if answer.refused and TOO_LONG.search(str(answer)) else "no answer"
 
 
 def _request(prompt: str, attempt: int, body: Mapping[str, Any]) -> Request:
     # The same question at temperature 0 has the same answer: one that could not be read is asked for at another temperature.
     sampling = {"temperature": 0.0 if attempt == 0 else 0.7, "seed": attempt}
-    return Request("chat", {"messages": [{"role": "user", "content": prompt}], **sampling, **body})
+    needed = frozenset(body) & {"logprobs", "top_logprobs"}
+    return Request("chat", {"messages": [{"role": "user", "content": prompt}], **sampling, **body}, needed=needed)
 
 
 def transcript(messages: Sequence[Message]) -> str:
