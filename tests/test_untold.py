@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, build_tokenizer
+from ncalign.cli.app import main
 from ncalign.data.groups import Candidate, Group
 from ncalign.model.encoding import DroppedGroupError, Encoder
 
@@ -61,3 +64,18 @@ def test_calls_in_an_answer_are_refused_by_name() -> None:
     with pytest.raises(DroppedGroupError, match="a completion has `tool_calls`: write the call into its text"):
         encoder.encode(group(tool_calls=[CALL]))
     assert dict(encoder.report.dropped) == {"tool calls in a completion": 1}
+
+
+def test_a_template_that_takes_no_question_alone_is_not_asked_twice() -> None:
+    refuses = "{% if messages[-1].role == 'tool' and not add_generation_prompt %}{{ raise_exception('answer it') }}{% endif %}"
+    found = tokenizer(CALLS)
+    found.chat_template = refuses + str(found.chat_template)
+    encoder = Encoder(found, max_length=512)
+    encoder.encode(group())
+    assert not encoder.report.untold
+
+
+def test_check_names_it(tiny_model_dir: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl([{"prompt": TURNS, "chosen": "3", "rejected": "4"}])
+    main(["check", str(data), "--model", str(tiny_model_dir), "--max_length", "256"])
+    assert "the chat template leaves out `tool_calls` (1 groups), `reasoning_content` (1 groups)" in capsys.readouterr().out

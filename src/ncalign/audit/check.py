@@ -155,7 +155,10 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
         *_token_faults(account, max_length=config.encoding.max_length, positions=positions),
         *_content_faults(account, against=config.against),
     ]
-    facts = {**_facts(account, across, rows_skipped=report.skipped), "notes": report.counted_notes()}
+    facts = {
+        **_facts(account, across, rows_skipped=report.skipped),
+        "notes": [*report.counted_notes(), *account.encoding.untold_notices()],
+    }
     rendering = encoder.string_prompts
     warning = rendering_warning(account.made, rendering, what=config.data, does="training would encode them")
     facts |= {"string_prompts": rendering, "warnings": [] if warning is None else [warning]}

@@ -121,10 +121,14 @@ class EncodingReport:
                 f"the chat template renders {self.template_mismatches} completions differently from a generated turn; they are "
                 "encoded as plain text after the prompt"
             )
-        if self.untold:
-            names = ", ".join(f"`{name}` ({number} groups)" for name, number in self.untold.items())
-            found.append(f"the chat template leaves out {names}: the model does not see it; use a template that writes it")
-        return found
+        return [*found, *self.untold_notices()]
+
+    def untold_notices(self) -> list[str]:
+        """What the chat template leaves out, if it does."""
+        names = ", ".join(f"`{name}` ({number} groups)" for name, number in self.untold.items())
+        return (
+            [f"the chat template leaves out {names}: the model does not see it; use a template that writes it"] if names else []
+        )
 
 
 class DroppedGroupError(ValueError):

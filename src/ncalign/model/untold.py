@@ -39,7 +39,10 @@ def untold(render: Render, messages: Sequence[Message], tools: list[Any] | None 
         messages: the conversation.
         tools: what the model may call.
     """
-    whole = render(list(messages), tools)
+    try:
+        whole = render(list(messages), tools)
+    except ValueError:  # a template that takes no conversation without its answer
+        return []
     found = ["tools"] if tools and _same(render, list(messages), None, whole) else []
     for key in MORE_KEYS:
         without = [{name: value for name, value in turn.items() if name != key or _joins(turn, key)} for turn in messages]
