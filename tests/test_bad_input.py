@@ -418,10 +418,17 @@ class TestRunFolder:
         # As a run that was killed before it saved its model.
         (tmp_path / "run/results.json").unlink()
         checkpoint = tmp_path / "run/checkpoints/step-00000002"
-        (checkpoint / "optimizer.safetensors").write_bytes(b"\0" * 100)
-        done = train("--save_steps", 1, "--resume")
-        assert done.code == 1
-        assert "run/checkpoints/step-00000002 is damaged" in done.error
+        for path in sorted(checkpoint.iterdir()):
+            whole = path.read_bytes()
+            middle = len(whole) // 2
+            path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+            done = train("--save_steps", 1, "--resume")
+            assert done.code == 1, path
+            assert "run/checkpoints/step-00000002 is damaged" in done.error
+            path.write_bytes(whole)
+        state = checkpoint / "state.json"
+        state.write_text(state.read_text().replace('"step": 2', '"step": 1000000'))
+        assert "state.json changed after writing" in train("--save_steps", 1, "--resume").error
         shutil.rmtree(checkpoint)
         assert train("--save_steps", 1, "--resume").code == 0
 

@@ -116,6 +116,22 @@ class TestCache:
         cache.flush()
         assert ReferenceCache(tmp_path).values[lost] == -7.0
 
+    def test_no_flipped_bit_changes_a_value(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cache = ReferenceCache(tmp_path)
+        for number in range(20):
+            cache.add(key([number], [2]), -float(number))
+        cache.flush()
+        (part,) = tmp_path.iterdir()
+        whole = part.read_bytes()
+        for position in range(len(whole)):
+            part.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+            assert ReferenceCache(tmp_path).values == {}
+        assert "1 of 1 parts are damaged; their log-probs are computed again" in capsys.readouterr().err
+        cache = ReferenceCache(tmp_path)
+        cache.add(key([3], [2]), -3.0)
+        cache.flush()
+        assert ReferenceCache(tmp_path).values == {key([3], [2]): -3.0}
+
     def test_a_temporary_file_of_a_killed_writer_is_not_read(self, tmp_path: Path) -> None:
         cache = ReferenceCache(tmp_path)
         cache.add(key([1], [2]), -1.0)

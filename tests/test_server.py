@@ -7,11 +7,13 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -385,6 +387,10 @@ def test_store_survives_a_second_opening(tmp_path: Path) -> None:
     first.put(Store.key("a", 1), {"x": [1.5, None]})
     assert Store(tmp_path / "deep" / "answers").get(Store.key("a", 1)) == {"x": [1.5, None]}
     assert Store.key("a", 1) != Store.key("a", 2)
+    # A value that is not what was kept is none.
+    with closing(sqlite3.connect(tmp_path / "deep" / "answers")) as file, file:
+        file.execute("UPDATE kept SET value = replace(value, '1.5', '2.5')")
+    assert Store(tmp_path / "deep" / "answers").get(Store.key("a", 1)) is None
     (tmp_path / "no").write_text("no database" * 200)
     with pytest.raises(OSError, match="can't be used"):
         Store(tmp_path / "no")

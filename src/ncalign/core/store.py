@@ -35,9 +35,11 @@ class Store:
                 # Full: an answer that was paid for is on disk before the next is asked for.
                 self._connection.execute("PRAGMA journal_mode=WAL")
                 self._connection.execute("PRAGMA synchronous=FULL")
-                self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+                self._connection.execute(
+                    "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL)"
+                )
         except sqlite3.Error as error:
-            raise OSError(f"{path} can't be used to keep answers: {error}; delete it if it is damaged") from error
+            raise self._unusable(error) from error
 
     @staticmethod
     def key(*parts: object) -> str:
@@ -46,10 +48,17 @@ class Store:
         return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
     def get(self, key: str) -> Any:
-        """The value, or None where there is none."""
-        with self._lock:
-            row = self._connection.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        """The value, or None where there is none, or one that is not as it was written.
+
+        Raises:
+            OSError: the file is damaged.
+        """
+        try:
+            with self._lock:
+                row = self._connection.execute("SELECT value, digest FROM kept WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        return None if row is None or row[1] != self.key(key, row[0]) else json.loads(row[0])
 
     def put(self, key: str, value: object) -> None:
         """Keep a value, in place of an earlier one.
@@ -60,9 +69,12 @@ class Store:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         try:
             with self._lock, self._connection:
-                self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
+                self._connection.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (key, text, self.key(key, text)))
         except sqlite3.Error as error:
             raise OSError(f"{self._path} can't be written: {error}; free some space, or name another cache_dir") from error
+
+    def _unusable(self, error: sqlite3.Error) -> OSError:
+        return OSError(f"{self._path} can't be used to keep answers: {error}; delete it if it is damaged")
 
     def delete(self) -> None:
         """Delete the file, once what it held is kept elsewhere."""

@@ -8,7 +8,7 @@ objective, epoch and later run finds it there.
 from __future__ import annotations
 
 import hashlib
-import uuid
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncalign.core.atomic import atomic_path
+from ncalign.core.progress import say
 from ncalign.model.encoding import EncodedGroup
 
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logprob", pa.float64())])
@@ -30,15 +31,16 @@ class ReferenceCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the parts that are there; one that can't be read is left out, and its values computed again."""
+        """Read the parts that are there; one that is not as it was written is left out, and its values computed again."""
         self.folder = folder
         self.values: dict[bytes, float] = {}
         self._pending: dict[bytes, float] = {}
-        for part in sorted(folder.glob("*.parquet")):
-            try:
-                table = pq.read_table(part, schema=_SCHEMA)
-            except (OSError, pa.ArrowException):
-                continue
+        parts = sorted(folder.glob("*.parquet"))
+        whole = [part for part in parts if _digest(part) == part.stem]
+        if len(whole) < len(parts):
+            say(f"{folder}: {len(parts) - len(whole)} of {len(parts)} parts are damaged; their log-probs are computed again")
+        for part in whole:
+            table = pq.read_table(part, schema=_SCHEMA)
             keys, logprobs = table.column("key").to_pylist(), table.column("logprob").to_pylist()
             self.values.update(zip(keys, logprobs, strict=True))
 
@@ -53,9 +55,20 @@ class ReferenceCache:
         if not self._pending:
             return
         table = pa.table({"key": list(self._pending), "logprob": list(self._pending.values())}, schema=_SCHEMA)
-        with atomic_path(self.folder / f"part-{uuid.uuid4().hex}.parquet") as temporary:
-            pq.write_table(table, temporary)
+        written = io.BytesIO()
+        pq.write_table(table, written)
+        content = written.getbuffer()
+        # The name tells whether the content is still what was written.
+        with atomic_path(self.folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet") as temporary:
+            temporary.write_bytes(content)
         self._pending.clear()
+
+
+def _digest(part: Path) -> str:
+    try:
+        return hashlib.blake2b(part.read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return ""
 
 
 def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool) -> Path:

@@ -1,12 +1,13 @@
 """Checkpoints: what training can't compute again from the configuration, written whole or not at all.
 
 A checkpoint is a folder ``checkpoints/step-00000010`` with the trained weights and the optimizer's moments (safetensors), every
-process's random state, and ``state.json``. Learning rate, data position and the kernel's random numbers are functions of the
-step and the seed, so the step number restores them. Nothing is pickled.
+process's random state, ``state.json``, and ``checksums.json`` with the SHA-256 of each. Learning rate, data position and the
+kernel's random numbers are functions of the step and the seed, so the step number restores them. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from ncalign.core.outputs import record
 _PREFIX = "step-"
 _MOMENT = "|"
 _FURTHER = "tensors.safetensors"
+_CHECKSUMS = "checksums.json"
 
 
 def save_checkpoint(
@@ -73,6 +75,7 @@ def save_checkpoint(
             (temporary / "state.json").write_text(json.dumps({"step": step, **state, "param_groups": moments["param_groups"]}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary)))
             _sync(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
@@ -86,7 +89,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Restore weights, optimizer and random state; the rest of what was saved is returned.
+    """Restore weights, optimizer and random state; the rest of what was saved is returned, once no file differs from what was.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another number of processes or another model.
@@ -98,6 +101,7 @@ def load_checkpoint(
             f"step: resume with {written_by} (torchrun --nproc_per_node {written_by}), or start again with overwrite: true"
         )
     try:
+        _verify(folder)
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
         flat_moments = load_file(folder / "optimizer.safetensors")
@@ -135,6 +139,26 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = (run_folder / "checkpoints").glob(f"{_PREFIX}*")
     return sorted(folder for folder in found if (folder / "state.json").is_file())
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != _CHECKSUMS}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _verify(folder: Path) -> None:
+    """Raise ValueError where a file is not what was written, is missing, or came later."""
+    written, found = json.loads((folder / _CHECKSUMS).read_text()), _checksums(folder)
+    changed = sorted(name for name in {*written, *found} if written.get(name) != found.get(name))
+    if changed:
+        raise ValueError(f"{', '.join(changed)} changed after writing")
 
 
 def _random_state() -> dict[str, torch.Tensor]:
