@@ -178,6 +178,8 @@ def _paths(inputs: Inputs) -> Iterator[tuple[str, Path]]:
             path = Path(text)
             # Hub ids and names of functions are no paths here.
             with contextlib.suppress(OSError, ValueError):
+                if not path.exists():
+                    path = Path(text.rpartition(":")[0] or text)  # ``folder:split``
                 if path.exists():
                     yield label, path
                     base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")

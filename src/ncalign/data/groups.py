@@ -24,7 +24,7 @@ from ncalign.data.formats import (
     schemas,
 )
 from ncalign.data.formats.group import JSON, Candidate, Group, Message, Text
-from ncalign.data.formats.joined import JoinedRows, ReadRow, merge
+from ncalign.data.formats.joined import PARTS_OF_PROMPT, JoinedRows, ReadRow, merge
 from ncalign.data.formats.messages import with_lists
 from ncalign.data.formats.pairs import write_pairs
 from ncalign.data.formats.parsing import Row
@@ -171,8 +171,8 @@ def read_groups(
 
     Args:
         path: A .jsonl, .json, .csv, .tsv (each also with .gz) or .parquet file in any schema of docs/data.md; a folder of
-            such files, read in the order of their names; a folder that `datasets` saved; or a hub id, ``owner/name`` or
-            ``owner/name:split``.
+            such files, read in the order of their names; a folder that `datasets` saved; or a hub id, ``owner/name``.
+            ``folder:split`` and ``owner/name:split`` name one of several splits.
         schema: The schema, or "auto" to tell it by the first row's columns.
         adapter: ``file.py:function``, called with each row; it returns a row of our schema, or None to leave it out.
         on_bad_row: Stop at a row that can't be used, or leave it out and count it.
@@ -412,7 +412,10 @@ class _Reader:
             self._refuse(where, row.get("id") if isinstance(row, dict) else None, error)
             return None
         place = f"{self._source.unit or 'line '}{number}"
-        return ReadRow(where, f"{self._source.name}, {place}" if self._prefix else place, row.get("id") is not None, group)
+        shown_place = f"{self._source.name}, {place}" if self._prefix else place
+        # The value of a part of the prompt is null now: whether it was the same as another row's can't be told.
+        alone = bool(left_out) and not {*odd}.isdisjoint((*PARTS_OF_PROMPT, "metadata"))
+        return ReadRow(where, shown_place, row.get("id") is not None, group, alone)
 
     def _checked(self, rows: list[ReadRow], *, allow_empty: bool) -> Iterator[Group]:
         """Yield the group that the rows make, unless it has no candidates or its id was used before."""

@@ -25,6 +25,7 @@ from ncalign.core.progress import Bar
 from ncalign.core.user_code import code_digest
 from ncalign.data.config import OnBadRow, ShardKind, Target
 from ncalign.data.formats import SchemaName
+from ncalign.data.formats.folders import with_split
 from ncalign.data.formats.group import Group
 from ncalign.data.formats.pairs import write_pairs
 from ncalign.data.formats.seen import Seen, digest
@@ -194,7 +195,7 @@ def _write(groups: Iterable[Group], output: Path, recipe: Recipe) -> int:
 
 
 def _shards(input: str | Path, output: Path, recipe: Recipe) -> list[Shard]:
-    source_folder = Path(input)
+    source_folder, _ = with_split(input)
     if source_folder.exists() and output.resolve().is_relative_to(source_folder.resolve()):
         raise DataError(f"{output} lies in {input}, which is read: name another folder")
     shards = []

@@ -29,12 +29,14 @@ class ReadRow:
         where: file and row, for messages.
         place: the same, shorter, for messages about another row.
         has_id: whether the group's id is the row's own, and not made of its number.
+        alone: whether a part of the prompt could not be kept, so that the row is joined with no other.
     """
 
     where: str
     place: str
     has_id: bool
     group: Group
+    alone: bool = False
 
 
 class JoinedRows:
@@ -57,7 +59,7 @@ class JoinedRows:
     def add(self, row: ReadRow) -> None:
         """Keep a row."""
         self._count += 1
-        key = prompt_digest(row.group)
+        key = prompt_digest(row.group) + (b"%d" % self._count if row.alone else b"")
         try:
             self._connection.execute("INSERT OR IGNORE INTO prompts VALUES (?, ?)", (key, self._count))
             self._connection.execute("INSERT INTO rows SELECT first, ? FROM prompts WHERE digest = ?", (_to_text(row), key))

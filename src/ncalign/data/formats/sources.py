@@ -16,7 +16,7 @@ import pyarrow as pa
 from ncalign.core.errors import DataError
 from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
-from ncalign.data.formats import delimited, document, jsonl, parquet
+from ncalign.data.formats import delimited, document, folders, jsonl, parquet
 from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.values import json_row
 
@@ -71,9 +71,9 @@ def find_sources(given: str | Path) -> list[Source]:
     Raises:
         ValueError: there is nothing there that can be read.
     """
-    path = Path(given)
+    path, split = folders.with_split(given)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, split)
     name = str(given)
     if not path.exists() and not name.lower().endswith(_SUFFIXES) and _HUB_ID.fullmatch(name):
         _check_hub(name)
@@ -97,6 +97,8 @@ def rows_of(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
 
 
 def _file(path: Path, name: str) -> Source:
+    if path.name.lower().endswith(".arrow") and path.exists():
+        return Source(name, str(path), "row ", partial(_arrow_rows, path))
     if not path.name.lower().endswith(_SUFFIXES):
         raise DataError(
             f"{path}: can't tell the kind of file by its name: .jsonl, .json, .csv, .tsv (also with .gz) or .parquet is needed"
@@ -113,16 +115,8 @@ def _file(path: Path, name: str) -> Source:
     return Source(name, str(path), "", partial(jsonl.read_rows, path, compressed=kind == "jsonl.gz"))
 
 
-def _folder(path: Path) -> list[Source]:
-    arrow = sorted(path.rglob("*.arrow"))
-    splits = sorted({file.relative_to(path).parts[0] for file in arrow})
-    if (path / "dataset_dict.json").is_file() and len(splits) > 1:
-        raise DataError(f"{path} is a saved dataset with the splits {', '.join(splits)}: name one, as {path / splits[0]}")
-    if arrow:
-        return [Source(str(file.relative_to(path)), str(file), "row ", partial(_arrow_rows, file)) for file in arrow]
-    found = (file for file in path.rglob("*") if file.name.lower().endswith(_SUFFIXES))
-    files = [file for file in sorted(found) if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    files = [file for file in files if file.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
+def _folder(path: Path, split: str | None) -> list[Source]:
+    files = folders.data_files(path, split, lambda name: name.endswith((*_SUFFIXES, ".arrow")))
     if not files:
         raise DataError(f"{path} is a folder without a .jsonl, .json, .parquet, .csv, .tsv or .arrow file: nothing to read")
     return [_file(file, str(file.relative_to(path))) for file in files]
