@@ -283,8 +283,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other sizes": (reconfigured(hidden_size=64), "its weights do not have the sizes that its config.json asks for"),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "tokenizer.json and tokenizer_config.json are needed"),
     "damaged tokenizer": (broken("tokenizer.json"), "the tokenizer of"),
-    "no chat template": (removed("chat_template.jinja"), "group 'g0': the prompt is a conversation and the tokenizer of"),
-    "damaged chat template": (broken("chat_template.jinja", "{% for"), "group 'g0': the chat template refuses the prompt"),
+    "no chat template": (removed("chat_template.jinja"), "12 x the prompt is a conversation and the tokenizer of"),
+    "damaged chat template": (broken("chat_template.jinja", "{% for"), "12 x the chat template refuses the prompt"),
     "damaged adapter": (adapter_alone("{"), "adapter_config.json can't be read"),
     "adapter without its kind": (adapter_alone("{}"), "adapter_config.json can't be read"),
     "adapter without a base": (
@@ -682,9 +682,16 @@ def test_generate_names_the_prompt_by_file_line_and_id(
 ) -> None:
     prompts = write_jsonl(["{", {"id": "good", "prompt": "hello"}, {"id": "long", "prompt": "word " * 600}], name="p.jsonl")
     flags = ("generate", "--model", tiny_model_dir, "--output", "out.jsonl", "--max_new_tokens", 4, "--prompts")
-    done = ncalign(*flags, prompts, "--on_bad_row", "skip")
+    done = ncalign(*flags, prompts, "--on_bad_row", "skip", "--json")
+    left_out = {"longer than the model's context of 512 tokens with max_new_tokens=4": 1}
+    assert (done.code, json.loads(done.out)["prompts_left_out"]) == (0, left_out)
+    assert re.search(r"\(first: p\.jsonl:3: group 'long': its \d+ tokens and max_new_tokens=4 exceed", done.err)
+    Path("out.jsonl").unlink()
+    done = ncalign(
+        *flags, write_jsonl([{"id": "good", "prompt": "hello"}, {"id": "long", "prompt": "word " * 600}], name="p.jsonl")
+    )
     assert done.code == 1
-    assert re.match(r"error: p\.jsonl:3: group 'long': its \d+ tokens and max_new_tokens=4 exceed", done.error)
+    assert re.match(r"error: p\.jsonl:2: group 'long': its \d+ tokens and max_new_tokens=4 exceed", done.error)
     kept = ncalign(*flags, write_jsonl(["{", {"prompt": "hello"}]), "--on_bad_row", "skip", "--json")
     assert (kept.code, json.loads(kept.out)["rows_skipped"]) == (0, 1)
     assert "groups.jsonl:1: malformed JSON" in kept.err

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, SENTENCES, build_tokenizer
 from ncalign.data.groups import Candidate, Group, Message
-from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, render_prompt
+from ncalign.model.chat import ChatTemplate
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is seven plus five?"}]
 ANSWERS = ("The answer is twelve.", "12", "It is\n\n  twelve  times one", "👩‍🔬 שלום \x00 é ﷽")
@@ -68,7 +69,7 @@ STYLES = {
                 "\n", "\\n"
             ),
         ),
-        *("<|im_end|>", ("<|im_start|>",), "<|im_end|>", "", "", False),
+        *("<|im_end|>", ("<|im_start|>",), "<|im_end|>", _EMPTY_THOUGHT, "", False),
     ),
     # No generation prompt: what the template writes before an answer belongs to the prompt.
     "no-generation-prompt": Style(_ROLES_ONLY, *("<|im_end|>", ("<|im_start|>",), "<|im_end|>", "", "", False)),
@@ -79,7 +80,7 @@ STYLES = {
 }
 OPENINGS = {"no-generation-prompt": "<|im_start|>assistant\n", "role-and-space": "assistant:"}
 """What stands before an answer where the template has no generation prompt."""
-REWRITES = ("thinks", "thought-in-front")
+REWRITES = ("thinks",)
 
 
 def tokenizer_of(style: Style) -> PreTrainedTokenizerFast:
@@ -121,7 +122,7 @@ class TestChatTemplates:
         encoded = Encoder(tokenizer).encode(chat_group(*ANSWERS))
         rendered = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
         fed = rendered + OPENINGS.get(name, "")
-        assert render_prompt(tokenizer, QUESTION) == fed
+        assert ChatTemplate(tokenizer).prompt(QUESTION) == fed
         assert encoded.prompt.tolist() == tokenizer(fed, add_special_tokens=False)["input_ids"]
 
     def test_text_comes_back(self, name: str) -> None:
@@ -141,7 +142,7 @@ class TestChatTemplates:
         rendered = tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": "12"}], tokenize=False)
         if name in REWRITES:
             # The rendering has <think> where generation does not: the completion stands after what generation begins with.
-            assert whole == render_prompt(tokenizer, QUESTION) + "12<|im_end|>"
+            assert whole == ChatTemplate(tokenizer).prompt(QUESTION) + "12<|im_end|>"
             assert encoder.report.template_mismatches == 1
             assert "renders 1 completions differently" in encoder.report.notices()[0]
         else:
@@ -194,14 +195,14 @@ def test_an_answer_that_the_template_rewrites_is_counted_by_itself() -> None:
 
 
 def test_the_opening_of_a_turn_is_asked_for_each_prompt() -> None:
-    # A generation prompt after a user's turn only: a prompt that ends with the assistant's still opens a new turn.
+    # A generation prompt after a user's turn only: a prompt that ends with a tool's still opens a new turn.
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHATML.replace(
         "if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'"
     )
-    said: list[Message] = [*QUESTION, {"role": "assistant", "content": "Well,"}]
+    said: list[Message] = [*QUESTION, {"role": "tool", "content": "12"}]
     for prompt in (QUESTION, said):
-        assert render_prompt(tokenizer, prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert ChatTemplate(tokenizer).prompt(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert decoded(tokenizer, Encoder(tokenizer).encode(chat_group("12", prompt=prompt))) == ["12<|im_end|>"]
 
 
@@ -209,7 +210,7 @@ def test_a_prompt_that_holds_the_probe_is_rendered_whole() -> None:
     tokenizer = tokenizer_of(STYLES["no-generation-prompt"])
     prompt: list[Message] = [{"role": "user", "content": "What is ncalign?"}]
     expected = "<|im_start|>user\nWhat is ncalign?<|im_end|>\n<|im_start|>assistant\n"
-    assert render_prompt(tokenizer, prompt) == expected
+    assert ChatTemplate(tokenizer).prompt(prompt) == expected
 
 
 @pytest.mark.parametrize("prompt", ["What is seven", [{"role": "user", "content": "What is seven?"}]])
@@ -286,13 +287,13 @@ class TestMessages:
             Encoder(tokenizer).encode(chat_group("12"))
 
     def test_a_template_that_refuses_the_completion(self) -> None:
-        # Strict templates want roles to alternate: a prompt that ends with the assistant renders, its completion does not.
+        # A prompt that ends with a tool's turn renders, its completion does not.
         tokenizer = build_tokenizer()
         tokenizer.chat_template = (
-            "{% for m in messages %}{% if not loop.first and m.role == messages[loop.index0 - 1].role %}"
+            "{% for m in messages %}{% if m.role == 'assistant' and messages[loop.index0 - 1].role == 'tool' %}"
             "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
         )
-        prompt = [*QUESTION, {"role": "assistant", "content": "Well,"}]
+        prompt: list[Message] = [*QUESTION, {"role": "tool", "content": "12"}]
         with pytest.raises(ValueError, match=r"'g7': .* refuses the prompt with its completion: roles must alternate"):
             Encoder(tokenizer).encode(chat_group("12", prompt=prompt))
 

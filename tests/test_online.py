@@ -26,6 +26,7 @@ from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.generation.base import Completion
 from ncalign.generation.local import TransformersGenerator, encode_prompts
 from ncalign.model.batching import collate
+from ncalign.model.chat import ChatTemplate
 from ncalign.model.encoding import Encoder
 from ncalign.model.logprobs import LogprobModel, completion_logprobs
 from ncalign.online.config import OnlineConfig
@@ -592,4 +593,4 @@ def test_encoding_matches_generation(string_prompts: Any) -> None:
     encoder = Encoder(tokenizer, string_prompts=string_prompts)
     for prompt in ("What is seven", [{"role": "user", "content": "Reply, please."}]):
         group = Group(id="g", prompt=prompt, candidates=[Candidate("twelve")])
-        assert [encoder.encode(group).prompt.tolist()] == encode_prompts(tokenizer, [prompt], string_prompts)
+        assert [encoder.encode(group).prompt.tolist()] == encode_prompts(ChatTemplate(tokenizer), [prompt], string_prompts)

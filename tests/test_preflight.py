@@ -56,7 +56,8 @@ def test_what_is_planted_is_found(write_jsonl: Write, tiny_model_dir: Path, caps
     text = "\n".join(found["mend"])
     for expected in (
         "1 of 8 rows can't be read",
-        "1 groups can't be encoded: empty completion (first: groups.jsonl:4); fix them, or",
+        "1 groups can't be encoded: empty completion; fix them, or on_bad_row: skip leaves them out of training",
+        "\n     groups.jsonl:4\n",
         "2 candidates have more than one BOS",
         "1 completions lose their end at max_length 256 (first: groups.jsonl:6",
         "2 prompts are prompts of",

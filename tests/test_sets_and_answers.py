@@ -125,7 +125,7 @@ class Echo:
         self.fails_at = fails_at
 
     def generate(
-        self, prompts: Sequence[Any], *, num_samples: int, params: SamplingParams, seed: int
+        self, prompts: Sequence[Any], *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
     ) -> list[list[Completion]]:
         if len(self.asked) == self.fails_at:
             raise KeyboardInterrupt
@@ -169,7 +169,7 @@ def test_two_turns_and_temperatures_by_category(tmp_path: Path) -> None:
 def test_parts_of_a_set_have_draws_of_their_own(tmp_path: Path) -> None:
     class Seeded(Echo):
         def generate(
-            self, prompts: Sequence[Any], *, num_samples: int, params: SamplingParams, seed: int
+            self, prompts: Sequence[Any], *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
         ) -> list[list[Completion]]:
             seeds.append(seed)
             return super().generate(prompts, num_samples=num_samples, params=params, seed=seed)
@@ -302,5 +302,6 @@ def test_vllm_gets_the_base_and_the_adapter(tmp_path: Path, tiny_model_dir: Path
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model_dir), "r": 4}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert len(answering.answers_of_model(str(adapter), QUESTIONS, how, name="m", store=store)) == 3
-    plain, adapted = {"string_prompts": "auto"}, {"string_prompts": "auto", "adapter_rank": 4}
+    plain: dict[str, Any] = {"string_prompts": "auto", "today": None}
+    adapted = {**plain, "adapter_rank": 4}
     assert made == [(str(tiny_model_dir), plain), (str(tiny_model_dir), adapted), adapter]

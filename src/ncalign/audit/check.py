@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ncalign.audit.config import CheckConfig
 from ncalign.audit.texts import prompt_key, prompt_words, runs, words
@@ -21,12 +21,16 @@ from ncalign.core.progress import Bar
 from ncalign.data.formats.seen import Seen, digest
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
-from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, completion_text
-from ncalign.model.policy import load_tokenizer, quiet_transformers
+from ncalign.model.chat import ChatTemplate
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, completion_text, make_encoder
+from ncalign.model.limits import limits_of_folder
+from ncalign.model.policy import load_tokenizer
 from ncalign.training.plan import token_layout
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _EXAMPLES, _SHOWN_TOKENS = 2, 48
+_LISTED = 20
+"""Bad rows and groups whose places are listed, of each kind."""
 _LENGTHS = {"prompt": "prompt tokens", "completion": "completion tokens", "both": "together"}
 _ACROSS = ("repeated_prompts", "copies_across_groups", "near_copies_across_groups")
 _ENCODING_COUNTS = ("boundary_merges", "repeated_eos", "template_mismatches", "prompts_truncated", "completions_truncated")
@@ -44,7 +48,7 @@ class Marks:
         bos: the BOS token; None where there is none, or where it ends turns too.
         opens_turns: whether the template begins each turn with it, as some ChatML models do: then only two in a row are one too
             many.
-        ends: tokens that may end a turn: EOS, and the end tokens of common chat templates.
+        ends: tokens that may end a turn: EOS, that of the tokenizer's own chat template, and those of common ones.
     """
 
     bos: int | None
@@ -65,7 +69,9 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
     """The marks that a tokenizer and its template use."""
     names = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
     known = tokenizer.get_vocab()
-    ends = sorted({int(tokenizer.eos_token_id), *(known[name] for name in names if name in known)})
+    template = ChatTemplate(tokenizer)
+    own = {int(tokenizer.eos_token_id), template.end_id(template.example())}
+    ends = sorted(own | {known[name] for name in names if name in known})
     bos = tokenizer.bos_token_id
     if bos is None or bos in ends:
         return Marks(None, False, np.asarray(ends))
@@ -83,7 +89,8 @@ class Account:
 
     Attributes:
         counts: groups, candidates, and of these how many have each fault, by the names under which `check` reports them.
-        first: a group with each fault, by the same names; for a group that can't be encoded, by the reason.
+        first: a group with each fault, by the same names.
+        bad: places of the groups that can't be encoded, by the reason.
         tokens: candidates by how many tokens their ``prompt``, ``completion`` and ``both`` have, how many BOS tokens both hold
             (``bos``), and if they are finished and not cut, how many end tokens their completion holds (``end``).
         examples: the first encoded groups.
@@ -94,6 +101,7 @@ class Account:
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     tokens: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     examples: list[EncodedGroup] = field(default_factory=list)
     encoding: EncodingReport = field(default_factory=EncodingReport)
@@ -104,6 +112,8 @@ class Account:
         """Add what was counted in other groups, except for the texts."""
         self.counts += other.counts
         self.first = other.first | self.first
+        for reason, places in other.bad.items():
+            self.bad[reason] += places
         for name, counted in other.tokens.items():
             self.tokens[name] += counted
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
@@ -128,14 +138,10 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
         ValueError: the data or the tokenizer can't be read.
     """
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    encoder = Encoder(
-        tokenizer,
-        max_length=config.encoding.max_length,
-        max_prompt_length=config.encoding.max_prompt_length,
-        string_prompts=config.encoding.string_prompts,
-    )
+    limits = limits_of_folder(config.model, trust_remote_code=config.trust_remote_code)
+    encoder = make_encoder(tokenizer, config.encoding, limits=limits)
     held_out = frozenset[int]() if config.against is None else _held_out_runs(config.against)
-    report, account = ReadReport(), Account()
+    report, account = ReadReport(most=_LISTED), Account()
     groups = read_groups(config.data, schema=config.schema_name, on_bad_row="skip", report=report, join_rows=config.join_rows)
     examine = partial(_examine, encoder, marks_of(tokenizer), held_out)
     with ExitStack() as stack:
@@ -149,10 +155,9 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
         across = {name: texts.repeated() for name, texts in seen.items()}
     if not account.counts["groups"]:
         raise ValueError("\n  ".join([f"{config.data} has no group to check: {report.summary()}", *report.examples]))
-    positions = _positions(config.model, trust_remote_code=config.trust_remote_code)
     mend = [
         *_unreadable(report, account),
-        *_token_faults(account, max_length=config.encoding.max_length, positions=positions),
+        *_token_faults(account, max_length=config.encoding.max_length, context=limits.context),
         *_content_faults(account, against=config.against),
     ]
     facts = {
@@ -218,13 +223,8 @@ def _encoded(encoder: Encoder, group: Group, account: Account) -> EncodedGroup |
             _count_copies(group, account)
             return encoder.encode(group)
         except DroppedGroupError as dropped:
-            account.first.setdefault(dropped.reason, _place(group))
-            return None
-        except ValueError as error:
-            # Training would stop here: a missing chat template, or a conversation that does not fit it.
-            reason = str(error).partition(": group ")[2].partition(": ")[2] or str(error)
-    account.encoding.dropped[reason] += 1
-    account.first.setdefault(reason, _place(group))
+            reason = dropped.reason
+    account.bad[reason].append(_place(group))
     return None
 
 
@@ -250,29 +250,22 @@ def _count_tokens(encoder: Encoder, marks: Marks, group: Group, encoded: Encoded
             account.tokens[name][number] += 1
 
 
-def _positions(model: str, *, trust_remote_code: bool) -> int | None:
-    """Positions that a model has; None where its configuration does not say."""
-    try:
-        with quiet_transformers(model):
-            found = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return None
-    return getattr(found.get_text_config(), "max_position_embeddings", None)
-
-
 def _unreadable(read: ReadReport, account: Account) -> Iterator[str]:
-    """Rows that can't be read and groups that can't be encoded."""
+    """Rows that can't be read and groups that can't be encoded, with the place of each, up to a bound."""
     if read.skipped:
-        yield (
-            f"{read.skipped} of {read.rows} rows can't be read (first: {read.examples[0]}): fix them, or train with "
-            "on_bad_row: skip"
-        )
-    for reason, count in account.encoding.dropped.most_common():
-        where = f" (first: {account.first[reason]})" if reason in account.first else ""
-        yield f"{count} groups can't be encoded: {reason}{where}; fix them, or on_bad_row: skip leaves them out of training"
+        rows = _listed(read.examples, read.skipped)
+        yield f"{read.skipped} of {read.rows} rows can't be read: fix them, or train with on_bad_row: skip\n{rows}"
+    for reason, places in sorted(account.bad.items(), key=lambda item: -len(item[1])):
+        advice = "fix them, or on_bad_row: skip leaves them out of training"
+        yield f"{len(places)} groups can't be encoded: {reason}; {advice}\n{_listed(places, len(places))}"
 
 
-def _token_faults(account: Account, *, max_length: int, positions: int | None) -> Iterator[str]:
+def _listed(shown: Sequence[str], number: int) -> str:
+    rest = number - len(shown[:_LISTED])
+    return "\n".join(f"     {line}" for line in [*shown[:_LISTED], *([f"and {rest} more"] if rest else [])])
+
+
+def _token_faults(account: Account, *, max_length: int, context: int | None) -> Iterator[str]:
     """Wrong BOS and end tokens, cut texts, and completions that the template renders differently."""
     encoding = account.encoding
     doubled = sum(count for number, count in account.tokens["bos"].items() if number > 1)
@@ -284,8 +277,8 @@ def _token_faults(account: Account, *, max_length: int, positions: int | None) -
     wrong = sum(count for number, count in account.tokens["end"].items() if number != 1)
     if wrong:
         yield f"{wrong} candidates that are not cut don't end with exactly one end token: look at the chat template"
-    if positions is not None and max_length > positions:
-        yield f"max_length is {max_length} and the model has {positions} positions: lower it"
+    if context is not None and max_length > context:
+        yield f"max_length is {max_length} and the model has {context} positions: lower it"
     if encoding.completions_truncated:
         yield (
             f"{encoding.completions_truncated} completions lose their end at max_length {max_length} (first: "
@@ -328,7 +321,7 @@ def _facts(account: Account, across: Mapping[str, int], *, rows_skipped: int) ->
         "groups_with_string_prompts": account.counts["groups_with_string_prompts"],
         "candidates": account.counts["candidates"],
         "rows_skipped": rows_skipped,
-        "groups_dropped": dict(encoding.dropped),
+        "groups_dropped": {reason: len(places) for reason, places in account.bad.items()},
         **{name: account.counts[name] for name in _COUNTS},
         **across,
         "contaminated_prompts": account.counts["contaminated_prompts"],

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from ncalign.audit.measures import GroupMeasures, within_groups
 from ncalign.core.atomic import write_text_atomic
 from ncalign.data.groups import Group
-from ncalign.model.encoding import as_messages, completion_text
+from ncalign.model.chat import as_messages
+from ncalign.model.encoding import completion_text
 from ncalign.report.html import label_axes, png, render
 
 _EXAMPLES, _SHOWN = 4, 600

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from ncalign.data.groups import Group
-from ncalign.model.encoding import as_messages
+from ncalign.model.chat import as_messages
 
 COPY_WORDS, COPY_SHARE = 1.0, 0.1
 """A near-copy may differ in this many words or in this share of them, whichever is more; none of its words may have moved."""

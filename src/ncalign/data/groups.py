@@ -84,6 +84,7 @@ class ReadReport:
         notes: What was read otherwise than it is written, as a text without its number, and how often.
         unread: Columns that are in the metadata alone, though a model might be meant to see them, and in how many rows.
         schema: The schema of the row read last.
+        most: How many examples are kept.
     """
 
     rows: int = 0
@@ -96,11 +97,12 @@ class ReadReport:
     notes: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     schema: SchemaName | None = None
+    most: int = NUM_EXAMPLES
 
     def skip(self, error: DataError, rows: int = 1) -> None:
         """Count rows left out for an error, and keep the first few messages."""
         self.leave_out(error.reason, rows)
-        if len(self.examples) < NUM_EXAMPLES:
+        if len(self.examples) < self.most:
             self.examples.append(str(error))
 
     def add(self, other: ReadReport) -> None:
@@ -109,7 +111,7 @@ class ReadReport:
         self.joined, self.joined_groups = self.joined + other.joined, self.joined_groups + other.joined_groups
         for reason, rows in other.reasons.items():
             self.leave_out(reason, rows)
-        self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
+        self.examples = (self.examples + other.examples)[: self.most]
         self.note(other.notes)
         for name, rows in other.unread.items():
             self.unread[name] = self.unread.get(name, 0) + rows
@@ -123,6 +125,13 @@ class ReadReport:
         """Count a row's columns that no model sees, though it might be meant to."""
         for name in columns:
             self.unread[name] = self.unread.get(name, 0) + 1
+
+    def listed(self) -> str:
+        """Return the rows left out, by kind of problem, with the first few messages."""
+        ordered = sorted(self.reasons.items(), key=lambda item: -item[1])
+        kinds = ", ".join(f"{reason}: {count}" for reason, count in ordered)
+        shown = [*self.examples, *([f"and {more} more"] if (more := self.skipped - len(self.examples)) > 0 else [])]
+        return "\n".join([f"{self.skipped} ({kinds})", *(f"  {text}" for text in shown)])
 
     def leave_out(self, reason: str, rows: int = 1) -> None:
         """Count rows left out."""

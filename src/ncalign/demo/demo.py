@@ -30,8 +30,8 @@ from ncalign.demo.config import DemoConfig
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
 from ncalign.generation.base import SamplingParams
+from ncalign.model.chat import as_messages
 from ncalign.model.config import LoRA
-from ncalign.model.encoding import as_messages
 from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
 from ncalign.report.page import write_report
 from ncalign.rewards.base import completion_texts

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from ncalign.data.groups import Message
+from ncalign.data.groups import Group, Message
 from ncalign.data.rendering import Rendering
 
 
@@ -53,13 +54,70 @@ class PromptError(ValueError):
     Attributes:
         index: its place among the prompts given.
         detail: what is wrong with it, and what to do.
+        reason: the same in a few words, by which such prompts are counted.
     """
 
-    def __init__(self, index: int, detail: str) -> None:
+    def __init__(self, index: int, detail: str, *, reason: str | None = None) -> None:
         """Name the prompt by its place; who knows where it was read from says that instead."""
         super().__init__(f"prompt {index + 1}: {detail}")
         self.index = index
         self.detail = detail
+        self.reason = detail if reason is None else reason
+
+
+Refuse: TypeAlias = Callable[[PromptError], None]
+"""Is told of a prompt that can't be answered, and has no completions then."""
+
+
+def tell_refused(errors: Sequence[PromptError], refuse: Refuse | None) -> None:
+    """Tell of each prompt that can't be answered; without somebody to tell, raise the first one's error.
+
+    Raises:
+        PromptError: the first, with how many others there are.
+    """
+    if refuse is None and errors:
+        others = f" ({len(errors) - 1} more prompts can't be answered)" if len(errors) > 1 else ""
+        raise PromptError(errors[0].index, errors[0].detail + others)
+    for error in errors:
+        assert refuse is not None
+        refuse(error)
+
+
+class LeftOutPrompts:
+    """Counts prompts that can't be answered, to leave them out.
+
+    Attributes:
+        reasons: how many there are, by what is wrong with them.
+        names: of the prompts left out, as messages call them.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.names: list[str] = []
+        self._first: dict[str, str] = {}
+
+    def among(self, names: Sequence[str]) -> Refuse:
+        """What counts those of some prompts, which have these names."""
+
+        def count(error: PromptError) -> None:
+            name = names[error.index]
+            self.reasons[error.reason] += 1
+            self.names.append(name)
+            self._first.setdefault(error.reason, f"{name}: {error.detail}")
+
+        return count
+
+    def notice(self, what: str) -> str | None:
+        """What a user should know of them; None where there are none. ``what`` names all prompts, such as their file."""
+        if not self.names:
+            return None
+        lines = [f"  {count} x {reason} (first: {self._first[reason]})" for reason, count in self.reasons.most_common()]
+        return "\n".join([f"note: {what}: {len(self.names)} prompts can't be answered and are left out:", *lines])
+
+
+def group_name(group: Group, index: int) -> str:
+    """A group as messages call it."""
+    return f"{group.origin or f'prompt {index + 1}'}: group {group.id!r}"
 
 
 class Generator(Protocol):
@@ -71,7 +129,13 @@ class Generator(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions.
 
@@ -80,11 +144,12 @@ class Generator(Protocol):
             num_samples: K, completions per prompt.
             params: how they are sampled.
             seed: the same seed, prompts and settings give the same completions.
+            refuse: is told of each prompt that can't be answered, which has no completions then; None raises at the first.
 
         Returns:
             For each prompt, in the order given, its K completions.
 
         Raises:
-            PromptError: a prompt can't be answered; none is.
+            PromptError: a prompt can't be answered, and nobody is told; none is.
         """
         ...

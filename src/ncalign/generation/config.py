@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ncalign.core.config import Frozen, Overwrite, Seed
 from ncalign.data.config import JoinRows, OnBadRow
-from ncalign.model.config import DType, StringPrompts
+from ncalign.model.config import DType, StringPrompts, TemplateDate
 
 
 class ServerConfig(Frozen):
@@ -45,6 +45,7 @@ class GenerateConfig(Frozen):
     top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: off.")
     batch_size: int = Field(64, ge=1, description="Number of completions sampled at a time.")
     string_prompts: StringPrompts = "auto"
+    template_date: TemplateDate = None
     dtype: DType = "auto"
     seed: Seed = Field(0, description="Random seed of the sampling.")
     on_bad_row: OnBadRow = "error"

@@ -11,11 +11,13 @@ from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.data.rendering import Rendering, count_renderings, record_rendering, rendering_warning
-from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
+from ncalign.generation.base import Completion, Generator, LeftOutPrompts, PromptError, SamplingParams, group_name
 from ncalign.generation.config import GenerateConfig
 from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
+from ncalign.model.chat import template_date
+from ncalign.model.config import Precision
 from ncalign.model.precision import resolve_dtype
 
 
@@ -43,7 +45,14 @@ class SampleCounts:
 
 
 def sample_groups(
-    prompts: Sequence[Group], generator: Generator, *, num_samples: int, params: SamplingParams, seed: int, source: str
+    prompts: Sequence[Group],
+    generator: Generator,
+    *,
+    num_samples: int,
+    params: SamplingParams,
+    seed: int,
+    source: str,
+    left_out: LeftOutPrompts | None = None,
 ) -> tuple[list[Group], SampleCounts]:
     """The groups with newly sampled candidates in place of those that they had, and counts of what was sampled.
 
@@ -58,13 +67,13 @@ def sample_groups(
         params: how they are sampled.
         seed: of the sampling.
         source: recorded with each candidate.
+        left_out: counts the prompts that can't be answered, whose groups have no candidates; None raises at the first.
+
+    Raises:
+        ValueError: a prompt can't be answered, and such are not to be left out.
     """
     start = time.perf_counter()
-    try:
-        sampled = generator.generate([group.prompt for group in prompts], num_samples=num_samples, params=params, seed=seed)
-    except PromptError as error:
-        group = prompts[error.index]
-        raise ValueError(f"{group.origin or f'prompt {error.index + 1}'}: group {group.id!r}: {error.detail}") from error
+    sampled = sample_prompts(prompts, generator, num_samples=num_samples, params=params, seed=seed, left_out=left_out)
     seconds = time.perf_counter() - start
     groups = []
     for group, completions in zip(prompts, sampled, strict=True):
@@ -79,11 +88,33 @@ def sample_groups(
         groups=len(groups),
         candidates=kept,
         empty=len(every) - kept,
-        missing=num_samples * len(groups) - len(every),
+        missing=num_samples * (len(groups) - (len(left_out.names) if left_out else 0)) - len(every),
         unfinished=sum(not completion.finished for completion in every),
         tokens=tokens,
         tokens_per_second=tokens / seconds,
     )
+
+
+def sample_prompts(
+    groups: Sequence[Group],
+    generator: Generator,
+    *,
+    num_samples: int,
+    params: SamplingParams,
+    seed: int,
+    left_out: LeftOutPrompts | None,
+) -> list[list[Completion]]:
+    """Completions of the groups' prompts; none for those that ``left_out`` counts, since they can't be answered.
+
+    Raises:
+        ValueError: a prompt can't be answered, and ``left_out`` is None.
+    """
+    texts, names = [group.prompt for group in groups], [group_name(group, index) for index, group in enumerate(groups)]
+    refuse = None if left_out is None else left_out.among(names)
+    try:
+        return generator.generate(texts, num_samples=num_samples, params=params, seed=seed, refuse=refuse)
+    except PromptError as error:
+        raise ValueError(f"{names[error.index]}: {error.detail}") from error
 
 
 def completion_as_candidate(group: Group, completion: Completion, source: str) -> Candidate:
@@ -100,6 +131,23 @@ def _say_how_prompts_are_given(config: GenerateConfig, prompts: Sequence[Group],
         say(f"note: string_prompts auto: {strings} prompts that are plain strings are given as {used}")
     if warning := rendering_warning(count_renderings(prompts), used, what=str(config.prompts), does="this run samples"):
         say(warning)
+
+
+def _generator(config: GenerateConfig) -> tuple[Generator, str, Store | None, Precision | None, bool | None]:
+    """The generator and its model's name; a server's answers; a local model's precision, and if it has a chat template."""
+    if config.server is not None:
+        # What a server answered is kept until the output is written.
+        answers = Store(config.output.with_name(f".{config.output.name}.answers"))
+        server = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
+        return server, config.server.model, answers, None, None
+    assert config.model is not None
+    dtype = resolve_dtype(config.dtype)
+    model, tokenizer = load_for_generation(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    today = template_date(tokenizer, config.template_date)
+    local = TransformersGenerator(
+        model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size, today=today
+    )
+    return local, config.model, None, dtype, bool(tokenizer.chat_template)
 
 
 def run_generate(config: GenerateConfig) -> dict[str, object]:
@@ -124,26 +172,28 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
     if notice := report.notice(config.prompts):
         say(notice)
-    name, answers, dtype, has_template = config.model or "", None, None, None
-    if config.server is not None:
-        # What a server answered is kept until the output is written.
-        name, answers = config.server.model, Store(config.output.with_name(f".{config.output.name}.answers"))
-        generator: Generator = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
-    else:
-        dtype = resolve_dtype(config.dtype)
-        model, tokenizer = load_for_generation(name, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        generator = TransformersGenerator(model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size)
-        has_template = bool(tokenizer.chat_template)
+    generator, name, answers, dtype, has_template = _generator(config)
     _say_how_prompts_are_given(config, prompts, generator.string_prompts)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    left_out = LeftOutPrompts() if config.on_bad_row == "skip" else None
     groups, counts = sample_groups(
-        prompts, generator, num_samples=config.num_samples, params=params, seed=config.seed, source=name
+        prompts,
+        generator,
+        num_samples=config.num_samples,
+        params=params,
+        seed=config.seed,
+        source=name,
+        left_out=left_out,
     )
+    if lost := left_out.notice(str(config.prompts)) if left_out is not None else None:
+        say(lost)
     rendering = generator.string_prompts if any(isinstance(group.prompt, str) for group in prompts) else None
     answered = [group for group in groups if group.candidates]
     cut = sum(not candidate.finished for group in answered for candidate in group.candidates)
     longest, spent = config.max_new_tokens, counts.unfinished > cut
     for_empty, for_cut = remedies(rendering, has_template=has_template, max_new_tokens=longest, spent=spent)
+    if lost is not None and not counts.candidates + counts.empty:
+        raise ValueError(f"none of the prompts of {config.prompts} can be answered")
     if not answered:
         raise ValueError(f"{name} gave only empty completions to {config.prompts}: {for_empty}")
     if warning := incomplete_warning(counts.empty, cut, counts.empty + counts.candidates, for_empty=for_empty, for_cut=for_cut):
@@ -157,5 +207,6 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         "groups": len(answered),
         "rows_skipped": report.skipped,
         **(generator.record() if isinstance(generator, ServerGenerator) else {}),
+        "prompts_left_out": dict(left_out.reasons) if left_out is not None else {},
         **({} if dtype is None else {"dtype": dtype}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import date
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from transformers.cache_utils import Cache
 from ncalign.core.progress import Bar
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
-from ncalign.generation.base import Completion, PromptError, SamplingParams
+from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
 from ncalign.model.adapters import reason
+from ncalign.model.chat import ChatTemplate, RefusedError, Turn, as_messages, resolve_string_prompts
 from ncalign.model.config import Precision, StringPrompts
-from ncalign.model.encoding import render_prompt, resolve_string_prompts
+from ncalign.model.encoding import beyond
+from ncalign.model.limits import limits_of
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer
 
 # Rows whose completion has ended stay in the batch until they are this share of it: taking rows out copies the cache.
@@ -37,15 +40,16 @@ class TransformersGenerator:
     A prompt is computed once and its cache repeated for its samples; completions that have ended leave the batch. Each batch
     has a random generator of its own, seeded by ``seed`` and the batch's number, so that results depend on the prompts, the
     settings and the batch size, and not on any global random state. The sampling settings are those given, never the
-    defaults of the model's ``generation_config``, of which only the end tokens are used.
+    defaults of the model's ``generation_config``, of which only the end tokens are used, beside the chat template's.
 
     Args:
         model: the model, in evaluation mode.
         tokenizer: its tokenizer.
-        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.encoding.resolve_string_prompts`.
+        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.chat.resolve_string_prompts`.
         batch_size: completions sampled at a time.
         autocast: precision to compute in, where it is not that of the weights.
         progress: whether to show a progress bar on stderr.
+        today: the date for chat templates that write it; None for that of the call.
     """
 
     def __init__(
@@ -57,26 +61,38 @@ class TransformersGenerator:
         batch_size: int = 64,
         autocast: torch.dtype | None = None,
         progress: bool = True,
+        today: date | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self._batch_size, self._autocast, self._progress = batch_size, autocast, progress
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self._template, self._limits = ChatTemplate(tokenizer, today), limits_of(model)
+        self._turn = self._template.example()
+        self._eos_ids = _eos_ids(model, tokenizer) | {self._template.end_id(self._turn)}
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample ``num_samples`` completions for each prompt; see :class:`ncalign.generation.base.Generator`.
 
         Raises:
             PromptError: a prompt does not fit the model's context, or needs a chat template that is missing.
         """
-        encoded = encode_prompts(self._tokenizer, prompts, self.string_prompts)
-        self._check_lengths(encoded, params.max_new_tokens)
+        found = encode_prompts(self._template, prompts, self.string_prompts)
+        found = [self._fitting(index, ids, params.max_new_tokens) for index, ids in enumerate(found)]
+        tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
+        places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
+        encoded = [one for one in found if not isinstance(one, PromptError)]
         samples: list[list[Completion]] = [[] for _ in prompts]
         start, num_tokens = time.perf_counter(), 0
-        with Bar("Sampling", len(prompts) * num_samples, shown=self._progress) as bar:
+        with Bar("Sampling", len(encoded) * num_samples, shown=self._progress) as bar:
             batches = _batches([len(ids) for ids in encoded], num_samples, self._batch_size)
             for number, (indices, repeats) in enumerate(batches):
                 # 63 bits that differ for every seed and batch.
@@ -89,20 +105,25 @@ class TransformersGenerator:
                     except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError, AssertionError) as error:
                         raise ValueError(_no_cache(self._model, error)) from error
                 for row, (tokens, logprob) in enumerate(rows):
-                    samples[indices[row // repeats]].append(self._decode(tokens, logprob))
+                    samples[places[indices[row // repeats]]].append(self._decode(tokens, logprob))
                 num_tokens += sum(len(tokens) for tokens, _ in rows)
                 bar.advance(len(rows), note=f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
         return samples
 
-    def _check_lengths(self, encoded: Sequence[list[int]], max_new_tokens: int) -> None:
-        context = getattr(self._model.config, "max_position_embeddings", None)
-        for index, ids in enumerate(encoded):
-            if context is not None and len(ids) + max_new_tokens > context:
-                raise PromptError(
-                    index,
-                    f"its {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {context} "
-                    "tokens: shorten the prompt or lower max_new_tokens",
-                )
+    def _fitting(self, index: int, ids: list[int] | PromptError, max_new_tokens: int) -> list[int] | PromptError:
+        """A prompt's tokens, if the model has a place for them and for the answer's."""
+        if isinstance(ids, PromptError):
+            return ids
+        context = self._limits.context if self._limits.positions is None else self._limits.positions
+        if context is not None and len(ids) + max_new_tokens > context:
+            return PromptError(
+                index,
+                f"its {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {context} "
+                "tokens: shorten the prompt or lower max_new_tokens",
+                reason=f"longer than the model's context of {context} tokens with max_new_tokens={max_new_tokens}",
+            )
+        problem = beyond([ids], self._tokenizer, self._limits)
+        return ids if problem is None else PromptError(index, problem)
 
     def _sample(
         self, prompts: list[list[int]], repeats: int, params: SamplingParams, generator: torch.Generator
@@ -163,10 +184,7 @@ class TransformersGenerator:
 
     def _decode(self, tokens: list[int], logprob: float) -> Completion:
         finished = tokens[-1] in self._eos_ids
-        text = self._tokenizer.decode(
-            tokens[:-1] if finished else tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
+        text = answer_text(self._tokenizer, tokens[:-1] if finished else tokens, self._turn)
         return Completion(text, len(tokens), finished, token_ids=tuple(tokens), logprob=logprob)
 
 
@@ -181,14 +199,14 @@ def load_for_generation(
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[Message]], string_prompts: Rendering
-) -> list[list[int]]:
+    template: ChatTemplate, prompts: Sequence[str | list[Message]], string_prompts: Rendering
+) -> list[list[int] | PromptError]:
     """Each prompt's tokens, as the model reads them before it answers.
 
-    Raises:
-        PromptError: a prompt has no tokens, or needs a chat template that is missing.
+    In the place of a prompt that has no tokens, needs a chat template that is missing, or is refused by it, is what to say.
     """
-    encoded = []
+    encoded: list[list[int] | PromptError] = []
+    tokenizer = template.tokenizer
     for index, prompt in enumerate(prompts):
         try:
             if isinstance(prompt, str) and string_prompts == "raw":
@@ -197,12 +215,12 @@ def encode_prompts(
                 while ids and ids[-1] == tokenizer.eos_token_id:
                     ids.pop()
             else:
-                ids = list(tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False, verbose=False)["input_ids"])
-        except ValueError as error:
-            raise PromptError(index, str(error)) from error
-        if not ids:
-            raise PromptError(index, "it has no tokens: a completion needs something before it")
-        encoded.append(ids)
+                text = template.prompt(as_messages(prompt))
+                ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except RefusedError as error:
+            encoded.append(PromptError(index, str(error)))
+            continue
+        encoded.append(ids or PromptError(index, "it has no tokens: a completion needs something before it"))
     return encoded
 
 
@@ -212,6 +230,16 @@ def _no_cache(model: PreTrainedModel | PeftModel, error: Exception) -> str:
         f"{type(inner).__name__} keeps what it has read in a way that can't be sampled from here ({reason(error)}): let a "
         "server or vLLM sample from it"
     )
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], turn: Turn | None) -> str:
+    """The text of a sampled answer, without the end token: what the chat template writes in front of it is no part of it."""
+    if turn is not None and turn.header.strip():
+        header = tokenizer(turn.header, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = tokens[len(header) :] if list(tokens[: len(header)]) == header else tokens
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ncalign.core.progress import Bar
+from ncalign.core.progress import Bar, say
 from ncalign.core.store import Store
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
-from ncalign.generation.base import Completion, SamplingParams
+from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams
 from ncalign.generation.client import Choice, Request, Server, ServerError
 from ncalign.generation.config import ServerConfig
+from ncalign.model.chat import as_messages, is_half_written
 from ncalign.model.config import StringPrompts
-from ncalign.model.encoding import as_messages
+
+_CONTINUES = (
+    "note: {count} prompts end with a half-written assistant's turn: the server is asked to go on with it "
+    "(continue_final_message), as vLLM, SGLang and llama.cpp do. OpenAI's API can't; look at the first answers of any other"
+)
 
 
 class ServerGenerator:
@@ -47,27 +52,42 @@ class ServerGenerator:
         return {"server_fields": dict(self.server.changes)} if self.server.changes else {}
 
     def generate(
-        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see :class:`ncalign.generation.base.Generator`.
 
         A prompt for which the server gives fewer completions than asked for, after all retries, has fewer.
 
         Raises:
-            ServerError: the server fails on a prompt; what it answered is kept, and the same call goes on from there.
+            PromptError: the server refuses a prompt, and nobody is told of it; what it answered is kept.
+            ServerError: the server fails; what it answered is kept, and the same call goes on from there.
         """
+        if continued := sum(isinstance(prompt, list) and is_half_written(prompt) for prompt in prompts):
+            say(_CONTINUES.format(count=continued))
         requests = [self._request(prompt, num_samples, params, seed + index) for index, prompt in enumerate(prompts)]
         with Bar("Sampling on the server", len(requests), shown=self._progress) as bar:
             found = self.server.ask(requests, done=lambda index: bar.advance())
-        failed = [answer for answer in found if isinstance(answer, ServerError)]
+        failed = {index: answer for index, answer in enumerate(found) if isinstance(answer, ServerError)}
         if failed:
-            chat = not self._chosen and any(isinstance(prompt, str) for prompt in prompts)
+            first = next(iter(failed.values()))
+            chat = not self._chosen and any(isinstance(prompt, str) for prompt in prompts) and first.refused
             hint = "; string prompts were sent as a user's turn: for a model without chat template, --string_prompts raw"
-            raise ServerError(
-                f"{failed[0]} ({len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go "
-                f"on{hint if chat and failed[0].refused else ''})"
-            )
-        return [[_completion(choice) for choice in answer] for answer in found if not isinstance(answer, ServerError)]
+            others = f"{len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go on"
+            message = f"{first} ({others}{hint if chat else ''})"
+            # Where nothing at all is answered, it is not the prompts.
+            if len(failed) == len(found) or not all(answer.refused for answer in failed.values()):
+                raise ServerError(message)
+            if refuse is None:
+                raise PromptError(next(iter(failed)), message)
+            for index, answer in failed.items():
+                refuse(PromptError(index, str(answer), reason="refused by the server"))
+        return [[] if isinstance(answer, ServerError) else [_completion(choice) for choice in answer] for answer in found]
 
     def _request(self, prompt: str | list[Message], num_samples: int, params: SamplingParams, seed: int) -> Request:
         body: dict[str, Any] = {
@@ -83,7 +103,10 @@ class ServerGenerator:
             body["logprobs"] = 1 if raw else True  # a number of alternatives there, a switch here
         if raw:
             return Request("completions", {**body, "prompt": prompt}, num_samples)
-        return Request("chat", {**body, "messages": as_messages(prompt)}, num_samples)
+        messages = as_messages(prompt)
+        if is_half_written(messages):
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return Request("chat", {**body, "messages": messages}, num_samples)
 
 
 def _completion(choice: Choice) -> Completion:

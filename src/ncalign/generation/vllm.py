@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.install import install_hint
 from ncalign.data.groups import Message
-from ncalign.generation.base import Completion, SamplingParams
-from ncalign.generation.local import encode_prompts
+from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
+from ncalign.generation.local import answer_text, encode_prompts
+from ncalign.model.chat import ChatTemplate, resolve_string_prompts
 from ncalign.model.config import StringPrompts
-from ncalign.model.encoding import resolve_string_prompts
 
 
 class VLLMGenerator:
@@ -23,8 +24,9 @@ class VLLMGenerator:
         model: folder or hub id that vLLM starts with.
         tokenizer: the policy's, so that prompts become the same tokens as in training.
         adapter_rank: rank of the adapters that will come; None where whole models will.
-        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.encoding.resolve_string_prompts`.
+        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.chat.resolve_string_prompts`.
         options: further arguments of ``vllm.LLM``.
+        today: the date for chat templates that write it; None for that of the call.
 
     Raises:
         ValueError: vLLM is not installed.
@@ -38,6 +40,7 @@ class VLLMGenerator:
         adapter_rank: int | None = None,
         string_prompts: StringPrompts = "auto",
         options: Mapping[str, Any] | None = None,
+        today: date | None = None,
     ) -> None:
         try:
             import vllm
@@ -49,6 +52,8 @@ class VLLMGenerator:
         self._engine = vllm.LLM(model=model, **{"logprobs_mode": "raw_logprobs", **adapters, **(options or {})})
         self._tokenizer = tokenizer
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
+        self._template = ChatTemplate(tokenizer, today)
+        self._turn = self._template.example()
         self._adapter: Any = None
         self._updates = 0
 
@@ -66,15 +71,23 @@ class VLLMGenerator:
         self._engine.reset_prefix_cache()
 
     def generate(
-        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see :class:`ncalign.generation.base.Generator`.
 
         Raises:
             PromptError: a prompt has no tokens, or needs a chat template that is missing.
         """
-        encoded = encode_prompts(self._tokenizer, prompts, self.string_prompts)
-        inputs = [{"prompt_token_ids": ids} for ids in encoded]
+        found = encode_prompts(self._template, prompts, self.string_prompts)
+        tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
+        places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
+        inputs = [{"prompt_token_ids": found[index]} for index in places]
         settings = [
             self._vllm.SamplingParams(
                 n=num_samples,
@@ -84,14 +97,19 @@ class VLLMGenerator:
                 max_tokens=params.max_new_tokens,
                 seed=(seed + index) % 2**31,
                 logprobs=0,
+                stop_token_ids=[self._template.end_id(self._turn)],
             )
             for index in range(len(inputs))
         ]
         outputs = self._engine.generate(inputs, settings, lora_request=self._adapter)
-        return [[_completion(found) for found in output.outputs] for output in outputs]
+        samples: list[list[Completion]] = [[] for _ in prompts]
+        for index, output in zip(places, outputs, strict=True):
+            samples[index] = [self._completion(one) for one in output.outputs]
+        return samples
 
-
-def _completion(output: Any) -> Completion:
-    ids = tuple(int(token) for token in output.token_ids)
-    finished = output.finish_reason != "length"
-    return Completion(output.text, len(ids), finished, token_ids=ids, logprob=float(output.cumulative_logprob))
+    def _completion(self, output: Any) -> Completion:
+        ids, finished = tuple(int(token) for token in output.token_ids), output.finish_reason != "length"
+        text = str(output.text)
+        if self._turn is not None and self._turn.header.strip():
+            text = answer_text(self._tokenizer, ids[:-1] if finished else ids, self._turn)
+        return Completion(text, len(ids), finished, token_ids=ids, logprob=float(output.cumulative_logprob))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from ncalign.core.cache import cache_folder
 from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
+from ncalign.data.config import OnBadRow
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
-from ncalign.generation.base import Generator, PromptError, SamplingParams
+from ncalign.generation.base import Generator, LeftOutPrompts, PromptError, SamplingParams
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.generation.local import TransformersGenerator, load_for_generation
@@ -28,6 +30,7 @@ from ncalign.judging.config import AnswerConfig, EvaluateConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
 from ncalign.model.adapters import adapter_base, adapter_rank, is_adapter
+from ncalign.model.chat import template_date, writes_date
 from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.policy import load_tokenizer, model_identity, weights_fingerprint
 from ncalign.model.precision import resolve_dtype
@@ -49,6 +52,8 @@ class Answering:
         dtype: of a transformers model in this process; None where there is none.
         vllm: whether vLLM samples, in this process.
         string_prompts: how questions of one turn that are plain text are put to a model.
+        template_date: the date for chat templates that write it; None for today's.
+        on_bad_row: whether a question that a model can't be asked stops the run, or is left out.
         trust_remote_code: run code that comes with a model.
     """
 
@@ -59,6 +64,8 @@ class Answering:
     dtype: Precision | None = "float32"
     vllm: bool = False
     string_prompts: StringPrompts = "auto"
+    template_date: date | None = None
+    on_bad_row: OnBadRow = "error"
     trust_remote_code: bool = False
 
 
@@ -94,20 +101,34 @@ def _generator(model: str | ServerConfig, answering: Answering, store: Store) ->
     trusted = answering.trust_remote_code
     if answering.vllm:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted)
-        return _in_vllm(model, tokenizer, answering.string_prompts), Store.key("vllm", model_identity(model))
+        today, dated = _date(tokenizer, answering)
+        return _in_vllm(model, tokenizer, answering.string_prompts, today), Store.key("vllm", model_identity(model), *dated)
     assert answering.dtype is not None
     loaded, tokenizer = load_for_generation(model, dtype=answering.dtype, trust_remote_code=trusted)
-    # What is asked depends on the chat template too.
-    identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "")
-    how = answering.string_prompts
-    return TransformersGenerator(loaded, tokenizer, string_prompts=how, batch_size=answering.batch_size), identity
+    # What is asked depends on the chat template too, and on the date that it writes.
+    today, dated = _date(tokenizer, answering)
+    identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "", *dated)
+    generator = TransformersGenerator(
+        loaded, tokenizer, string_prompts=answering.string_prompts, batch_size=answering.batch_size, today=today
+    )
+    return generator, identity
 
 
-def _in_vllm(model: str, tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts) -> VLLMGenerator:
+def _date(tokenizer: PreTrainedTokenizerBase, answering: Answering) -> tuple[date | None, list[str]]:
+    """The date that a chat template is given, and what answers are kept by of it: nothing where the template writes none."""
+    today = template_date(tokenizer, answering.template_date)
+    return today, [str(today)] if writes_date(tokenizer) else []
+
+
+def _in_vllm(
+    model: str, tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts, today: date | None
+) -> VLLMGenerator:
     """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
     if not is_adapter(model):
-        return VLLMGenerator(model, tokenizer, string_prompts=string_prompts)
-    generator = VLLMGenerator(adapter_base(model), tokenizer, adapter_rank=adapter_rank(model), string_prompts=string_prompts)
+        return VLLMGenerator(model, tokenizer, string_prompts=string_prompts, today=today)
+    generator = VLLMGenerator(
+        adapter_base(model), tokenizer, adapter_rank=adapter_rank(model), string_prompts=string_prompts, today=today
+    )
     generator.load_adapter(Path(model))
     return generator
 
@@ -141,17 +162,23 @@ def answer_questions(
         return TEMPERATURES.get(question.category, 0.0) if answering.temperature is None else answering.temperature
 
     given: dict[str, list[_Given]] = {question.id: [] for question in questions}
+    left_out = LeftOutPrompts() if answering.on_bad_row == "skip" else None
     rendering = generator.string_prompts
     for turn in range(max((len(question.turns) for question in questions), default=0)):
-        ordered = sorted((question for question in questions if len(question.turns) > turn), key=temperature)
+        open_ = [one for one in questions if len(one.turns) > turn and not (left_out and _asked(one.id) in left_out.names)]
+        ordered = sorted(open_, key=temperature)
         for degree, same in groupby(ordered, key=temperature):
             talks = {question.id: question.asked([one.text for one in given[question.id]], rendering) for question in same}
             params = SamplingParams(answering.max_new_tokens, degree)
-            found = _answers_to(
-                talks, generator, params, identity=identity, store=store, at_a_time=at_a_time, seed=answering.seed
-            )
+            keys = _Keys(identity, store, answering.seed)
+            found = _answers_to(talks, generator, params, keys, at_a_time=at_a_time, left_out=left_out)
             for question_id, answer in found.items():
                 given[question_id].append(answer)
+    if left_out is not None and (notice := left_out.notice(model)):
+        say(notice)
+    given = {question: found for question, found in given.items() if not left_out or _asked(question) not in left_out.names}
+    if questions and not given:
+        raise ValueError(f"{model} can be asked none of the questions")
     _warn_of_incomplete([one for row in given.values() for one in row], questions, rendering, model, answering.max_new_tokens)
     return [
         Answer(
@@ -162,7 +189,20 @@ def answer_questions(
             rendering if question.is_text else None,
         )
         for question in questions
+        if question.id in given
     ]
+
+
+def _asked(question: str) -> str:
+    return f"question {question!r}"
+
+
+class _Keys(NamedTuple):
+    """What an answer is kept by, besides its prompt and its sampling."""
+
+    identity: str
+    store: Store
+    seed: int
 
 
 class _Given(NamedTuple):
@@ -191,13 +231,13 @@ def _answers_to(
     talks: Mapping[str, str | list[Message]],
     generator: Generator,
     params: SamplingParams,
+    kept_by: _Keys,
     *,
-    identity: str,
-    store: Store,
     at_a_time: int,
-    seed: int,
+    left_out: LeftOutPrompts | None,
 ) -> dict[str, _Given]:
-    """The answer to each question's prompt."""
+    """The answer to each question's prompt, but for those that are left out."""
+    identity, store, seed = kept_by
     sampling = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed if params.temperature else 0]
     keys = {question: Store.key("answer", identity, talk, sampling) for question, talk in talks.items()}
     kept = {question: store.get(key) for question, key in keys.items()}
@@ -206,15 +246,16 @@ def _answers_to(
         part = asked[start : start + at_a_time]
         # Of the questions: a part has draws of its own, and the same ones when a run goes on.
         part_seed = (seed + int(keys[part[0]][:8], 16)) % 2**31
+        prompts, names = [talks[question] for question in part], [_asked(question) for question in part]
+        refuse = None if left_out is None else left_out.among(names)
         try:
-            found = generator.generate([talks[question] for question in part], num_samples=1, params=params, seed=part_seed)
+            found = generator.generate(prompts, num_samples=1, params=params, seed=part_seed, refuse=refuse)
         except PromptError as error:
-            raise ValueError(f"question {part[error.index]!r}: {error.detail}") from error
-        for question, completions in zip(part, found, strict=True):
-            one = completions[0]
+            raise ValueError(f"{names[error.index]}: {error.detail}") from error
+        for question, one in ((question, row[0]) for question, row in zip(part, found, strict=True) if row):
             kept[question] = [one.text.strip(), one.num_tokens, one.finished]
             store.put(keys[question], kept[question])
-    return {question: _Given(*answer) for question, answer in kept.items()}
+    return {question: _Given(*answer) for question, answer in kept.items() if answer is not None}
 
 
 def run_answer(config: AnswerConfig) -> dict[str, Any]:
@@ -226,7 +267,7 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     inputs = {"model": config.model, "set": config.set_name, "set_file": config.set_file}
     claim(config.output, verb="answer", inputs=inputs, overwrite=config.overwrite)
     check_writable(config.output)
-    questions = read_questions(config.set_name, file=config.set_file)[: config.limit]
+    questions = read_questions(config.set_name, file=config.set_file, on_bad_row=config.on_bad_row)[: config.limit]
     check_form(questions, config.form)
     model = config.server if config.server is not None else config.model
     assert model is not None
@@ -238,7 +279,8 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     write_answers(answers, questions, config.output, form=config.form)
     return {
         "output": str(config.output),
-        "questions": len(questions),
+        "questions": len(answers),
+        **({"left_out": left} if (left := len(questions) - len(answers)) else {}),
         "tokens": sum(sum(answer.num_tokens) for answer in answers),
         "empty": sum(not all(answer.turns) for answer in answers),
         **({} if dtype is None else {"dtype": dtype}),

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ncalign.core.config import Flat, Frozen, Overwrite, Seed
+from ncalign.data.config import OnBadRow
 from ncalign.generation.config import ServerConfig
-from ncalign.model.config import DType, StringPrompts
+from ncalign.model.config import DType, StringPrompts, TemplateDate
 
 
 class EvalJudgeConfig(Frozen):
@@ -64,6 +65,10 @@ class AnswerConfig(Frozen):
     )
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
+    template_date: TemplateDate = None
+    on_bad_row: OnBadRow = Field(
+        "error", description="What to do with questions that a model can't be asked: stop, or leave them out and count them."
+    )
     limit: int | None = Field(None, ge=1, description="Maximum number of questions; none: all of them.")
     dtype: DType = "auto"
     seed: Seed = Field(0, description="Random seed of the sampling.")
@@ -119,6 +124,10 @@ class EvaluateConfig(Frozen):
     )
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
+    template_date: TemplateDate = None
+    on_bad_row: OnBadRow = Field(
+        "error", description="What to do with questions that a model can't be asked: stop, or leave them out and count them."
+    )
     dtype: DType = "auto"
     tasks: tuple[str, ...] = Field(
         (), description="Reasoning tasks to run instead of a question set: lm-eval's, svamp, humaneval, ..."

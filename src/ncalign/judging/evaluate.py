@@ -161,7 +161,7 @@ def _of_answers(config: EvaluateConfig) -> Results:
     assert config.model is not None
     specs = [config.model, *config.against]
     models = _models(specs)
-    questions = read_questions(config.set_name, file=config.set_file)
+    questions = read_questions(config.set_name, file=config.set_file, on_bad_row=config.on_bad_row)
     _check_models(specs, config.reward)
     if config.reference_answers is not None:
         questions = read_references(config.reference_answers, questions)
@@ -185,6 +185,7 @@ def _of_answers(config: EvaluateConfig) -> Results:
             dtype=dtype,
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
+            today=config.template_date,
         )
         compare_answers(questions, answers, RewardJudge(source), results, counting, folder=config.output_dir, called="")
     else:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ncalign.core.errors import DataError, names, shown
+from ncalign.core.progress import say
+from ncalign.data.config import OnBadRow
 from ncalign.data.formats.sources import rows_of
-from ncalign.data.groups import read_groups
+from ncalign.data.groups import ReadReport, read_groups
 from ncalign.judging.records import Question
 
 BUNDLED = "instructions"
@@ -25,13 +27,14 @@ WHERE = {
 """Sets that are not bundled, and where to get their files."""
 
 
-def read_questions(name: str, *, file: Path | None = None) -> list[Question]:
+def read_questions(name: str, *, file: Path | None = None, on_bad_row: OnBadRow = "error") -> list[Question]:
     """The questions of a set.
 
     Args:
         name: ``instructions``, ``alpaca-eval``, ``arena-hard``, ``mt-bench``, or a file in the format of one of them, in
             IFEval's, or of groups or prompts.
         file: the set's file, where the name is not one itself.
+        on_bad_row: whether a group that is no question stops the reading, or is left out.
 
     Raises:
         ValueError: the file is not given, can't be read, or holds no questions; the message says where to get a named set.
@@ -47,7 +50,7 @@ def read_questions(name: str, *, file: Path | None = None) -> list[Question]:
     path = Path(name) if file is None else file
     if not path.exists():
         raise ValueError(f"{path}: no such file; a set is one of {BUNDLED}, {', '.join(WHERE)}, or a file of questions")
-    questions = _read(path)
+    questions = _read(path, on_bad_row)
     if not questions:
         raise ValueError(f"{path} has no question")
     seen: dict[str, int] = {}
@@ -73,12 +76,12 @@ def read_references(path: Path, questions: Sequence[Question]) -> list[Question]
     return [replace(q, references=found.get(q.id, q.references)) for q in questions]
 
 
-def _read(path: Path) -> list[Question]:
+def _read(path: Path, on_bad_row: OnBadRow) -> list[Question]:
     questions: list[Question] = []
     for number, (place, row) in enumerate(rows_of(path)):
         question = _question(row, place, number)
         if question is None and not questions:
-            return _from_groups(path)
+            return _from_groups(path, on_bad_row)
         if question is None:
             raise DataError(f"{place} is no question: found {names(row)}; the rows before had other columns")
         questions.append(question)
@@ -95,19 +98,24 @@ def _question(row: Mapping[str, Any], place: str, number: int) -> Question | Non
     return question
 
 
-def _from_groups(path: Path) -> list[Question]:
+def _from_groups(path: Path, on_bad_row: OnBadRow) -> list[Question]:
     """Prompts of any schema; a conversation of the user's turns alone is a question with several turns."""
-    questions = []
-    for group in read_groups(path, allow_empty=True):
+    questions, report = [], ReadReport()
+    for group in read_groups(path, allow_empty=True, on_bad_row=on_bad_row, report=report):
         turns = [group.prompt] if isinstance(group.prompt, str) else [m["content"] for m in group.prompt if m["role"] == "user"]
         if not isinstance(group.prompt, str) and len(turns) != len(group.prompt):
-            raise DataError(
-                f"{group.origin}: group {group.id!r} has turns of others than the user: questions have the user's alone"
-            )
+            problem = f"{group.origin}: group {group.id!r} has turns of others than the user: questions have the user's alone"
+            error = DataError(problem, reason="turns of others than the user")
+            if on_bad_row == "error":
+                raise error
+            report.skip(error)
+            continue
         answer = group.metadata.get("answer")
         references = (answer,) if isinstance(answer, str) else ()
         conversational = not isinstance(group.prompt, str)
         questions.append(Question(group.id, tuple(turns), "", references, group.metadata, conversational))
+    if report.skipped:
+        say(f"note: {path}: questions left out: {report.listed()}")
     return questions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -30,6 +31,15 @@ StringPrompts = Annotated[
 ]
 
 
+TemplateDate = Annotated[
+    date | None,
+    Field(
+        description="Date (YYYY-MM-DD) for chat templates that write today's; none: the day on which the run begins, which is "
+        "kept for the whole of it."
+    ),
+]
+
+
 class LoRA(Frozen):
     """A LoRA adapter (peft); every other weight is frozen, and the reference is the adapter switched off."""
 
@@ -52,6 +62,7 @@ class EncodingConfig(Frozen):
         "max_length; none: half of max_length.",
     )
     string_prompts: StringPrompts = "auto"
+    template_date: TemplateDate = None
 
     @model_validator(mode="after")
     def _room_for_completions(self) -> EncodingConfig:

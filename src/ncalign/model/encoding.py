@@ -4,7 +4,8 @@ One rule each, for a whole group:
 
 * **Boundary.** Prompt and completion are encoded as one text and split where the prompt's own tokens end. Where these are not
   a prefix of the whole text's tokens (a token merged across the boundary), the completion is encoded on its own, after the
-  prompt's tokens, as it is when the model generates; such candidates are counted.
+  prompt's tokens, as it is when the model generates; such candidates are counted. What a chat template writes between its
+  generation prompt and an answer is scored with the answer (:mod:`ncalign.model.chat`).
 * **EOS.** The completion ends with exactly one end token, and it is scored: the one that the chat template puts after an
   assistant's turn, or the tokenizer's EOS where the template puts none or there is no template. A candidate that is not
   ``finished``, cut while it was generated, has none.
@@ -18,17 +19,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from datetime import date
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ncalign.data.groups import Candidate, Group, Message
-from ncalign.data.rendering import Rendering
-from ncalign.model.config import StringPrompts
+from ncalign.data.groups import Candidate, Group
+from ncalign.model.chat import ChatTemplate, RefusedError, Turn, answered, as_messages, resolve_string_prompts
+from ncalign.model.config import EncodingConfig, StringPrompts
+from ncalign.model.limits import Limits
 from ncalign.model.untold import left_out
 
 Ids = NDArray[np.int32]
+_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,8 @@ class EncodingReport:
         completions_truncated: completions that lost their end, and their EOS with it.
         boundary_merges: candidates whose first token would have merged with the prompt's last.
         repeated_eos: candidates whose text ended with an EOS of its own; it is scored once.
-        template_mismatches: candidates whose rendering is not the rendered prompt followed by their text (a template that
-            rewrites the last turn, or writes something in front of the answer); they are encoded as plain text after the
-            prompt.
+        template_mismatches: candidates whose rendering is not the rendered prompt followed by the turn's header and their text
+            (a template that rewrites the last turn); they are encoded as plain text after the prompt.
         dropped: dropped groups by reason.
         first_truncated: the first truncated group, to look at.
         untold: groups by what the chat template leaves out of their messages.
@@ -147,7 +150,9 @@ class Encoder:
         tokenizer: the model's tokenizer.
         max_length: most tokens of a prompt and its completion.
         max_prompt_length: prompt tokens kept when the two exceed ``max_length``; half of it by default.
-        string_prompts: how plain-string prompts are encoded; see :func:`resolve_string_prompts`.
+        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.chat.resolve_string_prompts`.
+        today: the date for chat templates that write it; None for that of the call.
+        limits: what the model has a place for.
 
     Raises:
         ValueError: ``max_prompt_length`` leaves completions no room.
@@ -160,6 +165,8 @@ class Encoder:
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         string_prompts: StringPrompts = "auto",
+        today: date | None = None,
+        limits: Limits = _NO_LIMITS,
     ) -> None:
         if max_prompt_length is None:
             max_prompt_length = max_length // 2
@@ -174,21 +181,21 @@ class Encoder:
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self.report = EncodingReport()
         self._bos = _bos_id(tokenizer)
-        self._template_end: tuple[int, str, str] | None = None
+        self._template, self._limits = ChatTemplate(tokenizer, today), limits
 
     def encode(self, group: Group) -> EncodedGroup:
         """Encode a group.
 
         Raises:
-            DroppedGroupError: a completion is empty, or has an EOS inside; the group is counted as dropped.
-            ValueError: the group needs a chat template and the tokenizer has none, or its messages don't fit.
+            DroppedGroupError: a completion is empty, has several turns or an EOS inside, or the group needs a chat template and
+                there is none, or it refuses the group, or the model has no place for a token; the group is counted as dropped.
         """
         try:
-            prompt, completions = self._tokens(group)
+            prompt, completions = self._truncate(group, *self._tokens(group))
+            check_limits(group, [prompt, *completions], self.tokenizer, self._limits)
         except DroppedGroupError as dropped:
             self.report.dropped[dropped.reason] += 1
             raise
-        prompt, completions = self._truncate(group, prompt, completions)
         encoded = EncodedGroup(
             id=group.id,
             origin=group.origin or "",
@@ -209,8 +216,8 @@ class Encoder:
     def _tokens(self, group: Group) -> tuple[list[int], list[list[int]]]:
         as_chat = not isinstance(group.prompt, str) or self.string_prompts == "user_turn"
         if as_chat:
-            prompt_text = render_prompt(self.tokenizer, group.prompt, where=_where(group))
-            end_id, bodies = self._chat_bodies(group, prompt_text)
+            turn, bodies = self._chat_bodies(group)
+            prompt_text, end_id = turn.prompt, self._template.end_id(turn)
         else:
             assert isinstance(group.prompt, str)
             prompt_text, end_id = group.prompt, int(self.tokenizer.eos_token_id)
@@ -229,21 +236,30 @@ class Encoder:
             raise DroppedGroupError(group, "empty prompt", "the prompt has no tokens: a completion needs something before it")
         return prompt, completions
 
-    def _chat_bodies(self, group: Group, prompt_text: str) -> tuple[int, list[str]]:
-        end_id, before_end, after_content = self._find_template_end(group)
-        messages = as_messages(group.prompt)
-        bodies = []
-        for candidate in group.candidates:
-            text = self._content(candidate, group, end_id)
-            full = self._render([*messages, {"role": "assistant", "content": text}], group)
-            body = full[: len(full) - len(after_content)]
-            # Templates may trim the answer or put white space around it; any other change is not the generated text.
-            if full.startswith(prompt_text) and body[len(prompt_text) :].strip() == text.strip():
-                bodies.append(body + before_end)
-            else:
-                self.report.template_mismatches += 1
-                bodies.append(prompt_text + text + before_end)
-        return end_id, bodies
+    def _chat_bodies(self, group: Group) -> tuple[Turn, list[str]]:
+        """The turn of the group's answers, and each candidate's whole text up to its end token."""
+        messages, bodies = as_messages(group.prompt), []
+        try:
+            turn = self._template.turn(messages)
+            for candidate in group.candidates:
+                text = self._content(candidate, group, self._template.end_id(turn))
+                full = self._template.render(answered(messages, text), what="the prompt with its completion")
+                bodies.append(self._body(turn, text, full) + turn.before_end)
+        except RefusedError as error:
+            raise DroppedGroupError(group, str(error), str(error)) from error
+        return turn, bodies
+
+    def _body(self, turn: Turn, text: str, full: str) -> str:
+        """A prompt with its answer's header and text, as the template writes them in ``full`` where these are the answer's."""
+        body = full[: len(full) - len(turn.after)]
+        rest = body[len(turn.prompt) :]
+        # Templates may trim the answer or put white space around it; any other change is not the generated text.
+        same = text.strip() in (rest.strip(), rest.removeprefix(turn.header).strip())
+        if same and full.startswith(turn.prompt) and full.endswith(turn.after):
+            return body
+        self.report.template_mismatches += 1
+        # An answer that brings a thought of its own gets none of the template's.
+        return turn.prompt + (turn.header if full.startswith(turn.prompt + turn.header) else "") + text
 
     def _content(self, candidate: Candidate, group: Group, end_id: int) -> str:
         """The completion's text without end tokens at its end, which a template would follow with white space of its own."""
@@ -259,36 +275,6 @@ class Encoder:
         if not content.strip():
             raise DroppedGroupError(group, "empty completion", _EMPTY)
         return content
-
-    def _render(self, messages: list[Message], group: Group) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
-            raise ValueError(f"{_where(group)}the chat template refuses the prompt with its completion: {error}") from error
-        assert isinstance(text, str)
-        return text
-
-    def _find_template_end(self, group: Group) -> tuple[int, str, str]:
-        """The end token after an assistant's turn, the text between content and end token, and all text after the content."""
-        if self._template_end is None:
-            rendered = self._render([*as_messages(group.prompt), {"role": "assistant", "content": _PROBE}], group)
-            if _PROBE not in rendered:
-                raise ValueError(
-                    f"{_where(group)}the chat template does not render an assistant's turn as it is: fix the template"
-                )
-            after = rendered.rpartition(_PROBE)[2]
-            special = set(self.tokenizer.all_special_tokens) | {
-                str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
-            }
-            present = [(after.index(token), -len(token), token) for token in special if token and token in after]
-            if present:
-                position, _, token = min(present)
-                end_id = self.tokenizer.convert_tokens_to_ids(token)
-                assert isinstance(end_id, int)
-                self._template_end = (end_id, after[:position], after)
-            else:
-                self._template_end = (int(self.tokenizer.eos_token_id), "", after)
-        return self._template_end
 
     def _split(self, group: Group, prompt: list[int], rest: str, ids: list[int], end_id: int) -> list[int]:
         """The completion's tokens, with exactly one end token."""
@@ -329,61 +315,52 @@ class Encoder:
         return [*first, *prompt[len(prompt) - kept + len(first) :]], [completion[:room] for completion in completions]
 
 
-_PROBE = "ncalign"
 _EMPTY = "a completion is empty: there is nothing to score"
 _CALLS = "a completion has `tool_calls`: write the call into its text, as the model does, or leave the group out"
 
 
-def resolve_string_prompts(tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts) -> Rendering:
-    """How prompts that are plain strings are put to a model.
-
-    ``auto`` is a user's turn where the tokenizer has a chat template, and raw where it has none; ``raw`` and ``user_turn`` are
-    themselves.
-    """
-    if string_prompts != "auto":
-        return string_prompts
-    return "user_turn" if tokenizer.chat_template else "raw"
-
-
-def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
-    """A prompt as chat messages; a plain string is a user's turn."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+def make_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingConfig, *, limits: Limits) -> Encoder:
+    """The encoder that a configuration describes, for a model with these limits."""
+    return Encoder(
+        tokenizer,
+        max_length=rules.max_length,
+        max_prompt_length=rules.max_prompt_length,
+        string_prompts=rules.string_prompts,
+        today=rules.template_date,
+        limits=limits,
+    )
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], *, where: str = "") -> str:
-    """The prompt through the chat template, up to where the model's answer begins.
+def check_limits(group: Group, texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    """Raise where a model has no place for the tokens of a prompt and its completions.
 
-    A template that has no generation prompt (``add_generation_prompt`` changes nothing) still writes something between the last
-    turn and the answer, such as a role's name; that belongs to the prompt too, but for spaces at its end.
+    Args:
+        group: named in the message.
+        texts: the prompt's tokens, and those of each text that follows it.
+        tokenizer: puts tokens into words.
+        limits: the model's.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the template refuses the messages.
+        DroppedGroupError: it has no embedding for a token, or no position for the last one.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{where}the prompt is a conversation and the tokenizer of {tokenizer.name_or_path!r} has no chat template: put a "
-            "chat_template.jinja into the model folder, or give prompts and completions as plain strings"
-        )
-    try:
-        text = tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
-        raise ValueError(f"{where}the chat template refuses the prompt: {error}") from error
-    assert isinstance(text, str)
-    return text + _turn_opening(tokenizer, as_messages(prompt), text)
+    if problem := beyond(texts, tokenizer, limits):
+        raise DroppedGroupError(group, problem, problem)
 
 
-def _turn_opening(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str) -> str:
-    """What a template without generation prompt writes after the rendered prompt ``text`` and before an answer."""
-    try:
-        if tokenizer.apply_chat_template(messages, tokenize=False) != text:
-            return ""
-        answered = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": _PROBE}], tokenize=False)
-    except Exception:  # a prompt that the template lets no answer follow; encoding an answer says so
-        return ""
-    assert isinstance(answered, str)
-    opening, probe, _ = answered[len(text) :].partition(_PROBE)
-    # Tokenizers join a space with the word after it, so it goes with the answer.
-    return opening.rstrip(" ") if probe and answered.startswith(text) else ""
+def beyond(texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str | None:
+    """What of a prompt's tokens and those of the texts that follow it a model has no place for; None: nothing."""
+    prompt, *following = texts
+    rows, positions = limits.vocabulary, limits.positions
+    if rows is not None:
+        for token in (token for text in texts for token in text if token >= rows):
+            return (
+                f"the token {tokenizer.convert_ids_to_tokens(int(token))!r} (id {token}) has no embedding in the model, which "
+                f"has {rows}: use the model's own tokenizer, or resize its embeddings"
+            )
+    longest = len(prompt) + max((len(text) for text in following), default=0)
+    if positions is not None and longest > positions:
+        return f"it has more tokens than the model has positions, {positions}: lower max_length, or shorten it"
+    return None
 
 
 def completion_text(candidate: Candidate, group: Group) -> str:
@@ -394,9 +371,10 @@ def completion_text(candidate: Candidate, group: Group) -> str:
     if len(completion) == 1 and completion[0]["role"] == "assistant":
         return str(completion[0]["content"])
     roles = ", ".join(message["role"] for message in completion)
-    raise ValueError(
-        f"{_where(group)}a completion has the turns [{roles}]; it must be one assistant message: "
-        "move earlier turns into the prompt"
+    raise DroppedGroupError(
+        group,
+        "a completion of several turns" if len(completion) > 1 else "a completion that is no assistant's turn",
+        f"a completion has the turns [{roles}]; it must be one assistant message: move earlier turns into the prompt",
     )
 
 

@@ -47,6 +47,7 @@ class InProcess:
             batch_size=config.generation_batch_size,
             autocast=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
             progress=False,
+            today=config.training.encoding.template_date,
         )
 
     def update(self, folder: Path) -> None:
@@ -128,6 +129,7 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
             policy.tokenizer,
             adapter_rank=config.training.lora.r if config.training.lora is not None and config.push == "lora" else None,
             string_prompts=config.training.encoding.string_prompts,
+            today=config.training.encoding.template_date,
             options={"gpu_memory_utilization": config.vllm_memory, "seed": config.training.seed},
         )
     return Pushed(config, policy, engine, accelerator, remote)

@@ -13,7 +13,7 @@ from ncalign.core.json import json_ready
 from ncalign.core.progress import say
 from ncalign.generation.base import SamplingParams
 from ncalign.generation.generate import completion_as_candidate
-from ncalign.online.pool import read_artefact
+from ncalign.online.pool import answers, read_artefact
 from ncalign.online.state import Run
 from ncalign.stats.paired import paired_comparison
 from ncalign.training import run_folder
@@ -26,14 +26,14 @@ def evaluate_policy(run: Run, path: Path) -> None:
     if not run.held_out or path.is_file():
         return
     params = SamplingParams(run.config.max_new_tokens, temperature=0.0)
-    prompts = [group.prompt for group in run.held_out]
-    found = run.generator.get().generate(prompts, num_samples=1, params=params, seed=run.config.training.seed)
+    seed = run.config.training.seed
+    found = answers(run.held_out, run.generator.get(), run.config, num_samples=1, params=params, seed=seed)
     rows: list[dict[str, Any]] = []
-    for group, [completion] in zip(run.held_out, found, strict=True):
-        reward = None
-        if completion.text.strip():
-            [reward] = run.source.score(replace(group, candidates=[completion_as_candidate(group, completion, "policy")]))
-        rows.append({"id": group.id, "text": completion.text, "reward": reward})
+    for group, completions in zip(run.held_out, found, strict=True):
+        reward, text = None, "".join(completion.text for completion in completions)
+        if text.strip():
+            [reward] = run.source.score(replace(group, candidates=[completion_as_candidate(group, completions[0], "policy")]))
+        rows.append({"id": group.id, "text": text, "reward": reward})
     write_json_atomic(rows, path)
     known = [row["reward"] for row in rows if row["reward"] is not None]
     if known:

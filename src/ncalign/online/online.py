@@ -44,7 +44,7 @@ from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
-from ncalign.training.resolve import with_string_prompts
+from ncalign.training.resolve import with_rendering
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
@@ -82,7 +82,7 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
     inputs = {"model": training.model, "data": training.data, "eval_data": training.eval_data, "reward": config.rewards.reward}
     inputs |= {"judge.template": judge and judge.template}
     with another_process_named(), claimed_run_folder(training, verb="online", inputs=inputs):
-        training = with_precision(with_string_prompts(training), accelerator, method)
+        training = with_precision(with_rendering(training, accelerator, dated=True), accelerator, method)
         config = config.model_copy(update={"training": training})
         refuse_changes(training, config.model_dump(mode="json"), shown=True)
         return _run(config, accelerator, method)

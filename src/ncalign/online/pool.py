@@ -18,17 +18,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from ncalign.core.atomic import write_json_atomic
-from ncalign.core.progress import Bar
+from ncalign.core.progress import Bar, say
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group
 from ncalign.data.rendering import Rendering, record_rendering
-from ncalign.generation.base import Completion, Generator, PromptError, SamplingParams
-from ncalign.generation.generate import completion_as_candidate
+from ncalign.generation.base import Completion, Generator, LeftOutPrompts, SamplingParams
+from ncalign.generation.generate import completion_as_candidate, sample_prompts
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.objectives import Method
 from ncalign.online.clock import Clock
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import pool_health
-from ncalign.rewards.base import RewardSource, score_many
+from ncalign.rewards.base import RewardSource, score_usable
 from ncalign.training.data import scored_candidates
 
 FRESH = "policy"
@@ -115,8 +115,8 @@ def sample_and_score(
         try:
             for number, chunk in enumerate(chunks):
                 with clock.phase("generate"):
-                    sampled.append(_sampled(folder, number, chunk, generator, params, config.num_samples, seed(number)))
-                scored.append(pool.submit(_scored, folder, number, chunk, sampled[-1], source, clock))
+                    sampled.append(_sampled(folder, number, chunk, generator, params, config, seed(number)))
+                scored.append(pool.submit(_scored, folder, number, chunk, sampled[-1], source, config, clock))
                 bar.advance(len(chunk))
                 _raise_failed(scored)
             with clock.phase("wait for scores"):
@@ -134,17 +134,34 @@ def _raise_failed(futures: Sequence[Future[Any]]) -> None:
             future.result()
 
 
+def answers(
+    groups: Sequence[Group], generator: Generator, config: OnlineConfig, *, num_samples: int, params: SamplingParams, seed: int
+) -> list[list[Completion]]:
+    """Completions of the groups' prompts; with ``on_bad_row: skip`` none for prompts that can't be answered.
+
+    Raises:
+        ValueError: a prompt can't be answered, and such are not to be left out.
+    """
+    left_out = LeftOutPrompts() if config.training.on_bad_row == "skip" else None
+    found = sample_prompts(groups, generator, num_samples=num_samples, params=params, seed=seed, left_out=left_out)
+    if left_out is not None and (notice := left_out.notice(f"{len(groups)} prompts asked")):
+        say(notice)
+    return found
+
+
 def _sampled(
-    folder: Path, number: int, chunk: Sequence[Group], generator: Generator, params: SamplingParams, num_samples: int, seed: int
+    folder: Path,
+    number: int,
+    chunk: Sequence[Group],
+    generator: Generator,
+    params: SamplingParams,
+    config: OnlineConfig,
+    seed: int,
 ) -> list[list[Completion]]:
     path = folder / f"generated-{number:05d}.json"
     if path.is_file():
         return [[_completion(entry) for entry in row] for row in read_artefact(path)]
-    try:
-        found = generator.generate([group.prompt for group in chunk], num_samples=num_samples, params=params, seed=seed)
-    except PromptError as error:
-        group = chunk[error.index]
-        raise ValueError(f"{group.origin or 'prompt'}: group {group.id!r}: {error.detail}") from error
+    found = answers(chunk, generator, config, num_samples=config.num_samples, params=params, seed=seed)
     write_json_atomic([[_as_json(completion) for completion in row] for row in found], path)
     return found
 
@@ -170,6 +187,7 @@ def _scored(
     chunk: Sequence[Group],
     sampled: Sequence[Sequence[Completion]],
     source: RewardSource,
+    config: OnlineConfig,
     clock: Clock,
 ) -> list[list[float | None]]:
     path = folder / f"scored-{number:05d}.json"
@@ -177,15 +195,18 @@ def _scored(
         rewards: list[list[float | None]] = read_artefact(path)
         return rewards
     with clock.phase("score"):
-        found = _rewards(chunk, sampled, source)
+        found = _rewards(chunk, sampled, source, skip=config.training.on_bad_row == "skip")
     write_json_atomic(found, path)
     return found
 
 
 def _rewards(
-    groups: Sequence[Group], sampled: Sequence[Sequence[Completion]], source: RewardSource
+    groups: Sequence[Group], sampled: Sequence[Sequence[Completion]], source: RewardSource, *, skip: bool
 ) -> list[list[float | None]]:
-    """One reward for each completion of each group; those without text have none."""
+    """One reward for each completion of each group; those without text have none.
+
+    With ``skip``, neither have those of a group that can't be put to the source.
+    """
     rewards: list[list[float | None]] = [[None] * len(completions) for completions in sampled]
     there = [[k for k, completion in enumerate(completions) if completion.text.strip()] for completions in sampled]
     asked = [g for g, columns in enumerate(there) if columns]
@@ -193,7 +214,12 @@ def _rewards(
         replace(groups[g], candidates=[completion_as_candidate(groups[g], sampled[g][k], FRESH) for k in there[g]])
         for g in asked
     ]
-    for g, found in zip(asked, score_many(source, filled), strict=True):
+    for g, found in zip(asked, score_usable(source, filled), strict=True):
+        if isinstance(found, DroppedGroupError):
+            if not skip:
+                raise found
+            say(f"note: not scored and left out: {found}")
+            continue
         for k, reward in zip(there[g], found, strict=True):
             rewards[g][k] = reward
     return rewards

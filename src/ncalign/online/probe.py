@@ -10,7 +10,7 @@ from ncalign.data.groups import Group
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import EncodedGroup
-from ncalign.online.pool import as_sampled
+from ncalign.online.pool import answers, as_sampled
 from ncalign.online.state import Run
 
 _PROMPTS, _TOKENS = 4, 16
@@ -38,11 +38,10 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
         return
     asked = prompts[:_PROMPTS]
     # At temperature 1 what a server reports is the model's own log-prob.
-    found = run.generator.get().generate(
-        [group.prompt for group in asked], num_samples=1, params=SamplingParams(_TOKENS), seed=run.config.training.seed + number
-    )
+    seed, params = run.config.training.seed + number, SamplingParams(_TOKENS)
+    found = answers(asked, run.generator.get(), run.config, num_samples=1, params=params, seed=seed)
     groups, claimed, lengths = [], [], []
-    for group, [completion] in zip(asked, found, strict=True):
+    for group, completion in ((group, one) for group, row in zip(asked, found, strict=True) for one in row):
         if completion.logprob is None:
             raise ValueError(
                 f"round {number + 1}: the generator reports no log-probs, so that nobody knows whether it holds the policy's "

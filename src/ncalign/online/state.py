@@ -100,7 +100,11 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     torch.manual_seed(training.seed)
     assert training.dtype != "auto"
     source = reward_source(
-        config.rewards, dtype=training.dtype, cache_dir=training.cache_dir, trust_remote_code=training.trust_remote_code
+        config.rewards,
+        dtype=training.dtype,
+        cache_dir=training.cache_dir,
+        trust_remote_code=training.trust_remote_code,
+        today=training.encoding.template_date,
     )
     prompts, held_out = load_prompts(config)
     say(f"Loading {training.model}")

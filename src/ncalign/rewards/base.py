@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from ncalign.data.groups import Group
-from ncalign.model.encoding import completion_text
+from ncalign.model.encoding import DroppedGroupError, completion_text
 
 
 class RewardSource(Protocol):
@@ -38,6 +38,21 @@ def score_many(source: RewardSource, groups: Sequence[Group]) -> list[list[float
     if isinstance(source, BatchRewardSource):
         return source.score_many(groups)
     return [source.score(group) for group in groups]
+
+
+def score_usable(source: RewardSource, groups: Sequence[Group]) -> list[list[float | None] | DroppedGroupError]:
+    """Score several groups; in the place of one that can't be put to the source is the reason why."""
+
+    def alone(group: Group) -> list[float | None] | DroppedGroupError:
+        try:
+            return score_many(source, [group])[0]
+        except DroppedGroupError as dropped:
+            return dropped
+
+    try:
+        return [*score_many(source, groups)]
+    except DroppedGroupError:
+        return [alone(group) for group in groups]
 
 
 def completion_texts(group: Group) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from ncalign.core.config import Flat, Frozen, Overwrite
 from ncalign.data.config import JoinRows, OnBadRow
 from ncalign.generation.config import ServerConfig
-from ncalign.model.config import DType
+from ncalign.model.config import DType, TemplateDate
 
 
 class JudgeConfig(Frozen):
@@ -81,5 +81,6 @@ class ScoreConfig(Frozen):
         None, description="Folder in which the scores of judges and reward models are kept; default: the user's cache folder."
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a reward model.")
+    template_date: TemplateDate = None
     on_bad_row: OnBadRow = "error"
     join_rows: JoinRows = True

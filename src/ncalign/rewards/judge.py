@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
 from ncalign.generation.client import Choice, Server
-from ncalign.model.encoding import as_messages
+from ncalign.model.chat import as_messages
 from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.reading import read_label, read_rating

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import date
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
+from ncalign.model.chat import ChatTemplate, RefusedError, answered, as_messages
 from ncalign.model.config import Precision
-from ncalign.model.encoding import as_messages
+from ncalign.model.encoding import DroppedGroupError, beyond, check_limits
+from ncalign.model.limits import limits_of
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
-from ncalign.rewards.base import completion_texts, where
+from ncalign.rewards.base import completion_texts
 
 
 class ModelReward:
@@ -28,9 +31,10 @@ class ModelReward:
         batch_size: completions at a time.
         store: keeps scores by model and text.
         trust_remote_code: run code that comes with the model.
+        today: the date for a chat template that writes it; None for that of the call.
 
     Raises:
-        ValueError: the model can't be loaded, or has another number of labels than one.
+        ValueError: the model can't be loaded, has another number of labels than one, or no embedding for its padding token.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class ModelReward:
         batch_size: int = 16,
         store: Store | None = None,
         trust_remote_code: bool = False,
+        today: date | None = None,
     ) -> None:
         self._batch_size, self._store = batch_size, store
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,14 +59,20 @@ class ModelReward:
         self._model = torch.nn.Module.to(loaded, device).eval()
         self._device = device
         self._identity = weights_fingerprint(loaded, computation=str(loaded.dtype)) if store is not None else ""
-        self._limit = getattr(loaded.config, "max_position_embeddings", None)
+        self._template, self._limits = ChatTemplate(self._tokenizer, today), limits_of(loaded)
+        if problem := beyond([[int(self._tokenizer.pad_token_id)]], self._tokenizer, self._limits):
+            raise ValueError(f"reward model {model!r}: {problem}")
 
     def score(self, group: Group) -> list[float | None]:
         """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""
         return self.score_many([group])[0]
 
     def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """Score several groups, in batches across them."""
+        """Score several groups, in batches across them.
+
+        Raises:
+            DroppedGroupError: the model's chat template refuses a group, or the model has no embedding for a token.
+        """
         encoded = [self._encode(group, text) for group in groups for text in completion_texts(group)]
         keys = [Store.key("reward model", self._identity, ids) for ids in encoded]
         found: list[float | None] = [None if self._store is None else self._store.get(key) for key in keys]
@@ -78,17 +89,21 @@ class ModelReward:
     def _encode(self, group: Group, text: str) -> list[int]:
         tokenizer = self._tokenizer
         if tokenizer.chat_template is not None:
-            messages = [*as_messages(group.prompt), {"role": "assistant", "content": text}]
+            messages = answered(as_messages(group.prompt), text)
             try:
-                rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-            except Exception as error:  # templates raise what they like
-                raise ValueError(f"{where(group)}: the reward model's chat template refuses it: {error}") from error
+                rendered = self._template.render(messages, what="it")
+            except RefusedError as error:
+                problem = f"reward model: {error}"
+                raise DroppedGroupError(group, problem, problem) from error
             ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             prompt = "\n\n".join(message["content"] for message in as_messages(group.prompt))
             ids = tokenizer(prompt, text, verbose=False)["input_ids"]
         # The answer stands at the end, and is what is scored.
-        return list(ids if self._limit is None else ids[-self._limit :])
+        limit = self._limits.context if self._limits.positions is None else self._limits.positions
+        kept = list(ids if limit is None else ids[-limit:])
+        check_limits(group, [kept], tokenizer, self._limits)
+        return kept
 
     @torch.inference_mode()
     def _logits(self, batch: Sequence[list[int]]) -> list[float]:

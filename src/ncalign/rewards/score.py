@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
+from ncalign.core.errors import DataError
 from ncalign.core.outputs import claim
 from ncalign.core.progress import Bar, say
 from ncalign.data.groups import REWARD_STEPS, Group, ReadReport, check_output, read_groups, write_groups
-from ncalign.rewards.base import RewardSource, score_many
+from ncalign.model.encoding import DroppedGroupError
+from ncalign.rewards.base import RewardSource, score_usable
 from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.guard import Guarded
 from ncalign.rewards.judge import JudgeReward
@@ -63,17 +65,27 @@ class ScoreCounts:
         }
 
 
-def score_groups(groups: Iterable[Group], source: RewardSource) -> Iterator[Group]:
-    """The groups with their candidates' rewards replaced by the source's."""
+def score_groups(groups: Iterable[Group], source: RewardSource, left_out: ReadReport | None = None) -> Iterator[Group]:
+    """The groups with their candidates' rewards replaced by the source's.
+
+    ``left_out`` counts the groups that can't be put to the source, and are left out; None raises at the first.
+    """
     remaining = iter(groups)
     while chunk := list(islice(remaining, _TOGETHER)):
-        for group, rewards in zip(chunk, score_many(source, chunk), strict=True):
+        for group, rewards in zip(chunk, score_usable(source, chunk), strict=True):
+            if isinstance(rewards, DroppedGroupError):
+                if left_out is None:
+                    raise rewards
+                left_out.skip(DataError(str(rewards), reason=rewards.reason))
+                continue
             yield replace(group, candidates=[replace(c, reward=r) for c, r in zip(group.candidates, rewards, strict=True)])
 
 
-def _scored(groups: Iterable[Group], source: RewardSource, record: str, counts: ScoreCounts, bar: Bar) -> Iterator[Group]:
+def _scored(
+    groups: Iterable[Group], source: RewardSource, left_out: ReadReport | None, record: str, counts: ScoreCounts, bar: Bar
+) -> Iterator[Group]:
     """Scored groups, which say where their rewards came from and no longer how earlier rewards were made."""
-    for group in score_groups(groups, source):
+    for group in score_groups(groups, source, left_out):
         counts.add(group)
         yield replace(group, metadata={**group.metadata, REWARD_STEPS: [record]})
         bar.advance()
@@ -95,8 +107,15 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     claim(config.output, verb="score", inputs=inputs, overwrite=config.overwrite)
     check_output(config.output)
     dtype = reward_dtype(config.rewards, config.dtype)
-    source = reward_source(config.rewards, dtype=dtype, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code)
+    source = reward_source(
+        config.rewards,
+        dtype=dtype,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+        today=config.template_date,
+    )
     report, counts = ReadReport(), ScoreCounts()
+    left_out = ReadReport() if config.on_bad_row == "skip" else None
     # Read once before: a row that can't be used is told before anything is paid for.
     read = partial(read_groups, config.data, on_bad_row=config.on_bad_row, join_rows=config.join_rows)
     total = sum(1 for _ in read(report=report))
@@ -106,7 +125,11 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
         say(notice)
     with Bar("Scoring groups", total) as bar, closing(read()) as groups:
         record = source_record(config.rewards)
-        write_groups(_scored(groups, source, record, counts, bar), config.output)
+        write_groups(_scored(groups, source, left_out, record, counts, bar), config.output)
+    if left_out is not None:
+        report.skipped += left_out.skipped
+        if left_out.skipped:
+            say(f"note: {config.data}: groups left out, since they can't be scored: {left_out.listed()}")
     result: dict[str, object] = {
         "output": str(config.output),
         **counts.result(),

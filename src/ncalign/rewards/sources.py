@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from ncalign.core.cache import cache_folder
@@ -34,7 +35,12 @@ def reward_dtype(config: RewardConfig, dtype: DType) -> Precision | None:
 
 
 def reward_source(
-    config: RewardConfig, *, dtype: Precision | None, cache_dir: Path | None = None, trust_remote_code: bool = False
+    config: RewardConfig,
+    *,
+    dtype: Precision | None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    today: date | None = None,
 ) -> RewardSource:
     """The source, or the ensemble of sources, that a configuration names.
 
@@ -43,6 +49,7 @@ def reward_source(
         dtype: precision of reward models, as :func:`reward_dtype` gives it.
         cache_dir: where scores of judges and reward models are kept; default: the user's cache folder.
         trust_remote_code: run code that comes with a reward model.
+        today: the date for reward models' chat templates that write it; None for that of the call.
 
     Raises:
         ValueError: a name is of no known form, or what it names can't be loaded.
@@ -68,6 +75,7 @@ def reward_source(
                 batch_size=batch_size,
                 store=store("reward-models"),
                 trust_remote_code=trust_remote_code,
+                today=today,
             )
         checked = _VERIFIERS[name]() if name in _VERIFIERS else FunctionReward(load_function(name), repr(name))
         return Guarded(checked, timeout=config.reward_timeout, max_failed_share=config.max_failed_share)

@@ -12,7 +12,7 @@ import torch
 from ncalign.core.hub import only_cached
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
-from ncalign.generation.base import Completion, SamplingParams
+from ncalign.generation.base import Completion, Refuse, SamplingParams
 from ncalign.model.adapters import adapter_base, is_adapter
 from ncalign.model.config import DType
 from ncalign.model.policy import quiet_transformers
@@ -97,9 +97,15 @@ class BackendGenerator:
         self.string_prompts: Rendering = "raw"  # as lm-eval asks; its chat template is a setting of the task
 
     def generate(
-        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
-        """Sample ``num_samples`` completions for each prompt.
+        """Sample ``num_samples`` completions for each prompt; lm-eval cuts those that are too long, so none is refused.
 
         Raises:
             ValueError: the model has no chat template, and a prompt is a conversation.

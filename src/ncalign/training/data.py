@@ -16,10 +16,11 @@ import numpy as np
 
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
-from ncalign.data.config import OnBadRow, SchemaChoice
+from ncalign.data.config import SchemaChoice
 from ncalign.data.groups import Group, ReadReport, read_groups, recorded_steps, rewards_origin
 from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
-from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, as_messages
+from ncalign.model.chat import as_messages
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport
 from ncalign.objectives import Method
 
 _MAX_WAYS = 20
@@ -80,8 +81,8 @@ def load_groups(
         ValueError: rows that can't be read, groups that can't be used (under ``error``), or none left to train on.
     """
     loaded, report = LoadedGroups(), ReadReport()
-    policy: OnBadRow = "skip" if on_bad_row == "skip" else "error"
-    groups = read_groups(path, schema=schema, on_bad_row=policy, report=report, join_rows=join_rows)
+    # Read to the end in any case: one message lists all that must be mended.
+    groups = read_groups(path, schema=schema, on_bad_row="skip", report=report, join_rows=join_rows)
     with Bar(f"Encoding {path.name}", None, shown=shown) as bar:
         for outcomes, encoding in map_chunks(partial(_encode, encoder, method), groups, workers=num_workers()):
             encoder.report.add(encoding)

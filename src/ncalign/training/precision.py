@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -12,7 +11,7 @@ from ncalign.model.config import Precision
 from ncalign.model.precision import announce, fast_precision, precision_line
 from ncalign.objectives import Method
 from ncalign.training.config import TrainConfig
-from ncalign.training.run_folder import CONFIG
+from ncalign.training.run_folder import recorded_config
 
 
 def with_precision(config: TrainConfig, accelerator: Accelerator, method: Method) -> TrainConfig:
@@ -54,12 +53,7 @@ def _decided(config: TrainConfig, accelerator: Accelerator, method: Method) -> d
 
 def _recorded(config: TrainConfig) -> dict[str, Precision]:
     """What the run to resume was begun with."""
-    path = config.output_dir / CONFIG
-    if not (config.resume and path.is_file()):
-        return {}
-    written: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(written, dict):
-        return {}
+    written = recorded_config(config)
     return {name: written[name] for name in ("dtype", "scoring_dtype") if written.get(name) in get_args(Precision)}
 
 

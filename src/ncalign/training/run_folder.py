@@ -147,6 +147,15 @@ def finished_results(config: TrainConfig) -> dict[str, Any] | None:
     return loaded
 
 
+def recorded_config(config: TrainConfig) -> dict[str, Any]:
+    """The configuration that the run to resume was begun with; empty where there is none."""
+    path = config.output_dir / CONFIG
+    if not (config.resume and path.is_file()):
+        return {}
+    written: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return written if isinstance(written, dict) else {}
+
+
 def refuse_changes(config: TrainConfig, now: dict[str, Any], *, shown: bool) -> None:
     """Compare a run that is resumed with what its ``config.yaml`` says.
 

@@ -26,7 +26,8 @@ from ncalign.core.cache import cache_folder
 from ncalign.core.progress import say
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
-from ncalign.model.encoding import EncodedGroup, Encoder
+from ncalign.model.encoding import EncodedGroup, Encoder, make_encoder
+from ncalign.model.limits import filler_id, limits_of
 from ncalign.model.logprobs import LogprobModel, base_causal_model, check_head, completion_token_cost, share_prompts
 from ncalign.model.policy import DTYPES, Policy, load_policy, reference_mode
 from ncalign.model.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
@@ -43,7 +44,7 @@ from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
-from ncalign.training.resolve import check_data_files, with_string_prompts
+from ncalign.training.resolve import check_data_files, with_rendering
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
@@ -93,7 +94,7 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
         claimed = partial(claimed_run_folder, config, verb="train", inputs=inputs)
         with claimed() if accelerator.is_main_process else contextlib.nullcontext():
             accelerator.wait_for_everyone()
-            config = with_precision(with_string_prompts(config), accelerator, method)
+            config = with_precision(with_rendering(config, accelerator), accelerator, method)
             refuse_changes(config, config.model_dump(mode="json"), shown=accelerator.is_main_process)
             accelerator.wait_for_everyone()
             return _run(config, accelerator, method)
@@ -248,14 +249,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Encoder]:
         config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
     )
     check_head(policy.model)
-    rules = config.encoding
-    encoder = Encoder(
-        policy.tokenizer,
-        max_length=rules.max_length,
-        max_prompt_length=rules.max_prompt_length,
-        string_prompts=rules.string_prompts,
-    )
-    return policy, encoder
+    return policy, make_encoder(policy.tokenizer, config.encoding, limits=limits_of(policy.model))
 
 
 def keep_freed_memory() -> None:
@@ -283,7 +277,7 @@ def make_engine(
         model=wrapped,
         method=method,
         accelerator=accelerator,
-        pad_token_id=int(policy.tokenizer.pad_token_id),
+        pad_token_id=filler_id(policy.model, policy.tokenizer),
         seed=config.seed,
         max_groups=config.per_device_train_batch_size,
         max_tokens=config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"],
