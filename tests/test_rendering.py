@@ -25,12 +25,22 @@ from transformers import (
 from conftest import CHATML, build_model, build_tokenizer, group_row
 from ncalign.audit.check import run_check
 from ncalign.audit.config import CheckConfig
-from ncalign.data.groups import Candidate, Group, Message
-from ncalign.generation.base import LeftOutPrompts, SamplingParams
+from ncalign.core.store import Store
+from ncalign.data.groups import Candidate, Group, Message, ReadReport
+from ncalign.data.rendering import Rendering
+from ncalign.generation.base import Completion, LeftOutPrompts, PromptError, SamplingParams, tell_refused
+from ncalign.generation.client import Choice, ServerError
+from ncalign.generation.config import ServerConfig
+from ncalign.generation.generate import sample_groups
 from ncalign.generation.local import TransformersGenerator
+from ncalign.generation.remote import ServerGenerator
+from ncalign.judging.answer import Answering, answer_questions
+from ncalign.judging.records import Answer, Question
 from ncalign.model.chat import ChatTemplate
 from ncalign.model.encoding import DroppedGroupError, Encoder
 from ncalign.model.limits import Limits, limits_of, limits_of_folder
+from ncalign.rewards.base import completion_texts
+from ncalign.rewards.score import score_groups
 from ncalign.training.config import TrainConfig
 from ncalign.training.train import run_training
 
@@ -403,3 +413,89 @@ def test_check_lists_every_bad_row(tmp_path: Path, write_jsonl: Callable[..., Pa
         "and 5 more",
     ]
     assert found["groups_dropped"] == {"the chat template refuses the prompt: no system turns": 25}
+
+
+class Refusing:
+    """Answers every prompt but those that say "no"."""
+
+    string_prompts: Rendering = "user_turn"
+
+    def generate(
+        self, prompts: Any, *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
+    ) -> list[list[Completion]]:
+        bad = [index for index, prompt in enumerate(prompts) if "no" in str(prompt)]
+        tell_refused([PromptError(index, "it says no", reason="says no") for index in bad], refuse)
+        return [[] if k in bad else [Completion("Yes.", 2, True)] * num_samples for k in range(len(prompts))]
+
+
+class TestSkip:
+    @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+    def test_questions_that_can_t_be_asked(self, on_bad_row: Any, tmp_path: Path) -> None:
+        questions = [Question("1", ("A?", "no")), Question("2", ("C?",)), Question("3", ("no",))]
+        answering = Answering(9, on_bad_row=on_bad_row)
+        store = Store(tmp_path / "answers")
+
+        def ask() -> list[Answer]:
+            return answer_questions(questions, Refusing(), answering, model="m", identity="w", store=store, at_a_time=2)
+
+        if on_bad_row == "skip":
+            assert [answer.question for answer in ask()] == ["2"]
+        else:
+            with pytest.raises(ValueError, match="question '3': it says no"):
+                ask()
+
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_groups_that_can_t_be_scored(self, skip: bool) -> None:
+        class Length:
+            def score(self, group: Group) -> list[float | None]:
+                return [float(len(text)) for text in completion_texts(group)]
+
+        several: list[Message] = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+        groups = [asked("5.", "It is 5."), Group("bad", QUESTION, [Candidate(several)], origin="a.jsonl:8"), asked("6")]
+        left_out = ReadReport() if skip else None
+        if not skip:
+            with pytest.raises(ValueError, match=r"a\.jsonl:8: group 'bad': a completion has the turns"):
+                list(score_groups(groups, Length(), left_out))
+            return
+        found = list(score_groups(groups, Length(), left_out))
+        assert [[candidate.reward for candidate in group.candidates] for group in found] == [[2.0, 8.0], [1.0]]
+        assert left_out is not None
+        assert left_out.reasons == {"a completion of several turns": 1}
+        assert "a.jsonl:8" in left_out.listed()
+
+    def test_groups_whose_samples_are_refused(self) -> None:
+        left_out = LeftOutPrompts()
+        prompts = [Group(text, text, [], origin=f"p.jsonl:{place}") for place, text in enumerate(("yes", "no"), start=1)]
+        groups, counts = sample_groups(
+            prompts, Refusing(), num_samples=2, params=SamplingParams(4), seed=0, source="m", left_out=left_out
+        )
+        assert [len(group.candidates) for group in groups] == [2, 0]
+        assert (counts.candidates, counts.missing, left_out.names) == (2, 0, ["p.jsonl:2: group 'no'"])
+        with pytest.raises(ValueError, match=r"p\.jsonl:2: group 'no': it says no"):
+            sample_groups(prompts, Refusing(), num_samples=2, params=SamplingParams(4), seed=0, source="m")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_server_s_refusal_is_of_one_prompt(skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai")
+    generator = ServerGenerator(ServerConfig(), progress=False)
+    refusal = ServerError("Error code: 400 - content filter", refused=True)
+    asked_for: list[Any] = []
+
+    def ask(requests: Any, *, done: Any) -> list[Any]:
+        asked_for.extend(requests)
+        return [[Choice("Yes.", True)], refusal]
+
+    monkeypatch.setattr(generator.server, "ask", ask)
+    half: list[Message] = [*QUESTION, {"role": "assistant", "content": "It is"}]
+    left_out = LeftOutPrompts()
+    options: dict[str, Any] = {"num_samples": 1, "params": SamplingParams(4), "seed": 0}
+    if skip:
+        found = generator.generate([half, "b"], **options, refuse=left_out.among(["a", "b"]))
+        assert ([len(row) for row in found], left_out.names) == ([1, 0], ["b"])
+    else:
+        with pytest.raises(PromptError, match="prompt 2: Error code: 400 - content filter"):
+            generator.generate([half, "b"], **options)
+    bodies = [request.body for request in asked_for]
+    assert bodies[0].items() >= {"continue_final_message": True, "add_generation_prompt": False, "messages": half}.items()
+    assert "continue_final_message" not in bodies[1]

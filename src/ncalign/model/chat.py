@@ -15,7 +15,6 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -68,19 +67,11 @@ class ChatTemplate:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self._ends = sorted(token for token in {*tokenizer.all_special_tokens, *added} if token.strip())
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Any] | None = None,
-        opened: bool = False,
-        what: str = "the prompt",
-    ) -> str:
+    def render(self, messages: Sequence[Message], *, opened: bool = False, what: str = "the prompt") -> str:
         """A conversation as text.
 
         Args:
             messages: its turns.
-            tools: what the template is told of tools.
             opened: whether a generation prompt follows.
             what: names the conversation in messages.
 
@@ -93,12 +84,10 @@ class ChatTemplate:
                 f"the prompt is a conversation and the tokenizer of {tokenizer.name_or_path!r} has no chat template: put a "
                 "chat_template.jinja into the model folder, or give prompts and completions as plain strings"
             )
-        given = None if tools is None else list(tools)
         try:
-            template = str(tokenizer.get_chat_template(tools=given))
+            template = str(tokenizer.get_chat_template())
             text = tokenizer.apply_chat_template(
                 list(messages),
-                tools=given,
                 tokenize=False,
                 add_generation_prompt=opened,
                 chat_template=_clock(self.today) + template if _CLOCK in template else template,
@@ -109,15 +98,15 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def turn(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None) -> Turn:
+    def turn(self, messages: Sequence[Message]) -> Turn:
         """Where an answer to a conversation stands in its rendering.
 
         Raises:
             RefusedError: the template refuses the conversation, an answer to it, or does not write the answer as it is.
         """
         half_written = is_half_written(messages)
-        prompt = "" if half_written else self.render(messages, tools=tools, opened=True)
-        whole = self.render(answered(messages, _PROBE), tools=tools, what="the prompt with its completion")
+        prompt = "" if half_written else self.render(messages, opened=True)
+        whole = self.render(answered(messages, _PROBE), what="the prompt with its completion")
         before, probe, after = whole.rpartition(_PROBE)
         if not probe:
             raise RefusedError("the chat template does not render an assistant's turn as it is: fix the template")
@@ -126,7 +115,7 @@ class ChatTemplate:
             prompt = before
         elif before.startswith(prompt):
             header = before[len(prompt) :]
-            if header.strip(" ") and self.render(messages, tools=tools) == prompt:
+            if header.strip(" ") and self.render(messages) == prompt:
                 # No generation prompt. Tokenizers join a space with the word after it, so it goes with the answer.
                 prompt = before.rstrip(" ")
                 header = before[len(prompt) :]
@@ -134,18 +123,18 @@ class ChatTemplate:
         position, _, end = min(present, default=(0, 0, None))
         return Turn(prompt, header, after[:position], end, after)
 
-    def prompt(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None) -> str:
+    def prompt(self, messages: Sequence[Message]) -> str:
         """What a model is fed before it answers.
 
         Raises:
             RefusedError: the tokenizer has no chat template, or the template refuses the conversation.
         """
         if is_half_written(messages):
-            return self.turn(messages, tools=tools).prompt
-        opened = self.render(messages, tools=tools, opened=True)
+            return self.turn(messages).prompt
+        opened = self.render(messages, opened=True)
         # A conversation that the template lets no answer follow can still be answered.
         with contextlib.suppress(RefusedError):
-            return self.turn(messages, tools=tools).prompt
+            return self.turn(messages).prompt
         return opened
 
     def example(self) -> Turn | None:
