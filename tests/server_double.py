@@ -135,8 +135,9 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
 @contextmanager
 def serving(double: ServerDouble) -> Iterator[str]:
     """Serve on a free port; gives the base URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(double))
-    server.daemon_threads = True
+    # Connections that wait longer than the default queue are dropped, and asked for again.
+    server_class = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128, "daemon_threads": True})
+    server = server_class(("127.0.0.1", 0), _handler(double))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
