@@ -182,7 +182,7 @@ def test_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"\xff\xfep\0r\0", b"prompt,completion,label\nQ,\0,1\n"])
 def test_nul_bytes(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(damage)
-    with pytest.raises(DataError, match="holds a NUL byte"):
+    with pytest.raises(DataError, match=r"holds a NUL byte|is UTF-16"):
         list(read_groups(tmp_path / "rows.csv"))
 
 

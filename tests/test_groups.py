@@ -288,7 +288,7 @@ def test_a_file_cut_short_is_an_error_even_when_rows_may_be_skipped(tmp_path: Pa
     path = tmp_path / name
     write_groups([Group(id=str(i), prompt=f"p{i * i}", candidates=[Candidate("c" * i)]) for i in range(300)], path)
     whole = path.read_bytes()
-    path.write_bytes(b"not gzip" if kept == 0.0 else whole[: int(len(whole) * kept)])
+    path.write_bytes(b"\x1f\x8bnot gzip" if kept == 0.0 else whole[: int(len(whole) * kept)])
     with pytest.raises(DataError, match=re.escape(str(path))):
         list(read_groups(path, on_bad_row="skip"))
 
@@ -405,7 +405,7 @@ def test_json_that_is_not_json_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gzip_is_told_by_its_name_alone(tmp_path: Path) -> None:
+def test_a_name_in_capitals(tmp_path: Path) -> None:
     path = tmp_path / "G.JSONL.GZ"
     path.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
     assert [group.id for group in read_groups(path)] == ["good"]

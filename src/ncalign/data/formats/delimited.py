@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import ast
 import csv
-import gzip
 import io
 import itertools
 import json
 import re
 import tokenize
-import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from ncalign.core.errors import DataError, names
 from ncalign.data.formats.jsonl import MAX_LINE, too_many_values
+from ncalign.data.formats.opened import opened
 from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.values import MISSING, as_number
 
@@ -55,13 +54,10 @@ def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
         ValueError: The file has no usable header, is not CSV from some line on, or can't be read to its end.
     """
     name = path.name.lower()
-    try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as file:
-            # Bytes that are not UTF-8 are kept as surrogates: they make their row unusable, and not the file.
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            yield from _rows(text, path, "\t" if ".tsv" in name[-7:] else ",")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: can't read the file to its end: {error}; copy it again, or make a new one") from error
+    with opened(path) as file:
+        # Bytes that are not UTF-8 are kept as surrogates: they make their row unusable, and not the file.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        yield from _rows(text, path, "\t" if ".tsv" in name[-7:] else ",")
 
 
 def _rows(text: io.TextIOWrapper, path: Path, delimiter: str) -> Iterator[tuple[int, Row | DataError]]:

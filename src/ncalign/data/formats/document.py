@@ -1,4 +1,4 @@
-"""Rows of one JSON document: a list of objects, or an object that holds such a list, as LMFlow and AlpacaEval write them.
+"""Rows of JSON documents: a list of objects, an object that holds such a list, as LMFlow and AlpacaEval write them, or objects.
 
 A list is read an element at a time, so that it may be larger than memory; an object's other fields are passed over.
 """
@@ -6,16 +6,15 @@ A list is read an element at a time, so that it may be larger than memory; an ob
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
 from ncalign.core.errors import DataError, shown
 from ncalign.data.formats.jsonl import MAX_LINE, MAX_VALUES, too_many_values
+from ncalign.data.formats.opened import opened
 from ncalign.data.formats.parsing import Row
 
 _HOLDERS = ("instances", "data")
@@ -26,16 +25,12 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
 
-def _opened(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
 def is_document(path: Path) -> bool:
     """Whether a .json file is one document and not an object a line."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             head = file.read(_CHUNK)
-    except (OSError, EOFError, zlib.error):
+    except DataError:
         return False  # the reader of lines says what is wrong
     head = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(b"["):
@@ -57,17 +52,14 @@ def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
     Raises:
         ValueError: The file is no such document, or can't be read to its end.
     """
-    try:
-        with _opened(path) as file:
-            yield from _rows(_Text(file, path))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: can't read the file to its end: {error}; copy it again, or make a new one") from error
+    with opened(path) as file:
+        yield from _rows(_Text(file, path))
 
 
 class _Text:
     """A document's text, of which only what is being looked at is in memory."""
 
-    def __init__(self, file: BinaryIO | gzip.GzipFile, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self.path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._buffer, self._at, self._ended = "", 0, False
@@ -156,7 +148,11 @@ def _rows(text: _Text) -> Generator[tuple[int, Row | DataError], None, None]:
     if first == "[":
         yield from _elements(text)
     elif first == "{":
-        yield from _held(text)
+        # Objects one after another, each over several lines.
+        number = 0
+        while text.peek() == "{":
+            for number, row in _held(text, number):  # noqa: B020 - goes on counting
+                yield number, row
     else:
         raise DataError(
             f"{text.path} is no JSON document: a list of objects, or an object with `instances` or `data`, is needed"
@@ -165,7 +161,7 @@ def _rows(text: _Text) -> Generator[tuple[int, Row | DataError], None, None]:
         raise text.damaged("something follows the document's end")
 
 
-def _held(text: _Text) -> Generator[tuple[int, Row | DataError], None, None]:
+def _held(text: _Text, number: int) -> Generator[tuple[int, Row | DataError], None, None]:
     """The elements of the list that an object holds; an object that holds none is a row itself."""
     whole: Row = {}
     found = False
@@ -175,18 +171,17 @@ def _held(text: _Text) -> Generator[tuple[int, Row | DataError], None, None]:
         text.take(":")
         if name in _HOLDERS and text.peek() == "[" and not found:
             found = True
-            yield from _elements(text)
+            yield from _elements(text, number)
         else:
             whole[str(name)] = text.value()
         text.next_of("}")
     text.take("}")
     if not found:
-        yield 1, whole
+        yield number + 1, whole
 
 
-def _elements(text: _Text) -> Generator[tuple[int, Row | DataError], None, None]:
+def _elements(text: _Text, number: int = 0) -> Generator[tuple[int, Row | DataError], None, None]:
     text.take("[")
-    number = 0
     while text.peek() != "]":
         number += 1
         value = text.value()

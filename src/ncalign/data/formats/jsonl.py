@@ -1,16 +1,16 @@
-"""Rows of JSON Lines files, plain or compressed with gzip."""
+"""Rows of JSON Lines files, plain or compressed."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import json
-import zlib
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from ncalign.core.errors import DataError, shown
+from ncalign.data.formats.opened import opened
 from ncalign.data.formats.parsing import Row
 
 _BOM = b"\xef\xbb\xbf"
@@ -20,25 +20,21 @@ MAX_VALUES = 4_000_000
 """A row with more values is made to fill the memory: each empty list takes thirty times the room of its two brackets."""
 
 
-def read_rows(path: Path, *, compressed: bool) -> Generator[tuple[int, Row | DataError], None, None]:
+def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
     """Yield each line's number and its object, or the error that says why it has none; blank lines are passed over.
 
     Raises:
         ValueError: The file can't be read on, as when it is cut short.
     """
-    try:
-        with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-            # Lines end at "\n" alone: JSON strings may hold the other characters that Python counts as line ends.
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
-                if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    raise DataError(f"{path}:{number}: a line of more than {MAX_LINE >> 20} MiB: no row is that long")
-                if number == 1:
-                    line = line.removeprefix(_BOM)
-                if line.strip():
-                    yield number, _parsed(line, number)
-    except (OSError, EOFError, zlib.error) as error:
-        kind = "gzip file" if compressed else "file"
-        raise DataError(f"{path}: can't read the {kind} to its end: {error}; copy it again, or make a new one") from error
+    with opened(path) as file:
+        # Lines end at "\n" alone: JSON strings may hold the other characters that Python counts as line ends.
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                raise DataError(f"{path}:{number}: a line of more than {MAX_LINE >> 20} MiB: no row is that long")
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                yield number, _parsed(line, number)
 
 
 def too_many_values(text: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Generator, Iterable, Iterator
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ncalign.core.errors import DataError, names
 from ncalign.data.formats.group import MESSAGE_KEYS, MORE_KEYS, Candidate, Group, Text
+from ncalign.data.formats.opened import refuse_others
 from ncalign.data.formats.parsing import Row
 
 BATCH_ROWS = 512
@@ -34,6 +36,8 @@ def read_rows(path: Path) -> Generator[tuple[int, Row | DataError], None, None]:
         with pq.ParquetFile(path) as file:
             yield from numbered_rows(_batches_of(file))
     except UNREADABLE as error:
+        with contextlib.suppress(OSError), path.open("rb") as damaged:
+            refuse_others(path, damaged.read(64))
         raise DataError(f"{path}: can't read the Parquet file: {cause_of(error)}; copy it again, or make a new one") from error
 
 

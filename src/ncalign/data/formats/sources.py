@@ -112,7 +112,7 @@ def _file(path: Path, name: str) -> Source:
         return Source(name, str(path), "row ", partial(parquet.read_rows, path))
     if path.name.lower().endswith((".json", ".json.gz")) and document.is_document(path):
         return Source(name, str(path), "element ", partial(document.read_rows, path))
-    return Source(name, str(path), "", partial(jsonl.read_rows, path, compressed=kind == "jsonl.gz"))
+    return Source(name, str(path), "", partial(jsonl.read_rows, path))
 
 
 def _folder(path: Path, split: str | None) -> list[Source]:
