@@ -79,3 +79,24 @@ def test_check_names_it(tiny_model_dir: Path, write_jsonl: Callable[..., Path], 
     data = write_jsonl([{"prompt": TURNS, "chosen": "3", "rejected": "4"}])
     main(["check", str(data), "--model", str(tiny_model_dir), "--max_length", "256"])
     assert "the chat template leaves out `tool_calls` (1 groups), `reasoning_content` (1 groups)" in capsys.readouterr().out
+
+
+TOOL = {"type": "function", "function": {"name": "weather_report", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("prompt", ["Oslo?", [{"role": "user", "content": "Oslo?"}]], ids=["text", "turns"])
+@pytest.mark.parametrize("writes", [True, False])
+def test_tools_reach_the_template_or_are_named(writes: bool, prompt: Any) -> None:
+    found = tokenizer()
+    if writes:
+        found.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + str(found.chat_template)
+    encoder = Encoder(found, max_length=512)
+    encoded = encoder.encode(Group("g", prompt, [Candidate("3", 1.0)], {"tools": [TOOL]}))
+    assert ("weather_report" in found.decode(encoded.prompt)) == writes
+    assert dict(encoder.report.untold) == ({} if writes else {"tools": 1})
+
+
+def test_tools_of_plain_text_are_named() -> None:
+    encoder = Encoder(tokenizer(), max_length=512, string_prompts="raw")
+    encoder.encode(Group("g", "Oslo?", [Candidate(" 3", 1.0)], {"tools": [TOOL]}))
+    assert dict(encoder.report.untold) == {"tools of plain text": 1}

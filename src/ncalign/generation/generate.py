@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
+from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.data.rendering import Rendering, count_renderings, record_rendering, rendering_warning
 from ncalign.generation.base import Completion, Generator, LeftOutPrompts, PromptError, SamplingParams, group_name
@@ -111,6 +112,8 @@ def sample_prompts(
     """
     texts, names = [group.prompt for group in groups], [group_name(group, index) for index, group in enumerate(groups)]
     refuse = None if left_out is None else left_out.among(names)
+    if described := sum(bool(group.metadata.get(TOOLS)) for group in groups):
+        say(f"note: `{TOOLS}` of {described} prompts are not given to the model that samples; training does give them")
     try:
         return generator.generate(texts, num_samples=num_samples, params=params, seed=seed, refuse=refuse)
     except PromptError as error:

@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,10 @@ _CLOCK = "strftime_now"
 _PARTS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 """What strftime can be asked for, after a per cent sign."""
 _EXAMPLE: tuple[Message, ...] = ({"role": "user", "content": "a"},)
+
+
+Tools: TypeAlias = list[Any] | None
+"""What a model may call, as chat templates take it."""
 
 
 class RefusedError(ValueError):
@@ -67,11 +72,14 @@ class ChatTemplate:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self._ends = sorted(token for token in {*tokenizer.all_special_tokens, *added} if token.strip())
 
-    def render(self, messages: Sequence[Message], *, opened: bool = False, what: str = "the prompt") -> str:
+    def render(
+        self, messages: Sequence[Message], *, tools: Tools = None, opened: bool = False, what: str = "the prompt"
+    ) -> str:
         """A conversation as text.
 
         Args:
             messages: its turns.
+            tools: what the model may call.
             opened: whether a generation prompt follows.
             what: names the conversation in messages.
 
@@ -88,6 +96,7 @@ class ChatTemplate:
             template = str(tokenizer.get_chat_template())
             text = tokenizer.apply_chat_template(
                 list(messages),
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=opened,
                 chat_template=_clock(self.today) + template if _CLOCK in template else template,
@@ -98,15 +107,15 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def turn(self, messages: Sequence[Message]) -> Turn:
+    def turn(self, messages: Sequence[Message], *, tools: Tools = None) -> Turn:
         """Where an answer to a conversation stands in its rendering.
 
         Raises:
             RefusedError: the template refuses the conversation, an answer to it, or does not write the answer as it is.
         """
         half_written = is_half_written(messages)
-        prompt = "" if half_written else self.render(messages, opened=True)
-        whole = self.render(answered(messages, _PROBE), what="the prompt with its completion")
+        prompt = "" if half_written else self.render(messages, tools=tools, opened=True)
+        whole = self.render(answered(messages, _PROBE), tools=tools, what="the prompt with its completion")
         before, probe, after = whole.rpartition(_PROBE)
         if not probe:
             raise RefusedError("the chat template does not render an assistant's turn as it is: fix the template")
@@ -115,7 +124,7 @@ class ChatTemplate:
             prompt = before
         elif before.startswith(prompt):
             header = before[len(prompt) :]
-            if header.strip(" ") and self.render(messages) == prompt:
+            if header.strip(" ") and self.render(messages, tools=tools) == prompt:
                 # No generation prompt. Tokenizers join a space with the word after it, so it goes with the answer.
                 prompt = before.rstrip(" ")
                 header = before[len(prompt) :]

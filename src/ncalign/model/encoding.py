@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import Candidate, Group
 from ncalign.model.chat import ChatTemplate, RefusedError, Turn, answered, as_messages, resolve_string_prompts
 from ncalign.model.config import EncodingConfig, StringPrompts
@@ -204,7 +205,7 @@ class Encoder:
             rewards=tuple(candidate.reward for candidate in group.candidates),
             reference_logprobs=tuple(candidate.reference_logprob for candidate in group.candidates),
         )
-        self.report.untold.update(left_out(self.tokenizer, group))
+        self.report.untold.update(left_out(self.tokenizer, group, self.string_prompts))
         scored = sum(len(completion) for completion in completions)
         self.report.groups += 1
         self.report.candidates += len(completions)
@@ -239,11 +240,12 @@ class Encoder:
     def _chat_bodies(self, group: Group) -> tuple[Turn, list[str]]:
         """The turn of the group's answers, and each candidate's whole text up to its end token."""
         messages, bodies = as_messages(group.prompt), []
+        tools = group.metadata.get(TOOLS)
         try:
-            turn = self._template.turn(messages)
+            turn = self._template.turn(messages, tools=tools)
             for candidate in group.candidates:
                 text = self._content(candidate, group, self._template.end_id(turn))
-                full = self._template.render(answered(messages, text), what="the prompt with its completion")
+                full = self._template.render(answered(messages, text), tools=tools, what="the prompt with its completion")
                 bodies.append(self._body(turn, text, full) + turn.before_end)
         except RefusedError as error:
             raise DroppedGroupError(group, str(error), str(error)) from error

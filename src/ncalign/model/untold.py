@@ -7,14 +7,15 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from ncalign.data.formats.group import MORE_KEYS
+from ncalign.data.formats.group import MORE_KEYS, TOOLS
 from ncalign.data.groups import Group, Message
+from ncalign.data.rendering import Rendering
 
 Render: TypeAlias = Callable[[list[Message], "list[Any] | None"], str]
 """A conversation and its tools as a template writes them."""
 
 
-def left_out(tokenizer: PreTrainedTokenizerBase, group: Group) -> list[str]:
+def left_out(tokenizer: PreTrainedTokenizerBase, group: Group, string_prompts: Rendering) -> list[str]:
     """What a group holds beside roles and texts that its rendering does not show."""
 
     def render(messages: list[Message], tools: list[Any] | None) -> str:
@@ -24,8 +25,15 @@ def left_out(tokenizer: PreTrainedTokenizerBase, group: Group) -> list[str]:
             raise ValueError(str(error)) from error
 
     found = list(answers_keys([candidate.completion for candidate in group.candidates]))
-    if isinstance(group.prompt, list) and any(turn.keys() & {*MORE_KEYS} for turn in group.prompt):
-        found += untold(render, group.prompt)
+    tools = group.metadata.get(TOOLS)
+    if isinstance(group.prompt, str):
+        messages: list[Message] = [{"role": "user", "content": group.prompt}]
+        if tools and string_prompts == "raw":
+            return [*found, f"{TOOLS} of plain text"]
+    else:
+        messages = group.prompt
+    if tools or any(turn.keys() & {*MORE_KEYS} for turn in messages):
+        found += untold(render, messages, tools)
     return found
 
 

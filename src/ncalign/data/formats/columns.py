@@ -177,7 +177,6 @@ def unread(group: Group, row: Row, known: Collection[str], *, pair: bool) -> lis
     carried = [name for name in row if name in group.metadata and name not in (*known, TOOLS)]
     texts = [*_texts(group.prompt), *(text for one in group.candidates for text in _texts(one.completion))]
     return [
-        *([TOOLS] if group.metadata.get(TOOLS) and TOOLS not in known else []),
         *(
             name
             for name in carried
