@@ -423,9 +423,9 @@ class TestAdjust:
         ):
             adjusted(tmp_path, [group], "rank")
 
-    def test_infinite_results_name_step_and_group_and_leave_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"group 'g0': step 'scale: times 1e\+200': reward is infinite"):
-            adjusted(tmp_path, groups_of([[1e200, 2.0]]), "scale:1e200")
+    def test_results_out_of_range_name_step_and_group_and_leave_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"group 'g0': step 'scale: times 1e\+10': reward is 1e\+20"):
+            adjusted(tmp_path, groups_of([[1e10, 2.0]]), "scale:1e10")
         assert not (tmp_path / "out.jsonl").exists()
 
     def test_everything_but_rewards_and_record_is_as_it_was(self, tmp_path: Path) -> None:

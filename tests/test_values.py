@@ -143,6 +143,17 @@ def test_text_that_is_no_number(text: str) -> None:
         read_number(text, "score")
 
 
+@pytest.mark.parametrize(
+    ("value", "good"), [(1e15, True), (-1e15, True), (1.1e15, False), (-1e308, False), ("1e16", False), (10**16, False)]
+)
+def test_rewards_have_a_bound(value: Any, good: bool) -> None:
+    if good:
+        assert read_number(value, "score") == value
+    else:
+        with pytest.raises(DataError, match=r"score is .*: a number from -1e\+15 to 1e\+15 is needed"):
+            read_number(value, "score")
+
+
 @pytest.mark.parametrize("missing", ["", "nan", "NULL", "#N/A", "\\N"])
 def test_missing_numbers_of_a_csv_file(missing: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(

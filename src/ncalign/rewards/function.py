@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Callable
 
 from ncalign.core.user_code import load_named
+from ncalign.data.formats.group import MAX_NUMBER
 from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
 
@@ -70,4 +71,6 @@ def _number(value: object, prefix: str) -> float | None:
         raise ValueError(f"{prefix} {value!r} (a {type(value).__name__}); a number, or None where there is none, is needed")
     if not math.isfinite(value):
         raise ValueError(f"{prefix} {float(value)}; a finite number, or None where there is none, is needed")
+    if abs(float(value)) > MAX_NUMBER:
+        raise ValueError(f"{prefix} {float(value):g}; a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g} is needed")
     return float(value)

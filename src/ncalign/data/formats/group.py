@@ -29,6 +29,8 @@ MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoni
 """What a message may have besides, for its chat template: all texts, but for the calls."""
 MAX_DEPTH = 100
 MAX_INT_BITS = 1024
+MAX_NUMBER = 1e15
+"""Larger rewards are refused: their differences and squares would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +128,9 @@ def number_or_none(value: object, where: str) -> float | None:
     """Return a finite float, or None for None.
 
     Raises:
-        ValueError: Not a number, or NaN, infinite or too large for a float.
+        ValueError: Not a number, or NaN, infinite or beyond ``MAX_NUMBER``.
     """
-    if value is None or (type(value) is float and math.isfinite(value)):
+    if value is None or (type(value) is float and abs(value) <= MAX_NUMBER):
         return value
     # bool is a number to Python, but true as a reward is a mistake.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -140,6 +142,10 @@ def number_or_none(value: object, where: str) -> float | None:
     if not math.isfinite(number):
         found = "NaN" if math.isnan(number) else "infinite, or too large for a float"
         raise DataError(f"{where} is {found}: a finite number is needed; use null for a missing {where}", reason="not finite")
+    if abs(number) > MAX_NUMBER:
+        raise DataError(
+            f"{where} is {number:g}: a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g} is needed", reason="out of range"
+        )
     return number
 
 
