@@ -21,7 +21,7 @@ from ncalign.core.errors import DataError, names
 from ncalign.data.formats.jsonl import MAX_LINE, too_many_values
 from ncalign.data.formats.opened import opened
 from ncalign.data.formats.parsing import Row
-from ncalign.data.formats.values import MISSING, as_number
+from ncalign.data.formats.values import MISSING, TRUTH, as_number
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
@@ -29,7 +29,6 @@ _NUMBERS = frozenset(
     "reward rewards score scores rank ranks rating ratings preference logprob".split()  # words of the names of such columns
 )
 _FLAGS = frozenset({"label", "kto_tag", "finished", "is_correct"})
-_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _TEXT = re.compile(
     r"prompt|chosen|rejected|completion|instruction|input|output|question|answer|response|context|query|problem"
     r"|system|system_prompt|system_message|custom_system_prompt"
@@ -160,7 +159,7 @@ def _value(column: str, cell: str) -> Any:
         return None
     stripped = cell.strip()
     if column in _FLAGS:
-        return None if stripped.lower() in MISSING else _TRUTH.get(stripped.lower(), cell)
+        return None if stripped.lower() in MISSING else TRUTH.get(stripped.lower(), cell)
     if _TEXT.fullmatch(column):
         return _text(column, cell, stripped)
     if _NUMBERS & set(re.split(r"[\W_]+", column.lower())):

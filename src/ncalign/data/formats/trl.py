@@ -17,6 +17,7 @@ from ncalign.data.formats.parsing import (
     row_metadata,
     separate_prompt,
 )
+from ncalign.data.formats.values import read_flag
 
 PAIR = ("chosen", "rejected")
 PAIRS = (PAIR, ("chosen_response", "rejected_response"), ("response", "rejected_response"))
@@ -178,7 +179,7 @@ def known_unpaired_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
 def is_labelled(row: Row) -> bool:
     """Whether the label says that a completion is wanted or not; TRL's own names say so themselves."""
     *_, completion, label = unpaired_columns(row)
-    return (completion == COMPLETIONS[0] and label == LABELS[0]) or row.get(label) in (0, 1)
+    return (completion == COMPLETIONS[0] and label == LABELS[0]) or read_flag(row.get(label)) in (0, 1)
 
 
 def parse_unpaired(row: Row, default_id: str, origin: str) -> Group:
@@ -187,7 +188,7 @@ def parse_unpaired(row: Row, default_id: str, origin: str) -> Group:
     A conversation's last turn is the completion, and the turns before it are the prompt.
     """
     *asked, column, named = unpaired_columns(row)
-    label: Any = row[named]
+    label: Any = read_flag(row[named])
     if not isinstance(label, int) or label not in (0, 1):
         raise DataError(f"{named} is {shown(label)}: true or false is needed", reason="wrong type")
     if asked:

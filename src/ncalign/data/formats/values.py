@@ -20,6 +20,7 @@ from ncalign.data.formats.group import MAX_DEPTH, MAX_INT_BITS, number_or_none
 
 MISSING = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "none", "null", "<na>", "\\n"})
 """What pandas, R and databases write, in whatever case, for a missing number."""
+TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _WHOLE = re.compile(r"[+-]?\d{1,15}")
 _NAN = "are NaN and were read as null"
@@ -87,6 +88,17 @@ def read_number(value: Any, where: str) -> float | None:
         found = as_number(value)
         value = value if found is None else found
     return number_or_none(value, where)
+
+
+def read_flag(value: Any) -> Any:
+    """True or false where the value is one, as a number or as text; else the value itself.
+
+    >>> read_flag("True"), read_flag(0.0), read_flag("maybe")
+    (True, False, 'maybe')
+    """
+    if isinstance(value, str | int | float):
+        return TRUTH.get(str(value).strip().lower(), value)
+    return value
 
 
 def _read(value: Any, seen: list[str], depth: int, *, keep: bool) -> Any:
