@@ -11,8 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, build_tokenizer
 from ncalign.cli.app import main
-from ncalign.data.groups import Candidate, Group
+from ncalign.data.groups import Candidate, Group, read_groups
 from ncalign.model.encoding import DroppedGroupError, Encoder
+from ncalign.online.config import OnlineConfig
+from ncalign.online.state import load_prompts
+from ncalign.rewards.score import _count
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TURNS: list[dict[str, Any]] = [
@@ -94,6 +97,23 @@ def test_tools_reach_the_template_or_are_named(writes: bool, prompt: Any) -> Non
     encoded = encoder.encode(Group("g", prompt, [Candidate("3", 1.0)], {"tools": [TOOL]}))
     assert ("weather_report" in found.decode(encoded.prompt)) == writes
     assert dict(encoder.report.untold) == ({} if writes else {"tools": 1})
+
+
+def test_tools_that_reach_nobody_are_told_or_refused(
+    tmp_path: Path, tiny_model_dir: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = [{"type": "function", "function": {"name": "weather_report"}}]
+    data = write_jsonl([{"prompt": "Q", "tools": tools, "candidates": [{"completion": "a"}, {"completion": "b"}]}])
+    config = OnlineConfig.model_validate(
+        {
+            "training": {"model": str(tiny_model_dir), "data": data, "output_dir": tmp_path / "run", "objective": "mc_po"},
+            "rewards": {"reward": "reasoning_gym"},
+        }
+    )
+    with pytest.raises(ValueError, match=r"group '.*' has `tools`, as 1 prompts .* online can't give them"):
+        load_prompts(config)
+    assert _count(read_groups(data), judged=True) == 1
+    assert "note: `tools` of 1 groups are not shown to the judge" in capsys.readouterr().err
 
 
 def test_tools_of_plain_text_are_named() -> None:

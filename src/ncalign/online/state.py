@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from ncalign.core.progress import say
+from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.data.rendering import count_renderings, rendering_warning
+from ncalign.generation.base import group_name
 from ncalign.model.encoding import Encoder
 from ncalign.model.policy import Policy
 from ncalign.objectives import Method
@@ -163,6 +165,11 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
         found = list(groups)
         if notice := report.notice(path):
             say(notice)
+        if described := [group for group in found if group.metadata.get(TOOLS)]:
+            raise ValueError(
+                f"{group_name(described[0], 0)} has `{TOOLS}`, as {len(described)} prompts of {path} have: online can't give "
+                "them to the model that samples; train on candidates that were made with them, or leave the column out"
+            )
         return found
 
     prompts = read(config.training.data)

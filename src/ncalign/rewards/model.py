@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.store import Store
+from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import Group
 from ncalign.model.chat import ChatTemplate, RefusedError, answered, as_messages
 from ncalign.model.config import Precision
@@ -91,7 +92,7 @@ class ModelReward:
         if tokenizer.chat_template is not None:
             messages = answered(as_messages(group.prompt), text)
             try:
-                rendered = self._template.render(messages, what="it")
+                rendered = self._template.render(messages, tools=group.metadata.get(TOOLS), what="it")
             except RefusedError as error:
                 problem = f"reward model: {error}"
                 raise DroppedGroupError(group, problem, problem) from error
