@@ -106,7 +106,12 @@ def test_tools_that_reach_nobody_are_told_or_refused(
     data = write_jsonl([{"prompt": "Q", "tools": tools, "candidates": [{"completion": "a"}, {"completion": "b"}]}])
     config = OnlineConfig.model_validate(
         {
-            "training": {"model": str(tiny_model_dir), "data": data, "output_dir": tmp_path / "run", "objective": "mc_po"},
+            "training": {
+                "model": str(tiny_model_dir),
+                "data": data,
+                "output_dir": tmp_path / "run",
+                "objective": {"name": "mc_po"},
+            },
             "rewards": {"reward": "reasoning_gym"},
         }
     )
