@@ -210,6 +210,18 @@ def test_likeness(letters: list[str], chance: random.Random) -> None:
     assert likeness(letters, ["x"]).edit == likeness(letters, ["x"]).bag == 0.0
 
 
+@pytest.mark.parametrize(("cut", "told"), [(0, False), (6, False), (12, True)])
+def test_cut_candidates_are_a_finding(cut: int, told: bool, tmp_path: Path) -> None:
+    rows = planted("healthy", num_groups=20, num_candidates=3)
+    for row in rows[:cut]:
+        row["candidates"][0]["finished"] = False
+    found = audit(rows, tmp_path)
+    said = [finding["text"] for finding in found["findings"] if finding["name"] == "incomplete"]
+    # More than a tenth of the 60 are worth a warning.
+    assert bool(said) == told
+    assert not told or "12 of 60 completions are cut" in said[0]
+
+
 @given(st.lists(st.integers(0, 9).map(float), min_size=1, max_size=6), st.data())
 def test_best_of_is_the_mean_over_all_draws(rewards: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(rewards)))
