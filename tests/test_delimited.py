@@ -215,7 +215,7 @@ def test_other_verbs(write: Write, tmp_path: Path, tiny_model_dir: Path, capsys:
     model = ("--model", str(tiny_model_dir))
     main(["check", str(pairs), *model, "--json"])
     assert json.loads(capsys.readouterr().out)["groups"] == 4
-    assert main(["audit", str(pairs)]) == 0
+    assert main(["audit", str(pairs), "--output_dir", str(tmp_path / "audit")]) == 0
     assert "4 groups" in capsys.readouterr().out
     assert main(["train", *model, "--data", str(pairs), "--output_dir", str(tmp_path / "run"), "--dry_run"]) == 0
     sampled = tmp_path / "sampled.jsonl"
