@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ncalign.core.atomic import atomic_path, write_json_atomic
+from ncalign.data.formats.group import MAX_NUMBER
 from ncalign.data.groups import Candidate, DataError, Group, ReadReport, read_groups, write_groups
 
 WriteJsonl = Callable[..., Path]
@@ -33,7 +34,7 @@ GOOD = {
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     ["", "\x00", "👩‍🚀", "שלום", "a\u2028b\u0085c", "\r\n", '"\\']
 )
-rewards = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, 1.0, 1.0, 1e-300])
+rewards = st.none() | st.floats(-MAX_NUMBER, MAX_NUMBER) | st.sampled_from([0.0, 1.0, 1.0, 1e-300])
 messages = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}), min_size=1, max_size=3
 )

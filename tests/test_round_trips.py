@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ncalign.data.formats.group import MAX_NUMBER
 from ncalign.data.formats.pairs import Target, pairs_of, write_pairs
 from ncalign.data.groups import Candidate, Group, convert, read_groups, write_groups
 
@@ -35,7 +36,7 @@ texts = st.one_of(
     st.lists(st.sampled_from(SPECIAL), max_size=8).map("".join),
 )
 filled = texts.filter(bool)
-numbers = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
+numbers = st.one_of(st.none(), st.floats(-MAX_NUMBER, MAX_NUMBER))
 
 
 def turns(first: str) -> st.SearchStrategy[list[dict[str, str]]]:
