@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -24,6 +23,7 @@ from ncalign.cli.flags import Arguments, parse
 from ncalign.cli.verbs import VERBS, Result, Verb
 from ncalign.core.errors import ConfigError
 from ncalign.core.json import json_ready
+from ncalign.core.terminal import visible, visible_json, visible_output, visible_trace
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
@@ -125,28 +125,28 @@ def _run(verb: Verb, rest: Sequence[str]) -> int:
         return DONE
     try:
         # stdout is for the result alone: what libraries print on the way goes where progress goes.
-        with contextlib.redirect_stdout(sys.stderr), _thread_failures_are_lines():
+        with visible_output(sys.stderr), _thread_failures_are_lines():
             result = verb.run(config, dry_run=arguments.dry_run)
     except KeyboardInterrupt as stop:
         _tell(f"interrupted; {verb.when_interrupted(config)}")
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except ConfigError:
         raise
-    except (NotImplementedError, RecursionError):
-        return _failed_by_a_bug()
+    except (NotImplementedError, RecursionError) as error:
+        return _failed_by_a_bug(error)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if arguments.debug:
-            traceback.print_exc()
+            print(visible_trace(error), file=sys.stderr, end="")
         _tell(f"error: {_worded(error)}", every_rank=True)
         return FAILED
-    except Exception:
-        return _failed_by_a_bug()
+    except Exception as error:
+        return _failed_by_a_bug(error)
     _show(_as_json(verb.as_json(result)) if arguments.json else _summary(result))
     return verb.exit_code(result)
 
 
-def _failed_by_a_bug() -> int:
-    traceback.print_exc()
+def _failed_by_a_bug(error: BaseException) -> int:
+    print(visible_trace(error), file=sys.stderr, end="")
     _tell("error: this is a bug in ncalign; please report it with the command and the lines above", every_rank=True)
     return FAILED
 
@@ -156,8 +156,8 @@ def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
     if isinstance(arguments.exc_value, OSError):
         name = arguments.thread.name if arguments.thread is not None else "a thread"
         _tell(f"warning: a library failed in the background ({name}): {_worded(arguments.exc_value)}")
-    else:
-        threading.__excepthook__(arguments)
+    elif arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
+        print(visible_trace(arguments.exc_value), file=sys.stderr, end="")
 
 
 @contextlib.contextmanager
@@ -192,11 +192,12 @@ def _is_first_rank() -> bool:
 def _show(text: str) -> None:
     """Write to stdout, once however many processes there are."""
     if _is_first_rank():
-        print(text.rstrip("\n"))
+        print(visible(text.rstrip("\n")))
 
 
 def _tell(message: str, *, every_rank: bool = False) -> None:
     """Write to stderr: from the first process of a torchrun, or from each under its rank (a failure may be one's own)."""
+    message = visible(message)
     if _is_first_rank():
         print(message, file=sys.stderr)
     elif every_rank:
@@ -216,7 +217,7 @@ def _worded(error: BaseException) -> str:
 
 
 def _as_json(value: object) -> str:
-    return json.dumps(json_ready(value), ensure_ascii=False, allow_nan=False)
+    return visible_json(json.dumps(json_ready(value), ensure_ascii=False, allow_nan=False))
 
 
 def _summary(result: Result) -> str:

@@ -63,7 +63,7 @@ def shown(value: object) -> str:
 def names(keys: Iterable[object], limit: int = 12) -> str:
     """Return names in back-quotes, separated by commas, the first ``limit`` of them."""
     listed = [str(key)[:60] for key in keys]
-    # Control characters and surrogates are escaped: a message must print everywhere.
+    # What can't be printed is escaped: a name stands on one line.
     text = ", ".join(f"`{name if name.isprintable() else repr(name)[1:-1]}`" for name in listed[:limit])
     return f"{text} and {len(listed) - limit} more" if len(listed) > limit else text
 

@@ -8,28 +8,31 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ncalign.core.terminal import visible
+
 _LINE_EVERY_SECONDS = 15.0
 
 
 def say(text: str) -> None:
     """A line on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(visible(text), markup=False)
 
 
 class Bar:
     """Counts units of work done (``completed`` of them by an earlier run), with a note beside the count and the time left."""
 
     def __init__(self, description: str, total: int | None, *, completed: int = 0, shown: bool = True) -> None:
+        description = visible(description)
         self._description, self._total, self._done, self._shown = description, total, completed, shown
         self._skipped = completed
         self._started = self._last_line = time.monotonic()
         console = Console(stderr=True)
         self._live = shown and console.is_terminal
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -51,7 +54,7 @@ class Bar:
     def advance(self, amount: int = 1, *, note: str = "") -> None:
         """Count work done."""
         self._done += amount
-        self._bar.update(self._task, advance=amount, note=note)
+        self._bar.update(self._task, advance=amount, note=visible(note))
         now = time.monotonic()
         if not self._shown or self._live or now - self._last_line <= _LINE_EVERY_SECONDS or self._done == self._total:
             return

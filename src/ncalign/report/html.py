@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ncalign.core.atomic import write_text_atomic
+from ncalign.core.terminal import visible
 
 _ENVIRONMENT = Environment(
     loader=PackageLoader("ncalign.report"),
@@ -19,6 +20,8 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
+    # A page's letters stand in the order in which they were written.
+    finalize=lambda value: visible(value) if type(value) is str else value,
 )
 _ENVIRONMENT.filters["base64"] = lambda data: base64.b64encode(data).decode()
 

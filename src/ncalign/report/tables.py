@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ncalign.core.atomic import write_text_atomic
 from ncalign.core.json import json_ready
+from ncalign.core.terminal import visible
 
 Cell = str | int | float | None
 
@@ -78,7 +79,7 @@ class Table:
 
 
 def rich_table(table: Table) -> RichTable:
-    """For a rich console: numbers to the right, no cell read as markup, control characters taken out."""
+    """For a rich console: numbers to the right, no cell read as markup, control characters written out."""
     made = RichTable(caption=Text(_printable(table.caption)) if table.caption else None)
     for place, column in enumerate(table.columns):
         # The names that rows go by stay whole where they are not very long: other columns give way.
@@ -188,8 +189,8 @@ def _latex_cell(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without characters that move a terminal's cursor or break a line."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    """On one line, with what would steer a terminal written out."""
+    return "".join(character if character.isprintable() else " " for character in visible(text))
 
 
 def _shown(cell: Cell, digits: int) -> str:
