@@ -56,7 +56,7 @@ class LengthControlled:
         standard_error: of the predictions' mean over questions, in points, as AlpacaEval gives it. It leaves out the
             uncertainty of the regression: it is 0 without difficulties, where all predictions are the same.
         ci: 95 % interval of the rate by the same regression without penalty; NaN where the verdicts are too one-sided, or too
-            much of one kind with length, for that to have a maximum.
+            much of one kind with length, for that to have a maximum, and where all but one are the same.
         coefficients: of ``length``, ``difficulty`` (where a table was given) and ``model``.
         strength: C, the inverse of the penalty, as cross-validation chose it.
         num_fitted: questions with a verdict.
@@ -120,7 +120,9 @@ def length_controlled_win_rate(
     if free is None:
         ci, estimable = NO_INTERVAL, bool(np.ptp(targets[np.isfinite(targets)]) == 0)
     else:
-        ci = (100 * float(expit(free.log_odds - free.arm)), 100 * float(expit(free.log_odds + free.arm)))
+        ci = NO_INTERVAL
+        if _rests_on_more_than_one(targets[np.isfinite(targets)]):
+            ci = (100 * float(expit(free.log_odds - free.arm)), 100 * float(expit(free.log_odds + free.arm)))
         estimable = bool(abs(logit(even.mean()) - free.log_odds) <= free.arm / Z)
     names = ("length", "model") if table is None else ("length", "difficulty", "model")
     return LengthControlled(
@@ -132,6 +134,11 @@ def length_controlled_win_rate(
         num_fitted=num_known,
         num_missing=len(targets) - num_known,
     )
+
+
+def _rests_on_more_than_one(verdicts: Array) -> bool:
+    """Whether the fit has a maximum whichever one question is left out, as the jackknife does: not if one alone differs."""
+    return bool(np.unique(verdicts, return_counts=True)[1].max() < len(verdicts) - 1)
 
 
 @dataclass(frozen=True)
