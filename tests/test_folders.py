@@ -47,11 +47,13 @@ TABLE = PAGE.read_text(encoding="utf-8").partition("## Folders")[2]
 SPLITS = {
     "the hub's files": {"train": [f"data/train-{SHARD}.parquet"], "test": [f"data/test-{SHARD}.parquet"]},
     "other names": {"train_prefs": [f"data/train_prefs-{SHARD}.parquet"], "test_sft": [f"data/test_sft-{SHARD}.parquet"]},
+    "of older datasets": {"train_a": [f"data/train_a-{SHARD}-0a1b.parquet"], "train_b": [f"data/train_b-{SHARD}-9c.parquet"]},
     "no keyword": {"harmless": [f"data/harmless-{SHARD}.parquet"], "helpful": [f"data/helpful-{SHARD}.parquet"]},
     "file names": {"train": ["train.jsonl"], "test": ["test.jsonl"]},
     "file names with more": {"train": ["my_train_1.jsonl", "my_train_2.jsonl"], "validation": ["my-dev.jsonl"]},
     "folders": {"train": ["train/a.jsonl", "train/b.jsonl"], "test": ["eval/a.jsonl"], "validation": ["Valid/a.jsonl"]},
-    "what names none is for training": {"train": ["rows.jsonl", "training.jsonl"], "test": ["rows.test.jsonl"]},
+    "what names none is for training": {"train": ["rows.jsonl", "more.jsonl"], "test": ["rows.test.jsonl"]},
+    "a training file in a folder for tests": {"train": ["train/a.jsonl"], "test": ["test/train.jsonl"]},
     "a test set in folders of their own": {"train": ["en/train.jsonl", "de/train.jsonl"], "test": ["en/test.jsonl"]},
     "a test file in a folder for training": {"train": ["train/a.jsonl"], "test": ["train/test.jsonl"]},
     "converted by the hub": {"train": ["default/train/0000.parquet"], "test": ["default/test/0000.parquet"]},
@@ -89,6 +91,7 @@ def test_one_split_is_read_whole(names: list[str], tmp_path: Path) -> None:
 def test_bookkeeping_is_no_data(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, [f"data/train-{SHARD}.parquet"])
     for name in (
+        "config.json",
         "dataset_infos.json",
         "dataset_info.json",
         "state.json",
@@ -106,6 +109,37 @@ def test_bookkeeping_is_no_data(tmp_path: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     assert prompts(folder) == [f"data/train-{SHARD}.parquet"]
+
+
+AS_DATASETS = [
+    [f"data/{split}-{SHARD}{more}.parquet" for split in ("train", "test") for more in ("", "-0a1b2c")],
+    [f"data/{name}-{SHARD}.parquet" for name in ("harmless", "train_prefs", "test_gen")],
+    ["train.jsonl", "valid.jsonl", "eval.jsonl"],
+    ["my-train_1.jsonl", "my test.2.jsonl", "x.dev.jsonl"],
+    ["training/a.jsonl", "dev_2/b.jsonl", "testing/deep/c.jsonl"],
+    ["en/train/a.jsonl", "en/test/train.jsonl", "2-train/x.jsonl"],
+    ["contest.jsonl", "latest.jsonl"],
+    ["test.jsonl"],
+    ["a.jsonl", "config.json", "dataset_info.json", ".hidden/test.jsonl", "__pycache__/test.jsonl"],
+]
+
+
+@pytest.mark.parametrize("names", AS_DATASETS, ids=lambda names: names[0])
+def test_splits_are_those_of_datasets(names: list[str], tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets.data_files")
+    folder = folder_of(tmp_path, names)
+    expected = datasets.DataFilesDict.from_patterns(datasets.get_data_patterns(str(folder)), base_path=str(folder))
+    for split, files in expected.items():
+        assert prompts(f"{folder}:{split}") == sorted(str(Path(file).relative_to(folder)) for file in files)
+
+
+def test_files_that_name_no_split_beside_those_for_training_are_told(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, ["train.jsonl", "extra.jsonl", "stats.json"])
+    with pytest.raises(
+        DataError, match=r"split train \(1 file\), and beside them extra.jsonl, stats.json: name one, as .*:train"
+    ):
+        read_groups(folder)
+    assert prompts(f"{folder}:train") == ["train.jsonl"]
 
 
 CARD = "---\nlicense: mit\nconfigs:\n{}---\n# A set\n"
@@ -133,6 +167,13 @@ def test_the_card_names_configurations(tmp_path: Path) -> None:
     assert prompts(f"{folder}:en/test") == ["en/test.jsonl"]
     with pytest.raises(DataError, match="has several splits in 'en'"):
         read_groups(f"{folder}:en")
+
+
+def test_a_pattern_of_the_card_that_is_none_is_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, ["a.jsonl"])
+    (folder / "README.md").write_text(CARD.format("- data_files: a**\n"))
+    with pytest.raises(DataError, match=r"README.md names the files 'a\*\*'"):
+        read_groups(folder)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,29 @@ def test_a_file_is_replaced_on_request_alone(verb: str, run: Run) -> None:
     assert Path("out.jsonl").read_text() != "mine"
 
 
+SPLITS = {
+    "train": f"train --model model --data DATA --output_dir out {' '.join(SHORT)}",
+    "online": "online --model model --data DATA --output_dir out --reward rewards.py:length --max_new_tokens 2 --max_steps 1 "
+    "--num_samples 2 --report_to [] --max_length 64",
+    "check": "check DATA --model model --max_length 64",
+    "audit": "audit DATA --output_dir out",
+    **{verb: command.replace("prompts.jsonl", "DATA").replace("groups.jsonl", "DATA") for verb, command in FILES.items()},
+}
+del SPLITS["answer"]  # a set of questions is one file
+
+
+@pytest.mark.parametrize("verb", SPLITS)
+def test_every_verb_reads_the_split_that_is_named_and_none_unasked(verb: str, run: Run) -> None:
+    Path("set").mkdir()
+    shutil.copy("groups.jsonl", "set/train.jsonl")
+    Path("set/test.jsonl").write_text("not even a row")
+    code, error = run(SPLITS[verb].replace("DATA", "set"))
+    assert code == 1
+    assert "set has the splits train (1 file), test (1 file): name one, as set:train" in error
+    code, error = run(SPLITS[verb].replace("DATA", "set:train"))
+    assert code == 0, error
+
+
 @pytest.mark.parametrize(
     ("command", "replaced", "field"),
     [

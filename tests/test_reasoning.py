@@ -150,7 +150,7 @@ def test_a_sets_own_file_is_read(tmp_path: Path, task: str, form: str) -> None:
         "lines": f"{json.dumps(row)}\n\n{json.dumps(row)}\n",
         "gzipped": json.dumps([row, row]),
     }[form]
-    source = tmp_path / ("set.json.gz" if form == "gzipped" else "set.json")
+    source = tmp_path / "set.json"
     source.write_bytes(gzip.compress(text.encode()) if form == "gzipped" else text.encode())
     prepare(task, source, tmp_path / "out.jsonl")
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

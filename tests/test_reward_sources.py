@@ -244,6 +244,12 @@ def test_a_reward_model_scores_nothing_twice(reward_model: Path, tmp_path: Path,
         again.score(group("Other."))
 
 
+@pytest.mark.parametrize("logit", [1e300, -1e16, float("nan"), float("inf")])
+def test_a_logit_beyond_the_bound_of_rewards_is_none(logit: float, reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelReward, "_logits", lambda self, batch: [logit for _ in batch])
+    assert ModelReward(str(reward_model)).score(group("Yes.")) == [None]
+
+
 def test_score_with_a_reward_model(reward_model: Path, groups_file: Path, tmp_path: Path) -> None:
     config = ScoreConfig(
         data=groups_file, output=tmp_path / "o.jsonl", reward=f"model:{reward_model}", cache_dir=tmp_path / "c"

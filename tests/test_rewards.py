@@ -58,6 +58,7 @@ def test_missing_rewards_stay_missing() -> None:
         ({"a": 1, "b": 2}, "returned a dict; a list"),
         ([1.0, float("nan")], "for completion 2, nan"),
         ([float("inf"), 1.0], "for completion 1, inf"),
+        ([1e300, 1.0], "for completion 1, 1e\\+300; a number from -1e\\+15 to"),
         ([1.0, "2"], r"for completion 2, '2' \(a str\)"),
         ([True, 1.0], r"for completion 1, True \(a bool\)"),
     ],

@@ -15,7 +15,7 @@ from ncalign.model.config import DType, EncodingConfig, StringPrompts
 class AuditConfig(Frozen):
     """`ncalign audit`: what a set of scored candidates is like, before anything is trained on it."""
 
-    data: DataSource = Field(description="Scored groups: whatever `convert` reads.")
+    data: DataSource = Field(description="Scored groups: whatever `convert` reads; FOLDER:SPLIT names a split.")
     output_dir: Path = Field(Path("runs/audit"), description="Folder for audit.json and audit.html.")
     overwrite: Overwrite = False
     schema_name: SchemaChoice = "auto"
@@ -46,7 +46,7 @@ class CheckConfig(Frozen):
     """`ncalign check`: every group encoded as training will, and a list of what to fix."""
 
     encoding: Annotated[EncodingConfig, Flat()] = Field(default_factory=EncodingConfig)
-    data: DataSource = Field(description="Groups to check: whatever `convert` reads.")
+    data: DataSource = Field(description="Groups to check: whatever `convert` reads; FOLDER:SPLIT names a split.")
     model: str = Field(description="Model folder or hub id; only its tokenizer and configuration are read.")
     schema_name: SchemaChoice = "auto"
     join_rows: JoinRows = True

@@ -35,7 +35,7 @@ class GenerateConfig(Frozen):
 
     model: str | None = Field(None, description="Model folder or hub id; an adapter folder loads its base model too.")
     server: ServerConfig | None = Field(None, description="Sample from a model on a server instead of a local one.")
-    prompts: Path = Field(description="Groups whose prompts are answered; their candidates may be absent.")
+    prompts: Path = Field(description="Groups whose prompts are answered, or FOLDER:SPLIT; their candidates may be absent.")
     output: Path = Field(description="Groups file to write.")
     overwrite: Overwrite = False
     num_samples: int = Field(8, ge=1, description="K, the number of completions sampled for each prompt.")

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from ncalign.core.config import Flat, Frozen, Overwrite
 from ncalign.data.config import JoinRows, OnBadRow
+from ncalign.data.formats.group import MAX_NUMBER
 from ncalign.generation.config import ServerConfig
 from ncalign.model.config import DType, TemplateDate
 
@@ -26,8 +27,8 @@ class JudgeConfig(Frozen):
         description="File with the judge's prompt, which holds {prompt} and {completion}, or {completion_a} and "
         "{completion_b}; none: the bundled prompt.",
     )
-    lowest: float = Field(1.0, description="Lowest rating that is accepted.")
-    highest: float = Field(10.0, description="Highest rating that is accepted.")
+    lowest: float = Field(1.0, ge=-MAX_NUMBER, le=MAX_NUMBER, description="Lowest rating that is accepted.")
+    highest: float = Field(10.0, ge=-MAX_NUMBER, le=MAX_NUMBER, description="Highest rating that is accepted.")
     opponents: int | None = Field(
         None,
         ge=1,
@@ -66,7 +67,7 @@ class RewardConfig(Frozen):
 class ScoreConfig(Frozen):
     """`ncalign score`: fill in the candidates' rewards."""
 
-    data: Path = Field(description="Groups to score.")
+    data: Path = Field(description="Groups to score, or FOLDER:SPLIT.")
     output: Path = Field(description="Groups file to write.")
     overwrite: Overwrite = False
     rewards: Annotated[RewardConfig, Flat()]

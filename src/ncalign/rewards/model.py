@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from datetime import date
 
@@ -10,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.store import Store
-from ncalign.data.formats.group import TOOLS
+from ncalign.data.formats.group import MAX_NUMBER, TOOLS
 from ncalign.data.groups import Group
 from ncalign.model.chat import ChatTemplate, RefusedError, answered, as_messages
 from ncalign.model.config import Precision
@@ -69,7 +68,7 @@ class ModelReward:
         return self.score_many([group])[0]
 
     def score_many(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """Score several groups, in batches across them.
+        """Score several groups, in batches across them; None where the logit is no number, or beyond any reward's bound.
 
         Raises:
             DroppedGroupError: the model's chat template refuses a group, or the model has no embedding for a token.
@@ -81,8 +80,9 @@ class ModelReward:
         for start in range(0, len(open_), self._batch_size):
             batch = open_[start : start + self._batch_size]
             for index, value in zip(batch, self._logits([encoded[index] for index in batch]), strict=True):
-                found[index] = value if math.isfinite(value) else None
-                if self._store is not None and math.isfinite(value):
+                usable = abs(value) <= MAX_NUMBER  # also false of NaN
+                found[index] = value if usable else None
+                if self._store is not None and usable:
                     self._store.put(keys[index], value)
         rewards = iter(found)
         return [[next(rewards) for _ in group.candidates] for group in groups]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ncalign.core.install import install_hint
+from ncalign.data.formats.group import MAX_NUMBER
 from ncalign.data.groups import Group
 from ncalign.rewards.base import completion_texts, where
 from ncalign.rewards.stated import is_equation, stated_number
@@ -80,7 +81,7 @@ class ReasoningGymReward:
             reward = float(verifier(answer, entry))
         except Exception:  # verifiers raise what they like on junk, and a junk answer is not a solution
             reward = math.nan
-        if not math.isfinite(reward):
+        if not abs(reward) <= MAX_NUMBER:  # nor is NaN
             self.num_refused += 1
             return 0.0
         return reward

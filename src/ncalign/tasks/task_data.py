@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, TypeGuard
 
 from ncalign.core.atomic import write_text_atomic
 from ncalign.core.errors import DataError, names, shown
+from ncalign.data.formats.opened import opened
 
 Row = Mapping[str, Any]
 
@@ -24,7 +23,7 @@ def prepare(task: str, source: Path, target: Path) -> None:
 
     Args:
         task: one of ``READERS``.
-        source: the set as its authors publish it: a JSON array, an object that holds one, or JSONL; any of them gzipped.
+        source: the set as its authors publish it: a JSON array, an object that holds one, or JSONL; any of them compressed.
         target: the file to write.
 
     Raises:
@@ -44,7 +43,7 @@ def prepare(task: str, source: Path, target: Path) -> None:
 
 
 def read_rows(source: Path) -> Iterator[tuple[str, object]]:
-    """The rows of a JSON array, of an object that holds one, or of JSONL, each with its place; any of them may be gzipped.
+    """The rows of a JSON array, of an object that holds one, or of JSONL, each with its place; any of them may be compressed.
 
     Raises:
         DataError: a line is not JSON, or the file holds no rows.
@@ -53,9 +52,9 @@ def read_rows(source: Path) -> Iterator[tuple[str, object]]:
     if not source.is_file():
         raise ValueError(f"there is no file {source}; relative paths start at {Path.cwd()}")
     try:
-        raw = source.read_bytes()
-        text = (gzip.decompress(raw) if source.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with opened(source) as file:
+            text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{source} can't be read as JSON in UTF-8: {error}; copy or download it again") from error
     try:
         whole = json.loads(text)

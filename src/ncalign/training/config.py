@@ -18,7 +18,9 @@ class TrainConfig(Frozen):
 
     encoding: Annotated[EncodingConfig, Flat()] = Field(default_factory=EncodingConfig)
     model: str = Field(description="Model folder or hub id.")
-    data: Path = Field(description="Groups to train on (a file or folder of any kind and schema that `convert` reads).")
+    data: Path = Field(
+        description="Groups to train on (a file, folder or FOLDER:SPLIT of any kind and schema that `convert` reads)."
+    )
     schema_name: SchemaChoice = "auto"
     output_dir: Path = Field(description="Run folder: metrics.jsonl, config.yaml, checkpoints/, model/.")
     eval_data: Path | None = Field(None, description="Held-out groups to evaluate on.")

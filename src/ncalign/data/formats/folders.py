@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fsspec.utils import glob_translate
 
 from ncalign.core.errors import DataError
 
 _RECORDS = re.compile(
-    r"dataset_infos?\.json|dataset_dict\.json|state\.json|.*croissant.*\.json|cache-.*\.arrow|indices-.*\.arrow", re.IGNORECASE
+    r"config\.json|dataset_infos?\.json|dataset_dict\.json|state\.json|.*croissant.*\.json|cache-.*\.arrow|indices-.*\.arrow",
+    re.IGNORECASE,
 )
 """Files that the hub and `datasets` write beside data."""
-_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+# An older `datasets` put a hash behind the number.
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-.*)?")
 _TRAIN = "train"
-# A name that holds several is kept from training.
+# A path that holds several is kept from training.
 _KEYWORDS = {
     "test": r"tests?|testing|eval|evaluation|held[-_]?out|holdout",
     "validation": r"validation|valid|val|dev",
     _TRAIN: r"train|training",
 }
+_HELD_OUT = ("test", "validation")
 _SPLITS = {split: re.compile(rf"(?:^|[\W\d_])(?:{words})(?:$|[\W\d_])", re.IGNORECASE) for split, words in _KEYWORDS.items()}
 _CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 
@@ -58,10 +62,15 @@ def data_files(folder: Path, split: str | None, is_data: Callable[[str], bool]) 
     """
     found = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path.relative_to(folder), is_data))
     arrow = [path for path in found if path.name.lower().endswith(".arrow")]
-    splits = _of_card(folder, found) or _of_names(folder, arrow or found)
+    splits, others = _of_card(folder, found), list[Path]()
+    if not splits:
+        splits, others = _of_names(folder, arrow or found)
     if split is None:
-        if len(splits) > 1:
-            raise DataError(f"{folder} has the splits {_listed(splits)}: name one, as {folder}:{next(iter(splits))}")
+        if len(splits) > 1 or others:
+            beside = f", and beside them {', '.join(str(path.relative_to(folder)) for path in others[:3])}" if others else ""
+            beside += f" and {len(others) - 3} more that name none" if len(others) > 3 else ""
+            has = "the splits" if len(splits) > 1 else "the split"
+            raise DataError(f"{folder} has {has} {_listed(splits)}{beside}: name one, as {folder}:{next(iter(splits))}")
         return next(iter(splits.values()), [])
     # A configuration that has one split needs no more than its own name.
     chosen = [files for name, files in splits.items() if split in (name, name.partition("/")[0])]
@@ -81,14 +90,21 @@ def _is_data(path: Path, is_data: Callable[[str], bool]) -> bool:
     return is_data(path.name.lower()) and not hidden and not _RECORDS.fullmatch(path.name)
 
 
-def _of_names(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+def _of_names(folder: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The splits that paths name, and the files that name none where others are named for training.
+
+    `datasets` passes the second over without a word. Where nothing is named for training, they are for training.
+    """
     saved = _saved_splits(folder)
     splits: dict[str, list[Path]] = {}
+    others: list[Path] = []
     for path in files:
         inside = path.relative_to(folder)
         split = inside.parts[0] if inside.parts[0] in saved else _split_of(inside)
-        splits.setdefault(split, []).append(path)
-    return dict(sorted(splits.items(), key=lambda item: not item[0].startswith(_TRAIN)))
+        (others if split is None else splits.setdefault(split, [])).append(path)
+    if others and all(_keyword(split) in _HELD_OUT for split in splits):
+        splits[_TRAIN], others = others, []
+    return dict(sorted(splits.items(), key=lambda item: not item[0].startswith(_TRAIN))), others
 
 
 def _saved_splits(folder: Path) -> tuple[str, ...]:
@@ -99,21 +115,17 @@ def _saved_splits(folder: Path) -> tuple[str, ...]:
     return tuple(map(str, found["splits"])) if isinstance(found, dict) and isinstance(found.get("splits"), list) else ()
 
 
-def _split_of(path: Path) -> str:
-    """The split of a file by its path within the folder; what names none is for training, as in `datasets`.
+def _split_of(path: Path) -> str | None:
+    """The split that a file's path within the folder names; None where it names none.
 
     >>> [_split_of(Path(path)) for path in ("data/test_prefs-00000-of-00001.parquet", "dev/a.jsonl", "a.jsonl")]
-    ['test_prefs', 'validation', 'train']
+    ['test_prefs', 'validation', None]
     """
-    stem = path.name.split(".")[0] if path.name.count(".") else path.name
+    stem = path.name.split(".")[0]
     shard = _SHARD.fullmatch(stem)
     if shard and re.fullmatch(r"\w+", shard[1]) and (_keyword(shard[1]) or path.parent.name == "data"):
         return shard[1]
-    for part in (path.name, *reversed(path.parts[:-1])):
-        found = _keyword(part)
-        if found:
-            return found
-    return _TRAIN
+    return _keyword(str(path))
 
 
 def _keyword(name: str) -> str | None:
@@ -138,9 +150,10 @@ def _matches(path: Path, under: Path, pattern: str) -> bool:
     if not path.is_relative_to(under):
         return False
     inside = path.relative_to(under).as_posix()
-    steps = re.split(r"(\*\*/?|\*|\?)", pattern.removeprefix("./"))
-    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.fullmatch("".join(wild.get(step, re.escape(step)) for step in steps), inside) is not None
+    try:
+        return re.match(glob_translate(pattern.removeprefix("./")), inside) is not None
+    except ValueError as error:
+        raise DataError(f"{under}: the card README.md names the files {pattern!r}: {error}; mend it there") from error
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
