@@ -19,6 +19,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ncalign.cli.app import main
 from ncalign.generation.base import SamplingParams
 from ncalign.model.policy import model_identity
 from ncalign.report.tables import Column, Table, model_name, to_csv, to_latex
@@ -26,6 +27,7 @@ from ncalign.tasks import reasoning
 from ncalign.tasks.lm_backend import Backend, BackendGenerator, backend_arguments, load_backend
 from ncalign.tasks.reasoning import TaskProtocol, run_tasks, score_key
 from ncalign.tasks.reasoning_table import COLUMNS, paper_table
+from ncalign.tasks.sandbox import run as sandbox
 from ncalign.tasks.task_data import READERS, TASK_FOLDER, prepare
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -426,6 +428,33 @@ def test_tasks_are_run_kept_and_resumed(
     run_tasks(str(adapter), ["svamp"], **{**options, **no_examples})
     assert len(asked) == 3  # other settings are another measurement
     assert all(text.count("Question:") == 1 for text in asked)
+
+
+@needs_lm_eval
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+def test_programs_wait_for_walls_or_for_the_users_word(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    data: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sandbox, "_WITHOUT", ("seccomp",))
+    asked = answering(monkeypatch, "    return 1")
+    words = ["evaluate", "--model", str(tiny_model_dir), "--output_dir", str(tmp_path / "out"), "--json"]
+    words += ["--tasks", "humaneval", "--task_data", f"humaneval={data['humaneval']}"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert f"only behind {sandbox.MINIMUM}" in said
+    assert "no seccomp (left out)" in said
+    assert "--allow_weak" in said
+    assert asked == []  # refused before a model is asked
+    assert main([*words, "--allow_weak"]) == 0
+    found = capsys.readouterr()
+    assert "does not refuse network" in found.err
+    measured = json.loads(found.out)["models"][0]["results"]["humaneval"]
+    assert measured["score"] == 1.0
+    assert "seccomp" not in measured["isolation"]
 
 
 @needs_lm_eval

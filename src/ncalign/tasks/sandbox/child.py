@@ -55,6 +55,9 @@ _DENIED = {
     "semtimedop": (220, 192), "semctl": (66, 191), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188),
     "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181), "memfd_create": (319, 279), "memfd_secret": (447, 447),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    # What all processes of a user, or of the machine, share: rings, watches (also of files outside), what is not on disk yet.
+    "io_setup": (206, 0), "inotify_init": (253, -1), "inotify_init1": (294, 26), "fanotify_init": (300, 262), "sync": (162, 81),
+    "syncfs": (306, 267),
     # The machine.
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "init_module": (175, 105),
     "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104), "kexec_file_load": (320, 294),
@@ -65,16 +68,22 @@ _DENIED = {
 }  # fmt: skip
 _CLONE, _CLONE3, _KILL = (56, 220), (435, 435), {"kill": (62, 129), "tgkill": (234, 131)}
 _TKILL, _PRCTL, _FCNTL, _PRLIMIT, _IOCTL = (200, 130), (157, 167), (72, 25), (302, 261), (16, 29)
-_SOCKETPAIR, _MKDIR, _MKDIRAT, _UMASK = (53, 199), (83, -1), (258, 34), (95, 166)
+_SOCKETPAIR, _SETSOCKOPT, _MKDIR, _MKDIRAT, _UMASK = (53, 199), (54, 208), (83, -1), (258, 34), (95, 166)
 # A pair of datagram sockets sends to any address; SOCK_STREAM alone, and with SOCK_CLOEXEC, SOCK_NONBLOCK or both, does not.
 _STREAMS = (0x1, 0x80001, 0x801, 0x80801)
+# Of the families that make pairs, TIPC's reach other machines.
+_AF_UNIX = 1
+# SO_SNDBUF, SO_RCVBUF and their forced twins: memory that no limit of the process counts.
+_BUFFERS = (7, 8, 32, 33)
 # What Python asks of descriptors: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others make a file signal somebody.
 _ASKED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _OWNER_READS = 0o400
-_CLONE_THREAD = 0x10000
+# A thread with descriptors of its own (no CLONE_FILES) would have as many again, and files that the parent does not find.
+_CLONE_FILES, _CLONE_THREAD = 0x400, 0x10000
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 1, 4, 38, 22, 2
-# F_SETOWN, F_SETSIG, F_SETOWN_EX: a file that sends signals to another process.
-_SIGNALLING = (8, 10, 15)
+# F_SETOWN, F_SETSIG, F_SETOWN_EX: a file that sends signals to another process. F_SETLEASE, F_NOTIFY: others wait for a file
+# outside, or are watched. F_SETPIPE_SZ: memory of which all processes of a user have one share.
+_NOT_ASKED = (8, 10, 15, 1024, 1026, 1031)
 
 # classic BPF: load a word of seccomp_data, jump on it, return.
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -123,25 +132,24 @@ def _refuse(number: int, answer: int = _EPERM) -> Iterator[bytes]:
 
 
 def _only_for(number: int, index: int, values: tuple[int, ...], *, allowed: bool) -> Iterator[bytes]:
-    """Allow a call only with one of these values in an argument, or refuse it only with one of them."""
-    first, second = (_ALLOW, _EPERM) if allowed else (_EPERM, _ALLOW)
-    yield _instruction(_EQUAL, number, 0, 2 * len(values) + 2)
+    """Refuse a call without one of these values in an argument, or with one of them; other rules may refuse it as well."""
+    yield _instruction(_EQUAL, number, 0, len(values) + 3)
     yield _instruction(_LOAD, _argument(index))
-    for value in values:
-        yield _instruction(_EQUAL, value, 0, 1)
-        yield _instruction(_RETURN, first)
-    yield _instruction(_RETURN, second)
+    for rest, value in zip(reversed(range(len(values))), values, strict=True):
+        # Past the refusal, or to it; the last value decides both ways.
+        yield _instruction(_EQUAL, value, rest + 1, 0) if allowed else _instruction(_EQUAL, value, rest, int(not rest))
+    yield _instruction(_RETURN, _EPERM)
+    yield _instruction(_LOAD, _NUMBER)
 
 
 def _only_bits(number: int, index: int, bit: int, *, wanted: bool) -> list[bytes]:
-    """Allow a call only where an argument has the bit, or where it has not."""
-    first, second = (_ALLOW, _EPERM) if wanted else (_EPERM, _ALLOW)
+    """Refuse a call where an argument lacks the bit, or where it has it; other rules may refuse it as well."""
     return [
         _instruction(_EQUAL, number, 0, 4),
         _instruction(_LOAD, _argument(index)),
-        _instruction(_ANY_BIT, bit, 0, 1),
-        _instruction(_RETURN, first),
-        _instruction(_RETURN, second),
+        _instruction(_ANY_BIT, bit, int(wanted), int(not wanted)),
+        _instruction(_RETURN, _EPERM),
+        _instruction(_LOAD, _NUMBER),
     ]
 
 
@@ -165,19 +173,22 @@ def _filter() -> bytes:
             program += _refuse(numbers[column])
     # Threads stay; glibc asks clone3 first, whose flags can't be read here, and takes clone where there is none.
     program += _refuse(_CLONE3[column], _ENOSYS)
-    program += _only_bits(_CLONE[column], 0, _CLONE_THREAD, wanted=True)
+    for bit in (_CLONE_THREAD, _CLONE_FILES):
+        program += _only_bits(_CLONE[column], 0, bit, wanted=True)
     # A folder that its owner can't read could not be measured.
     for call, index in ((_MKDIR, 1), (_MKDIRAT, 2)):
         program += _only_bits(call[column], index, _OWNER_READS, wanted=True) if call[column] >= 0 else []
     program += _only_bits(_UMASK[column], 0, _OWNER_READS, wanted=False)
+    program += _only_for(_SOCKETPAIR[column], 0, (_AF_UNIX,), allowed=True)
     program += _only_for(_SOCKETPAIR[column], 1, _STREAMS, allowed=True)
+    program += _only_for(_SETSOCKOPT[column], 2, _BUFFERS, allowed=False)
     program += _only_for(_IOCTL[column], 1, _ASKED, allowed=True)
     for call in _KILL.values():
         program += _only_for(call[column], 0, (me,), allowed=True)
     program += _only_for(_PRLIMIT[column], 0, (0, me), allowed=True)
     # The parent looks at the files that it holds, which a process that is not dumpable hides.
     program += _only_for(_PRCTL[column], 0, (_SET_PDEATHSIG, _SET_DUMPABLE), allowed=False)
-    program += _only_for(_FCNTL[column], 1, _SIGNALLING, allowed=False)
+    program += _only_for(_FCNTL[column], 1, _NOT_ASKED, allowed=False)
     program += _refuse(_TKILL[column])
     program.append(_instruction(_RETURN, _ALLOW))
     return b"".join(program)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import secrets
 import selectors
@@ -35,11 +36,15 @@ from ncalign.core.progress import say
 
 Status = Literal["completed", "error", "exited", "timeout", "limit", "killed"]
 
+MINIMUM = "seccomp, and Landlock or read-only mounts"
+"""Walls without which no program of a model is run, unless the user gives their word for it."""
 MIN_MEMORY_BYTES = 128 << 20
 """Python alone takes much of this."""
 _START_SECONDS = 60.0
 _MAX_THREADS = 32
 _MAX_ENTRIES = 2000
+_MAX_MAPPINGS_BYTES = 1 << 20
+"""Of their list: some ten thousand. Looking through more would leave a program long alone with the disk."""
 _CHECK_SECONDS = 0.05
 _WITHOUT: tuple[str, ...] = ()
 """Walls that are not put up: tests take some away, to see that the others stand alone."""
@@ -95,10 +100,10 @@ def run_sandboxed(
         folder_bytes: largest size of what it writes, in all and of one file.
         max_output_bytes: of stdout and of stderr each; the rest is discarded.
         folder: where it runs, existing and kept; None for a temporary folder that is deleted.
-        allow_weak: run where the system can't refuse network or outside writes, and say so once.
+        allow_weak: run without the walls of `MINIMUM`, where network or outside writes are not refused, and say so once.
 
     Raises:
-        ValueError: an argument is out of range, or this system can't confine the program and ``allow_weak`` is off.
+        ValueError: an argument is out of range, or this system lacks the walls of `MINIMUM` and ``allow_weak`` is off.
         RuntimeError: Python did not start.
     """
     if timeout <= 0 or (cpu_seconds is not None and cpu_seconds < 1):
@@ -139,10 +144,12 @@ def _check_system(allow_weak: bool) -> None:
     system: str = sys.platform
     if system == "linux" or (allow_weak and os.name == "posix"):
         return
-    weak = "" if os.name != "posix" else ", or allow_weak, which lets them reach the network and your files"
+    weak = (
+        "" if os.name != "posix" else ", or give your word with --allow_weak, which lets them reach the network and your files"
+    )
     raise ValueError(
-        f"programs of a model are run only where they can be locked in, which needs Linux, and this is {system}: use a "
-        f"Linux machine or container{weak}"
+        f"programs of a model are run only behind {MINIMUM}, which needs Linux, and this is {system}: use a Linux machine or "
+        f"container{weak}"
     )
 
 
@@ -310,9 +317,10 @@ class _Run:
         if doors:
             if not allow_weak:
                 raise ValueError(
-                    f"this system can't keep a program from {' and '.join(doors)}: no {'; no '.join(missing)}. Use a kernel "
-                    "from 5.13 on that lets this user set up Landlock and seccomp (a container's profile may forbid it), or "
-                    "allow_weak"
+                    f"programs of a model are run only behind {MINIMUM}, and this system can't keep them from "
+                    f"{' and '.join(doors)}: no {'; no '.join(missing)}. Use a kernel from 5.13 on that lets this user set up "
+                    "Landlock and seccomp (a container's profile may forbid it), or give your word for what they do with "
+                    "--allow_weak"
                 )
             _say_weak(doors)
         return Outcome(
@@ -354,26 +362,40 @@ def _num_threads(process: int) -> int:
         return 0
 
 
-def _deleted_bytes(process: int, folder: Path) -> int:
-    """Size of the files that lie nowhere any more and that the process keeps, open or mapped into its memory."""
+def _deleted_bytes(process: int, folder: Path) -> float:
+    """Size of the files that lie nowhere any more and that the process keeps, open or mapped into its memory.
+
+    More mappings than are looked through are infinitely many.
+    """
     held: dict[int, int] = {}
-    # It may end, or close them, while they are looked at; and there is no such folder on other systems.
+    mappings: bytes | None = None
+    # Each thread is looked at: the first shows nothing once it has ended alone. All of it may end, or close them, while they
+    # are looked at; and there is no such folder on other systems.
     with suppress(OSError):
-        for entry in os.scandir(f"/proc/{process}/fd"):
+        for thread in os.listdir(f"/proc/{process}/task"):
             with suppress(OSError):
-                found = entry.stat()
-                if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
-                    held[found.st_ino] = found.st_blocks * 512
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/maps").read_text(errors="surrogateescape").splitlines():
+                for entry in os.scandir(f"/proc/{process}/task/{thread}/fd"):
+                    with suppress(OSError):
+                        found = entry.stat()
+                        if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
+                            held[found.st_ino] = found.st_blocks * 512
+                mappings = mappings or _mappings(process, thread)
+    lines = (mappings or b"").splitlines()
+    for line in lines:
+        if line.endswith(b" (deleted)"):
             addresses, _, _, _, inode, *path = line.split(maxsplit=5)
-            if path and path[0].startswith(f"{folder}/") and path[0].endswith(" (deleted)"):
-                first, last = (int(address, 16) for address in addresses.split("-"))
+            if path and path[0].startswith(os.fsencode(folder) + b"/"):
+                first, last = (int(address, 16) for address in addresses.split(b"-"))
                 held[int(inode)] = max(held.get(int(inode), 0), last - first)
-    return sum(held.values())
+    return math.inf if len(mappings or b"") >= _MAX_MAPPINGS_BYTES else sum(held.values())
 
 
-def _is_larger(folder: Path, limit: int) -> bool:
+def _mappings(process: int, thread: str) -> bytes:
+    with open(f"/proc/{process}/task/{thread}/maps", "rb") as file:
+        return file.read(_MAX_MAPPINGS_BYTES)
+
+
+def _is_larger(folder: Path, limit: float) -> bool:
     """Whether a folder holds more bytes than the limit, or more entries than are counted."""
     total = entries = 0
     pending = [os.fspath(folder)]
