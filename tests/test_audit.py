@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -347,7 +348,7 @@ def test_likeness_in_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     class SentenceTransformer:
         def __init__(self, name: str) -> None:
-            if name == "none":
+            if Path(name).name == "none":
                 raise OSError("no such model\nmore")
 
         def encode(self, texts: list[str], *, normalize_embeddings: bool) -> Any:
@@ -359,6 +360,9 @@ def test_likeness_in_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     module.SentenceTransformer = SentenceTransformer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: None)
+    monkeypatch.setattr("ncalign.model.pickles.snapshot_download", lambda name, **_: str(tmp_path / Path(name).name))
+    for name in ("some", "none"):
+        (tmp_path / name).mkdir()
     rows = planted("healthy", num_groups=10)
     for number, row in enumerate(rows):
         for candidate in row["candidates"]:
@@ -368,6 +372,24 @@ def test_likeness_in_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert numbers["meaning/random"] < 0.9
     with pytest.raises(ValueError, match=r"embedder 'none' can't be loaded: no such model$"):
         audit(rows, tmp_path, embedder="none")
+
+
+@pytest.mark.parametrize("option", ["embedder", "bertscore"])
+@pytest.mark.parametrize("part", [".", "1_Dense"])
+def test_pickled_weights_reach_no_library(
+    option: str, part: str, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, made in (("sentence_transformers", "SentenceTransformer"), ("bert_score", "BERTScorer")):
+        module = ModuleType(name)
+        setattr(module, made, lambda *_, **__: pytest.fail("a library was given the model"))
+        monkeypatch.setitem(sys.modules, name, module)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    (model / "training_args.bin").write_bytes(b"beside safetensors, and read by nobody")
+    (model / part).mkdir(exist_ok=True)
+    (model / "model.safetensors").rename(model / part / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin has no \*\.safetensors beside it.* save_pretrained"):
+        audit(planted("healthy", num_groups=3), tmp_path, **{option: str(model)})
 
 
 def test_the_verb(tmp_path: Path, groups_file: Path, capsys: Any) -> None:

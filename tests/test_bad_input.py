@@ -278,6 +278,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged config": (broken("config.json"), "not a valid JSON file"),
     "no weights": (removed("model.safetensors"), "a folder needs config.json and *.safetensors"),
     "pickled weights": (pickled, "pickled weights such as *.bin are not read"),
+    "a pickle in the place of the weights": (
+        reconfigured(transformers_weights="adapter_model.bin"),
+        "its config.json names 'adapter_model.bin' as its weights; pickled weights",
+    ),
     "cut weights": (cut, "a safetensors file is damaged"),
     "too few weights": (reconfigured(num_hidden_layers=3), "lacks 9 weights that its config.json asks for"),
     "other sizes": (reconfigured(hidden_size=64), "its weights do not have the sizes that its config.json asks for"),

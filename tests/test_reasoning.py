@@ -303,8 +303,13 @@ def test_an_adapter_is_loaded_on_its_base(adapter: Path, tiny_model_dir: Path) -
     vllm = backend_arguments(str(adapter), Backend("vllm", {"gpu_memory_utilization": 0.5}))
     assert (vllm["pretrained"], vllm["lora_local_path"], vllm["gpu_memory_utilization"]) == (base, str(adapter), 0.5)
     assert "peft" not in vllm
+    assert (hf["use_safetensors"], vllm["load_format"]) == (True, "safetensors")
     with pytest.raises(ValueError, match="sglang can't load"):
         backend_arguments(str(adapter), Backend("sglang"))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    for name in ("hf", "vllm"):
+        with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
+            backend_arguments(str(adapter), Backend(name))
 
 
 def test_other_models_are_given_by_name(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -433,6 +433,7 @@ def test_vllm_is_driven_by_its_documented_interface(
         "max_lora_rank": 8,
         "dtype": "bfloat16",
         "logprobs_mode": "raw_logprobs",
+        "load_format": "safetensors",
     }
     found = generator.generate(["What is"], num_samples=2, params=SamplingParams(4, top_k=3), seed=1)
     assert found[0][0].token_ids == (5, 6)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ncalign.audit.measures import ranked
-from ncalign.core.hub import only_cached
 from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.data.groups import Group
 from ncalign.model.encoding import completion_text
+from ncalign.model.pickles import without_pickles
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 """How alike the two texts of each pair are."""
@@ -66,10 +66,8 @@ def embedding_cosine(embedder: str) -> Score:
         from sentence_transformers import SentenceTransformer
 
         # The library completes short names so.
-        only_cached(
-            embedder if "/" in embedder or Path(embedder).exists() else f"sentence-transformers/{embedder}", what="model"
-        )
-        model = SentenceTransformer(embedder)
+        full = embedder if "/" in embedder or Path(embedder).exists() else f"sentence-transformers/{embedder}"
+        model = SentenceTransformer(without_pickles(full, what="model"))
 
     def score(pairs: Sequence[tuple[str, str]]) -> list[float]:
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
@@ -96,8 +94,8 @@ def bertscore_f1(name: str) -> Score:
         from bert_score import BERTScorer
         from transformers import AutoConfig
 
-        only_cached(model, what="model")
-        layers = layers or int(AutoConfig.from_pretrained(Path(model) if Path(model).is_dir() else model).num_hidden_layers)
+        model = without_pickles(model, what="model")
+        layers = layers or int(AutoConfig.from_pretrained(model).num_hidden_layers)
         scorer: Any = BERTScorer(model_type=model, num_layers=layers, batch_size=32)
 
     def score(pairs: Sequence[tuple[str, str]]) -> list[float]:

@@ -49,7 +49,9 @@ class VLLMGenerator:
         adapters = {"enable_lora": True, "max_lora_rank": adapter_rank} if adapter_rank is not None else {}
         self._vllm = vllm
         # Log-probs of the model itself, before temperature and truncation.
-        self._engine = vllm.LLM(model=model, **{"logprobs_mode": "raw_logprobs", **adapters, **(options or {})})
+        self._engine = vllm.LLM(
+            model=model, **{"logprobs_mode": "raw_logprobs", "load_format": "safetensors", **adapters, **(options or {})}
+        )
         self._tokenizer = tokenizer
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self._template = ChatTemplate(tokenizer, today)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ncalign.core.hub import only_cached
+from ncalign.model.pickles import REMEDY
 
 ADAPTER_FILE = "adapter_config.json"
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
@@ -143,7 +144,7 @@ def check_mergeable(folder: str, task: Task) -> None:
     """Refuse, before its base model is loaded, an adapter that can't become a part of the model.
 
     Raises:
-        ValueError: it is made for another task, adds virtual tokens or layers, or has no weights in safetensors.
+        ValueError: it is made for another task, adds virtual tokens or layers, mixes others, or has no weights in safetensors.
     """
     config = adapter_config(folder)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -158,8 +159,19 @@ def check_mergeable(folder: str, task: Task) -> None:
             f"the adapter in {folder!r} is of type {kind}: it adds virtual tokens or layers to the model and can't be merged "
             "into its base model's weights; give its base model, or an adapter that can be merged (LoRA and its like)"
         )
+    if kind == "XLORA":
+        raise ValueError(f"the adapter in {folder!r} is of type {kind}: it mixes other adapters, and can't be merged; give one")
+    check_weights(folder)
+
+
+def check_weights(folder: str) -> None:
+    """Refuse an adapter without weights in safetensors: peft would read pickled ones.
+
+    Raises:
+        ValueError: it has none.
+    """
     if not (Path(folder) / _WEIGHTS_FILE).is_file():
-        raise ValueError(f"the adapter in {folder!r} has no {_WEIGHTS_FILE} (pickled weights such as *.bin are not read)")
+        raise ValueError(f"the adapter in {folder!r} has no {_WEIGHTS_FILE} ({REMEDY})")
 
 
 def adapter_shapes(folder: str) -> dict[str, tuple[int, ...]]:

@@ -44,6 +44,7 @@ from ncalign.model.adapters import (
 )
 from ncalign.model.config import LoRA
 from ncalign.model.noise import Stated, disable_dropout
+from ncalign.model.pickles import REMEDY, check_weights_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
@@ -207,6 +208,7 @@ def _load_whole(
         raise ValueError(
             f"{what} {model!r} can't be loaded as {made_as}: it is an encoder-decoder model (model_type {config.model_type})"
         )
+    check_weights_file(config, model)
     supplied = {name: shape for folder in adapters for name, shape in adapter_shapes(folder).items()}
     head = next((shape[0] for name, shape in supplied.items() if name in ("score.weight", "classifier.weight")), None)
     if task == "SEQ_CLS" and head is not None:
@@ -303,7 +305,7 @@ def _why_not_loaded(base: str, error: Exception) -> str:
     if isinstance(error, RuntimeError):
         return "its weights do not have the sizes that its config.json asks for: they belong to different models"
     if isinstance(error, OSError) and Path(base).is_dir():
-        return f"{why} (a folder needs config.json and *.safetensors; pickled weights such as *.bin are not read)"
+        return f"{why} (a folder needs config.json and *.safetensors; {REMEDY})"
     return why
 
 

@@ -13,12 +13,15 @@ from ncalign.core.hub import only_cached
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, Refuse, SamplingParams
-from ncalign.model.adapters import adapter_base, is_adapter
+from ncalign.model.adapters import adapter_base, check_weights, hub_adapter, is_adapter
 from ncalign.model.config import DType
-from ncalign.model.policy import quiet_transformers
+from ncalign.model.pickles import check_weights_file
+from ncalign.model.policy import load_config, quiet_transformers
 
 LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
 """Backends that load the model themselves."""
+
+_ENGINES = ("vllm", "sglang")
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,14 @@ def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
     """
     if backend.name not in LOCAL:
         return {"model": model, **backend.arguments}
-    only_cached(model, what="model")
+    model = hub_adapter(model, from_cache=only_cached(model, what="model")) or model
     arguments: dict[str, Any] = {"pretrained": model, "dtype": backend.dtype, "trust_remote_code": backend.trust_remote_code}
+    # Left to themselves they read pickled weights where they find no others.
+    arguments |= {"load_format": "safetensors"} if backend.name in _ENGINES else {"use_safetensors": True}
     folder = Path(model)
     if is_adapter(model):
         base = adapter_base(model)
+        check_weights(model)
         if backend.name == "sglang":
             raise ValueError(f"{model} is an adapter, which backend sglang can't load: use hf or vllm, or merge it into {base}")
         arguments |= {"pretrained": base, "lora_local_path" if backend.name == "vllm" else "peft": model}
@@ -63,6 +69,8 @@ def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
             arguments["tokenizer"] = model
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model {model!r} has neither config.json nor adapter_config.json: give a model folder, or a hub id")
+    if backend.name not in _ENGINES:
+        check_weights_file(load_config(model, trust_remote_code=backend.trust_remote_code), model)
     return {**arguments, **backend.arguments}
 
 
