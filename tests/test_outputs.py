@@ -128,6 +128,10 @@ FOLDERS = {
 }
 
 
+OTHERWISE = {"evaluate": ("--seed", "1")}
+"""The same evaluation is made again; another one is not put in its place."""
+
+
 @pytest.fixture
 def answers(run: Run) -> None:
     """Two files of answers, a.jsonl and b.jsonl."""
@@ -141,7 +145,7 @@ def test_a_folder_is_replaced_on_request_and_what_is_not_ours_never(verb: str, r
     assert run(FOLDERS[verb])[0] == 0
     names = {path.name for path in Path("out").iterdir()} - {".ncalign"}
     Path("out/notes.txt").write_text("mine")
-    code, error = run(FOLDERS[verb])
+    code, error = run(FOLDERS[verb], *OTHERWISE.get(verb, ()))
     assert code == 1
     assert f"out holds what an earlier `ncalign {verb}` wrote (" in error
     assert "--overwrite replaces it, or give another output_dir" in error
@@ -154,6 +158,22 @@ def test_a_folder_is_replaced_on_request_and_what_is_not_ours_never(verb: str, r
         assert code == 1
         assert "is there, and no record (out/.ncalign/entries) says that ncalign wrote it: it is left alone" in error
     assert names < {path.name for path in Path("out").iterdir()}
+
+
+@pytest.mark.usefixtures("answers")
+def test_the_same_evaluation_is_made_again_and_says_so_until_its_files_change(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(FOLDERS["evaluate"])[0] == 0
+    before = Path("out/results.json").read_bytes()
+    capsys.readouterr()
+    assert main(FOLDERS["evaluate"].split()) == 0
+    assert "out holds the results of this same evaluation: they are made anew" in capsys.readouterr().err
+    assert Path("out/results.json").read_bytes() == before
+    Path("a.jsonl").write_text(Path("a.jsonl").read_text().replace('"model": "a', '"model": "other'))
+    code, error = run(FOLDERS["evaluate"])
+    assert (code, "out holds what an earlier `ncalign evaluate` wrote" in error) == (1, True)
+    assert Path("out/results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite",), ("--resume",)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +19,7 @@ from ncalign.core.outputs import Inputs, claim, record, recorded, remove
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
+from ncalign.generation.config import ServerConfig
 from ncalign.judging.answer import answering_of, answers_of_model
 from ncalign.judging.answers import read_answers, write_answers
 from ncalign.judging.compare import compare_answers, file_name, rate_answers
@@ -55,23 +58,25 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ServerError: a judge answers nothing at all; what it answered is kept.
     """
     folder = config.output_dir
-    unfinished = not (folder / "results.json").exists()
+    asked, earlier = _asked(config), _earlier(folder)
     claim(
         folder,
         [*ENTRIES, *_ON_THE_WAY],
         verb="evaluate",
         inputs=_inputs(config),
         overwrite=config.overwrite,
-        own=[*ENTRIES, *_ON_THE_WAY] if unfinished else _ON_THE_WAY,
+        own=[*ENTRIES, *_ON_THE_WAY] if earlier in (None, asked) else _ON_THE_WAY,
     )
+    if earlier == asked and not config.overwrite:
+        say(f"{folder} holds the results of this same evaluation: they are made anew from the kept answers and verdicts")
     check_writable(folder / "results.json")
     kind: Kind = "tasks" if config.tasks else "verdicts" if config.judgements else "answers"
     _check(config, kind)
     with recorded(folder, [*ENTRIES, *_ON_THE_WAY], verb="evaluate"):
-        return _evaluated(config, kind)
+        return _evaluated(config, kind, asked)
 
 
-def _evaluated(config: EvaluateConfig, kind: Kind) -> dict[str, Any]:
+def _evaluated(config: EvaluateConfig, kind: Kind, asked: str) -> dict[str, Any]:
     if kind == "tasks":
         results = _of_tasks(config)
     elif kind == "verdicts":
@@ -85,7 +90,29 @@ def _evaluated(config: EvaluateConfig, kind: Kind) -> dict[str, Any]:
         results = _of_answers(config)
     if kind != "answers":
         remove(config.output_dir, VERDICTS)
+    results.values["asked"] = asked
     return write_results(results, config.output_dir)
+
+
+def _asked(config: EvaluateConfig) -> str:
+    """A digest of an evaluation: settings and contents of the files it reads, not where and how fast it is made."""
+    settings = config.model_dump(mode="json", exclude={"output_dir", "overwrite", "cache_dir", "batch_size"})
+    for where_and_how_fast in set(ServerConfig.model_fields) - {"model"} if config.judge else ():
+        settings["judge"].pop(where_and_how_fast)
+    given = [path for value in _inputs(config).values() for path in (value if isinstance(value, list | tuple) else [value])]
+    files = [path for path in map(Path, filter(None, given)) if path.is_file()]
+    return Store.key(settings, [hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+
+
+def _earlier(folder: Path) -> str | None:
+    """The digest of the evaluation whose results are in a folder; empty if they don't say, and None if there are none."""
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return ""
+    return str(found.get("asked", "")) if isinstance(found, dict) else ""
 
 
 def _inputs(config: EvaluateConfig) -> Inputs:
