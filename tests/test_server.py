@@ -25,8 +25,9 @@ from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import read_groups
 from ncalign.generation.base import SamplingParams
-from ncalign.generation.client import Choice, Request, Server, ServerError
+from ncalign.generation.client import Choice, Server, ServerError
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.questions import Request
 from ncalign.generation.remote import ServerGenerator
 from server_double import ServerDouble, serving
 

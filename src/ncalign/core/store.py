@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ncalign.core.claims import claims_of
+
 
 class Store:
     """JSON values by content-addressed keys; threads and processes may share the file.
@@ -26,7 +28,7 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.Lock()
+        self._path, self._lock, self._claims = path, threading.Lock(), claims_of(path)
         try:
             if str(path) != ":memory:":
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +75,27 @@ class Store:
         except sqlite3.Error as error:
             raise OSError(f"{self._path} can't be written: {error}; free some space, or name another cache_dir") from error
 
+    def claim(self, key: str) -> bool:
+        """Whether this caller may ask for the answer now; false while another thread or process that shares the file does.
+
+        A claim ends with :meth:`release`, or with the process. Whoever gets one looks once more for the answer.
+
+        Raises:
+            OSError: the file that holds the claims can't be made.
+        """
+        return self._claims.take(key)
+
+    def release(self, key: str) -> None:
+        """End a claim, once the answer is kept or there is none."""
+        self._claims.give_back(key)
+
     def _unusable(self, error: sqlite3.Error) -> OSError:
         return OSError(f"{self._path} can't be used to keep answers: {error}; delete it if it is damaged")
 
     def delete(self) -> None:
         """Delete the file, once what it held is kept elsewhere."""
         self.close()
+        self._claims.delete()
         for suffix in ("", "-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 

@@ -13,9 +13,9 @@ import socket
 import sys
 import time
 from asyncio import gather, sleep
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -25,6 +25,7 @@ from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.questions import Request, distinct_questions
 from ncalign.generation.refusals import Changes, changed, name_instead, reason_of, refused_field, what_changes
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
+# Seconds between looks for an answer that another process is asking for.
+_LOOK_AGAIN = 0.1
 _ABOUT_THE_REQUEST = frozenset({400, 404, 413, 422})
 # Requests in a row without an answer after which no more are sent, as a multiple of those under way at a time.
 _GIVE_UP_AFTER = 2
@@ -69,23 +72,6 @@ class Choice:
     logprob: Logprob | None = None
     top: tuple[Mapping[str, Logprob], ...] = ()
     withheld: bool = False
-
-
-@dataclass(frozen=True)
-class Request:
-    """One thing to ask.
-
-    Attributes:
-        kind: which of the two APIs.
-        body: the request's JSON without ``model`` and ``n``.
-        n: how many answers.
-        needed: fields of the body without which it has no sense, so that a server which does not take them refuses it.
-    """
-
-    kind: Literal["chat", "completions"]
-    body: Mapping[str, Any]
-    n: int = 1
-    needed: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -165,7 +151,11 @@ class Server:
     def ask(
         self, requests: Sequence[Request], *, done: Callable[[int], None] = lambda index: None
     ) -> list[list[Choice] | ServerError]:
-        """Ask many things at once.
+        """Ask many things at once, and each of them once.
+
+        Requests whose bodies are equal, their seeds among it, are one question, and get the same answers; so do those of other
+        threads and processes with the same store, at the same time too. Who wants other samples of a prompt gives another
+        seed, or none: equal requests that sample without a seed get answers of their own.
 
         Where many requests in a row end without an answer, the server is taken to be down, and the others are not sent.
 
@@ -178,7 +168,18 @@ class Server:
             none.
         """
         self._say_changes()
-        return self._run(lambda client: self._ask(client, requests, done))
+        questions = distinct_questions(requests)
+
+        def answered(number: int) -> None:
+            for place, _ in questions[number].places:
+                done(place)
+
+        found = self._run(lambda client: self._ask(client, [one.request for one in questions], answered))
+        every: list[list[Choice] | ServerError] = [[] for _ in requests]
+        for question, answer in zip(questions, found, strict=True):
+            for place, own in question.places:
+                every[place] = answer if isinstance(answer, ServerError) else answer[own]
+        return every
 
     def _say_changes(self) -> None:
         for name, other in self.changes.items():
@@ -217,20 +218,32 @@ class Server:
         most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0
         not_asked = f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer"
         found: list[list[Choice] | ServerError] = [ServerError(not_asked) for _ in requests]
-        waiting = iter(enumerate(requests))
+        open_, since = list(enumerate(requests)), dict[int, float]()
 
-        async def work() -> None:
+        async def work(waiting: Iterator[tuple[int, Request]], elsewhere: list[tuple[int, Request]]) -> None:
             nonlocal in_a_row
             for index, request in waiting:
                 if in_a_row < most:
+                    # A process that was stopped keeps its claims: nobody waits longer than for an answer of one's own.
+                    waited = time.monotonic() - since.setdefault(index, time.monotonic())
                     try:
-                        found[index], in_a_row = await self._answers(client, request), 0
+                        answers = await self._answers(client, request, claimed=waited > self.config.timeout_seconds)
                     except ServerError as error:
                         found[index] = error
                         in_a_row += not error.refused
+                    else:
+                        if answers is None:
+                            elsewhere.append((index, request))
+                            continue
+                        found[index], in_a_row = answers, 0
                 done(index)
 
-        await gather(*(work() for _ in range(min(self.config.max_concurrency, len(requests)))))
+        while open_:
+            waiting, elsewhere = iter(open_), list[tuple[int, Request]]()
+            await gather(*(work(waiting, elsewhere) for _ in range(min(self.config.max_concurrency, len(open_)))))
+            open_ = elsewhere
+            if open_:
+                await sleep(_LOOK_AGAIN)
         return found
 
     def _client(self) -> AsyncOpenAI:
@@ -258,11 +271,32 @@ class Server:
             http_client=WithDeadline(),
         )
 
-    async def _answers(self, client: AsyncOpenAI, request: Request) -> list[Choice]:
-        """The answers to one request, those on disk first; each is kept as it comes."""
+    async def _answers(self, client: AsyncOpenAI, request: Request, *, claimed: bool) -> list[Choice] | None:
+        """The answers to one request, those on disk first; None while another thread or process asks for them.
+
+        ``claimed`` says that it is asked all the same.
+        """
         key = Store.key(self.config.base_url, self.model, self.version, request.kind, dict(request.body))
-        choices = self._kept(key)[: request.n]
-        self.usage.remembered += len(choices) == request.n
+        kept = self._kept(key)[: request.n]
+        if len(kept) == request.n:
+            self.usage.remembered += 1
+            return kept
+        if self._store is None:
+            return await self._asked(client, request, key, kept)
+        own = self._store.claim(key)
+        if not own and not claimed:
+            return None
+        try:
+            # Whoever held the claim before may have been answered since the look above.
+            kept = self._kept(key)[: request.n]
+            self.usage.remembered += len(kept) == request.n
+            return await self._asked(client, request, key, kept)
+        finally:
+            if own:
+                self._store.release(key)
+
+    async def _asked(self, client: AsyncOpenAI, request: Request, key: str, choices: list[Choice]) -> list[Choice]:
+        """The answers that are there, and those that are still to be asked for, each kept as it comes."""
         malformed = 0
         while len(choices) < request.n:
             try:

@@ -239,7 +239,7 @@ def _answers_to(
     """The answer to each question's prompt, but for those that are left out."""
     identity, store, seed = kept_by
     sampling = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed if params.temperature else 0]
-    keys = {question: Store.key("answer", identity, talk, sampling) for question, talk in talks.items()}
+    keys = _keys(talks, "answer", identity, sampling=sampling, greedy=not params.temperature)
     kept = {question: store.get(key) for question, key in keys.items()}
     asked = [question for question, answer in kept.items() if answer is None]
     for start in range(0, len(asked), at_a_time):
@@ -256,6 +256,17 @@ def _answers_to(
             kept[question] = [one.text.strip(), one.num_tokens, one.finished]
             store.put(keys[question], kept[question])
     return {question: _Given(*answer) for question, answer in kept.items() if answer is not None}
+
+
+def _keys(talks: Mapping[str, str | list[Message]], *parts: object, sampling: list[float], greedy: bool) -> dict[str, str]:
+    """What each question's answer is kept by: equal questions share a greedy answer, and have samples of their own."""
+    found: dict[str, str] = {}
+    for question, talk in talks.items():
+        key = Store.key(*parts, talk, sampling)
+        while not greedy and key in found.values():
+            key = Store.key(key)
+        found[question] = key
+    return found
 
 
 def run_answer(config: AnswerConfig) -> dict[str, Any]:

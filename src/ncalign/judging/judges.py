@@ -177,16 +177,17 @@ class RewardJudge:
 
     def __init__(self, source: RewardSource) -> None:
         self._source = source
-        self._known: dict[Answer, float | None] = {}
+        # By question and answer: models that answer in the same words have the same reward.
+        self._known: dict[tuple[str, tuple[str, ...]], float | None] = {}
 
     def rewards(self, questions: Sequence[Question], answers: Answers) -> dict[str, float | None]:
         """The reward of each answer's last turn, after the conversation up to it; None where the source has none."""
-        answered = [question for question in questions if question.id in answers]
+        said = {question.id: (question.id, answers[question.id].turns) for question in questions if question.id in answers}
         # A baseline meets every model, and its answers are scored once.
-        new = [question for question in answered if answers[question.id] not in self._known]
+        new = [question for question in questions if question.id in said and said[question.id] not in self._known]
         found = score_many(self._source, [_as_group(question, answers[question.id]) for question in new]) if new else []
-        self._known |= {answers[question.id]: rewards[0] for question, rewards in zip(new, found, strict=True)}
-        return {question.id: self._known[answers[question.id]] for question in answered}
+        self._known |= {said[question.id]: rewards[0] for question, rewards in zip(new, found, strict=True)}
+        return {question: self._known[own] for question, own in said.items()}
 
     def compare(self, questions: Sequence[Question], ours: Answers, theirs: Answers) -> tuple[list[Game], Account]:
         """Two games for each question that both models answered; a reward does not depend on the order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ncalign.core.user_code import load_named
 from ncalign.data.formats.group import MAX_NUMBER
@@ -18,6 +18,8 @@ class FunctionReward:
 
     The prompt comes as it is in the group (a string or a list of messages), the completions as texts. The function returns
     one number per completion, or None where it has none to give. Messages call it by ``name``.
+
+    Equal completions of a group get one reward: where the function, which sees them all, gives them different ones, their mean.
 
     >>> from ncalign.data.groups import Candidate
     >>> source = FunctionReward(lambda prompt, completions: [len(text) for text in completions], "length")
@@ -37,7 +39,7 @@ class FunctionReward:
             rewards = self._function(group.prompt, texts, **metadata)
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise ValueError(f"reward {self._name} raised {type(error).__name__} on {where(group)}: {error}") from error
-        return self._checked(rewards, group)
+        return _shared(texts, self._checked(rewards, group))
 
     def _checked(self, rewards: object, group: Group) -> list[float | None]:
         prefix = f"reward {self._name} on {where(group)}"
@@ -61,6 +63,15 @@ def load_function(name: str) -> Callable[..., object]:
         ValueError: the name has another form, or the module or the function in it can't be loaded.
     """
     return load_named(name, what="reward", others="'reasoning_gym'")
+
+
+def _shared(texts: Sequence[str], rewards: Sequence[float | None]) -> list[float | None]:
+    """The rewards, one for equal texts: a function that is random, or reads what differs between copies, gives them several."""
+    of_text: dict[str, list[float]] = {text: [] for text in texts}
+    for text, reward in zip(texts, rewards, strict=True):
+        of_text[text] += [] if reward is None else [reward]
+    one = {text: None if not own else own[0] if len(set(own)) == 1 else sum(own) / len(own) for text, own in of_text.items()}
+    return [one[text] for text in texts]
 
 
 def _number(value: object, prefix: str) -> float | None:

@@ -17,8 +17,8 @@ _FEW = 20
 class Guarded:
     """Scores with another source; a candidate on which that fails has no reward, and is counted.
 
-    A group on which it fails or hangs is scored again candidate by candidate, so that a bad completion costs only its own
-    reward.
+    A group on which it fails or hangs is scored again candidate by candidate, equal ones once, so that a bad completion costs
+    only its own reward.
 
     Args:
         source: what scores.
@@ -49,14 +49,20 @@ class Guarded:
         except ValueError:
             if self._share == 0:
                 raise
+        alone: dict[str, list[float | None] | ValueError] = {}
         rewards: list[float | None] = []
         for candidate in group.candidates:
-            try:
-                rewards += self._timed(replace(group, candidates=[candidate]))
-            except ValueError as error:
+            same = repr((candidate.completion, candidate.finished))
+            if same not in alone:
+                try:
+                    alone[same] = self._timed(replace(group, candidates=[candidate]))
+                except ValueError as error:
+                    alone[same] = error
+            found = alone[same]
+            if isinstance(found, ValueError):
                 self.num_failed += 1
-                self.first_failure = self.first_failure or str(error)
-                rewards.append(None)
+                self.first_failure = self.first_failure or str(found)
+            rewards += [None] if isinstance(found, ValueError) else found
         if self.num_scored >= _FEW:
             self.check()
         return rewards

@@ -26,7 +26,8 @@ class JudgeReward:
 
     Pointwise, a reward is the rating. Pairwise, it is the share of comparisons won within the group, a tie counting half; each
     pair is judged in both orders and counts the mean of the two, so that a judge who always prefers the first answer has no
-    effect.
+    effect. Equal completions have one reward: they are compared with the others once for all of them, and where there are no
+    others they are tied, which nobody is asked about.
 
     Args:
         config: where the judge is, and what it is asked.
@@ -61,15 +62,16 @@ class JudgeReward:
         return [[next(ratings) for _ in group.candidates] for group in groups]
 
     def _win_shares(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        pairs = [(g, a, b) for g, group in enumerate(groups) for a, b in self._pairs(group)]
-        texts = [completion_texts(group) for group in groups]
+        every = [completion_texts(group) for group in groups]
+        texts = [list(dict.fromkeys(row)) for row in every]
+        pairs = [(g, a, b) for g, group in enumerate(groups) for a, b in self._pairs(group.id, len(texts[g]))]
         asked = [
             {"prompt": prompt_text(groups[g]), "completion_a": texts[g][first], "completion_b": texts[g][second]}
             for g, a, b in pairs
             for first, second in ((a, b), (b, a))
         ]
         verdicts = self._verdicts(asked, _read_choice)
-        won: list[list[list[float]]] = [[[] for _ in group.candidates] for group in groups]
+        won: list[list[list[float]]] = [[[] for _ in row] for row in texts]
         for (g, a, b), forward, backward in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
             if forward is None or backward is None:
                 continue
@@ -77,16 +79,21 @@ class JudgeReward:
             share = (forward + 1 - backward) / 2
             won[g][a].append(share)
             won[g][b].append(1 - share)
-        return [[sum(shares) / len(shares) if shares else None for shares in group] for group in won]
+        found: list[list[float | None]] = []
+        for row, distinct, shares in zip(every, texts, won, strict=True):
+            tied = 0.5 if len(distinct) == 1 < len(row) else None
+            share_of = {text: sum(own) / len(own) if own else tied for text, own in zip(distinct, shares, strict=True)}
+            found.append([share_of[text] for text in row])
+        return found
 
-    def _pairs(self, group: Group) -> list[tuple[int, int]]:
-        """Pairs to compare: all, or so many that each completion has about ``opponents`` others."""
-        every = list(itertools.combinations(range(len(group.candidates)), 2))
+    def _pairs(self, group_id: str, number: int) -> list[tuple[int, int]]:
+        """Pairs of a group's completions to compare: all, or so many that each completion has about ``opponents`` others."""
+        every = list(itertools.combinations(range(number), 2))
         wanted = self._config.opponents
-        if wanted is None or wanted >= len(group.candidates) - 1:
+        if wanted is None or wanted >= number - 1:
             return every
-        random.Random(group.id).shuffle(every)
-        met = [0] * len(group.candidates)
+        random.Random(group_id).shuffle(every)
+        met = [0] * number
         chosen = []
         for a, b in every:
             if met[a] < wanted and met[b] < wanted:

@@ -76,14 +76,18 @@ class ModelReward:
         encoded = [self._encode(group, text) for group in groups for text in completion_texts(group)]
         keys = [Store.key("reward model", self._identity, ids) for ids in encoded]
         found: list[float | None] = [None if self._store is None else self._store.get(key) for key in keys]
-        open_ = sorted((index for index, value in enumerate(found) if value is None), key=lambda index: -len(encoded[index]))
+        # Equal texts are one row: in rows of different batches their scores could differ by rounding.
+        first = {key: index for index, key in reversed([*enumerate(keys)]) if found[index] is None}
+        open_ = sorted(first.values(), key=lambda index: (-len(encoded[index]), index))
+        new: dict[str, float | None] = {}
         for start in range(0, len(open_), self._batch_size):
             batch = open_[start : start + self._batch_size]
             for index, value in zip(batch, self._logits([encoded[index] for index in batch]), strict=True):
                 usable = abs(value) <= MAX_NUMBER  # also false of NaN
-                found[index] = value if usable else None
+                new[keys[index]] = value if usable else None
                 if self._store is not None and usable:
                     self._store.put(keys[index], value)
+        found = [new.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
         rewards = iter(found)
         return [[next(rewards) for _ in group.candidates] for group in groups]
 

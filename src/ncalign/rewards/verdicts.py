@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ncalign.data.groups import Message
-from ncalign.generation.client import Choice, Request, Server, ServerError, Usage
+from ncalign.generation.client import Choice, Server, ServerError, Usage
+from ncalign.generation.questions import Request
 from ncalign.generation.refusals import TOO_LONG, Changes
 
 Verdict = TypeVar("Verdict")
