@@ -63,7 +63,7 @@ def test_with_no_flags_two_models_follow_instructions(tmp_path: Path, tiny_model
 
 def by_answer(body: dict[str, Any], number: int) -> str:
     """Prefers answers that say good."""
-    first, second = re.findall(r"<answer_[ab]>\n(.*?)\n</answer", body["messages"][-1]["content"], flags=re.DOTALL)
+    first, second = re.findall(r"<answer_[ab] \w+>\n(.*?)\n</answer", body["messages"][-1]["content"], flags=re.DOTALL)
     return f"[[{'A>>B' if 'good' in first and 'good' not in second else 'B>A' if 'good' in second else 'A=B'}]]"
 
 
@@ -173,7 +173,7 @@ def test_ratings_by_turn_and_category(tmp_path: Path) -> None:
 
     def rate(body: dict[str, Any], number: int) -> str:
         prompt = body["messages"][-1]["content"]
-        rating = 8 - 3 * ("bad" in prompt) + ("<reference>" in prompt) - (" two" in prompt)
+        rating = 8 - 3 * ("bad" in prompt) + ("<reference " in prompt) - (" two" in prompt)
         return f"So [[{rating}]]"
 
     with serving(ServerDouble(rate)) as url:

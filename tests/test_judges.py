@@ -208,7 +208,7 @@ def test_ratings_with_references_and_two_turns() -> None:
 
     def answer(body: dict[str, Any], number: int) -> str:
         prompt = body["messages"][-1]["content"]
-        if "<reference>" in prompt:
+        if "<reference " in prompt:
             return "[[9]]" if "six it is" in prompt and "Assistant: mine 0" in prompt else "[[7.5]]"
         return "[[11]]" if "More." in prompt else "[[3]] as I said [[3]]"
 
@@ -368,7 +368,7 @@ def test_references_are_shown_where_mt_bench_shows_them(mode: str) -> None:
         prompt = body["messages"][-1]["content"]
         asked = re.search(r"Ask (\d)", prompt)
         assert asked is not None
-        shown.setdefault(categories[int(asked[1])], set()).add("<reference>" in prompt and "known" in prompt)
+        shown.setdefault(categories[int(asked[1])], set()).add("<reference " in prompt and "known" in prompt)
     assert {name for name, found in shown.items() if found == {True}} == {"math", "reasoning", "coding", "", "my own"}
     assert {name for name, found in shown.items() if found == {False}} == {
         "stem",

@@ -280,9 +280,9 @@ def judged(answer: Callable[[str], str], **config: Any) -> tuple[ServerDouble, C
 
 
 def inside(text: str, tag: str) -> str:
-    found = re.search(rf"<{tag}>\n(.*?)\n</{tag}>", text, flags=re.DOTALL)
+    found = re.search(rf"<{tag} (\w+)>\n(.*?)\n</{tag} \1>", text, flags=re.DOTALL)
     assert found is not None
-    return found[1]
+    return found[2]
 
 
 def test_ratings() -> None:

@@ -11,7 +11,16 @@ import numpy as np
 from ncalign.core.atomic import write_jsonl_atomic
 from ncalign.core.outputs import renew
 from ncalign.core.progress import say
-from ncalign.judging.counts import VERDICTS, Counting, Results, add_accounts, add_comparisons, count_games, count_ratings
+from ncalign.judging.counts import (
+    VERDICTS,
+    Counting,
+    Results,
+    add_accounts,
+    add_comparisons,
+    add_missing,
+    count_games,
+    count_ratings,
+)
 from ncalign.judging.interop import (
     write_alpaca_annotations,
     write_arena_judgements,
@@ -21,6 +30,7 @@ from ncalign.judging.interop import (
 from ncalign.judging.judge_prompts import num_without_reference
 from ncalign.judging.judges import RewardJudge, ServerJudge
 from ncalign.judging.records import Answers, Question
+from ncalign.stats.missing import compare_missing
 from ncalign.stats.preferences import question_preferences
 from ncalign.stats.records import Game, Rating
 
@@ -94,6 +104,8 @@ def _add_mean_rewards(
     }
     results.values["mean_reward"] = {name: float(np.mean(list(rewards.values()))) for name, rewards in known.items() if rewards}
     baseline = list(answers)[1]
+    lacking = {name: len(given) - len(known[name]) for name, given in answers.items()}
+    add_missing("missing_rewards", compare_missing(lacking, {name: len(given) for name, given in answers.items()}), results)
     others = {f"mean reward: {baseline} to {name}": (known[baseline], known[name]) for name in known if name != baseline}
     add_comparisons(others, results, counting)
 

@@ -26,7 +26,7 @@ class EvalJudgeConfig(Frozen):
     template: Path | None = Field(
         None,
         description="File with the judge's prompt, which holds {question}, {answer_a} and {answer_b}, or "
-        "{conversation} and {answer}; none: the bundled prompt.",
+        "{conversation} and {answer}, and may hold {mark}; none: the bundled prompt.",
     )
     max_tokens: int = Field(1024, ge=1, description="Maximum number of tokens of a verdict in words.")
     attempts: int = Field(3, ge=1, description="Number of times that a verdict is asked for until one can be read.")

@@ -33,6 +33,7 @@ from ncalign.stats.arena_hard import arena_hard_scores
 from ncalign.stats.bradley_terry import bradley_terry
 from ncalign.stats.intervals import Bounds
 from ncalign.stats.length_control import DifficultyTable, LengthControlled, length_controlled_win_rate
+from ncalign.stats.missing import MissingShares, missing_by_model, missing_by_order
 from ncalign.stats.mt_bench import HIGHEST, LOWEST, mt_bench, question_scores
 from ncalign.stats.paired import PairedComparison, paired_comparison, paired_values
 from ncalign.stats.preferences import QuestionPreferences, complete_games, question_preferences
@@ -106,6 +107,9 @@ def count_games(
     Raises:
         ValueError: there is no verdict in both orders of any question.
     """
+    add_missing("missing_by_model", missing_by_model(games), results)
+    if ordered:
+        add_missing("missing_by_order", missing_by_order(games), results)
     pairs = list(dict.fromkeys((game.model, game.baseline) for game in games))
     preferences = {
         model: question_preferences([game for game in games if (game.model, game.baseline) == (model, baseline)])
@@ -224,6 +228,7 @@ def _strengths(games: Sequence[Game], answers: Mapping[str, Answers] | None, *, 
 
 def count_ratings(ratings: Sequence[Rating], results: Results, counting: Counting) -> None:
     """Add what ratings say: means by turn and category, and models compared question by question."""
+    add_missing("missing_by_model", missing_by_model(ratings), results)
     scores = mt_bench(ratings)
     results.add("ratings", scores, mt_bench_table(scores))
     results.charts["ratings.png"] = category_chart(scores)
@@ -252,6 +257,14 @@ def add_comparisons(
             )
     if results.comparisons:
         results.add("comparisons", results.comparisons, comparison_table(results.comparisons))
+
+
+def add_missing(name: str, shares: MissingShares, results: Results) -> None:
+    """Add what is missing of each model or order, where something is, and say so where they differ by more than chance."""
+    if sum(shares.missing.values()):
+        results.values[name] = shares
+    if shares.differ:
+        results.lines.append(shares.text())
 
 
 def add_accounts(accounts: Sequence[Account], results: Results) -> None:

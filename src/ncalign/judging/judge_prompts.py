@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ncalign.judging.records import Answer, Answers, Question
-from ncalign.rewards.verdicts import fill, load_template, transcript
+from ncalign.rewards.verdicts import fill, load_template, mark_of, transcript
 
 # MT-Bench's categories: FastChat shows the judge a reference answer in the first, and none in the second.
 _BY_REFERENCE = frozenset({"math", "reasoning", "coding"})
@@ -41,12 +41,15 @@ def pair_prompts(template: str, questions: Sequence[Question], ours: Answers, th
     """Each question twice: our answer first, and theirs first."""
     prompts = []
     for question in questions:
-        known = _references(question)
-        reference = f"\n<reference>\n{_joined(known)}\n</reference>\n" if known else ""
+        known = _joined(_references(question))
         for first, second in ((ours, theirs), (theirs, ours)):
             answer_a, answer_b = (_joined(answers[question.id].turns) for answers in (first, second))
-            texts = {"question": _joined(question.turns), "reference": reference, "answer_a": answer_a, "answer_b": answer_b}
-            prompts.append(fill(template, texts))
+            texts = {"question": _joined(question.turns), "reference": known, "answer_a": answer_a, "answer_b": answer_b}
+            mark = mark_of(texts)
+            # A prompt of the user's own that has no place for the mark is filled as it always was.
+            tag = f"reference {mark}" if "{mark}" in template else "reference"
+            reference = f"\n<{tag}>\n{known}\n</{tag}>\n" if known else ""
+            prompts.append(fill(template, {"mark": mark, **texts, "reference": reference}))
     return prompts
 
 
@@ -68,7 +71,7 @@ def _rating_prompt(templates: Mapping[str, str], question: Question, answer: Ans
     reference = _joined(known[: turn + 1]) if turn < len(known) else ""
     conversation = transcript(question.conversation(answer.turns[:turn]))
     texts = {"conversation": conversation, "answer": answer.turns[turn], "reference": reference}
-    return fill(templates["reference" if reference else "rating"], texts)
+    return fill(templates["reference" if reference else "rating"], {"mark": mark_of(texts), **texts})
 
 
 def num_without_reference(questions: Sequence[Question]) -> int:

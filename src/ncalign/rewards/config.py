@@ -25,7 +25,7 @@ class JudgeConfig(Frozen):
     template: Path | None = Field(
         None,
         description="File with the judge's prompt, which holds {prompt} and {completion}, or {completion_a} and "
-        "{completion_b}; none: the bundled prompt.",
+        "{completion_b}, and may hold {mark}; none: the bundled prompt.",
     )
     lowest: float = Field(1.0, ge=-MAX_NUMBER, le=MAX_NUMBER, description="Lowest rating that is accepted.")
     highest: float = Field(10.0, ge=-MAX_NUMBER, le=MAX_NUMBER, description="Highest rating that is accepted.")

@@ -16,7 +16,7 @@ from ncalign.model.chat import as_messages
 from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.reading import read_label, read_rating
-from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, transcript
+from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, mark_of, transcript
 
 _WORTH = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 
@@ -106,7 +106,8 @@ class JudgeReward:
 
     def _verdicts(self, asked: Sequence[dict[str, str]], read: Callable[[Choice], float | None]) -> list[float | None]:
         scale = {"lowest": f"{self._config.lowest:g}", "highest": f"{self._config.highest:g}"}
-        prompts, body = [fill(self._template, scale | texts) for texts in asked], {"max_tokens": self._config.max_tokens}
+        prompts = [fill(self._template, {**scale, "mark": mark_of(texts), **texts}) for texts in asked]
+        body = {"max_tokens": self._config.max_tokens}
         return ask_verdicts(self._server, prompts, read, attempts=self._config.attempts, body=body, account=self.account)
 
 

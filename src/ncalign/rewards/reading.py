@@ -1,8 +1,8 @@
 """What a judge's words say: a label that compares two answers, or a rating.
 
 A verdict may be quoted (from the answers that are judged), weighed and dropped, or repeated from the question. What counts is
-the last line that ends with a verdict of the judge's own; where such a line holds several, or no line does and the text holds
-several, the judge has not said which it means.
+the last line that is nothing but a verdict; where there is none, the last that ends with a verdict of the judge's own; where
+such a line holds several, or no line does and the text holds several, the judge has not said which it means.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
 _OPEN_THOUGHT = re.compile(r"\s*<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
@@ -30,7 +31,7 @@ _NAMED = (
 _BEFORE, _AFTER = r"[\s\"#({\[:=-]*", r"[\s\")}\].!]*"
 
 # Of a line that says no more than a verdict.
-_LONGEST_LAST_LINE = 200
+_LONGEST_LINE = 200
 
 _DECIDED = {">>": "A>>B", ">": "A>B", "=": "A=B", "<": "B>A", "<<": "B>>A"}
 _MIRRORED = {"A>>B": "B>>A", "A>B": "B>A", "A=B": "A=B", "B>A": "A>B", "B>>A": "A>>B"}
@@ -115,24 +116,40 @@ def _lines(text: str) -> list[str]:
     return [_QUOTED.sub(" ", line) for line in lines if line.strip() and not line.lstrip().startswith(">")]
 
 
-def _of_line(line: str, verdict: str) -> tuple[list[str], bool]:
-    """The verdicts of a line, and whether it ends with one."""
+class _Line(NamedTuple):
+    """The verdicts of a line, whether it ends with one, and whether it says nothing else."""
+
+    verdicts: list[str]
+    ends: bool
+    alone: bool
+
+
+def _of_line(line: str, verdict: str) -> _Line:
     found = list(re.finditer(verdict, line, re.IGNORECASE))
     ends = bool(found) and re.fullmatch(_AFTER, line[found[-1].end() :]) is not None
-    return [one[1] for one in found], ends
+    return _Line([one[1] for one in found], ends, ends and len(found) == 1 and _is_alone(line, verdict))
 
 
-def _verdict(lines: Sequence[tuple[list[str], bool]]) -> str | None:
-    """The verdict of the last line that ends with one, else the only one there is; None where there are several."""
-    closing = [found for found, ends in lines if ends]
-    among = closing[-1] if closing else [one for found, _ in lines for one in found]
+def _is_alone(line: str, verdict: str) -> bool:
+    return len(line) <= _LONGEST_LINE and re.fullmatch(_line_of(verdict), line, re.IGNORECASE) is not None
+
+
+def _line_of(verdict: str) -> str:
+    """A line that is a verdict and at most its name."""
+    return rf"{_BEFORE}(?:{_NAMED}{_BEFORE})?{verdict}{_AFTER}"
+
+
+def _verdict(lines: Sequence[_Line]) -> str | None:
+    """The verdict that stands alone last, or ends a line last, else the only one there is; None where there are several."""
+    chosen = [line for line in lines if line.alone][-1:] or [line for line in lines if line.ends][-1:] or lines
+    among = [one for line in chosen for one in line.verdicts]
     return among[-1] if len({re.sub(r"\s", "", one).upper() for one in among}) == 1 else None
 
 
 def _unbracketed(lines: Sequence[str], verdict: str) -> str | None:
     """A verdict without double brackets: it is all that the last line says, or all that follows its name there."""
-    if not lines or len(lines[-1]) > _LONGEST_LAST_LINE:
+    if not lines or len(lines[-1]) > _LONGEST_LINE:
         return None
-    found = re.fullmatch(rf"{_BEFORE}(?:{_NAMED}{_BEFORE})?({verdict}){_AFTER}", lines[-1], re.IGNORECASE)
+    found = re.fullmatch(_line_of(f"({verdict})"), lines[-1], re.IGNORECASE)
     cut = found is not None and "[" in found[0] and "]" not in found[0]
     return None if found is None or cut else found[1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -21,6 +22,7 @@ from ncalign.rewards.guard import Guarded
 from ncalign.rewards.judge import JudgeReward
 from ncalign.rewards.sources import check_failures, members, reward_dtype, reward_source, source_record
 from ncalign.rewards.verifiable import ReasoningGymReward
+from ncalign.stats.missing import compare_missing
 
 _TOGETHER = 32
 """Groups given to a source at a time: the batches of a judge or a model hold completions of several."""
@@ -36,6 +38,8 @@ class ScoreCounts:
         unknown: candidates left without a reward.
         groups_with_spread: groups in which two candidates have different rewards; only they can teach a preference.
         total: sum of the known rewards.
+        unknown_by_source: candidates left without a reward, of those whose source is recorded.
+        candidates_by_source: candidates whose source is recorded.
     """
 
     groups: int = 0
@@ -43,6 +47,8 @@ class ScoreCounts:
     unknown: int = 0
     groups_with_spread: int = 0
     total: float = 0.0
+    unknown_by_source: Counter[str] = field(default_factory=Counter)
+    candidates_by_source: Counter[str] = field(default_factory=Counter)
 
     def add(self, group: Group) -> None:
         """Count a group."""
@@ -53,6 +59,10 @@ class ScoreCounts:
         self.unknown += len(rewards) - len(known)
         self.groups_with_spread += len(set(known)) > 1
         self.total += sum(known)
+        for candidate in group.candidates:
+            if candidate.source is not None:
+                self.candidates_by_source[candidate.source] += 1
+                self.unknown_by_source[candidate.source] += candidate.reward is None
 
     def result(self) -> dict[str, int | float]:
         """The counts, and the mean of the known rewards, NaN when there is none, as a verb's results name them."""
@@ -147,6 +157,19 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     }
     if dtype is not None:
         result["dtype"] = dtype
+    result |= _of_sources(source)
+    if counts.unknown_by_source.total():
+        result["unknown_by_source"] = dict(counts.unknown_by_source)
+    shares = compare_missing(counts.unknown_by_source, counts.candidates_by_source)
+    if shares.differ:
+        say(f"warning: {shares.text('rewards')}")
+    result["failed_rewards"] = check_failures(source)
+    return result
+
+
+def _of_sources(source: RewardSource) -> dict[str, object]:
+    """What verifiers refused and what judging took; missing verdicts are told."""
+    result: dict[str, object] = {}
     for part in members(source):
         if isinstance(part, Guarded) and isinstance(part.source, ReasoningGymReward):
             result["refused_by_verifier"] = part.source.num_refused
@@ -161,5 +184,4 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
             }
             if part.account.missing:
                 say(f"warning: {part.account.text()}")
-    result["failed_rewards"] = check_failures(source)
     return result
