@@ -442,7 +442,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "reading": (run, "load_groups"),
     "reference": (reference.ReferenceCache, "add"),
     "training": (loop.Loop, "step"),
-    "checkpoint": (sys.modules["ncalign.training.checkpoint"], "_sync"),
+    "checkpoint": (sys.modules["ncalign.training.checkpoint"], "_checksums"),
     "model": (export, "_write_weights"),
 }
 

@@ -15,12 +15,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from conftest import group_row
+from ncalign.core.locks import locked
 from ncalign.core.parallel import ALONE, CHUNK, map_chunks
 from ncalign.model.encoding import Encoder
 from ncalign.objectives import NCA, build_method
 from ncalign.training import data
 from ncalign.training.data import load_groups
-from ncalign.training.run_folder import _locked
 
 MANY = CHUNK * (ALONE + 20) + 5
 
@@ -81,13 +81,13 @@ def test_killed_while_it_encodes_a_run_leaves_no_worker_and_no_lock(tmp_path: Pa
 import os, sys, time
 from pathlib import Path
 from ncalign.core.parallel import map_chunks
-from ncalign.training.run_folder import _locked
+from ncalign.core.locks import locked
 
 def work(items):
     Path({str(tmp_path)!r}, str(os.getpid())).touch()
     time.sleep(0.2)
 
-with _locked(Path({str(tmp_path)!r})):
+with locked(Path({str(tmp_path)!r}), busy='busy'):
     list(map_chunks(work, range(10**6), workers=2, size=1, alone=0))
 """
     parent = subprocess.Popen([sys.executable, "-c", program])
@@ -96,7 +96,7 @@ with _locked(Path({str(tmp_path)!r})):
     finally:
         parent.kill()
         parent.wait()
-    with _locked(tmp_path):
+    with locked(tmp_path, busy="busy"):
         wait_for(lambda: [pid for pid in workers if is_running(pid)], lambda left: not left)
 
 

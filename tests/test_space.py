@@ -66,13 +66,13 @@ class TestBefore:
     ) -> None:
         estimate = planned(train, capsys, *flags)["disk_mib"] * 2**20
         largest = [0]
-        sync = checkpoint._sync
+        checksums = checkpoint._checksums
 
-        def measured(folder: Path) -> None:
+        def measured(folder: Path) -> dict[str, str]:
             largest[0] = max(largest[0], size_of(Path("run/checkpoints")))
-            sync(folder)
+            return checksums(folder)
 
-        monkeypatch.setattr(checkpoint, "_sync", measured)
+        monkeypatch.setattr(checkpoint, "_checksums", measured)
         assert train(*flags) == 0
         # The model is written while the last two checkpoints and the metrics are there.
         taken = largest[0] + size_of(Path("run/model"))

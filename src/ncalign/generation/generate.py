@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from ncalign.core.outputs import claim
 from ncalign.core.progress import say
@@ -136,13 +137,11 @@ def _say_how_prompts_are_given(config: GenerateConfig, prompts: Sequence[Group],
         say(warning)
 
 
-def _generator(config: GenerateConfig) -> tuple[Generator, str, Store | None, Precision | None, bool | None]:
-    """The generator and its model's name; a server's answers; a local model's precision, and if it has a chat template."""
+def _generator(config: GenerateConfig, answers: Store | None) -> tuple[Generator, str, Precision | None, bool | None]:
+    """The generator and its model's name; a local model's precision, and whether it has a chat template."""
     if config.server is not None:
-        # What a server answered is kept until the output is written.
-        answers = Store(config.output.with_name(f".{config.output.name}.answers"))
         server = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
-        return server, config.server.model, answers, None, None
+        return server, config.server.model, None, None
     assert config.model is not None
     dtype = resolve_dtype(config.dtype)
     model, tokenizer = load_for_generation(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
@@ -150,7 +149,28 @@ def _generator(config: GenerateConfig) -> tuple[Generator, str, Store | None, Pr
     local = TransformersGenerator(
         model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size, today=today
     )
-    return local, config.model, None, dtype, bool(tokenizer.chat_template)
+    return local, config.model, dtype, bool(tokenizer.chat_template)
+
+
+def _answers_file(config: GenerateConfig) -> Path | None:
+    """Where a server's answers are kept until the output is written and on disk; None for a local model."""
+    return config.output.with_name(f".{config.output.name}.answers") if config.server is not None else None
+
+
+def _call(config: GenerateConfig) -> str:
+    return Store.key("call", config.model_dump(mode="json"))
+
+
+def _claim(config: GenerateConfig) -> None:
+    """Refuse to replace a file, unless the very same call wrote it and was killed before it had tidied up."""
+    path, output = _answers_file(config), config.output
+    stopped = False
+    if path is not None and path.is_file() and output.is_file() and not config.overwrite:
+        answers = Store(path)
+        stopped = answers.get(_call(config)) is not None
+        answers.close()
+    inputs = {"prompts": config.prompts, "model": config.model}
+    claim(output, verb="generate", inputs=inputs, overwrite=config.overwrite or stopped)
 
 
 def run_generate(config: GenerateConfig) -> dict[str, object]:
@@ -163,8 +183,7 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
     Raises:
         ValueError: the prompts can't be read, the model can't be loaded or a prompt doesn't fit it; nothing is written.
     """
-    inputs = {"prompts": config.prompts, "model": config.model}
-    claim(config.output, verb="generate", inputs=inputs, overwrite=config.overwrite)
+    _claim(config)
     check_output(config.output)
     report = ReadReport()
     groups_read = read_groups(
@@ -175,7 +194,9 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
     if notice := report.notice(config.prompts):
         say(notice)
-    generator, name, answers, dtype, has_template = _generator(config)
+    kept = _answers_file(config)
+    answers = None if kept is None else Store(kept)
+    generator, name, dtype, has_template = _generator(config, answers)
     _say_how_prompts_are_given(config, prompts, generator.string_prompts)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     left_out = LeftOutPrompts() if config.on_bad_row == "skip" else None
@@ -201,6 +222,8 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{name} gave only empty completions to {config.prompts}: {for_empty}")
     if warning := incomplete_warning(counts.empty, cut, counts.empty + counts.candidates, for_empty=for_empty, for_cut=for_cut):
         say(f"warning: {warning}")
+    if answers is not None:
+        answers.put(_call(config), "writes the output")
     write_groups(answered, config.output)
     if answers is not None:
         answers.delete()

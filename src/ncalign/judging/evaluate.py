@@ -15,6 +15,7 @@ import torch
 from ncalign.core.atomic import check_writable
 from ncalign.core.cache import cache_folder
 from ncalign.core.hub import only_cached
+from ncalign.core.locks import held
 from ncalign.core.outputs import Inputs, claim, record, recorded, remove
 from ncalign.core.progress import say
 from ncalign.core.store import Store
@@ -58,6 +59,12 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ServerError: a judge answers nothing at all; what it answered is kept.
     """
     folder = config.output_dir
+    check_writable(folder / "results.json")
+    with held(folder, busy=f"another process is evaluating into {folder}: wait for it, or give another output_dir"):
+        return _claimed(config, folder)
+
+
+def _claimed(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     asked, earlier = _asked(config), _earlier(folder)
     claim(
         folder,
@@ -69,7 +76,6 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     if earlier == asked and not config.overwrite:
         say(f"{folder} holds the results of this same evaluation: they are made anew from the kept answers and verdicts")
-    check_writable(folder / "results.json")
     kind: Kind = "tasks" if config.tasks else "verdicts" if config.judgements else "answers"
     _check(config, kind)
     with recorded(folder, [*ENTRIES, *_ON_THE_WAY], verb="evaluate"):

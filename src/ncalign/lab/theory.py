@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic, write_text_atomic
-from ncalign.core.outputs import claim, record
+from ncalign.core.outputs import claim, renew
 from ncalign.core.progress import Bar
 from ncalign.lab import concepts, fixed_points, identities, normalizer, online, optima
 from ncalign.lab.report import page, plot, table
@@ -79,7 +79,8 @@ def run_lab(output_dir: Path | None, *, overwrite: bool = False) -> dict[str, ob
         ValueError: It holds an earlier call's results, or files of these names that are not ours.
     """
     if output_dir is not None:
-        claim(output_dir, ENTRIES, verb="lab", inputs={}, overwrite=overwrite)
+        own = () if (output_dir / ENTRIES[0]).exists() else ENTRIES
+        claim(output_dir, ENTRIES, verb="lab", inputs={}, overwrite=overwrite, own=own)
         check_writable(output_dir / "theory.json")
     statements: list[Statement] = []
     curves: list[Curve] = []
@@ -95,13 +96,13 @@ def run_lab(output_dir: Path | None, *, overwrite: bool = False) -> dict[str, ob
 
 
 def _write(folder: Path, statements: Sequence[Statement], curves: Sequence[Curve]) -> list[str]:
-    """Write the files and return their paths; the page last, so that it never stands alone."""
+    """Write the files and return their paths; the statements last: without them, an earlier call was stopped."""
     images = {curve.name: plot(curve) for curve in curves}
     written = [folder / "theory.json", *(folder / f"{name}.png" for name in images), folder / "theory.html"]
-    record(folder, [path.name for path in written], verb="lab")
-    write_json_atomic([statement.row() for statement in statements], written[0])
+    renew(folder, [path.name for path in written], verb="lab")
     for name, image in images.items():
         with atomic_path(folder / f"{name}.png") as temporary:
             temporary.write_bytes(image)
     write_text_atomic(page(statements, curves, images), written[-1])
+    write_json_atomic([statement.row() for statement in statements], written[0])
     return [str(path) for path in written]

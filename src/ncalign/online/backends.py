@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 
+from ncalign.core.atomic import delete_folder
 from ncalign.core.store import Store
 from ncalign.generation.base import Generator
 from ncalign.generation.client import Server, ServerError
@@ -21,6 +21,8 @@ from ncalign.online.config import OnlineConfig
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
 from ncalign.training.run_folder import ROUNDS
+
+_WEIGHTS = "weights"
 
 
 class GeneratorOf(Protocol):
@@ -72,7 +74,6 @@ class Pushed:
     ) -> None:
         self._config, self._policy, self._engine, self._accelerator = config, policy, engine, accelerator
         self._generator = generator
-        self._last: Path | None = None
 
     def update(self, folder: Path) -> None:
         """Write the weights and have the generator load them."""
@@ -82,7 +83,7 @@ class Pushed:
             generator.server.version = version
         if self._config.push == "none":
             return
-        target = (folder / "weights").resolve()
+        target = (folder / _WEIGHTS).resolve()
         # An adapter goes as one, and a folder holds whole weights, whatever the run's model is to become at its end.
         merge = not adapter and self._config.training.lora is not None
         save_model(self._policy, self._engine.model, self._accelerator, merge=merge, card=None, target=target)
@@ -93,9 +94,11 @@ class Pushed:
         else:
             generator.server.post("//collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(target)}})
             generator.server.post("//reset_prefix_cache", {})
-        if self._last is not None and self._last != target:
-            shutil.rmtree(self._last, ignore_errors=True)
-        self._last = target
+        # Of this process or of one that was killed.
+        rounds = self._config.training.output_dir / ROUNDS
+        for earlier in (*rounds.glob(f"*/{_WEIGHTS}"), *rounds.glob(_WEIGHTS)):
+            if earlier.resolve() != target:
+                delete_folder(earlier)
 
     def get(self) -> Generator:
         """The generator."""

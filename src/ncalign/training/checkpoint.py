@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from ncalign.core.atomic import removed_on_error
+from ncalign.core.atomic import atomic_folder, delete_folder
 from ncalign.core.outputs import record
 
 _PREFIX = "step-"
@@ -50,7 +48,6 @@ def save_checkpoint(
 ) -> Path:
     """Write a step's checkpoint, with further tensors where a run has some, and delete all but the last ``keep``."""
     folder = checkpoint_folder(run_folder, step)
-    temporary = folder.with_name(f".{folder.name}.tmp")
     if isinstance(model, FSDPModule):
         # A pass without gradients leaves the root's own weights gathered, and the optimizer does not know them so.
         model.reshard()
@@ -59,11 +56,9 @@ def save_checkpoint(
     moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights: dict[str, Any] = dict(get_model_state_dict(model, options=options))
-    with removed_on_error(temporary, folder):
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            record(folder.parent, [f"{_PREFIX}*"], verb="train")
-            temporary.mkdir(parents=True)
+    if accelerator.is_main_process:
+        record(folder.parent, [f"{_PREFIX}*"], verb="train")
+    with atomic_folder(folder, first=accelerator.is_main_process) as temporary:
         accelerator.wait_for_everyone()
         save_file(_random_state(), temporary / f"random-{accelerator.process_index}.safetensors")
         if accelerator.is_main_process:
@@ -76,12 +71,9 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary)))
-            _sync(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
     if accelerator.is_main_process:
         for old in find_checkpoints(run_folder)[:-keep]:
-            shutil.rmtree(old)
+            delete_folder(old)
     accelerator.wait_for_everyone()
     return folder
 
@@ -186,12 +178,3 @@ def _flat_moments(moments: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _unshared(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tied weights appear once each in a safetensors file: give every name memory of its own."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

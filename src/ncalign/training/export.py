@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ncalign.core.atomic import removed_on_error, write_text_atomic
+from ncalign.core.atomic import atomic_folder, write_text_atomic
 from ncalign.core.outputs import foreign, record
 from ncalign.model.adapters import merged, quiet_peft, shallow_copy
 from ncalign.model.logprobs import base_causal_model
@@ -87,22 +86,15 @@ def _write_model(policy: Policy, state: dict[str, Any], *, merge: bool, card: st
     stranger = foreign(target)
     if stranger is not None:
         raise FileExistsError(f"{stranger} was put there by something else since this run began: it is left alone. Move it")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     named: dict[str, Any] = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
     weights = {name: named[name] for name in named.keys() - _aliases(policy.model)}
-    with removed_on_error(temporary, target):
-        temporary.mkdir(parents=True)
+    with atomic_folder(target) as temporary:
         with quiet_transformers(str(temporary)), as_stated(policy.dropout):
             _write_weights(policy, weights, temporary, merge=merge)
             policy.tokenizer.save_pretrained(temporary)
         if card is not None:
             write_text_atomic(card, temporary / "README.md")
         record(temporary, sorted(path.name for path in temporary.iterdir()), verb="train")
-        if target.is_symlink():
-            target.unlink()
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
 
 
 def merges(policy: Policy, config: TrainConfig) -> bool:

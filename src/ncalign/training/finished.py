@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from ncalign.core.atomic import removed_on_error, write_text_atomic
+from ncalign.core.atomic import atomic_folder, write_text_atomic
 from ncalign.core.outputs import record
 from ncalign.model.logprobs import LogprobModel
 from ncalign.model.policy import Policy
@@ -70,8 +70,5 @@ def export_finished(
 def _copy(source: Path, target: Path) -> None:
     """Copy a folder whole or not at all."""
     record(target.parent, [target.name], verb="train")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with removed_on_error(temporary, target):
-        shutil.copytree(source, temporary)
-        temporary.rename(target)
+    with atomic_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ import yaml
 
 from ncalign.core.atomic import explained, write_text_atomic
 from ncalign.core.json import json_ready
+from ncalign.core.locks import held
 from ncalign.core.outputs import Inputs, claim, recorded, remove
 from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
-
-if sys.platform != "win32":
-    import fcntl
 
 RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
     "results.json",
@@ -52,17 +49,6 @@ _FREE_ON_RESUME = frozenset(
         "max_tokens_per_batch",
     }
 )
-_locks: set[int] = set()
-
-
-def _leave_locks() -> None:
-    """In a process that was forked: a lock that it shared would outlive the process that took it."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_leave_locks)
 
 
 @contextlib.contextmanager
@@ -79,51 +65,24 @@ def claimed_run_folder(config: TrainConfig, *, verb: str, inputs: Inputs) -> Ite
         OSError: it can't be made, or written to.
     """
     folder = config.output_dir
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explained(error, folder, left="Give another output_dir") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_dir {folder} may not be written to: change its permissions or give another one")
-    try:
-        with _locked(folder):
-            claim(
-                folder,
-                ENTRIES,
-                verb=verb,
-                inputs=inputs,
-                overwrite=config.overwrite and not config.resume,
-                own=ENTRIES if config.resume else (),
-                instead="--resume goes on with it, ",
-            )
-            yield
-    finally:
-        # A run that fails before its first file leaves no trace; rmdir takes empty folders alone.
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back however the process ends."""
-    if sys.platform == "win32":
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    _locks.add(descriptor)
-    try:
+    busy = f"another process is training in {folder}: wait for it, or choose another output_dir"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {folder}: wait for it, or choose another output_dir") from None
-        except OSError:
-            pass  # some network file systems have no locks
+            stack.enter_context(held(folder, busy=busy))
+        except OSError as error:
+            raise explained(error, folder, left="Give another output_dir") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"output_dir {folder} may not be written to: change its permissions or give another one")
+        claim(
+            folder,
+            ENTRIES,
+            verb=verb,
+            inputs=inputs,
+            overwrite=config.overwrite and not config.resume,
+            own=ENTRIES if config.resume else (),
+            instead="--resume goes on with it, ",
+        )
         yield
-    finally:
-        _locks.discard(descriptor)
-        os.close(descriptor)
 
 
 def open_run_folder(config: TrainConfig, written: dict[str, Any], *, verb: str) -> None:
@@ -218,6 +177,8 @@ class MetricsFile:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(json_ready(row)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that says these steps are logged
         except OSError as error:
             os.truncate(self._path, whole)
             raise explained(error, self._path, left="Earlier lines and the last checkpoint are kept") from error
