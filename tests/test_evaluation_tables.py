@@ -58,6 +58,16 @@ def test_csv_gives_every_number_back_whole() -> None:
         assert row[2] == ("" if count is None else str(count))
 
 
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1+1", "-2+3+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\rx", " =1", "\uff1d1", '=HYPERLINK("http://x")']
+)
+def test_csv_keeps_text_from_being_a_formula(text: str) -> None:
+    table = Table((Column(text), Column("n")), ((text, -1.5), ("-1.5", -2), ("a-b=c", None)))
+    rows = list(csv.reader(io.StringIO(to_csv(table), newline="")))
+    written = "'" + text.replace("\r", "\n")
+    assert rows == [[written, "n"], [written, "-1.5"], ["-1.5", "-2"], ["a-b=c", ""]]
+
+
 def test_json_gives_every_number_back_whole_and_null_for_what_is_missing() -> None:
     table = Table((Column("a"), Column("b")), ((0.1 + 0.2, math.nan), (math.inf, "x"), (None, 3)))
     read = json.loads(json.dumps(to_json(table), allow_nan=False))

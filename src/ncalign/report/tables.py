@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ Cell = str | int | float | None
 MISSING = "–"
 _TERMINAL_WIDTH = 120
 _WHOLE = 40
+# Also the full-width signs, and behind white space, which some spreadsheets drop.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 _COMMANDS = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar", '"': "quotedbl"}
 _LATEX = str.maketrans(
     {character: rf"\{character}" for character in "{}$&#%_"}
@@ -116,13 +120,29 @@ def to_json(table: Table) -> dict[str, Any]:
 
 
 def to_csv(table: Table) -> str:
-    """Names and rows, with numbers whole and an empty field for missing ones; the caption is left out."""
+    """Names and rows, with numbers whole and an empty field for missing ones; the caption is left out.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([column.name for column in table.columns])
     # csv writes None as an empty field.
-    writer.writerows([map(json_ready, row) for row in table.rows])
+    writer.writerows([map(_csv_cell, row) for row in ([column.name for column in table.columns], *table.rows)])
     return stream.getvalue()
+
+
+def _csv_cell(cell: Cell) -> Cell:
+    value: Cell = json_ready(cell)
+    if not isinstance(value, str):
+        return value
+    # Python's csv does not quote a lone carriage return, and can't read it back.
+    value = value.replace("\r\n", "\n").replace("\r", "\n")
+    if not _FORMULA.match(value):
+        return value
+    with contextlib.suppress(ValueError):
+        float(value)
+        return value
+    return f"'{value}"
 
 
 def to_latex(table: Table) -> str:
