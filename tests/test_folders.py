@@ -185,6 +185,14 @@ def test_a_card_that_names_no_files_changes_nothing(card: str, tmp_path: Path) -
     assert prompts(folder) == ["a.jsonl", "b.jsonl"]
 
 
+def test_a_card_whose_aliases_never_end_is_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, ["a.jsonl"])
+    merged = "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 40))
+    (folder / "README.md").write_text(f"---\na0: &a0 {{x: 1}}\n{merged}\n---\n")
+    with pytest.raises(DataError, match=r"README\.md: the card can't be read: it holds more than 10\^12 values"):
+        read_groups(folder)
+
+
 def test_saved_splits_have_any_name(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, [f"{split}/data-{SHARD}.arrow" for split in ("fit", "judge")])
     (folder / "dataset_dict.json").write_text('{"splits": ["fit", "judge"]}')

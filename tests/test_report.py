@@ -13,6 +13,7 @@ from jinja2 import UndefinedError
 from ncalign.report.html import render
 from ncalign.report.online_page import write_rounds_report
 from ncalign.report.page import plot, read_metrics, write_report
+from ncalign.training.run_folder import MetricsFile
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}</style></pre>'
 ESCAPED = re.escape("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;{{ 7*7 }}{% raw %}&lt;/style&gt;&lt;/pre&gt;")
@@ -67,6 +68,27 @@ def test_only_logged_steps_are_plotted(run_folder: Path) -> None:
     rows = read_metrics(run_folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert plot(rows).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "end", [b'{"step": 3, "lo', b"\x00\x00\xff", b"[1]\n5\n", b'{"loss": 1.0}', b'{"step": null, "loss": 1}', b"[" * 9999]
+)
+def test_damaged_lines_of_the_metrics_are_told_and_left_out(
+    end: bytes, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + end)
+    assert write_report(run_folder).is_file()
+    assert "metrics.jsonl: " in (told := capsys.readouterr().err)
+    assert "damaged lines are left out (first: line 4)" in told
+    MetricsFile(path, keep_until=2, num_steps=9)
+    assert [row["step"] for row in map(json.loads, path.read_text().splitlines())] == [1, 2, 2]
+
+
+def test_damaged_results_are_named(run_folder: Path) -> None:
+    (run_folder / "results.json").write_text('{"method": ')
+    with pytest.raises(ValueError, match=r"results\.json is damaged \(.*rerun the verb"):
+        write_report(run_folder)
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

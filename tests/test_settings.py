@@ -238,6 +238,39 @@ def test_malformed_yaml(write, text: str, expected: str) -> None:
     assert problems(write(text, needed=False), NEEDED)[0].startswith(expected)
 
 
+def aliases(levels: int, inside: str = "[{}]") -> str:
+    """Each level holds the one before nine times over."""
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{n}: &a{n} " + inside.format(", ".join([f"*a{n - 1}"] * 9)) for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (aliases(6), "it holds 141,176 values once its aliases are written out; 100,000 are the most that are read"),
+        (aliases(40), "it holds more than 10^12 values once its aliases are written out"),
+        (aliases(40, "{{<<: [{}]}}"), "it holds more than 10^12 values"),
+        (
+            "a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 200)),
+            "it is nested more than 50 levels deep",
+        ),
+        ("seed: " + "[" * 5000, "it is nested more than 50 levels deep"),
+        ("seed: " + "[" * 60 + "]" * 60, "it is nested more than 50 levels deep"),
+        ("# " + "x" * 2**18, "it is larger than 256 KiB"),
+    ],
+    ids=["aliases", "more aliases", "merged aliases", "deep aliases", "open brackets", "brackets", "a large file"],
+)
+def test_yaml_beyond_all_bounds(write, text: str, expected: str) -> None:
+    (problem,) = problems(write(text), NEEDED)
+    assert problem.startswith(f"config file run.yaml: {expected}")
+
+
+def test_a_device_is_no_endless_file() -> None:
+    (problem,) = problems(Path("/dev/zero"))
+    assert problem.startswith("config file zero: it is larger than 256 KiB")
+
+
 def test_aliases_are_followed(write) -> None:
     config = load(TrainConfig, write("eval_data: &there e.jsonl\ncache_dir: *there\n"), {})
     assert config.cache_dir == config.eval_data == Path("e.jsonl")

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from ncalign.cli import other_names
 from ncalign.core import errors
+from ncalign.core import yaml as bounded_yaml
 from ncalign.core.config import fields
 from ncalign.core.errors import ConfigError
 
@@ -196,13 +197,15 @@ def read_yaml(path: Path) -> Draft:
     """Read a YAML mapping with the line of every key; scalars stay text.
 
     Raises:
-        ConfigError: The file can't be read, or isn't well-formed YAML with a mapping at its top.
+        ConfigError: The file can't be read, is beyond the bounds of `core.yaml`, or isn't well-formed YAML with a mapping at
+            its top.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = bounded_yaml.compose(bounded_yaml.read_text(path))
     except OSError as error:
         raise ConfigError([f"config file {path}: {error.strerror}; check --config"]) from None
+    except bounded_yaml.BoundsError as error:
+        raise ConfigError([f"config file {path}: {error}"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"config file {path}: not UTF-8 text (byte {error.start}); save it as UTF-8"]) from None
     except yaml.MarkedYAMLError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -37,3 +39,18 @@ def json_ready(result: object) -> Any:
     if isinstance(result, _Array):
         return json_ready(result.tolist())
     raise TypeError(f"{type(result).__name__} has no form in JSON")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results that a verb wrote to a file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and rerun the verb that wrote it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object): delete it, and rerun the verb that wrote it")
+    return found

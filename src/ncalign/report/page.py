@@ -8,6 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ncalign.core.json import read_results
+from ncalign.core.logs import read_log
 from ncalign.report.html import label_axes, png, write_run_page
 
 PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -36,7 +38,7 @@ def write_report(run_folder: Path) -> Path:
     """
     metrics = plot(read_metrics(run_folder / "metrics.jsonl"))
     results_file = run_folder / "results.json"
-    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else {}
+    results = read_results(results_file) if results_file.is_file() else {}
     answers = results.pop("answers", ())  # before the results are shown
     return write_run_page(
         run_folder,
@@ -51,9 +53,12 @@ def write_report(run_folder: Path) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The logged training steps of a metrics.jsonl."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    """The logged training steps of a metrics.jsonl; damaged lines are told, and left out.
+
+    Raises:
+        ValueError: it has no logged step.
+    """
+    rows = [row for row in read_log(path, key="step") if "loss" in row] if path.is_file() else []
     if not rows:
         raise ValueError(f"{path} has no logged steps: a report needs the folder of a run that trained")
     return rows
@@ -69,7 +74,9 @@ def plot(rows: Sequence[Mapping[str, float]]) -> bytes:
     for position, (title, unit, names) in enumerate(panels, start=1):
         axes = figure.add_subplot(num_rows, 2, position)
         for metric in names:
-            points = [(row["step"], row[metric]) for row in rows if metric in row]
-            axes.plot(*zip(*points, strict=True), marker=".", label=_NAMES.get(metric, metric))
+            points = [(row["step"], row[metric]) for row in rows if isinstance(row.get(metric), int | float)]
+            axes.plot(
+                [step for step, _ in points], [value for _, value in points], marker=".", label=_NAMES.get(metric, metric)
+            )
         label_axes(axes, title, "optimizer step", unit)
     return png(figure)

@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from ncalign.core import yaml as bounded_yaml
 from ncalign.core.atomic import explained, write_text_atomic
-from ncalign.core.json import json_ready
+from ncalign.core.json import json_ready, read_results
 from ncalign.core.locks import held
+from ncalign.core.logs import read_log
 from ncalign.core.outputs import Inputs, claim, recorded, remove
 from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
@@ -102,8 +104,7 @@ def finished_results(config: TrainConfig) -> dict[str, Any] | None:
     results = config.output_dir / RESULTS
     if not (results.is_file() and any((config.output_dir / name).is_dir() for name in (MODEL, ADAPTER))):
         return None
-    loaded: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
-    return loaded
+    return read_results(results)
 
 
 def recorded_config(config: TrainConfig) -> dict[str, Any]:
@@ -111,8 +112,20 @@ def recorded_config(config: TrainConfig) -> dict[str, Any]:
     path = config.output_dir / CONFIG
     if not (config.resume and path.is_file()):
         return {}
-    written: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return written if isinstance(written, dict) else {}
+    return _read_config(path)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        written = bounded_yaml.load(bounded_yaml.read_text(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(
+            f"{path} can't be read: {reason}; the run can't be resumed: start it again with overwrite: true"
+        ) from error
+    if not isinstance(written, dict):
+        raise ValueError(f"{path} is no configuration: the run can't be resumed; start it again with overwrite: true")
+    return written
 
 
 def refuse_changes(config: TrainConfig, now: dict[str, Any], *, shown: bool) -> None:
@@ -129,7 +142,7 @@ def refuse_changes(config: TrainConfig, now: dict[str, Any], *, shown: bool) -> 
     path = config.output_dir / CONFIG
     if not (config.resume and path.is_file()):
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = _read_config(path)
     changed = [
         f"  {name}: {before.get(name)!r} -> {now[name]!r}"
         for name in now
@@ -161,13 +174,9 @@ class MetricsFile:
     def __init__(self, path: Path, *, keep_until: int, num_steps: int) -> None:
         kept = []
         if keep_until and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # a line cut off by a kill
-                    continue
+            for row in read_log(path, key="step"):
                 if row["step"] <= keep_until and not (row["step"] == num_steps and "eval/loss" in row):
-                    kept.append(line + "\n")
+                    kept.append(json.dumps(row) + "\n")
         write_text_atomic("".join(kept), path)
         self._path = path
 

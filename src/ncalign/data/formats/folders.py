@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from fsspec.utils import glob_translate
 
+from ncalign.core import yaml as bounded_yaml
 from ncalign.core.errors import DataError
 
 _RECORDS = re.compile(
@@ -159,7 +160,9 @@ def _matches(path: Path, under: Path, pattern: str) -> bool:
 def _configs(folder: Path) -> list[dict[str, Any]]:
     try:
         card = _CARD.match((folder / "README.md").read_text(encoding="utf-8"))
-        found = yaml.safe_load(card[1]) if card else None
+        found = bounded_yaml.load(card[1]) if card else None
+    except bounded_yaml.BoundsError as error:
+        raise DataError(f"{folder / 'README.md'}: the card can't be read: {error}; mend it there") from error
     except (OSError, ValueError, yaml.YAMLError):
         return []  # a text about the data need not be a card
     configs = found.get("configs") if isinstance(found, dict) else None
