@@ -126,7 +126,7 @@ class TestCache:
         for position in range(len(whole)):
             part.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
             assert ReferenceCache(tmp_path).values == {}
-        assert "1 of 1 parts are damaged; their log-probs are computed again" in capsys.readouterr().err
+        assert "1 of 1 parts are damaged or another user's; their log-probs are computed again" in capsys.readouterr().err
         cache = ReferenceCache(tmp_path)
         cache.add(key([3], [2]), -3.0)
         cache.flush()

@@ -28,7 +28,7 @@ _TAG = 12
 
 
 @contextlib.contextmanager
-def atomic_path(target: str | Path) -> Iterator[Path]:
+def atomic_path(target: str | Path, *, mode: int = 0o666) -> Iterator[Path]:
     """Give a temporary path to write one file to; on success it takes the target's place in a single step.
 
     On any exception, Ctrl-C included, the temporary file is removed and whatever the target held stays as it was. Folders
@@ -37,6 +37,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 
     Args:
         target: The file to write.
+        mode: Who may read and write it, of whom the umask takes away: 0o600 for its user alone.
 
     Yields:
         A path in the target's folder; the caller creates the file there and closes it.
@@ -56,7 +57,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     try:
         make_folder(final.parent)
         _delete_abandoned(final.parent, stem)
-        held = _held(temporary)
+        held = _held(temporary, mode)
         yield temporary
         _flush(temporary)
         os.replace(temporary, final)
@@ -205,10 +206,10 @@ def explained(error: OSError, target: str | Path, *, left: str = "No partial fil
     return OSError(error.errno or errno.EIO, f"can't write {target}: {cause}; {remedy}. {left}")
 
 
-def _held(temporary: Path) -> int:
+def _held(temporary: Path, mode: int) -> int:
     """Create a temporary file, with a lock that says until this process ends that someone is writing it."""
     while True:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, mode)
         if sys.platform == "win32":
             return descriptor
         with contextlib.suppress(OSError):  # some network file systems have no locks

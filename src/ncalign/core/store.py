@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -9,11 +10,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ncalign.core.cache import make_private_file
 from ncalign.core.claims import claims_of
 
 
 class Store:
-    """JSON values by content-addressed keys; threads and processes may share the file.
+    """JSON values by content-addressed keys; threads and processes may share the file, which only its user may read.
 
     Args:
         path: of the file; made when missing, with the folders above it.
@@ -32,6 +34,9 @@ class Store:
         try:
             if str(path) != ":memory:":
                 path.parent.mkdir(parents=True, exist_ok=True)
+                # SQLite gives the files beside it the same mode, and says what is wrong with the path.
+                with contextlib.suppress(OSError):
+                    make_private_file(path)
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
             with self._connection:
                 # Full: an answer that was paid for is on disk before the next is asked for.

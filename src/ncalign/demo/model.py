@@ -16,8 +16,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from ncalign.core.atomic import atomic_folder, make_folder
-from ncalign.core.cache import cache_folder
+from ncalign.core.atomic import atomic_folder
+from ncalign.core.cache import cache_folder, private_folder
 from ncalign.core.install import install_hint
 from ncalign.core.locks import locked
 from ncalign.core.progress import say
@@ -58,7 +58,7 @@ def demo_model_folder() -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"the demo's model is read with the package 'gguf': {install_hint('demo')}")
-    make_folder(folder.parent)
+    private_folder(folder.parent)
     with locked(folder.parent, busy=None):
         if folder.exists():  # another process has made it meanwhile
             _verify_folder(folder)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.atomic import check_writable
-from ncalign.core.cache import cache_folder
+from ncalign.core.cache import cache_folder, private_folder
 from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
@@ -283,7 +283,7 @@ def run_answer(config: AnswerConfig) -> dict[str, Any]:
     model = config.server if config.server is not None else config.model
     assert model is not None
     name = config.name or model_name(model if isinstance(model, str) else model.model)
-    store = Store((config.cache_dir or cache_folder()) / "answers.sqlite")
+    store = Store(private_folder(config.cache_dir or cache_folder()) / "answers.sqlite")
     dtype = resolve_dtype(config.dtype) if isinstance(model, str) and not config.vllm else None
     answering = answering_of(config, config.max_new_tokens, dtype)
     answers = answers_of_model(model, questions, answering, name=name, store=store)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from ncalign.core.atomic import check_writable
-from ncalign.core.cache import cache_folder
+from ncalign.core.cache import cache_folder, private_folder
 from ncalign.core.hub import only_cached
 from ncalign.core.locks import held
 from ncalign.core.outputs import Inputs, claim, record, recorded, remove
@@ -282,7 +282,7 @@ def _warn_of_rendering(
 
 
 def _store(config: EvaluateConfig, name: str) -> Store:
-    return Store((config.cache_dir or cache_folder()) / f"{name}.sqlite")
+    return Store(private_folder(config.cache_dir or cache_folder()) / f"{name}.sqlite")
 
 
 # -- reasoning tasks -------------------------------------------------------------------------------------------------------

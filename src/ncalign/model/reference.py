@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncalign.core.atomic import atomic_path
+from ncalign.core.cache import private_folder
 from ncalign.core.progress import say
 from ncalign.model.encoding import EncodedGroup
 
@@ -38,7 +39,8 @@ class ReferenceCache:
         parts = sorted(folder.glob("*.parquet"))
         whole = [part for part in parts if _digest(part) == part.stem]
         if len(whole) < len(parts):
-            say(f"{folder}: {len(parts) - len(whole)} of {len(parts)} parts are damaged; their log-probs are computed again")
+            lost = f"{len(parts) - len(whole)} of {len(parts)} parts are damaged or another user's"
+            say(f"{folder}: {lost}; their log-probs are computed again")
         for part in whole:
             table = pq.read_table(part, schema=_SCHEMA)
             keys, logprobs = table.column("key").to_pylist(), table.column("logprob").to_pylist()
@@ -59,7 +61,8 @@ class ReferenceCache:
         pq.write_table(table, written)
         content = written.getbuffer()
         # The name tells whether the content is still what was written.
-        with atomic_path(self.folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet") as temporary:
+        part = private_folder(self.folder) / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
+        with atomic_path(part, mode=0o600) as temporary:
             temporary.write_bytes(content)
         self._pending.clear()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from ncalign.core.cache import cache_folder
+from ncalign.core.cache import cache_folder, private_folder
 from ncalign.core.store import Store
 from ncalign.model.config import DType, Precision
 from ncalign.rewards.base import RewardSource
@@ -59,7 +59,7 @@ def reward_source(
         raise ValueError("reward: judge and the section judge go together: give both or neither")
 
     def store(name: str) -> Store:
-        return Store((cache_dir or cache_folder()) / f"{name}.sqlite")
+        return Store(private_folder(cache_dir or cache_folder()) / f"{name}.sqlite")
 
     def source(name: str) -> RewardSource:
         if name == "judge":

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ncalign.core.cache import cache_folder
+from ncalign.core.cache import cache_folder, private_folder
 from ncalign.training.checkpoint import checkpoint_folder, find_checkpoints
 
 
@@ -45,6 +45,7 @@ def _elsewhere(run_folder: Path, save_model: Callable[[Path], object] | None) ->
             continue
         try:
             assert save_model is not None
+            private_folder(place)
             save_model(target)
         except OSError:
             continue
