@@ -184,7 +184,14 @@ class Scripted:
         self._completions = [Completion(text, num_tokens=len(text) + 1, finished=True) for text in texts]
 
     def generate(
-        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        tools: Any = None,
+        refuse: Any = None,
     ) -> list[list[Completion]]:
         return [self._completions[:num_samples] for _ in prompts]
 

@@ -51,7 +51,14 @@ class Canned:
         self.texts, self.asked = texts, list[Any]()
 
     def generate(
-        self, prompts: Sequence[str | list[Message]], *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        tools: Any = None,
+        refuse: Any = None,
     ) -> list[list[Completion]]:
         self.asked.append(list(prompts))
         return [[Completion(self.texts[i % len(self.texts)], 1, True) for i in range(num_samples)] for _ in prompts]

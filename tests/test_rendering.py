@@ -421,7 +421,7 @@ class Refusing:
     string_prompts: Rendering = "user_turn"
 
     def generate(
-        self, prompts: Any, *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
+        self, prompts: Any, *, num_samples: int, params: SamplingParams, seed: int, tools: Any = None, refuse: Any = None
     ) -> list[list[Completion]]:
         bad = [index for index, prompt in enumerate(prompts) if "no" in str(prompt)]
         tell_refused([PromptError(index, "it says no", reason="says no") for index in bad], refuse)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from conftest import build_tokenizer
+from conftest import CHATML, build_tokenizer
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group, read_groups
@@ -232,6 +232,20 @@ def test_a_reward_model_scores_as_it_does_alone(reward_model: Path) -> None:
             with torch.no_grad():
                 expected = float(model(input_ids=ids["input_ids"]).logits)
             assert reward == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("template", ["writes", "leaves out", "none"])
+def test_a_reward_model_sees_tools_or_it_is_said(
+    template: str, reward_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ModelReward(str(reward_model))
+    written = "{% if tools %}{{ tools | tojson }}{% endif %}" if template == "writes" else ""
+    monkeypatch.setattr(source._tokenizer, "chat_template", None if template == "none" else written + CHATML)
+    plain, described = group("Yes."), group("Yes.", id="b", tools=[{"type": "function", "function": {"name": "weather"}}])
+    found = source.score_many([plain, described, described])
+    assert (found[0] != found[1]) == (template == "writes")
+    told = capsys.readouterr().err.count("does not see `tools` of prompts (first: group 'b')")
+    assert told == (template != "writes")
 
 
 def test_a_reward_model_scores_nothing_twice(reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

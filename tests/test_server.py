@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from conftest import CHATML
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import read_groups
@@ -441,6 +442,10 @@ def test_vllm_is_driven_by_its_documented_interface(
     assert (found[0][0].logprob, found[0][0].finished, len(found[0])) == (-1.5, False, 2)
     assert calls[-1][1][0] == [{"prompt_token_ids": tiny_tokenizer("What is")["input_ids"]}]
     assert calls[-1][1][2] is None
+    talk = [{"role": "user", "content": "What"}]
+    monkeypatch.setattr(generator._template.tokenizer, "chat_template", "{{ tools | tojson }}" + str(CHATML))
+    generator.generate([talk, talk], num_samples=1, params=SamplingParams(4), seed=1, tools=[None, [{"name": "weather"}]])
+    assert ["weather" in tiny_tokenizer.decode(one["prompt_token_ids"]) for one in calls[-1][1][0]] == [False, True]
     generator.load_adapter(Path("a"))
     generator.generate(["What is"], num_samples=1, params=SamplingParams(4), seed=1)
     assert calls[-1][1][2] == ("round-1", 1, "a")

@@ -125,7 +125,14 @@ class Echo:
         self.fails_at = fails_at
 
     def generate(
-        self, prompts: Sequence[Any], *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
+        self,
+        prompts: Sequence[Any],
+        *,
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        tools: Any = None,
+        refuse: Any = None,
     ) -> list[list[Completion]]:
         if len(self.asked) == self.fails_at:
             raise KeyboardInterrupt
@@ -169,7 +176,14 @@ def test_two_turns_and_temperatures_by_category(tmp_path: Path) -> None:
 def test_parts_of_a_set_have_draws_of_their_own(tmp_path: Path) -> None:
     class Seeded(Echo):
         def generate(
-            self, prompts: Sequence[Any], *, num_samples: int, params: SamplingParams, seed: int, refuse: Any = None
+            self,
+            prompts: Sequence[Any],
+            *,
+            num_samples: int,
+            params: SamplingParams,
+            seed: int,
+            tools: Any = None,
+            refuse: Any = None,
         ) -> list[list[Completion]]:
             seeds.append(seed)
             return super().generate(prompts, num_samples=num_samples, params=params, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, build_tokenizer
 from ncalign.cli.app import main
-from ncalign.data.groups import Candidate, Group, read_groups
+from ncalign.data.groups import Candidate, Group
 from ncalign.model.encoding import DroppedGroupError, Encoder
-from ncalign.online.config import OnlineConfig
-from ncalign.online.state import load_prompts
-from ncalign.rewards.score import _count
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TURNS: list[dict[str, Any]] = [
@@ -99,26 +97,13 @@ def test_tools_reach_the_template_or_are_named(writes: bool, prompt: Any) -> Non
     assert dict(encoder.report.untold) == ({} if writes else {"tools": 1})
 
 
-def test_tools_that_reach_nobody_are_told_or_refused(
-    tmp_path: Path, tiny_model_dir: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    tools = [{"type": "function", "function": {"name": "weather_report"}}]
-    data = write_jsonl([{"prompt": "Q", "tools": tools, "candidates": [{"completion": "a"}, {"completion": "b"}]}])
-    config = OnlineConfig.model_validate(
-        {
-            "training": {
-                "model": str(tiny_model_dir),
-                "data": data,
-                "output_dir": tmp_path / "run",
-                "objective": {"name": "mc_po"},
-            },
-            "rewards": {"reward": "reasoning_gym"},
-        }
-    )
-    with pytest.raises(ValueError, match=r"group '.*' has `tools`, as 1 prompts .* online can't give them"):
-        load_prompts(config)
-    assert _count(read_groups(data), judged=True) == 1
-    assert "note: `tools` of 1 groups are not shown to the judge" in capsys.readouterr().err
+def test_what_is_left_out_is_looked_for_on_the_run_s_day() -> None:
+    found = tokenizer()
+    writes = "{% if tools and strftime_now('%Y') == '2020' %}{{ tools | tojson }}{% endif %}"
+    found.chat_template = writes + str(found.chat_template)
+    encoder = Encoder(found, max_length=512, today=date(2020, 1, 2))
+    encoder.encode(Group("g", "Oslo?", [Candidate("3", 1.0)], {"tools": [TOOL]}))
+    assert not encoder.report.untold
 
 
 def test_tools_of_plain_text_are_named() -> None:

@@ -21,10 +21,11 @@ from ncalign.core.progress import Bar
 from ncalign.data.formats.seen import Seen, digest
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
-from ncalign.model.chat import ChatTemplate
+from ncalign.model.chat import ChatTemplate, RefusedError
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, completion_text, make_encoder
 from ncalign.model.limits import limits_of_folder
 from ncalign.model.policy import load_tokenizer
+from ncalign.model.untold import untold_notices
 from ncalign.training.plan import token_layout
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -77,8 +78,8 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
         return Marks(None, False, np.asarray(ends))
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     try:
-        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False)) if tokenizer.chat_template else ""
-    except Exception:  # templates raise any class; encoding reports the groups that a template refuses
+        rendered = template.render(turns)
+    except RefusedError:  # encoding reports the groups that a template refuses
         rendered = ""
     return Marks(int(bos), rendered.count(str(tokenizer.bos_token)) >= len(turns), np.asarray(ends))
 
@@ -162,7 +163,7 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
     ]
     facts = {
         **_facts(account, across, rows_skipped=report.skipped),
-        "notes": [*report.counted_notes(), *account.encoding.untold_notices()],
+        "notes": [*report.counted_notes(), *untold_notices(account.encoding.untold)],
     }
     rendering = encoder.string_prompts
     warning = rendering_warning(account.made, rendering, what=config.data, does="training would encode them")

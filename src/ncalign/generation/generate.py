@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
-from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.data.rendering import Rendering, count_renderings, record_rendering, rendering_warning
 from ncalign.generation.base import Completion, Generator, LeftOutPrompts, PromptError, SamplingParams, group_name
@@ -18,9 +18,10 @@ from ncalign.generation.config import GenerateConfig
 from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.generation.remote import ServerGenerator
-from ncalign.model.chat import template_date
+from ncalign.model.chat import ChatTemplate, template_date
 from ncalign.model.config import Precision
 from ncalign.model.precision import resolve_dtype
+from ncalign.model.untold import left_out, untold_notices
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,16 @@ def sample_prompts(
     seed: int,
     left_out: LeftOutPrompts | None,
 ) -> list[list[Completion]]:
-    """Completions of the groups' prompts; none for those that ``left_out`` counts, since they can't be answered.
+    """Completions of the groups' prompts, with their tools; none for those that ``left_out`` counts: they can't be answered.
 
     Raises:
         ValueError: a prompt can't be answered, and ``left_out`` is None.
     """
     texts, names = [group.prompt for group in groups], [group_name(group, index) for index, group in enumerate(groups)]
     refuse = None if left_out is None else left_out.among(names)
-    if described := sum(bool(group.metadata.get(TOOLS)) for group in groups):
-        say(f"note: `{TOOLS}` of {described} prompts are not given to the model that samples; training does give them")
+    tools = [group.tools for group in groups]
     try:
-        return generator.generate(texts, num_samples=num_samples, params=params, seed=seed, refuse=refuse)
+        return generator.generate(texts, num_samples=num_samples, params=params, seed=seed, tools=tools, refuse=refuse)
     except PromptError as error:
         raise ValueError(f"{names[error.index]}: {error.detail}") from error
 
@@ -128,17 +128,23 @@ def completion_as_candidate(group: Group, completion: Completion, source: str) -
     return Candidate(given, source=source, finished=completion.finished)
 
 
-def _say_how_prompts_are_given(config: GenerateConfig, prompts: Sequence[Group], used: Rendering) -> None:
-    """Say what ``auto`` came to, and warn where the candidates that are there were made otherwise."""
+def _say_how_prompts_are_given(
+    config: GenerateConfig, prompts: Sequence[Group], used: Rendering, template: ChatTemplate | None
+) -> None:
+    """Say what ``auto`` came to and what a local model's template leaves out, and warn where candidates were made otherwise."""
     strings = sum(isinstance(group.prompt, str) for group in prompts)
     if strings and config.string_prompts == "auto":
         say(f"note: string_prompts auto: {strings} prompts that are plain strings are given as {used}")
+    if template is not None:
+        untold = Counter(name for group in prompts for name in left_out(template, group.prompt, group.tools, used))
+        for notice in untold_notices(untold):
+            say(f"note: {notice}")
     if warning := rendering_warning(count_renderings(prompts), used, what=str(config.prompts), does="this run samples"):
         say(warning)
 
 
-def _generator(config: GenerateConfig, answers: Store | None) -> tuple[Generator, str, Precision | None, bool | None]:
-    """The generator and its model's name; a local model's precision, and whether it has a chat template."""
+def _generator(config: GenerateConfig, answers: Store | None) -> tuple[Generator, str, Precision | None, ChatTemplate | None]:
+    """The generator and its model's name; a local model's precision, and its chat template."""
     if config.server is not None:
         server = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
         return server, config.server.model, None, None
@@ -149,7 +155,7 @@ def _generator(config: GenerateConfig, answers: Store | None) -> tuple[Generator
     local = TransformersGenerator(
         model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size, today=today
     )
-    return local, config.model, dtype, bool(tokenizer.chat_template)
+    return local, config.model, dtype, ChatTemplate(tokenizer, today)
 
 
 def _answers_file(config: GenerateConfig) -> Path | None:
@@ -173,6 +179,25 @@ def _claim(config: GenerateConfig) -> None:
     claim(output, verb="generate", inputs=inputs, overwrite=config.overwrite or stopped)
 
 
+def _warn_of_incomplete(
+    config: GenerateConfig,
+    name: str,
+    counts: SampleCounts,
+    answered: Sequence[Group],
+    rendering: Rendering | None,
+    *,
+    has_template: bool | None,
+) -> None:
+    """Warn where more than a tenth of the model's completions are empty or cut, and raise where all are empty."""
+    cut = sum(not candidate.finished for group in answered for candidate in group.candidates)
+    longest, spent = config.max_new_tokens, counts.unfinished > cut
+    for_empty, for_cut = remedies(rendering, has_template=has_template, max_new_tokens=longest, spent=spent)
+    if not answered:
+        raise ValueError(f"{name} gave only empty completions to {config.prompts}: {for_empty}")
+    if warning := incomplete_warning(counts.empty, cut, counts.empty + counts.candidates, for_empty=for_empty, for_cut=for_cut):
+        say(f"warning: {warning}")
+
+
 def run_generate(config: GenerateConfig) -> dict[str, object]:
     """Sample candidates for the prompts of a file and write them as groups.
 
@@ -194,10 +219,9 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         raise ValueError(f"{config.prompts} has no prompt to answer: {report.summary()}")
     if notice := report.notice(config.prompts):
         say(notice)
-    kept = _answers_file(config)
-    answers = None if kept is None else Store(kept)
-    generator, name, dtype, has_template = _generator(config, answers)
-    _say_how_prompts_are_given(config, prompts, generator.string_prompts)
+    answers = None if (kept := _answers_file(config)) is None else Store(kept)
+    generator, name, dtype, template = _generator(config, answers)
+    _say_how_prompts_are_given(config, prompts, generator.string_prompts, template)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     left_out = LeftOutPrompts() if config.on_bad_row == "skip" else None
     groups, counts = sample_groups(
@@ -213,15 +237,10 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
         say(lost)
     rendering = generator.string_prompts if any(isinstance(group.prompt, str) for group in prompts) else None
     answered = [group for group in groups if group.candidates]
-    cut = sum(not candidate.finished for group in answered for candidate in group.candidates)
-    longest, spent = config.max_new_tokens, counts.unfinished > cut
-    for_empty, for_cut = remedies(rendering, has_template=has_template, max_new_tokens=longest, spent=spent)
     if lost is not None and not counts.candidates + counts.empty:
         raise ValueError(f"none of the prompts of {config.prompts} can be answered")
-    if not answered:
-        raise ValueError(f"{name} gave only empty completions to {config.prompts}: {for_empty}")
-    if warning := incomplete_warning(counts.empty, cut, counts.empty + counts.candidates, for_empty=for_empty, for_cut=for_cut):
-        say(f"warning: {warning}")
+    has_template = None if template is None else bool(template.tokenizer.chat_template)
+    _warn_of_incomplete(config, name, counts, answered, rendering, has_template=has_template)
     if answers is not None:
         answers.put(_call(config), "writes the output")
     write_groups(answered, config.output)

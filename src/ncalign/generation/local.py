@@ -20,6 +20,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from ncalign.core.progress import Bar
+from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
@@ -78,6 +79,7 @@ class TransformersGenerator:
         num_samples: int,
         params: SamplingParams,
         seed: int,
+        tools: Sequence[Tools] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample ``num_samples`` completions for each prompt; see :class:`ncalign.generation.base.Generator`.
@@ -85,7 +87,7 @@ class TransformersGenerator:
         Raises:
             PromptError: a prompt does not fit the model's context, or needs a chat template that is missing.
         """
-        found = encode_prompts(self._template, prompts, self.string_prompts)
+        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools)
         found = [self._fitting(index, ids, params.max_new_tokens) for index, ids in enumerate(found)]
         tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
         places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
@@ -199,15 +201,19 @@ def load_for_generation(
 
 
 def encode_prompts(
-    template: ChatTemplate, prompts: Sequence[str | list[Message]], string_prompts: Rendering
+    template: ChatTemplate,
+    prompts: Sequence[str | list[Message]],
+    string_prompts: Rendering,
+    *,
+    tools: Sequence[Tools] | None = None,
 ) -> list[list[int] | PromptError]:
-    """Each prompt's tokens, as the model reads them before it answers.
+    """Each prompt's tokens, as the model reads them before it answers; ``tools`` is what it may call, for each prompt.
 
     In the place of a prompt that has no tokens, needs a chat template that is missing, or is refused by it, is what to say.
     """
     encoded: list[list[int] | PromptError] = []
     tokenizer = template.tokenizer
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, own) in enumerate(zip(prompts, tools or [None] * len(prompts), strict=True)):
         try:
             if isinstance(prompt, str) and string_prompts == "raw":
                 ids = list(tokenizer(prompt, verbose=False)["input_ids"])
@@ -215,7 +221,7 @@ def encode_prompts(
                 while ids and ids[-1] == tokenizer.eos_token_id:
                     ids.pop()
             else:
-                text = template.prompt(as_messages(prompt))
+                text = template.prompt(as_messages(prompt), tools=own)
                 ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except RefusedError as error:
             encoded.append(PromptError(index, str(error)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ncalign.core.progress import Bar, say
 from ncalign.core.store import Store
+from ncalign.data.formats.group import TOOLS, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams
@@ -20,6 +21,11 @@ _CONTINUES = (
     "note: {count} prompts end with a half-written assistant's turn: the server is asked to go on with it "
     "(continue_final_message), as vLLM, SGLang and llama.cpp do. OpenAI's API can't; look at the first answers of any other"
 )
+_TOOLS = (
+    f"note: {{count}} prompts have `{TOOLS}`: the server is sent them, and asked for text and no calls (tool_choice none). "
+    "vLLM and llama.cpp show them to the model then; SGLang, and vLLM with --exclude-tools-when-tool-choice-none, do not"
+)
+_UNTOLD = f"note: `{TOOLS}` of {{count}} prompts that are plain text are not sent to the server: only a chat has them"
 
 
 class ServerGenerator:
@@ -47,6 +53,7 @@ class ServerGenerator:
         self.server = Server(config, store)
         self.string_prompts: Rendering = "user_turn" if string_prompts == "auto" else string_prompts
         self._chosen, self._progress = string_prompts != "auto", progress
+        self._said: set[str] = set()
 
     def record(self) -> dict[str, object]:
         """What results say of the fields that the server does not take: nothing where it takes all."""
@@ -59,6 +66,7 @@ class ServerGenerator:
         num_samples: int,
         params: SamplingParams,
         seed: int,
+        tools: Sequence[Tools] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see :class:`ncalign.generation.base.Generator`.
@@ -69,9 +77,9 @@ class ServerGenerator:
             PromptError: the server refuses a prompt, and nobody is told of it; what it answered is kept.
             ServerError: the server fails; what it answered is kept, and the same call goes on from there.
         """
-        if continued := sum(isinstance(prompt, list) and is_half_written(prompt) for prompt in prompts):
-            say(_CONTINUES.format(count=continued))
-        requests = [self._request(prompt, num_samples, params, seed + index) for index, prompt in enumerate(prompts)]
+        given = list(zip(prompts, tools or [None] * len(prompts), strict=True))
+        self._say_what_is_sent(given)
+        requests = [self._request(*one, num_samples, params, seed + index) for index, one in enumerate(given)]
         with Bar("Sampling on the server", len(requests), shown=self._progress) as bar:
             found = self.server.ask(requests, done=lambda index: bar.advance())
         failed = {index: answer for index, answer in enumerate(found) if isinstance(answer, ServerError)}
@@ -79,8 +87,10 @@ class ServerGenerator:
             first = next(iter(failed.values()))
             chat = not self._chosen and any(isinstance(prompt, str) for prompt in prompts) and first.refused
             hint = "; string prompts were sent as a user's turn: for a model without chat template, --string_prompts raw"
+            with_tools = f"; `{TOOLS}` were sent with tool_choice none: leave them out for a server that takes neither"
+            hint = (hint if chat else "") + (with_tools if first.refused and given[next(iter(failed))][1] else "")
             others = f"{len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go on"
-            message = f"{first} ({others}{hint if chat else ''})"
+            message = f"{first} ({others}{hint})"
             # Where nothing at all is answered, it is not the prompts.
             if len(failed) == len(found) or not all(answer.refused for answer in failed.values()):
                 raise ServerError(message)
@@ -90,7 +100,24 @@ class ServerGenerator:
                 refuse(PromptError(index, str(answer), reason="refused by the server"))
         return [[] if isinstance(answer, ServerError) else [_completion(choice) for choice in answer] for answer in found]
 
-    def _request(self, prompt: str | list[Message], num_samples: int, params: SamplingParams, seed: int) -> Request:
+    def _say_what_is_sent(self, given: Sequence[tuple[str | list[Message], Tools]]) -> None:
+        """Say, once of each, what of these prompts and their tools a server may do otherwise than a model in this process."""
+        counts = {
+            _CONTINUES: sum(isinstance(prompt, list) and is_half_written(prompt) for prompt, _ in given),
+            _TOOLS: sum(bool(tools) and not self._is_raw(prompt) for prompt, tools in given),
+            _UNTOLD: sum(bool(tools) and self._is_raw(prompt) for prompt, tools in given),
+        }
+        for notice, count in counts.items():
+            if count and notice not in self._said:
+                self._said.add(notice)
+                say(notice.format(count=count))
+
+    def _is_raw(self, prompt: str | list[Message]) -> bool:
+        return isinstance(prompt, str) and self.string_prompts == "raw"
+
+    def _request(
+        self, prompt: str | list[Message], tools: Tools, num_samples: int, params: SamplingParams, seed: int
+    ) -> Request:
         body: dict[str, Any] = {
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -99,7 +126,7 @@ class ServerGenerator:
         }
         if params.top_k:
             body["top_k"] = params.top_k  # not OpenAI's own, but what vLLM, SGLang and llama.cpp call it
-        raw = isinstance(prompt, str) and self.string_prompts == "raw"
+        raw = self._is_raw(prompt)
         if self.server.config.logprobs:
             body["logprobs"] = 1 if raw else True  # a number of alternatives there, a switch here
         if raw:
@@ -107,7 +134,9 @@ class ServerGenerator:
         messages = as_messages(prompt)
         if is_half_written(messages):
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-        return Request("chat", {**body, "messages": messages}, num_samples)
+        # Completions are texts: an answer that the server takes for a call would come without any.
+        for_tools: dict[str, Any] = {"tools": tools, "tool_choice": "none"} if tools else {}
+        return Request("chat", {**body, "messages": messages, **for_tools}, num_samples, needed=frozenset(for_tools))
 
 
 def _completion(choice: Choice) -> Completion:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.install import install_hint
+from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
 from ncalign.generation.local import answer_text, encode_prompts
@@ -79,6 +80,7 @@ class VLLMGenerator:
         num_samples: int,
         params: SamplingParams,
         seed: int,
+        tools: Sequence[Tools] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see :class:`ncalign.generation.base.Generator`.
@@ -86,7 +88,7 @@ class VLLMGenerator:
         Raises:
             PromptError: a prompt has no tokens, or needs a chat template that is missing.
         """
-        found = encode_prompts(self._template, prompts, self.string_prompts)
+        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools)
         tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
         places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
         inputs = [{"prompt_token_ids": found[index]} for index in places]

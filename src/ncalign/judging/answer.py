@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
@@ -17,6 +18,7 @@ from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.config import OnBadRow
+from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Generator, LeftOutPrompts, PromptError, SamplingParams
@@ -30,10 +32,11 @@ from ncalign.judging.config import AnswerConfig, EvaluateConfig
 from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
 from ncalign.model.adapters import adapter_base, adapter_rank, is_adapter
-from ncalign.model.chat import template_date, writes_date
+from ncalign.model.chat import ChatTemplate, template_date, writes_date
 from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.policy import load_tokenizer, model_identity, weights_fingerprint
 from ncalign.model.precision import resolve_dtype
+from ncalign.model.untold import left_out, untold_notices
 from ncalign.report.tables import model_name
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -86,32 +89,39 @@ def answers_of_model(
         ValueError: the model can't be loaded, vLLM is not installed, the server's client can't be made, or a question does not
             fit the model.
     """
-    generator, identity = _generator(model, answering, store)
+    generator, identity, template = _generator(model, answering, store)
     if answering.string_prompts == "auto" and generator.string_prompts == "raw":
         say(f"note: {name} has no chat template: questions are given to it as plain text (string_prompts auto)")
+    if template is not None:
+        rendering = generator.string_prompts
+        untold = Counter(key for one in questions for key in left_out(template, one.asked([], rendering), one.tools, rendering))
+        for notice in untold_notices(untold):
+            say(f"note: {name}: {notice}")
     in_batches = isinstance(model, str) and not answering.vllm
     size = answering.batch_size if in_batches else max(1, len(questions))
     return answer_questions(questions, generator, answering, model=name, identity=identity, store=store, at_a_time=size)
 
 
-def _generator(model: str | ServerConfig, answering: Answering, store: Store) -> tuple[Generator, str]:
-    """The generator, and what identifies its weights."""
+def _generator(model: str | ServerConfig, answering: Answering, store: Store) -> tuple[Generator, str, ChatTemplate | None]:
+    """The generator, what identifies its weights, and the chat template where it is not a server's."""
     if isinstance(model, ServerConfig):
-        return ServerGenerator(model, store=store, string_prompts=answering.string_prompts), f"{model.base_url} {model.model}"
+        server = ServerGenerator(model, store=store, string_prompts=answering.string_prompts)
+        return server, f"{model.base_url} {model.model}", None
     trusted = answering.trust_remote_code
     if answering.vllm:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted)
         today, dated = _date(tokenizer, answering)
-        return _in_vllm(model, tokenizer, answering.string_prompts, today), Store.key("vllm", model_identity(model), *dated)
+        generator = _in_vllm(model, tokenizer, answering.string_prompts, today)
+        return generator, Store.key("vllm", model_identity(model), *dated), ChatTemplate(tokenizer, today)
     assert answering.dtype is not None
     loaded, tokenizer = load_for_generation(model, dtype=answering.dtype, trust_remote_code=trusted)
     # What is asked depends on the chat template too, and on the date that it writes.
     today, dated = _date(tokenizer, answering)
     identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "", *dated)
-    generator = TransformersGenerator(
+    local = TransformersGenerator(
         loaded, tokenizer, string_prompts=answering.string_prompts, batch_size=answering.batch_size, today=today
     )
-    return generator, identity
+    return local, identity, ChatTemplate(tokenizer, today)
 
 
 def _date(tokenizer: PreTrainedTokenizerBase, answering: Answering) -> tuple[date | None, list[str]]:
@@ -168,7 +178,7 @@ def answer_questions(
         open_ = [one for one in questions if len(one.turns) > turn and not (left_out and _asked(one.id) in left_out.names)]
         ordered = sorted(open_, key=temperature)
         for degree, same in groupby(ordered, key=temperature):
-            talks = {question.id: question.asked([one.text for one in given[question.id]], rendering) for question in same}
+            talks = {one.id: _Talk(one.asked([turn.text for turn in given[one.id]], rendering), one.tools) for one in same}
             params = SamplingParams(answering.max_new_tokens, degree)
             keys = _Keys(identity, store, answering.seed)
             found = _answers_to(talks, generator, params, keys, at_a_time=at_a_time, left_out=left_out)
@@ -205,6 +215,13 @@ class _Keys(NamedTuple):
     seed: int
 
 
+class _Talk(NamedTuple):
+    """What a model is asked, and what it may call."""
+
+    prompt: str | list[Message]
+    tools: Tools
+
+
 class _Given(NamedTuple):
     """A turn's answer as the store keeps it."""
 
@@ -228,7 +245,7 @@ def _warn_of_incomplete(
 
 
 def _answers_to(
-    talks: Mapping[str, str | list[Message]],
+    talks: Mapping[str, _Talk],
     generator: Generator,
     params: SamplingParams,
     kept_by: _Keys,
@@ -246,10 +263,11 @@ def _answers_to(
         part = asked[start : start + at_a_time]
         # Of the questions: a part has draws of its own, and the same ones when a run goes on.
         part_seed = (seed + int(keys[part[0]][:8], 16)) % 2**31
-        prompts, names = [talks[question] for question in part], [_asked(question) for question in part]
+        prompts, tools = [talks[question].prompt for question in part], [talks[question].tools for question in part]
+        names = [_asked(question) for question in part]
         refuse = None if left_out is None else left_out.among(names)
         try:
-            found = generator.generate(prompts, num_samples=1, params=params, seed=part_seed, refuse=refuse)
+            found = generator.generate(prompts, num_samples=1, params=params, seed=part_seed, tools=tools, refuse=refuse)
         except PromptError as error:
             raise ValueError(f"{names[error.index]}: {error.detail}") from error
         for question, one in ((question, row[0]) for question, row in zip(part, found, strict=True) if row):
@@ -258,11 +276,11 @@ def _answers_to(
     return {question: _Given(*answer) for question, answer in kept.items() if answer is not None}
 
 
-def _keys(talks: Mapping[str, str | list[Message]], *parts: object, sampling: list[float], greedy: bool) -> dict[str, str]:
+def _keys(talks: Mapping[str, _Talk], *parts: object, sampling: list[float], greedy: bool) -> dict[str, str]:
     """What each question's answer is kept by: equal questions share a greedy answer, and have samples of their own."""
     found: dict[str, str] = {}
-    for question, talk in talks.items():
-        key = Store.key(*parts, talk, sampling)
+    for question, (prompt, tools) in talks.items():
+        key = Store.key(*parts, prompt, sampling, *([tools] if tools else ()))
         while not greedy and key in found.values():
             key = Store.key(key)
         found[question] = key

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ncalign.judging.records import Answer, Answers, Question
-from ncalign.rewards.verdicts import fill, load_template, mark_of, transcript
+from ncalign.rewards.verdicts import fill, load_template, mark_of, shown_tools, transcript
 
 # MT-Bench's categories: FastChat shows the judge a reference answer in the first, and none in the second.
 _BY_REFERENCE = frozenset({"math", "reasoning", "coding"})
@@ -41,10 +41,10 @@ def pair_prompts(template: str, questions: Sequence[Question], ours: Answers, th
     """Each question twice: our answer first, and theirs first."""
     prompts = []
     for question in questions:
-        known = _joined(_references(question))
+        asked, known = shown_tools(question.tools) + _joined(question.turns), _joined(_references(question))
         for first, second in ((ours, theirs), (theirs, ours)):
             answer_a, answer_b = (_joined(answers[question.id].turns) for answers in (first, second))
-            texts = {"question": _joined(question.turns), "reference": known, "answer_a": answer_a, "answer_b": answer_b}
+            texts = {"question": asked, "reference": known, "answer_a": answer_a, "answer_b": answer_b}
             mark = mark_of(texts)
             # A prompt of the user's own that has no place for the mark is filled as it always was.
             tag = f"reference {mark}" if "{mark}" in template else "reference"
@@ -69,7 +69,7 @@ def _rating_prompt(templates: Mapping[str, str], question: Question, answer: Ans
     known = _references(question)
     # A later turn builds on the first, and so does its reference.
     reference = _joined(known[: turn + 1]) if turn < len(known) else ""
-    conversation = transcript(question.conversation(answer.turns[:turn]))
+    conversation = shown_tools(question.tools) + transcript(question.conversation(answer.turns[:turn]))
     texts = {"conversation": conversation, "answer": answer.turns[turn], "reference": reference}
     return fill(templates["reference" if reference else "rating"], {"mark": mark_of(texts), **texts})
 

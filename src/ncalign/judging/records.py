@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from ncalign.data.formats.group import TOOLS, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 
@@ -44,6 +45,11 @@ class Question:
     references: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     conversational: bool = False
+
+    @property
+    def tools(self) -> Tools:
+        """What a model that answers may call."""
+        return self.metadata.get(TOOLS) or None
 
     @property
     def is_text(self) -> bool:

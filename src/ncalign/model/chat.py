@@ -15,11 +15,11 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.progress import say
+from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.model.config import StringPrompts
@@ -29,10 +29,6 @@ _CLOCK = "strftime_now"
 _PARTS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 """What strftime can be asked for, after a per cent sign."""
 _EXAMPLE: tuple[Message, ...] = ({"role": "user", "content": "a"},)
-
-
-Tools: TypeAlias = list[Any] | None
-"""What a model may call, as chat templates take it."""
 
 
 class RefusedError(ValueError):
@@ -132,18 +128,18 @@ class ChatTemplate:
         position, _, end = min(present, default=(0, 0, None))
         return Turn(prompt, header, after[:position], end, after)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """What a model is fed before it answers.
+    def prompt(self, messages: Sequence[Message], *, tools: Tools = None) -> str:
+        """What a model that may call these tools is fed before it answers.
 
         Raises:
             RefusedError: the tokenizer has no chat template, or the template refuses the conversation.
         """
         if is_half_written(messages):
-            return self.turn(messages).prompt
-        opened = self.render(messages, opened=True)
+            return self.turn(messages, tools=tools).prompt
+        opened = self.render(messages, tools=tools, opened=True)
         # A conversation that the template lets no answer follow can still be answered.
         with contextlib.suppress(RefusedError):
-            return self.turn(messages).prompt
+            return self.turn(messages, tools=tools).prompt
         return opened
 
     def example(self) -> Turn | None:

@@ -25,12 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import Candidate, Group
 from ncalign.model.chat import ChatTemplate, RefusedError, Turn, answered, as_messages, resolve_string_prompts
 from ncalign.model.config import EncodingConfig, StringPrompts
 from ncalign.model.limits import Limits
-from ncalign.model.untold import left_out
+from ncalign.model.untold import answers_keys, left_out, untold_notices
 
 Ids = NDArray[np.int32]
 _NO_LIMITS = Limits()
@@ -125,14 +124,7 @@ class EncodingReport:
                 f"the chat template renders {self.template_mismatches} completions differently from a generated turn; they are "
                 "encoded as plain text after the prompt"
             )
-        return [*found, *self.untold_notices()]
-
-    def untold_notices(self) -> list[str]:
-        """What the chat template leaves out, if it does."""
-        names = ", ".join(f"`{name}` ({number} groups)" for name, number in self.untold.items())
-        return (
-            [f"the chat template leaves out {names}: the model does not see it; use a template that writes it"] if names else []
-        )
+        return [*found, *untold_notices(self.untold)]
 
 
 class DroppedGroupError(ValueError):
@@ -205,7 +197,7 @@ class Encoder:
             rewards=tuple(candidate.reward for candidate in group.candidates),
             reference_logprobs=tuple(candidate.reference_logprob for candidate in group.candidates),
         )
-        self.report.untold.update(left_out(self.tokenizer, group, self.string_prompts))
+        self.report.untold.update(self.left_out(group))
         scored = sum(len(completion) for completion in completions)
         self.report.groups += 1
         self.report.candidates += len(completions)
@@ -213,6 +205,11 @@ class Encoder:
         self.report.tokens += scored + len(prompt) * len(completions)
         self.report.longest = max(self.report.longest, encoded.length)
         return encoded
+
+    def left_out(self, group: Group) -> list[str]:
+        """What the group holds beside roles and texts, and its tokens don't."""
+        told = left_out(self._template, group.prompt, group.tools, self.string_prompts)
+        return [*answers_keys([candidate.completion for candidate in group.candidates]), *told]
 
     def _tokens(self, group: Group) -> tuple[list[int], list[list[int]]]:
         as_chat = not isinstance(group.prompt, str) or self.string_prompts == "user_turn"
@@ -240,12 +237,12 @@ class Encoder:
     def _chat_bodies(self, group: Group) -> tuple[Turn, list[str]]:
         """The turn of the group's answers, and each candidate's whole text up to its end token."""
         messages, bodies = as_messages(group.prompt), []
-        tools = group.metadata.get(TOOLS)
         try:
-            turn = self._template.turn(messages, tools=tools)
+            turn = self._template.turn(messages, tools=group.tools)
             for candidate in group.candidates:
                 text = self._content(candidate, group, self._template.end_id(turn))
-                full = self._template.render(answered(messages, text), tools=tools, what="the prompt with its completion")
+                whole = answered(messages, text)
+                full = self._template.render(whole, tools=group.tools, what="the prompt with its completion")
                 bodies.append(self._body(turn, text, full) + turn.before_end)
         except RefusedError as error:
             raise DroppedGroupError(group, str(error), str(error)) from error

@@ -36,7 +36,8 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
     """
     if run.config.probe_tolerance is None:
         return
-    asked = prompts[:_PROMPTS]
+    # With tools first: some servers leave them out.
+    asked = sorted(prompts, key=lambda group: not group.tools)[:_PROMPTS]
     # At temperature 1 what a server reports is the model's own log-prob.
     seed, params = run.config.training.seed + number, SamplingParams(_TOKENS)
     found = answers(asked, run.generator.get(), run.config, num_samples=1, params=params, seed=seed)

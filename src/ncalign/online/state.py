@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ import torch
 from accelerate import Accelerator
 
 from ncalign.core.progress import say
-from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.data.rendering import count_renderings, rendering_warning
-from ncalign.generation.base import group_name
 from ncalign.model.encoding import Encoder
 from ncalign.model.policy import Policy
+from ncalign.model.untold import untold_notices
 from ncalign.objectives import Method
 from ncalign.online.backends import GeneratorOf, make_generator
 from ncalign.online.clock import Clock
@@ -115,6 +115,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     made = count_renderings(prompts) if config.candidates == "fresh_and_offline" else Counter()
     if warning := rendering_warning(made, encoder.string_prompts, what=str(training.data), does="this run encodes them"):
         say(warning)
+    _say_what_is_left_out(config, encoder, [*prompts, *held_out])
     engine, optimizer = make_engine(training, policy, method, accelerator)
     total = num_steps(
         len(prompts),
@@ -127,6 +128,14 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     return Run(
         config, accelerator, policy, encoder, method, engine, optimizer, reference, generator, source, prompts, held_out, total
     )
+
+
+def _say_what_is_left_out(config: OnlineConfig, encoder: Encoder, groups: Sequence[Group]) -> None:
+    """Say what the policy's chat template leaves out of the prompts, and of the candidates that are mixed in."""
+    mixed = config.candidates == "fresh_and_offline"
+    asked = groups if mixed else [replace(group, candidates=[]) for group in groups]
+    for notice in untold_notices(Counter(name for group in asked for name in encoder.left_out(group))):
+        say(f"note: {notice}")
 
 
 def needed_space(run: Run) -> DiskNeed:
@@ -165,11 +174,6 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
         found = list(groups)
         if notice := report.notice(path):
             say(notice)
-        if described := [group for group in found if group.metadata.get(TOOLS)]:
-            raise ValueError(
-                f"{group_name(described[0], 0)} has `{TOOLS}`, as {len(described)} prompts of {path} have: online can't give "
-                "them to the model that samples; train on candidates that were made with them, or leave the column out"
-            )
         return found
 
     prompts = read(config.training.data)
@@ -208,7 +212,7 @@ def last_position(run: Run) -> Position:
 def _identity(run: Run) -> dict[str, str]:
     digest = hashlib.blake2b(digest_size=16)
     for group in run.prompts:
-        digest.update(repr((group.id, group.prompt, group.candidates)).encode())
+        digest.update(repr((group.id, group.prompt, group.candidates, *([group.tools] if group.tools else ()))).encode())
     return {"weights": run.policy.fingerprint, "data": digest.hexdigest()}
 
 

@@ -16,7 +16,7 @@ from ncalign.model.chat import as_messages
 from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.reading import read_label, read_rating
-from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, mark_of, transcript
+from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, mark_of, shown_tools, transcript
 
 _WORTH = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 
@@ -112,9 +112,9 @@ class JudgeReward:
 
 
 def prompt_text(group: Group) -> str:
-    """A prompt as a judge reads it: a single question as it is, a conversation with its roles."""
+    """A prompt as a judge reads it: a single question as it is, a conversation with its roles; its tools before."""
     messages = as_messages(group.prompt)
-    return messages[0]["content"] if len(messages) == 1 else transcript(messages)
+    return shown_tools(group.tools) + (messages[0]["content"] if len(messages) == 1 else transcript(messages))
 
 
 def _read_choice(choice: Choice) -> float | None:

@@ -8,6 +8,7 @@ from datetime import date
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.formats.group import MAX_NUMBER, TOOLS
 from ncalign.data.groups import Group
@@ -16,6 +17,7 @@ from ncalign.model.config import Precision
 from ncalign.model.encoding import DroppedGroupError, beyond, check_limits
 from ncalign.model.limits import limits_of
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
+from ncalign.model.untold import left_out
 from ncalign.rewards.base import completion_texts
 
 
@@ -47,7 +49,8 @@ class ModelReward:
         trust_remote_code: bool = False,
         today: date | None = None,
     ) -> None:
-        self._batch_size, self._store = batch_size, store
+        self._name, self._batch_size, self._store = model, batch_size, store
+        self._said: set[str] = set()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = load_model(
             model, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, task="SEQ_CLS", what="reward model"
@@ -73,6 +76,8 @@ class ModelReward:
         Raises:
             DroppedGroupError: the model's chat template refuses a group, or the model has no embedding for a token.
         """
+        for group in groups:
+            self._say_what_is_left_out(group)
         encoded = [self._encode(group, text) for group in groups for text in completion_texts(group)]
         keys = [Store.key("reward model", self._identity, ids) for ids in encoded]
         found: list[float | None] = [None if self._store is None else self._store.get(key) for key in keys]
@@ -91,12 +96,22 @@ class ModelReward:
         rewards = iter(found)
         return [[next(rewards) for _ in group.candidates] for group in groups]
 
+    def _say_what_is_left_out(self, group: Group) -> None:
+        """Say, once of each, what a prompt holds beside roles and texts and the model does not see."""
+        found = [TOOLS] if group.tools else []
+        if self._tokenizer.chat_template is not None:
+            found = left_out(self._template, group.prompt, group.tools, "user_turn")
+        for name in found:
+            if name not in self._said:
+                self._said.add(name)
+                say(f"note: reward model {self._name!r} does not see `{name}` of prompts (first: group {group.id!r})")
+
     def _encode(self, group: Group, text: str) -> list[int]:
         tokenizer = self._tokenizer
         if tokenizer.chat_template is not None:
             messages = answered(as_messages(group.prompt), text)
             try:
-                rendered = self._template.render(messages, tools=group.metadata.get(TOOLS), what="it")
+                rendered = self._template.render(messages, tools=group.tools, what="it")
             except RefusedError as error:
                 problem = f"reward model: {error}"
                 raise DroppedGroupError(group, problem, problem) from error

@@ -13,7 +13,6 @@ from itertools import islice
 from ncalign.core.errors import DataError
 from ncalign.core.outputs import claim
 from ncalign.core.progress import Bar, say
-from ncalign.data.formats.group import TOOLS
 from ncalign.data.groups import REWARD_STEPS, Group, ReadReport, check_output, read_groups, write_groups
 from ncalign.model.encoding import DroppedGroupError
 from ncalign.rewards.base import RewardSource, score_usable
@@ -104,15 +103,6 @@ def _scored(
     check_failures(source)
 
 
-def _count(groups: Iterable[Group], *, judged: bool) -> int:
-    total = described = 0
-    for group in groups:
-        total, described = total + 1, described + bool(group.metadata.get(TOOLS))
-    if described and judged:
-        say(f"note: `{TOOLS}` of {described} groups are not shown to the judge; reward models get them")
-    return total
-
-
 def run_score(config: ScoreConfig) -> dict[str, object]:
     """Score the groups of a file and write them with their rewards.
 
@@ -138,7 +128,7 @@ def run_score(config: ScoreConfig) -> dict[str, object]:
     left_out = ReadReport() if config.on_bad_row == "skip" else None
     # Read once before: a row that can't be used is told before anything is paid for.
     read = partial(read_groups, config.data, on_bad_row=config.on_bad_row, join_rows=config.join_rows)
-    total = _count(read(report=report), judged=judge is not None)
+    total = sum(1 for _ in read(report=report))
     if not total:
         raise ValueError(f"{config.data} has no group to score: {report.summary()}")
     if notice := report.notice(config.data):

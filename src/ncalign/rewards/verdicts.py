@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
 from ncalign.generation.client import Choice, Server, ServerError, Usage
 from ncalign.generation.questions import Request
@@ -163,6 +164,11 @@ def _request(prompt: str, attempt: int, body: Mapping[str, Any]) -> Request:
 def transcript(messages: Sequence[Message]) -> str:
     """A conversation as a judge reads it, each turn after who said it."""
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def shown_tools(tools: Tools) -> str:
+    """Tools as a judge reads them, in front of a question; nothing where there are none."""
+    return f"Tools: {json.dumps(tools, ensure_ascii=False)}\n\n" if tools else ""
 
 
 def fill(template: str, texts: Mapping[str, str]) -> str:

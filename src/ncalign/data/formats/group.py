@@ -24,6 +24,9 @@ STRING_PROMPTS = "string_prompts"
 TOOLS = "tools"
 """Key of a group's metadata that lists the tools which its chat template is given."""
 
+Tools: TypeAlias = list[Any] | None
+"""What a model may call, as chat templates take it; None for nothing."""
+
 MESSAGE_KEYS = ("role", "content")
 MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 """What a message may have besides, for its chat template: all texts, but for the calls."""
@@ -109,6 +112,11 @@ class Group:
         if not isinstance(self.metadata, dict):
             raise DataError(f"metadata is {shown(self.metadata)}: an object is needed", reason="wrong type")
         check_json(self.metadata, "metadata")
+
+    @property
+    def tools(self) -> Tools:
+        """What a model that is shown the prompt may call."""
+        return self.metadata.get(TOOLS) or None
 
 
 def check_text(value: object, where: str) -> None:
