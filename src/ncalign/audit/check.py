@@ -25,7 +25,6 @@ from ncalign.model.chat import ChatTemplate, RefusedError
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, completion_text, make_encoder
 from ncalign.model.limits import limits_of_folder
 from ncalign.model.policy import load_tokenizer
-from ncalign.model.untold import untold_notices
 from ncalign.training.plan import token_layout
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -163,7 +162,7 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
     ]
     facts = {
         **_facts(account, across, rows_skipped=report.skipped),
-        "notes": [*report.counted_notes(), *untold_notices(account.encoding.untold)],
+        "notes": [*report.counted_notes(), *account.encoding.text_notices()],
     }
     rendering = encoder.string_prompts
     warning = rendering_warning(account.made, rendering, what=config.data, does="training would encode them")

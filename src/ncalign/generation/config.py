@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ncalign.core.config import Frozen, Overwrite, Seed
 from ncalign.data.config import JoinRows, OnBadRow
-from ncalign.model.config import DType, StringPrompts, TemplateDate
+from ncalign.model.config import ControlTokensInText, DType, StringPrompts, TemplateDate
 
 
 class ServerConfig(Frozen):
@@ -45,6 +45,7 @@ class GenerateConfig(Frozen):
     top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0: off.")
     batch_size: int = Field(64, ge=1, description="Number of completions sampled at a time.")
     string_prompts: StringPrompts = "auto"
+    control_tokens_in_text: ControlTokensInText = "keep"
     template_date: TemplateDate = None
     dtype: DType = "auto"
     seed: Seed = Field(0, description="Random seed of the sampling.")
@@ -56,4 +57,6 @@ class GenerateConfig(Frozen):
     def _one_of_both(self) -> GenerateConfig:
         if (self.model is None) == (self.server is None):
             raise ValueError("give model, a folder or hub id, or server, and not both")
+        if self.server is not None and self.control_tokens_in_text != "keep":
+            raise ValueError("control_tokens_in_text is for a local model: a server makes tokens of prompts itself")
         return self

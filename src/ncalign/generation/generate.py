@@ -16,7 +16,7 @@ from ncalign.data.rendering import Rendering, count_renderings, record_rendering
 from ncalign.generation.base import Completion, Generator, LeftOutPrompts, PromptError, SamplingParams, group_name
 from ncalign.generation.config import GenerateConfig
 from ncalign.generation.incomplete import incomplete_warning, remedies
-from ncalign.generation.local import TransformersGenerator, load_for_generation
+from ncalign.generation.local import TransformersGenerator, load_for_generation, tell_control_tokens
 from ncalign.generation.remote import ServerGenerator
 from ncalign.model.chat import ChatTemplate, template_date
 from ncalign.model.config import Precision
@@ -143,7 +143,9 @@ def _say_how_prompts_are_given(
         say(warning)
 
 
-def _generator(config: GenerateConfig, answers: Store | None) -> tuple[Generator, str, Precision | None, ChatTemplate | None]:
+def _generator(
+    config: GenerateConfig, answers: Store | None, prompts: Sequence[Group]
+) -> tuple[Generator, str, Precision | None, ChatTemplate | None]:
     """The generator and its model's name; a local model's precision, and its chat template."""
     if config.server is not None:
         server = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
@@ -152,9 +154,16 @@ def _generator(config: GenerateConfig, answers: Store | None) -> tuple[Generator
     dtype = resolve_dtype(config.dtype)
     model, tokenizer = load_for_generation(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     today = template_date(tokenizer, config.template_date)
+    control = config.control_tokens_in_text
     local = TransformersGenerator(
-        model, tokenizer, string_prompts=config.string_prompts, batch_size=config.batch_size, today=today
+        model,
+        tokenizer,
+        string_prompts=config.string_prompts,
+        batch_size=config.batch_size,
+        control_tokens=control,
+        today=today,
     )
+    tell_control_tokens(tokenizer, prompts, local.string_prompts, control)
     return local, config.model, dtype, ChatTemplate(tokenizer, today)
 
 
@@ -220,7 +229,7 @@ def run_generate(config: GenerateConfig) -> dict[str, object]:
     if notice := report.notice(config.prompts):
         say(notice)
     answers = None if (kept := _answers_file(config)) is None else Store(kept)
-    generator, name, dtype, template = _generator(config, answers)
+    generator, name, dtype, template = _generator(config, answers, prompts)
     _say_how_prompts_are_given(config, prompts, generator.string_prompts, template)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     left_out = LeftOutPrompts() if config.on_bad_row == "skip" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 
@@ -19,14 +20,16 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ncalign.core.progress import Bar
+from ncalign.core.errors import names
+from ncalign.core.progress import Bar, say
 from ncalign.data.formats.group import Tools
-from ncalign.data.groups import Message
+from ncalign.data.groups import Group, Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
 from ncalign.model.adapters import reason
 from ncalign.model.chat import ChatTemplate, RefusedError, Turn, as_messages, resolve_string_prompts
-from ncalign.model.config import Precision, StringPrompts
+from ncalign.model.config import ControlTokensInText, Precision, StringPrompts
+from ncalign.model.control_tokens import ControlTokens, control_notice
 from ncalign.model.encoding import beyond
 from ncalign.model.limits import limits_of
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer
@@ -50,6 +53,7 @@ class TransformersGenerator:
         batch_size: completions sampled at a time.
         autocast: precision to compute in, where it is not that of the weights.
         progress: whether to show a progress bar on stderr.
+        control_tokens: what is done with control tokens that are written out in prompts.
         today: the date for chat templates that write it; None for that of the call.
     """
 
@@ -62,9 +66,10 @@ class TransformersGenerator:
         batch_size: int = 64,
         autocast: torch.dtype | None = None,
         progress: bool = True,
+        control_tokens: ControlTokensInText = "keep",
         today: date | None = None,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._control_tokens = model, tokenizer, control_tokens
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self._batch_size, self._autocast, self._progress = batch_size, autocast, progress
         self._template, self._limits = ChatTemplate(tokenizer, today), limits_of(model)
@@ -87,7 +92,7 @@ class TransformersGenerator:
         Raises:
             PromptError: a prompt does not fit the model's context, or needs a chat template that is missing.
         """
-        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools)
+        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools, control_tokens=self._control_tokens)
         found = [self._fitting(index, ids, params.max_new_tokens) for index, ids in enumerate(found)]
         tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
         places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
@@ -206,13 +211,14 @@ def encode_prompts(
     string_prompts: Rendering,
     *,
     tools: Sequence[Tools] | None = None,
+    control_tokens: ControlTokensInText = "keep",
 ) -> list[list[int] | PromptError]:
     """Each prompt's tokens, as the model reads them before it answers; ``tools`` is what it may call, for each prompt.
 
     In the place of a prompt that has no tokens, needs a chat template that is missing, or is refused by it, is what to say.
     """
     encoded: list[list[int] | PromptError] = []
-    tokenizer = template.tokenizer
+    tokenizer, control = template.tokenizer, ControlTokens(template.tokenizer)
     for index, (prompt, own) in enumerate(zip(prompts, tools or [None] * len(prompts), strict=True)):
         try:
             if isinstance(prompt, str) and string_prompts == "raw":
@@ -221,13 +227,34 @@ def encode_prompts(
                 while ids and ids[-1] == tokenizer.eos_token_id:
                     ids.pop()
             else:
-                text = template.prompt(as_messages(prompt), tools=own)
-                ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                texts = (as_messages(prompt), own)
+                written = control.found(texts) if control_tokens != "keep" else set()
+                if written and control_tokens == "refuse":
+                    raise RefusedError(
+                        f"it is written with the control tokens {names(sorted(written))} (control_tokens_in_text)"
+                    )
+                messages, described = control.stood_in(texts) if written else texts
+                (ids,) = control.encode([template.prompt(messages, tools=described)])
         except RefusedError as error:
             encoded.append(PromptError(index, str(error)))
             continue
         encoded.append(ids or PromptError(index, "it has no tokens: a completion needs something before it"))
     return encoded
+
+
+def tell_control_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[Group],
+    string_prompts: Rendering,
+    control_tokens: ControlTokensInText,
+) -> None:
+    """Say how many prompts are written with control tokens, and what is done with them."""
+    control = ControlTokens(tokenizer)
+    rendered = (group for group in groups if not isinstance(group.prompt, str) or string_prompts == "user_turn")
+    found = [held for group in rendered if (held := control.found([group.prompt, group.tools]))]
+    escaped = len(found) if control_tokens == "escape" else 0
+    if notice := control_notice(len(found), 0, escaped, Counter(name for held in found for name in held)):
+        say(f"note: {notice}")
 
 
 def _no_cache(model: PreTrainedModel | PeftModel, error: Exception) -> str:

@@ -15,7 +15,7 @@ from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
 from ncalign.generation.local import answer_text, encode_prompts
 from ncalign.model.chat import ChatTemplate, resolve_string_prompts
-from ncalign.model.config import StringPrompts
+from ncalign.model.config import ControlTokensInText, StringPrompts
 
 
 class VLLMGenerator:
@@ -26,6 +26,7 @@ class VLLMGenerator:
         tokenizer: the policy's, so that prompts become the same tokens as in training.
         adapter_rank: rank of the adapters that will come; None where whole models will.
         string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.chat.resolve_string_prompts`.
+        control_tokens: what is done with control tokens that are written out in prompts.
         options: further arguments of ``vllm.LLM``.
         today: the date for chat templates that write it; None for that of the call.
 
@@ -40,6 +41,7 @@ class VLLMGenerator:
         *,
         adapter_rank: int | None = None,
         string_prompts: StringPrompts = "auto",
+        control_tokens: ControlTokensInText = "keep",
         options: Mapping[str, Any] | None = None,
         today: date | None = None,
     ) -> None:
@@ -53,7 +55,7 @@ class VLLMGenerator:
         self._engine = vllm.LLM(
             model=model, **{"logprobs_mode": "raw_logprobs", "load_format": "safetensors", **adapters, **(options or {})}
         )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._control_tokens = tokenizer, control_tokens
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self._template = ChatTemplate(tokenizer, today)
         self._turn = self._template.example()
@@ -88,7 +90,7 @@ class VLLMGenerator:
         Raises:
             PromptError: a prompt has no tokens, or needs a chat template that is missing.
         """
-        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools)
+        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools, control_tokens=self._control_tokens)
         tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
         places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
         inputs = [{"prompt_token_ids": found[index]} for index in places]

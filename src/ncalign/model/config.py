@@ -31,6 +31,15 @@ StringPrompts = Annotated[
 ]
 
 
+ControlTokensInText = Annotated[
+    Literal["keep", "escape", "refuse"],
+    Field(
+        description="Texts in which control tokens such as <|im_end|> are written out: the model reads them as its own (keep), "
+        "they are encoded as text (escape), or their rows are bad ones (refuse). Raw string prompts stay as they are."
+    ),
+]
+
+
 TemplateDate = Annotated[
     date | None,
     Field(
@@ -62,6 +71,7 @@ class EncodingConfig(Frozen):
         "max_length; none: half of max_length.",
     )
     string_prompts: StringPrompts = "auto"
+    control_tokens_in_text: ControlTokensInText = "keep"
     template_date: TemplateDate = None
 
     @model_validator(mode="after")

@@ -20,18 +20,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.core.errors import names
 from ncalign.data.groups import Candidate, Group
 from ncalign.model.chat import ChatTemplate, RefusedError, Turn, answered, as_messages, resolve_string_prompts
-from ncalign.model.config import EncodingConfig, StringPrompts
+from ncalign.model.config import ControlTokensInText, EncodingConfig, StringPrompts
+from ncalign.model.control_tokens import ControlTokens, control_notice
 from ncalign.model.limits import Limits
 from ncalign.model.untold import answers_keys, left_out, untold_notices
 
 Ids = NDArray[np.int32]
+Texts = TypeVar("Texts")
 _NO_LIMITS = Limits()
 
 
@@ -76,6 +80,10 @@ class EncodingReport:
         template_mismatches: candidates whose rendering is not the rendered prompt followed by the turn's header and their text
             (a template that rewrites the last turn); they are encoded as plain text after the prompt.
         dropped: dropped groups by reason.
+        control_prompts: prompts in whose texts control tokens are written out.
+        control_completions: completions with such texts.
+        control_escaped: those of both whose control tokens were encoded as text.
+        control_tokens: how many texts hold each.
         first_truncated: the first truncated group, to look at.
         untold: groups by what the chat template leaves out of their messages.
     """
@@ -90,6 +98,10 @@ class EncodingReport:
     boundary_merges: int = 0
     repeated_eos: int = 0
     template_mismatches: int = 0
+    control_prompts: int = 0
+    control_completions: int = 0
+    control_escaped: int = 0
+    control_tokens: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     first_truncated: str | None = None
     untold: Counter[str] = field(default_factory=Counter)
@@ -102,6 +114,7 @@ class EncodingReport:
                 setattr(self, entry.name, combine((getattr(self, entry.name), getattr(other, entry.name))))
         self.dropped.update(other.dropped)
         self.untold.update(other.untold)
+        self.control_tokens.update(other.control_tokens)
         self.first_truncated = self.first_truncated or other.first_truncated
 
     def notices(self) -> list[str]:
@@ -124,7 +137,12 @@ class EncodingReport:
                 f"the chat template renders {self.template_mismatches} completions differently from a generated turn; they are "
                 "encoded as plain text after the prompt"
             )
-        return [*found, *untold_notices(self.untold)]
+        return [*found, *self.text_notices()]
+
+    def text_notices(self) -> list[str]:
+        """What is special about the texts themselves."""
+        control = control_notice(self.control_prompts, self.control_completions, self.control_escaped, self.control_tokens)
+        return [*untold_notices(self.untold), *([] if control is None else [control])]
 
 
 class DroppedGroupError(ValueError):
@@ -144,6 +162,7 @@ class Encoder:
         max_length: most tokens of a prompt and its completion.
         max_prompt_length: prompt tokens kept when the two exceed ``max_length``; half of it by default.
         string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.chat.resolve_string_prompts`.
+        control_tokens: what is done with control tokens that are written out in texts.
         today: the date for chat templates that write it; None for that of the call.
         limits: what the model has a place for.
 
@@ -158,6 +177,7 @@ class Encoder:
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         string_prompts: StringPrompts = "auto",
+        control_tokens: ControlTokensInText = "keep",
         today: date | None = None,
         limits: Limits = _NO_LIMITS,
     ) -> None:
@@ -175,6 +195,7 @@ class Encoder:
         self.report = EncodingReport()
         self._bos = _bos_id(tokenizer)
         self._template, self._limits = ChatTemplate(tokenizer, today), limits
+        self._control, self._control_as = ControlTokens(tokenizer), control_tokens
 
     def encode(self, group: Group) -> EncodedGroup:
         """Encode a group.
@@ -220,7 +241,7 @@ class Encoder:
             assert isinstance(group.prompt, str)
             prompt_text, end_id = group.prompt, int(self.tokenizer.eos_token_id)
             bodies = [prompt_text + self._content(candidate, group, end_id) for candidate in group.candidates]
-        prompt, *whole = self.tokenizer([prompt_text, *bodies], add_special_tokens=False, verbose=False)["input_ids"]
+        prompt, *whole = self._control.encode([prompt_text, *bodies])
         completions = [
             self._split(group, prompt, body[len(prompt_text) :], ids, end_id) for body, ids in zip(bodies, whole, strict=True)
         ]
@@ -236,13 +257,14 @@ class Encoder:
 
     def _chat_bodies(self, group: Group) -> tuple[Turn, list[str]]:
         """The turn of the group's answers, and each candidate's whole text up to its end token."""
-        messages, bodies = as_messages(group.prompt), []
+        bodies = []
+        messages, tools = self._treated((as_messages(group.prompt), group.tools), group, what="prompt")
         try:
-            turn = self._template.turn(messages, tools=group.tools)
+            turn = self._template.turn(messages, tools=tools)
             for candidate in group.candidates:
                 text = self._content(candidate, group, self._template.end_id(turn))
                 whole = answered(messages, text)
-                full = self._template.render(whole, tools=group.tools, what="the prompt with its completion")
+                full = self._template.render(whole, tools=tools, what="the prompt with its completion")
                 bodies.append(self._body(turn, text, full) + turn.before_end)
         except RefusedError as error:
             raise DroppedGroupError(group, str(error), str(error)) from error
@@ -273,21 +295,39 @@ class Encoder:
         self.report.repeated_eos += content != text
         if not content.strip():
             raise DroppedGroupError(group, "empty completion", _EMPTY)
-        return content
+        return self._treated(content, group, what="completion")
+
+    def _treated(self, texts: Texts, group: Group, *, what: Literal["prompt", "completion"]) -> Texts:
+        """Texts as they are put together: control tokens in them are counted, refused, or stood in for."""
+        found = self._control.found(texts)
+        if not found:
+            return texts
+        self.report.control_tokens.update(found)
+        self.report.control_prompts += what == "prompt"
+        self.report.control_completions += what == "completion"
+        if self._control_as == "refuse":
+            detail = (
+                f"its {what} is written with the control tokens {names(sorted(found))}: remove them, or encode them as text"
+            )
+            raise DroppedGroupError(group, f"control tokens in a {what}", f"{detail} (control_tokens_in_text: escape)")
+        if self._control_as == "keep":
+            return texts
+        self.report.control_escaped += 1
+        return self._control.stood_in(texts)
 
     def _split(self, group: Group, prompt: list[int], rest: str, ids: list[int], end_id: int) -> list[int]:
         """The completion's tokens, with exactly one end token."""
         if ids[: len(prompt)] == prompt:
             completion = ids[len(prompt) :]
         else:
-            completion = self.tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]
+            (completion,) = self._control.encode([rest])
             self.report.boundary_merges += 1
             if self.tokenizer.decode(prompt + completion) != self.tokenizer.decode(ids):
                 raise DroppedGroupError(
                     group,
                     "unsplittable boundary",
                     "the tokenizer merges prompt and completion into one token and can't encode the completion alone "
-                    f"(it begins {rest[:20]!r}); end the prompt at a word boundary",
+                    f"(it begins {self._control.as_written(rest)[:20]!r}); end the prompt at a word boundary",
                 )
         ends = {end_id, int(self.tokenizer.eos_token_id)}
         if not completion:
@@ -325,6 +365,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingConfig, *, l
         max_length=rules.max_length,
         max_prompt_length=rules.max_prompt_length,
         string_prompts=rules.string_prompts,
+        control_tokens=rules.control_tokens_in_text,
         today=rules.template_date,
         limits=limits,
     )

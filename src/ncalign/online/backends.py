@@ -49,6 +49,7 @@ class InProcess:
             batch_size=config.generation_batch_size,
             autocast=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
             progress=False,
+            control_tokens=config.training.encoding.control_tokens_in_text,
             today=config.training.encoding.template_date,
         )
 
@@ -122,6 +123,8 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
     if config.generator == "transformers":
         return InProcess(config, policy, engine)
     if config.server is not None:
+        if config.training.encoding.control_tokens_in_text == "escape":
+            raise ValueError("control_tokens_in_text: escape can't be had from a server, which makes tokens of prompts itself")
         answers = Store(config.training.output_dir / ROUNDS / "answers.sqlite")
         remote: ServerGenerator | VLLMGenerator = ServerGenerator(
             config.server, store=answers, string_prompts=config.training.encoding.string_prompts, progress=False
@@ -132,6 +135,7 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
             policy.tokenizer,
             adapter_rank=config.training.lora.r if config.training.lora is not None and config.push == "lora" else None,
             string_prompts=config.training.encoding.string_prompts,
+            control_tokens=config.training.encoding.control_tokens_in_text,
             today=config.training.encoding.template_date,
             options={"gpu_memory_utilization": config.vllm_memory, "seed": config.training.seed},
         )
