@@ -18,12 +18,16 @@ from datetime import date, datetime
 
 from transformers import PreTrainedTokenizerBase
 
+from ncalign.core.deadline import within
 from ncalign.core.progress import say
 from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.model.config import StringPrompts
 
+RENDER_SECONDS = 10.0
+"""For one conversation; templates take milliseconds."""
+_MOST_CHARACTERS = 50_000_000
 _PROBE = "ncalign"
 _CLOCK = "strftime_now"
 _PARTS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
@@ -33,6 +37,37 @@ _EXAMPLE: tuple[Message, ...] = ({"role": "user", "content": "a"},)
 
 class RefusedError(ValueError):
     """A conversation that the chat template does not take; the message says why, and names no group."""
+
+
+class EndlessTemplateError(ValueError):
+    """A chat template that does not end, or writes without end: no row's fault, so no row is left out for it."""
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Tools,
+    opened: bool,
+    template: str,
+) -> str:
+    """What a chat template writes, within bounds of time and size: templates are programs, and come with models."""
+
+    def render() -> object:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=opened, chat_template=template
+        )
+
+    remedy = f"put one that does into {tokenizer.name_or_path!r}, as chat_template.jinja"
+    try:
+        text = within(RENDER_SECONDS, render)
+    except (TimeoutError, MemoryError) as error:
+        why = "takes more memory than there is" if isinstance(error, MemoryError) else f"takes more than {RENDER_SECONDS:g} s"
+        raise EndlessTemplateError(f"the chat template {why} for one conversation: it may never end; {remedy}") from error
+    assert isinstance(text, str)
+    if len(text) > _MOST_CHARACTERS:
+        raise EndlessTemplateError(f"the chat template writes {len(text):,} characters for one conversation; {remedy}")
+    return text
 
 
 @dataclass(frozen=True)
@@ -81,6 +116,7 @@ class ChatTemplate:
 
         Raises:
             RefusedError: the tokenizer has no chat template, or the template refuses the messages.
+            EndlessTemplateError: the template does not end, or writes without end.
         """
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
@@ -90,17 +126,13 @@ class ChatTemplate:
             )
         try:
             template = str(tokenizer.get_chat_template())
-            text = tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=opened,
-                chat_template=_clock(self.today) + template if _CLOCK in template else template,
-            )
+            dated = _clock(self.today) + template if _CLOCK in template else template
+            text = _rendered(tokenizer, messages, tools=tools, opened=opened, template=dated)
+        except EndlessTemplateError:
+            raise
         except Exception as error:  # jinja2 raises its own classes, and templates raise what they like
             reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]
             raise RefusedError(f"the chat template refuses {what}: {reason}") from error
-        assert isinstance(text, str)
         return text
 
     def turn(self, messages: Sequence[Message], *, tools: Tools = None) -> Turn:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from ncalign.core.deadline import within
 from ncalign.core.hub import only_cached
 from ncalign.data.formats.group import TOOLS, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, Refuse, SamplingParams
 from ncalign.model.adapters import adapter_base, check_weights, hub_adapter, is_adapter
+from ncalign.model.chat import RENDER_SECONDS
 from ncalign.model.config import DType
 from ncalign.model.pickles import check_weights_file
 from ncalign.model.policy import load_config, quiet_transformers
@@ -150,8 +152,8 @@ class BackendGenerator:
         if isinstance(prompt, str):
             return prompt
         try:
-            return self._backend.apply_chat_template(prompt, add_generation_prompt=True)
-        except (ValueError, NotImplementedError, AttributeError) as error:
+            return within(RENDER_SECONDS, lambda: self._backend.apply_chat_template(prompt, add_generation_prompt=True))
+        except (ValueError, NotImplementedError, AttributeError, TimeoutError) as error:
             raise ValueError(
                 f"the model can't be asked as in a chat: {str(error).splitlines()[0]}; evaluate without apply_chat_template"
             ) from error
