@@ -191,3 +191,14 @@ def relative_distance(first: dict[str, torch.Tensor], second: dict[str, torch.Te
     assert first.keys() == second.keys()
     difference = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
     return math.sqrt(difference / sum(float(tensor.double().square().sum()) for tensor in first.values()))
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server is asked again at once."""
+    import openai._base_client
+
+    monkeypatch.setattr("ncalign.generation.client._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("ncalign.generation.client._LONGEST_PAUSE", 0.002)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.002)

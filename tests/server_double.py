@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[dict[str, Any], int], str]
-Fault = str | int | bytes | tuple[int, Any] | None
+Fault = str | int | bytes | tuple[int, Any] | Callable[[BaseHTTPRequestHandler], None] | None
 
 
 def echo(body: dict[str, Any], number: int) -> str:
@@ -26,13 +27,15 @@ class ServerDouble:
 
     A fault is ``drop``, ``half`` (half the JSON), ``few`` (one choice, whatever n is), ``many``, ``slow``, ``trickle`` (a byte
     now and then), ``null`` (no message), ``too long`` (what servers say of a prompt that does not fit), a status to answer
-    with, a status and what it says, or the bytes to answer with; ``fault_of`` says the same of a request's body.
+    with, a status and what it says, the bytes to answer with, or a function that writes the answer to the handler itself;
+    ``fault_of`` says the same of a request's body.
     """
 
     def __init__(self, answer: Answer = echo, faults: Callable[[int], Fault] = lambda number: None) -> None:
         self.answer, self.faults = answer, faults
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
         self.answered: Counter[str] = Counter()
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
@@ -68,6 +71,7 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 number = len(double.requests)
                 double.requests.append((self.path, body))
                 double.keys.append(self.headers.get("Authorization"))
+                double.headers.append({name.lower(): value for name, value in self.headers.items()})
                 double.under_way += 1
                 double.most_under_way = max(double.most_under_way, double.under_way)
             try:
@@ -85,6 +89,10 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 return
             if isinstance(fault, bytes):
                 self.send(fault, 200)
+                return
+            if callable(fault):
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    fault(self)
                 return
             if isinstance(fault, tuple):
                 status, said = fault
@@ -138,7 +146,7 @@ def serving(double: ServerDouble) -> Iterator[str]:
     # Connections that wait longer than the default queue are dropped, and asked for again.
     server_class = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128, "daemon_threads": True})
     server = server_class(("127.0.0.1", 0), _handler(double))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -17,9 +17,10 @@ import pytest
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group, read_groups
-from ncalign.generation.client import Choice, Server
+from ncalign.generation.client import Server
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.questions import Request
+from ncalign.generation.wire import Choice
 from ncalign.judging.judges import RewardJudge
 from ncalign.judging.records import Answer, Question
 from ncalign.rewards.config import JudgeConfig

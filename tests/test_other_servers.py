@@ -11,12 +11,13 @@ import pytest
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group
 from ncalign.generation.base import SamplingParams
-from ncalign.generation.client import Choice, Server, ServerError
+from ncalign.generation.client import Server, ServerError
 from ncalign.generation.config import GenerateConfig, ServerConfig
 from ncalign.generation.generate import run_generate
 from ncalign.generation.questions import Request
 from ncalign.generation.refusals import reason_of, refused_field
 from ncalign.generation.remote import ServerGenerator
+from ncalign.generation.wire import Choice
 from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.judge import JudgeReward
 from server_double import ServerDouble, serving

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,17 @@ def test_a_reward_model_scores_nothing_twice(reward_model: Path, tmp_path: Path,
 def test_a_logit_beyond_the_bound_of_rewards_is_none(logit: float, reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelReward, "_logits", lambda self, batch: [logit for _ in batch])
     assert ModelReward(str(reward_model)).score(group("Yes.")) == [None]
+
+
+@pytest.mark.parametrize("kept", ["7", [1.0], True, {"reward": 1.0}])
+def test_a_kept_score_that_is_none_is_computed_again(kept: object, reward_model: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "scores")
+    first = ModelReward(str(reward_model), store=store).score(group("Yes."))
+    with closing(sqlite3.connect(tmp_path / "scores")) as file:
+        [(key,)] = file.execute("SELECT key FROM kept").fetchall()
+    store.put(key, kept)
+    assert ModelReward(str(reward_model), store=store).score(group("Yes.")) == first
+    assert store.get(key) == first[0]
 
 
 def test_score_with_a_reward_model(reward_model: Path, groups_file: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,17 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     rest = Echo()
     assert len(ask(rest, store)) == 3
     assert len(rest.asked) == 2
+
+
+@pytest.mark.parametrize("kept", ["text", ["text"], [1, 2, True], {"text": 1}, ["a", "many", True], []])
+def test_a_kept_answer_that_is_none_is_asked_for_again(kept: object, tmp_path: Path) -> None:
+    store, found = Store(tmp_path / "answers"), ask(Echo(), Store(tmp_path / "answers"))
+    with closing(sqlite3.connect(tmp_path / "answers")) as file:
+        for (key,) in file.execute("SELECT key FROM kept").fetchall():
+            store.put(key, kept)
+    again = Echo()
+    assert ask(again, store) == found
+    assert len(again.asked) == 5
 
 
 def test_a_question_that_does_not_fit_is_named(tmp_path: Path) -> None:

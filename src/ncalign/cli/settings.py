@@ -388,7 +388,9 @@ def _explain(model: type[BaseModel], draft: Draft, error: ValidationError, misse
             problems.setdefault(key, _explain_whole(model, draft, fault["msg"].removeprefix("Value error, ")))
         else:
             needs = _needs(fault["type"], fault["msg"], fault["input"])
-            problems.setdefault(key, f"{draft.label(key)}: found {_shown(fault['input'])}; {needs}")
+            # A field that refuses what may be a key or a password says so.
+            found = "a value that is not shown" if fault["type"] == "secret" else _shown(fault["input"])
+            problems.setdefault(key, f"{draft.label(key)}: found {found}; {needs}")
     lines = list(problems.values())
     missing = [name for name in missing if name not in missed]
     if missing:

@@ -8,10 +8,14 @@ import json
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from ncalign.core.cache import make_private_file
 from ncalign.core.claims import claims_of
+
+Value = TypeVar("Value")
 
 
 class Store:
@@ -38,6 +42,7 @@ class Store:
                 with contextlib.suppress(OSError):
                     make_private_file(path)
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
+            self._connection.text_factory = lambda data: data.decode(errors="replace")
             with self._connection:
                 # Full: an answer that was paid for is on disk before the next is asked for.
                 self._connection.execute("PRAGMA journal_mode=WAL")
@@ -60,12 +65,38 @@ class Store:
         Raises:
             OSError: the file is damaged.
         """
+        text = self._kept(key)
+        try:
+            return None if text is None else json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+
+    def get_as(self, key: str, kind: TypeAdapter[Value]) -> Value | None:
+        """The value, or None where there is none, or another kind than the one that is kept there.
+
+        Raises:
+            OSError: the file is damaged.
+
+        >>> store = Store(Path(":memory:"))
+        >>> store.put("a", [1.0]), store.put("b", "no")
+        (None, None)
+        >>> store.get_as("a", TypeAdapter(list[float])), store.get_as("b", TypeAdapter(list[float]))
+        ([1.0], None)
+        """
+        text = self._kept(key)
+        try:
+            return None if text is None else kind.validate_json(text)
+        except ValidationError:
+            return None
+
+    def _kept(self, key: str) -> str | None:
+        """The JSON that was written; None also for what another hand wrote, which may be anything."""
         try:
             with self._lock:
                 row = self._connection.execute("SELECT value, digest FROM kept WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error as error:
             raise self._unusable(error) from error
-        return None if row is None or row[1] != self.key(key, row[0]) else json.loads(row[0])
+        return row[0] if row is not None and isinstance(row[0], str) and row[1] == self.key(key, row[0]) else None
 
     def put(self, key: str, value: object) -> None:
         """Keep a value, in place of an earlier one.

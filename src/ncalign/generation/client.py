@@ -1,35 +1,31 @@
 """Any server that speaks OpenAI's chat and completions API: asked many things at once, and never the same thing twice.
 
 The `openai` library sends requests and repeats those that the network or the server refuses (backoff with jitter, Retry-After).
-Added here: how many are under way, how many begin in a minute, a deadline for each, the check of what comes back (half JSON,
-fewer choices than asked for, impossible log-probs), and a store on disk of what was answered.
+Added here: how many are under way, how many begin in a minute, a deadline and a size for each (`transport`), the check of what
+comes back (`wire`), further requests where there were fewer choices than asked for, and a store on disk of what was answered.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import socket
-import sys
 import time
 from asyncio import gather, sleep
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
-
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.questions import Request, distinct_questions
-from ncalign.generation.refusals import Changes, changed, name_instead, reason_of, refused_field, what_changes
+from ncalign.generation.refusals import Changes, changed, kept_changes, name_instead, reason_of, refused_field, what_changes
+from ncalign.generation.transport import LONGEST_WAIT, ApiKey, asked_to_wait, check_host, connect
+from ncalign.generation.wire import CHOICES, Choice, Malformed, read_answer
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, OpenAIError
 
 Result = TypeVar("Result")
 
@@ -39,39 +35,10 @@ _LOOK_AGAIN = 0.1
 _ABOUT_THE_REQUEST = frozenset({400, 404, 413, 422})
 # Requests in a row without an answer after which no more are sent, as a multiple of those under way at a time.
 _GIVE_UP_AFTER = 2
-# Keys of fewer characters are placeholders for servers without keys ("EMPTY", "ollama"), and words that a model may say.
-_SECRET_LENGTH = 16
-# Of an answer that is an error in spite of its status.
-_HEAD = 1000
-# Finish reasons, as servers spell them: the limit on tokens, a filter, and the server's own failure.
-_CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
-_WITHHELD = frozenset({"content_filter", "safety", "recitation", "blocklist", "prohibited_content"})
-_BROKEN_OFF = frozenset({"error", "abort", "cancelled", "insufficient_system_resource"})
-
-# In nats. Rounding may put the log-prob of a certain token a little above 0.
-Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=2**53)]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One answer.
-
-    Attributes:
-        text: what was answered.
-        finished: whether the model ended it; false when a limit cut it.
-        num_tokens: of the answer; None where the server does not say.
-        logprob: sum of its tokens' log-probs, in nats; None where the server does not give them.
-        top: for each token, the likeliest alternatives with their log-probs; empty where they were not asked for.
-        withheld: whether a filter of the server's ended it, and no limit on its length.
-    """
-
-    text: str
-    finished: bool
-    num_tokens: int | None = None
-    logprob: Logprob | None = None
-    top: tuple[Mapping[str, Logprob], ...] = ()
-    withheld: bool = False
+# What a request counts there that was answered, and never with an answer that can be used.
+_UNUSABLE = 0.25
+# No field's name.
+_WAIT = "(wait)"
 
 
 @dataclass
@@ -96,13 +63,14 @@ class ServerError(RuntimeError):
 
     Attributes:
         refused: whether it said that it does not take this very request (a status of 400 and the like), so that others may
-            fare better; false where it is down, overloaded, or wants another key.
+            fare better, or answered it with what can't be used; false where it is down, overloaded, or wants another key.
+        unusable: whether its answers can't be used.
         body: what it answered, as it came; never shown.
     """
 
-    def __init__(self, message: str, *, refused: bool = False, body: str = "") -> None:
+    def __init__(self, message: str, *, refused: bool = False, unusable: bool = False, body: str = "") -> None:
         super().__init__(message)
-        self.refused, self.body = refused, body
+        self.refused, self.unusable, self.body = refused or unusable, unusable, body
 
 
 class Server:
@@ -122,7 +90,8 @@ class Server:
         changes: fields that the server said it does not take; they are renamed or left out.
 
     Raises:
-        ValueError: the package `openai` is missing, or the environment variable with the key, or the server's host.
+        ValueError: the package `openai` is missing, or the environment variable with the key, or the server's host; or
+            the variable holds what is no key.
     """
 
     def __init__(self, config: ServerConfig, store: Store | None = None) -> None:
@@ -131,21 +100,17 @@ class Server:
         except ImportError:
             raise ValueError(f"a server needs the package openai: {install_hint('server')}") from None
         self.config, self.usage, self._store = config, Usage(), store
-        self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
-        if config.api_key_env and not self._key:
+        self._key = ApiKey(config.api_key_env, os.environ.get(config.api_key_env, "") if config.api_key_env else "")
+        if config.api_key_env and not self._key.value:
             raise ValueError(
                 f"server {config.base_url}: the environment variable {config.api_key_env} is not set; export it, or set "
                 "api_key_env: none for a server without keys"
             )
-        check_host(config.base_url)
+        check_host(config.base_url, self._key)
         self._next_start = 0.0
         self.model, self.version = config.model, ""
         self._changes_key = Store.key(config.base_url, config.model, "fields")
-        try:
-            kept = None if store is None else store.get(self._changes_key)
-            self.changes: Changes = _CHANGES.validate_python(kept or {})
-        except ValidationError:
-            self.changes = {}
+        self.changes: Changes = {} if store is None else kept_changes(store.get(self._changes_key))
         self._said: set[str] = set()
 
     def ask(
@@ -195,11 +160,14 @@ class Server:
             body: the JSON.
 
         Raises:
-            ServerError: it refuses.
+            ServerError: it refuses, or what it says can't be read.
         """
         if path.startswith("//"):
             path = self.config.base_url.rstrip("/").removesuffix("/v1") + path[1:]
-        self._run(lambda client: self._sent(client, path, body))
+        try:
+            self._run(lambda client: self._sent(client, path, body, self.config.max_retries))
+        except Malformed as error:
+            raise ServerError(f"server {self.config.base_url}: {self._key.hidden(str(error))}") from None
 
     def _run(self, work: Callable[[AsyncOpenAI], Awaitable[Result]]) -> Result:
         """Run work with a client on an event loop in a thread of its own."""
@@ -215,8 +183,11 @@ class Server:
     async def _ask(
         self, client: AsyncOpenAI, requests: Sequence[Request], done: Callable[[int], None]
     ) -> list[list[Choice] | ServerError]:
-        most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0
-        not_asked = f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer"
+        most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0.0
+        not_asked = (
+            f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer, or "
+            f"{most / _UNUSABLE:.0f} none that can be used"
+        )
         found: list[list[Choice] | ServerError] = [ServerError(not_asked) for _ in requests]
         open_, since = list(enumerate(requests)), dict[int, float]()
 
@@ -230,12 +201,12 @@ class Server:
                         answers = await self._answers(client, request, claimed=waited > self.config.timeout_seconds)
                     except ServerError as error:
                         found[index] = error
-                        in_a_row += not error.refused
+                        in_a_row += _UNUSABLE if error.unusable else not error.refused
                     else:
                         if answers is None:
                             elsewhere.append((index, request))
                             continue
-                        found[index], in_a_row = answers, 0
+                        found[index], in_a_row = answers, 0.0
                 done(index)
 
         while open_:
@@ -247,29 +218,18 @@ class Server:
         return found
 
     def _client(self) -> AsyncOpenAI:
-        import openai
-        from anyio import fail_after
-
-        seconds = self.config.timeout_seconds
-
-        class WithDeadline(openai.DefaultAsyncHttpxClient):
-            """Bounds the whole request: the library's own limits bound each wait for bytes, however many there are."""
-
-            async def send(self, request: Any, **options: Any) -> Any:
-                try:
-                    with fail_after(seconds):
-                        return await super().send(request, **options)
-                except TimeoutError as error:
-                    # What openai repeats a request for: an error of httpx or of httpx2, whichever this version of it uses.
-                    raise sys.modules[type(request).__module__].ReadTimeout(str(error)) from error
-
-        return openai.AsyncOpenAI(
-            base_url=self.config.base_url,
-            api_key=self._key or "none",
-            timeout=None,
-            max_retries=self.config.max_retries,
-            http_client=WithDeadline(),
+        return connect(
+            self.config.base_url,
+            self._key,
+            seconds=self.config.timeout_seconds,
+            retries=self.config.max_retries,
+            told=self._say_wait,
         )
+
+    def _say_wait(self, text: str) -> None:
+        if _WAIT not in self._said:
+            self._said.add(_WAIT)
+            say(text)
 
     async def _answers(self, client: AsyncOpenAI, request: Request, *, claimed: bool) -> list[Choice] | None:
         """The answers to one request, those on disk first; None while another thread or process asks for them.
@@ -300,16 +260,17 @@ class Server:
         malformed = 0
         while len(choices) < request.n:
             try:
-                found = await self._choices(client, request, request.n - len(choices), number=len(choices) + malformed)
-            except _Malformed as error:
+                found = await self._choices(
+                    client, request, request.n - len(choices), number=len(choices) + malformed, malformed=malformed
+                )
+            except Malformed as error:
                 malformed += 1
                 self.usage.malformed += 1
                 if malformed > self.config.max_retries:
                     if choices:
                         return choices
-                    raise ServerError(
-                        f"server {self.config.base_url} gave no usable answer {malformed} times: {error}", refused=True
-                    ) from None
+                    said = f"gave no usable answer {malformed} times: {self._key.hidden(str(error))}"
+                    raise ServerError(f"server {self.config.base_url} {said}", unusable=True) from None
                 await sleep(min(_FIRST_PAUSE * 2**malformed, _LONGEST_PAUSE) * (1 - 0.25 * random.random()))
                 continue
             choices += found[: request.n - len(choices)]
@@ -318,13 +279,22 @@ class Server:
         return choices
 
     def _kept(self, key: str) -> list[Choice]:
-        try:
-            return _CHOICES.validate_python(None if self._store is None else self._store.get(key) or [])
-        except ValidationError:  # kept by a version that checked less
-            return []
+        return [] if self._store is None else self._store.get_as(key, CHOICES) or []
 
-    async def _choices(self, client: AsyncOpenAI, request: Request, n: int, *, number: int) -> list[Choice]:
-        """What the server answers to one HTTP request; ``number`` tells those apart that ask the same."""
+    async def _choices(self, client: AsyncOpenAI, request: Request, n: int, *, number: int, malformed: int) -> list[Choice]:
+        """What the server answers to one HTTP request.
+
+        Args:
+            client: sends it.
+            request: what to ask.
+            n: how many choices.
+            number: tells those apart that ask the same.
+            malformed: how many answers to it could not be used: each is a retry, of which there are so many fewer.
+
+        Raises:
+            Malformed: the answer can't be used.
+            ServerError: there is none.
+        """
         body = {**request.body, "model": self.model}
         if n > 1:
             body["n"] = n
@@ -336,41 +306,30 @@ class Server:
             start = max(self._next_start, now)
             self._next_start = start + 60 / self.config.requests_per_minute
             await sleep(start - now)
-        text = await self._taken(client, "/chat/completions" if request.kind == "chat" else "/completions", body, request)
+        path = "/chat/completions" if request.kind == "chat" else "/completions"
+        text = await self._taken(client, path, body, request, self.config.max_retries - malformed)
         self.usage.requests += 1
-        if len(self._key) >= _SECRET_LENGTH:
-            text = self._without_key(text)
-        try:
-            answer = _Answer.model_validate_json(text)
-        except ValidationError as error:
-            [first, *_] = error.errors(include_url=False, include_input=False)
-            place = "".join(f"{part}: " for part in first["loc"])
-            said = reason_of(text) if '"error"' in text[:_HEAD] else f"{place}{first['msg']} in {text[:200]!r}"
-            raise _Malformed(self._without_key(said)) from None
-        counted = answer.usage or _Usage()
-        self.usage.prompt_tokens += counted.prompt_tokens or 0
-        self.usage.completion_tokens += counted.completion_tokens or 0
-        found = [choice.read() for choice in answer.choices if choice.finish_reason not in _BROKEN_OFF]
-        if not found:
-            raise _Malformed(f"the server broke off: finish_reason {answer.choices[0].finish_reason}")
-        if len(found) == 1 and found[0].num_tokens is None:
-            found = [replace(found[0], num_tokens=counted.completion_tokens or None)]
-        return found
+        answer = read_answer(text, hidden=self._key.hidden)
+        self.usage.prompt_tokens += answer.prompt_tokens
+        self.usage.completion_tokens += answer.completion_tokens
+        if self._key.is_secret() and any(self._key.value in part for choice in answer.choices for part in choice.texts()):
+            raise Malformed(f"it holds the key in {self._key.variable}, which is written to no file")
+        return answer.choices
 
-    async def _taken(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any], request: Request) -> str:
+    async def _taken(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any], request: Request, retries: int) -> str:
         """What the server answers without the fields that it says it does not take, which are remembered once it has."""
         changes = dict(self.changes)
         while True:
             sent = changed(body, changes)
             try:
-                text = await self._sent(client, path, sent)
+                text = await self._sent(client, path, sent, retries)
                 break
             except ServerError as error:
                 field = refused_field(error.body, sent, request.needed) if error.refused else None
                 if field is None:
                     raise
                 renamed = next((name for name, other in changes.items() if other == field), None)
-                changes[renamed or field] = None if renamed else name_instead(field, error.body, {field})
+                changes[renamed or field] = None if renamed else name_instead(field, self._key.hidden(error.body), {field})
         if changes != self.changes:
             self.changes |= changes
             self._say_changes()
@@ -378,120 +337,33 @@ class Server:
                 self._store.put(self._changes_key, self.changes)
         return text
 
-    async def _sent(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any]) -> str:
-        from openai import APIStatusError, OpenAIError
+    async def _sent(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any], retries: int) -> str:
+        from openai import OpenAIError
 
         try:
-            return await client.post(path, body=dict(body), cast_to=str)
+            return await client.post(path, body=dict(body), cast_to=str, options={"max_retries": retries})
         except OpenAIError as error:
-            status, answered = (error.status_code, error.response.text) if isinstance(error, APIStatusError) else (0, "")
-            said = self._without_key(reason_of(self._without_key(answered) or str(error)))
-            advice = {
-                401: f"; is the key in {self.config.api_key_env} right?",
-                404: f"; does it serve the model {self.model!r}?",
-                429: "; lower max_concurrency or set requests_per_minute",
-            }.get(status, "")
-            message = f"server {self.config.base_url}: {f'status {status}: ' if status else ''}{said}{advice}"
-            raise ServerError(message, refused=status in _ABOUT_THE_REQUEST, body=answered) from None
+            raise self._refusal(error) from None
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+    def _refusal(self, error: OpenAIError) -> ServerError:
+        from openai import APIStatusError
 
-
-class _Malformed(ValueError):
-    """An answer that can't be used."""
-
-
-# --- What is read of a server's answer: fields that one API or another names, whatever else it holds ------------------------
-
-
-class _Token(BaseModel):
-    token: str
-    logprob: Logprob
-    top_logprobs: list[_Token] | None = None
-
-
-class _Logprobs(BaseModel):
-    content: list[_Token] | None = None  # the chat API's; llama.cpp gives it in the completions API too
-    token_logprobs: list[Logprob | None] | None = None  # the completions API's; None where a token has no left context
-
-
-class _Usage(BaseModel):
-    prompt_tokens: Count | None = None
-    completion_tokens: Count | None = None
-
-
-class _Part(BaseModel):
-    type: str = "text"
-    text: str | None = None
-
-    def is_text(self) -> bool:
-        """Whether it is said, and not thought."""
-        return self.type in ("text", "output_text")
-
-
-class _Message(BaseModel):
-    # Null where the model's tokens ended in its thoughts, where it called a tool, or said nothing: an answer without text.
-    content: str | list[str | _Part] | None = None
-    refusal: str | None = None
-
-    def read(self) -> str:
-        parts = self.content if isinstance(self.content, list) else [self.content or ""]
-        texts = [
-            part if isinstance(part, str) else part.text or "" for part in parts if isinstance(part, str) or part.is_text()
-        ]
-        return "".join(texts) or self.refusal or ""
-
-
-class _WireChoice(BaseModel):
-    message: _Message | None = None
-    text: str | None = None
-    finish_reason: Annotated[str, AfterValidator(str.lower)] | None = None
-    logprobs: _Logprobs | None = None
-
-    @model_validator(mode="after")
-    def _has_an_answer(self) -> _WireChoice:
-        if self.message is None and self.text is None:
-            raise ValueError("neither message nor text")
-        return self
-
-    def read(self) -> Choice:
-        given = self.logprobs or _Logprobs()
-        tokens, values = given.content, given.token_logprobs
-        if values is None and tokens is not None:
-            values = [token.logprob for token in tokens]
-        top = tuple({one.token: one.logprob for one in token.top_logprobs or ()} for token in tokens or ())
-        return Choice(
-            self.message.read() if self.message is not None else self.text or "",
-            finished=self.finish_reason not in _CUT | _WITHHELD,
-            num_tokens=None if values is None else len(values),
-            logprob=None if values is None else float(sum(value for value in values if value is not None)),
-            top=top if any(top) else (),
-            withheld=self.finish_reason in _WITHHELD,
-        )
-
-
-class _Answer(BaseModel):
-    choices: list[_WireChoice] = Field(min_length=1)
-    usage: _Usage | None = None
-
-
-_CHOICES = TypeAdapter(list[Choice])
-_CHANGES = TypeAdapter(Changes)
-
-
-def check_host(url: str) -> None:
-    """Raise where the host of a URL has no address: asking again and again would not give it one.
-
-    Raises:
-        ValueError: there is no such host. A proxy may know hosts that this machine does not, and is not second-guessed.
-    """
-    parts = urlsplit(url)
-    if parts.hostname is None or (getproxies().get(parts.scheme) and not proxy_bypass(parts.hostname)):
-        return
-    try:
-        socket.getaddrinfo(parts.hostname, None)
-    except (socket.gaierror, UnicodeError) as error:
-        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
-            return
-        raise ValueError(f"server {url}: there is no host {parts.hostname!r}: check base_url and the network") from None
+        if not isinstance(error, APIStatusError):
+            cause = f"{error} {error.__cause__ or ''}".strip()
+            return ServerError(f"server {self.config.base_url}: {reason_of(self._key.hidden(cause))}")
+        status, response = error.status_code, error.response
+        said = reason_of(self._key.hidden(response.text) or self._key.hidden(str(error)))
+        advice = {
+            401: f"; is the key in {self.config.api_key_env} right?",
+            404: f"; does it serve the model {self.model!r}?",
+            429: "; lower max_concurrency or set requests_per_minute",
+        }.get(status, "")
+        if 300 <= status < 400:
+            place = reason_of(self._key.hidden(response.headers.get("location", "")))
+            said = f"it redirects to {place!r}, and no redirect is followed; set base_url to where it really is"
+        elif (wait := asked_to_wait(response)) > LONGEST_WAIT:
+            advice += (
+                f"; it asks to wait {wait:.0f} s (Retry-After), and no more than {LONGEST_WAIT:.0f} s are waited: rerun then"
+            )
+        message = f"server {self.config.base_url}: status {status}: {said}{advice}"
+        return ServerError(message, refused=status in _ABOUT_THE_REQUEST, body=response.text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from ncalign.core.config import Frozen, Overwrite, Seed
 from ncalign.data.config import JoinRows, OnBadRow
@@ -28,6 +31,28 @@ class ServerConfig(Frozen):
         8, ge=0, description="Maximum number of retries of a request that fails or brings no usable answer."
     )
     logprobs: bool = Field(True, description="Ask for the log-probs of the sampled tokens; some servers have none.")
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if "@" in value:  # a name and a password would stand in messages and in files
+            raise PydanticCustomError("secret", "must hold no name or password: name the variable with the key in api_key_env")
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise PydanticCustomError("url", "must be a URL such as http://localhost:8000/v1")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        # The key itself, given here by mistake, would stand in messages and in files.
+        if value and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise PydanticCustomError("secret", "must be the name of an environment variable that holds the key, not the key")
+        return value
 
 
 class GenerateConfig(Frozen):

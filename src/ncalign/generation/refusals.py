@@ -27,7 +27,8 @@ _BAD_VALUE = re.compile(
 )
 _ALTERNATIVES = re.compile(r"\bboth\b|only one|either", re.IGNORECASE)
 _LENGTH = "max_tokens"
-_OTHER_LENGTH = re.compile(r"\bmax_\w*tokens\b")
+_OTHER_LENGTH = re.compile(r"\bmax_\w{0,30}tokens\b")
+_ASKED = frozenset({"messages", "prompt", "model"})
 # Of two fields that exclude one another, the one that says less is left out.
 _LEAST_FIRST = ("seed", "logprobs", "top_logprobs", "top_k", "top_p", "n", "temperature", _LENGTH)
 
@@ -84,7 +85,7 @@ def refused_field(text: str, body: Mapping[str, Any], needed: Collection[str]) -
     among = (
         [named] if named else sorted((name for name in body if _place(name, said) >= 0), key=lambda name: _place(name, said))
     )
-    among = [name for name in among if name in body and name not in {"messages", "prompt", "model", *needed}]
+    among = [name for name in among if name in body and name not in {*_ASKED, *needed}]
     if _ALTERNATIVES.search(said):
         among.sort(key=lambda name: _LEAST_FIRST.index(name) if name in _LEAST_FIRST else -1)
     if not among:
@@ -101,6 +102,20 @@ def name_instead(field: str, text: str, tried: Collection[str]) -> str | None:
         return None
     names = [*_OTHER_LENGTH.findall(text[:_READ_OF_A_BODY]), "max_completion_tokens"]
     return next((name for name in names if name not in tried), None)
+
+
+def kept_changes(value: object) -> Changes:
+    """Changes as they were kept, without those that would never be made.
+
+    >>> kept_changes({"seed": None, "max_tokens": "max_completion_tokens", "messages": None, "n": 2, "top_p": "x"})
+    {'seed': None, 'max_tokens': 'max_completion_tokens'}
+    """
+    return {
+        name: other
+        for name, other in (value.items() if isinstance(value, dict) else ())
+        if isinstance(name, str) and name not in _ASKED
+        if other is None or (isinstance(other, str) and _OTHER_LENGTH.fullmatch(name) and _OTHER_LENGTH.fullmatch(other))
+    }
 
 
 def changed(body: Mapping[str, Any], changes: Changes) -> dict[str, Any]:

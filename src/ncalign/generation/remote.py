@@ -11,9 +11,10 @@ from ncalign.data.formats.group import TOOLS, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams
-from ncalign.generation.client import Choice, Server, ServerError
+from ncalign.generation.client import Server, ServerError
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.questions import Request
+from ncalign.generation.wire import Choice
 from ncalign.model.chat import as_messages, is_half_written
 from ncalign.model.config import StringPrompts
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.atomic import check_writable
@@ -231,6 +232,9 @@ class _Given(NamedTuple):
     finished: bool = True
 
 
+_GIVEN = TypeAdapter(_Given)
+
+
 def _warn_of_incomplete(
     given: Sequence[_Given], questions: Sequence[Question], rendering: Rendering, model: str, max_new_tokens: int
 ) -> None:
@@ -257,7 +261,7 @@ def _answers_to(
     identity, store, seed = kept_by
     sampling = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed if params.temperature else 0]
     keys = _keys(talks, "answer", identity, sampling=sampling, greedy=not params.temperature)
-    kept = {question: store.get(key) for question, key in keys.items()}
+    kept = {question: store.get_as(key, _GIVEN) for question, key in keys.items()}
     asked = [question for question, answer in kept.items() if answer is None]
     for start in range(0, len(asked), at_a_time):
         part = asked[start : start + at_a_time]
@@ -271,9 +275,9 @@ def _answers_to(
         except PromptError as error:
             raise ValueError(f"{names[error.index]}: {error.detail}") from error
         for question, one in ((question, row[0]) for question, row in zip(part, found, strict=True) if row):
-            kept[question] = [one.text.strip(), one.num_tokens, one.finished]
-            store.put(keys[question], kept[question])
-    return {question: _Given(*answer) for question, answer in kept.items() if answer is not None}
+            kept[question] = answer = _Given(one.text.strip(), one.num_tokens, one.finished)
+            store.put(keys[question], answer)
+    return {question: answer for question, answer in kept.items() if answer is not None}
 
 
 def _keys(talks: Mapping[str, _Talk], *parts: object, sampling: list[float], greedy: bool) -> dict[str, str]:

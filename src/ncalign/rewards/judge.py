@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
-from ncalign.generation.client import Choice, Server
+from ncalign.generation.client import Server
+from ncalign.generation.wire import Choice
 from ncalign.model.chat import as_messages
 from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import JudgeConfig

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.progress import say
@@ -19,6 +21,8 @@ from ncalign.model.limits import limits_of
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
 from ncalign.model.untold import left_out
 from ncalign.rewards.base import completion_texts
+
+_REWARD = TypeAdapter(Annotated[float, Field(strict=True, ge=-MAX_NUMBER, le=MAX_NUMBER)])
 
 
 class ModelReward:
@@ -80,7 +84,7 @@ class ModelReward:
             self._say_what_is_left_out(group)
         encoded = [self._encode(group, text) for group in groups for text in completion_texts(group)]
         keys = [Store.key("reward model", self._identity, ids) for ids in encoded]
-        found: list[float | None] = [None if self._store is None else self._store.get(key) for key in keys]
+        found: list[float | None] = [None if self._store is None else self._store.get_as(key, _REWARD) for key in keys]
         # Equal texts are one row: in rows of different batches their scores could differ by rounding.
         first = {key: index for index, key in reversed([*enumerate(keys)]) if found[index] is None}
         open_ = sorted(first.values(), key=lambda index: (-len(encoded[index]), index))

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
-from ncalign.generation.client import Choice, Server, ServerError, Usage
+from ncalign.generation.client import Server, ServerError, Usage
 from ncalign.generation.questions import Request
 from ncalign.generation.refusals import TOO_LONG, Changes
+from ncalign.generation.wire import Choice
 
 Verdict = TypeVar("Verdict")
 

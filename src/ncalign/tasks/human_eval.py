@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from ncalign.core.errors import DataError, names, shown
 from ncalign.core.parallel import num_workers
@@ -54,6 +55,7 @@ _FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 _CODE_BEGINS = re.compile(r"^(?:from \w|import \w|(?:async )?def \w|class \w|@\w)", re.MULTILINE)
 # Verdicts that may depend on time or on the machine are not kept.
 _CONCLUSIVE = frozenset({"completed", "error", "exited"})
+_ANSWERS, _STATUS = TypeAdapter(list[list[str]]), TypeAdapter[Status](Status)
 
 
 @dataclass(frozen=True)
@@ -288,8 +290,8 @@ def sample_answers(
             chunk = [question(problem, form) for problem in problems[start : start + CHUNK]]
             settings = [params.max_new_tokens, params.temperature, params.top_p, params.top_k, seed + start]
             key = Store.key("code answers", model, chunk, settings)
-            found: Any = store.get(key)
-            if found is None:
+            found = store.get_as(key, _ANSWERS)
+            if found is None or len(found) != len(chunk):
                 completions = generator.generate(chunk, num_samples=1, params=params, seed=seed + start)
                 found = [[completion.text for completion in some] for some in completions]
                 store.put(key, found)
@@ -318,7 +320,7 @@ def check_answers(
 
     def verdict(program: str) -> Status:
         key = Store.key("code verdict", program, TIMEOUT_SECONDS, list(means))
-        kept: Status | None = None if store is None else store.get(key)
+        kept = None if store is None else store.get_as(key, _STATUS)
         if kept is not None:
             return kept
         outcome = run_sandboxed(program, timeout=TIMEOUT_SECONDS, allow_weak=allow_weak)
