@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
-from ncalign.model.attention import mask_function, shares_prompts
+from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch, collate
-from ncalign.model.layout import Segments, Span, completions_layout, padded_layout, prompts_layout, shared_layout
+from ncalign.model.layout import Span, padded_layout, shared_layout
 from ncalign.model.logprobs import LogprobModel, chosen_logprobs, completion_logprobs, share_prompts
 from ncalign.training.train import recompute_activations
 from test_logprobs import ARCHITECTURES, VOCABULARY, adapted, build, group
@@ -272,46 +271,6 @@ def test_every_weight_has_its_gradient_when_scored_in_bfloat16(training: torch.d
         torch.testing.assert_close(
             found[name], gradient, rtol=0, atol=(1e-5 if training is None else 0.1) * float(gradient.abs().max())
         )
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_accelerators_mask_behind_a_row_of_prompts(window: int | None) -> None:
-    spans = (Span(0, 3, (2, 4)), Span(9, 2, (1,)), Span(12, 4, (3, 1, 2)))
-    tokens = torch.arange(spans[-1].end)
-    prompts = prompts_layout(tokens, spans)
-    assert prompts.segments is not None
-    assert prompts.segments.kept is not None
-    prompts.segments.kept.of["a layer"] = (torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 2))
-    # The second group has nothing wanted.
-    segments = completions_layout(tokens, spans, [[1], [], [2, 0]], prompts.segments).segments
-    assert segments is not None
-    found = create_mask(mask_function(segments, torch.device("cpu"), window), 1, 1, 9, 18, device="cpu")[0, 0]
-    expected = torch.zeros(9, 18, dtype=torch.bool)
-    # Keys: prompts of 3, 2 and 4 tokens, then the completions of 4, 2 and 3.
-    for prompt, own in ((range(3), range(4)), (range(5, 9), range(4, 6)), (range(5, 9), range(6, 9))):
-        text = [*prompt, *(9 + token for token in own)]
-        for i, query in enumerate(own, start=len(prompt)):
-            for j in range(i + 1):
-                expected[query, text[j]] = window is None or i - j < window
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_accelerators_mask_is_the_rule_written_out(window: int | None) -> None:
-    spans = (Span(0, 3, (2, 4)), Span(9, 1, (1,)), Span(11, 4, (3, 1, 2)))
-    length = spans[-1].end
-    found = create_mask(mask_function(Segments(spans), torch.device("cpu"), window), 1, 1, length, length, device="cpu")[0, 0]
-    expected = torch.zeros(length, length, dtype=torch.bool)
-    for span in spans:
-        prompt = list(range(span.start, span.start + span.prompt))
-        texts = [prompt] + [
-            prompt + list(range(offset, offset + size)) for offset, size in zip(span.offsets(), span.completions, strict=True)
-        ]
-        for text in texts:
-            for i, query in enumerate(text):
-                for j in range(i + 1):
-                    expected[query, text[j]] = window is None or i - j < window
-    assert torch.equal(found, expected)
 
 
 def test_layouts_by_hand() -> None:

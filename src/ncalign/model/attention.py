@@ -7,7 +7,6 @@ so that hidden states are those of a row for each completion, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,17 +14,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ncalign.model.blockwise import UNBOUNDED, blockwise
 from ncalign.model.layout import Segments, Span
 
 NAME = "ncalign_shared"
 """Of the attention in transformers' registry; without segments it is their `sdpa`."""
-
-_ACROSS = 1 << 30
 
 
 def shared_attention(
@@ -75,7 +72,9 @@ def shared_attention(
         earlier = (before_key.to(value.dtype), before_value.to(value.dtype))
     window = options.get("sliding_window")
     if query.is_cuda:
-        return _flex(query, key, value, earlier, segments, window, cap, scale).transpose(1, 2), None
+        if earlier is not None:
+            key, value = torch.cat([earlier[0], key], dim=2), torch.cat([earlier[1], value], dim=2)
+        return blockwise(query, key, value, segments=segments, window=window, cap=cap, scale=scale).transpose(1, 2), None
     attend = partial(_span_attention, (query, key, value), segments=segments, window=window, cap=cap, scale=scale)
     if earlier is None:
         outputs = [output for span in segments.spans for output in attend(span, None)]
@@ -110,7 +109,7 @@ def _span_attention(
         scale: of scores.
     """
     start, end = span.start, span.start + span.prompt
-    reach = window or _ACROSS
+    reach = window or UNBOUNDED
     outputs = []
     if earlier is None:
         q, k, v = (part[:, :, start:end] for part in row)
@@ -187,80 +186,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, c
     folded = query.reshape(number, heads // repeats, repeats * length, width)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(repeats, 1), scale=scale)
     return out.reshape(number, heads, length, width)
-
-
-# --- On accelerators --------------------------------------------------------------------------------------------------
-
-
-def mask_function(segments: Segments, device: torch.device, window: int | None) -> Callable[..., Tensor]:
-    """FlexAttention's mask ``(batch, head, query, key) -> bool`` of a row; the keys of an earlier row of prompts come first."""
-    queries = _places(segments.spans, segments.prompts)
-    keys = [*_earlier_places(segments), *queries]
-    # Of each token: its group, its completion (0 for the prompt), its position.
-    group, part, position = (torch.tensor(column, device=device) for column in zip(*queries, strict=True))
-    key_group, key_part, key_position = (torch.tensor(column, device=device) for column in zip(*keys, strict=True))
-    reach = window or _ACROSS
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (group[query] == key_group[key]) & ((key_part[key] == 0) | (key_part[key] == part[query]))
-        distance = position[query] - key_position[key]
-        return same & (distance >= 0) & (distance < reach)
-
-    return visible
-
-
-def _places(spans: tuple[Span, ...], prompts: tuple[Span, ...]) -> list[tuple[int, int, int]]:
-    firsts = [span.prompt for span in (prompts or spans)]
-    return [
-        (number, part, position)
-        for number, (span, first) in enumerate(zip(spans, firsts, strict=True))
-        for part, (length, begin) in enumerate([(span.prompt, 0), *((length, first) for length in span.completions)])
-        for position in range(begin, begin + length)
-    ]
-
-
-def _earlier_places(segments: Segments) -> list[tuple[int, int, int]]:
-    """Of the prompts' row, all of it: prompts that no completion here follows belong to no group."""
-    if segments.kept is None or not segments.prompts:
-        return []
-    kept_key, _ = next(iter(segments.kept.of.values()))
-    places = [(-1, 0, 0)] * kept_key.shape[2]
-    for number, prompt in enumerate(segments.prompts):
-        places[prompt.start : prompt.end] = [(number, 0, position) for position in range(prompt.prompt)]
-    return places
-
-
-_compiled: list[Callable[..., Tensor]] = []
-
-
-def _flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    earlier: tuple[Tensor, Tensor] | None,
-    segments: Segments,
-    window: int | None,
-    cap: float | None,
-    scale: float,
-) -> Tensor:
-    """The same through FlexAttention's block-sparse kernel."""
-    if earlier is not None:
-        key, value = torch.cat([earlier[0], key], dim=2), torch.cat([earlier[1], value], dim=2)
-    name = ("blocks", window, query.device)
-    if name not in segments.masks:
-        visible = mask_function(segments, query.device, window)
-        segments.masks[name] = create_block_mask(visible, None, None, query.shape[2], key.shape[2], device=query.device)
-    blocks = segments.masks[name]
-    if not _compiled:
-        _compiled.append(torch.compile(flex_attention, dynamic=True))
-
-    capped = None if cap is None else partial(_capped, cap)
-    return _compiled[0](query, key, value, score_mod=capped, block_mask=blocks, scale=scale, enable_gqa=True)
-
-
-def _capped(cap: float, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    capped: Tensor = cap * torch.tanh(score / cap)
-    return capped
 
 
 # --- Switching it on --------------------------------------------------------------------------------------------------
