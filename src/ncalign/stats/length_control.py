@@ -107,9 +107,9 @@ def length_controlled_win_rate(
     Source: Dubois et al., 2024, eq. 2; solver, settings and numbers of ``alpaca_eval.metrics.get_length_controlled_winrate``.
     """
     targets = checked_preferences(preferences)
-    num_known = int(np.isfinite(targets).sum())
-    if num_known < NUM_FOLDS:
-        raise ValueError(f"{num_known} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
+    known = targets[np.isfinite(targets)]
+    if len(known) < NUM_FOLDS:
+        raise ValueError(f"{len(known)} questions have a verdict: cross-validation needs at least {NUM_FOLDS}")
     features = _features(model_lengths, baseline_lengths, len(targets), table, questions)
     gamed = _gamed_rows(table if regularized else None, features.shape[1])
     rows, labels, weights = _training_rows(gamed, features, targets)
@@ -117,11 +117,9 @@ def length_controlled_win_rate(
     coefficients = _fit(rows, labels, weights, inverse_penalty, np.random.RandomState(_SEED))
     even = expit(features[:, 1:] @ coefficients[1:])
     free = _without_penalty(rows, labels, weights, features, np.isfinite(targets))
-    if free is None:
-        ci, estimable = NO_INTERVAL, bool(np.ptp(targets[np.isfinite(targets)]) == 0)
-    else:
-        ci = NO_INTERVAL
-        if _rests_on_more_than_one(targets[np.isfinite(targets)]):
+    ci, estimable = NO_INTERVAL, bool(np.ptp(known) == 0)
+    if free is not None:
+        if _rests_on_more_than_one(known):
             ci = (100 * float(expit(free.log_odds - free.arm)), 100 * float(expit(free.log_odds + free.arm)))
         estimable = bool(abs(logit(even.mean()) - free.log_odds) <= free.arm / Z)
     names = ("length", "model") if table is None else ("length", "difficulty", "model")
@@ -131,8 +129,8 @@ def length_controlled_win_rate(
         ci=ci,
         coefficients=dict(zip(names, coefficients.tolist(), strict=True)),
         strength=inverse_penalty,
-        num_fitted=num_known,
-        num_missing=len(targets) - num_known,
+        num_fitted=len(known),
+        num_missing=len(targets) - len(known),
     )
 
 
