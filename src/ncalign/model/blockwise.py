@@ -91,9 +91,9 @@ def block_mask(segments: Segments, before: int, *, window: int | None, device: t
     keys = [*_earlier(segments), *own]
     length = queries[-1].end
     some, whole = _blocks(queries, keys, (_num_blocks(length), _num_blocks(before + length)), window or UNBOUNDED)
-    listed = [part for blocks in (some & ~whole, whole) for part in _indices(blocks, device)]
+    (count, partly), (full_count, full) = _indices(some & ~whole, device), _indices(whole, device)
     visible = mask_function(queries, keys, lengths=(length, before + length), window=window, device=device)
-    return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=BLOCK, mask_mod=visible)
+    return BlockMask.from_kv_blocks(count, partly, full_count, full, BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
 def mask_function(
@@ -107,7 +107,8 @@ def mask_function(
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = (group[query] == key_group[key]) & ((key_part[key] == 0) | (key_part[key] == part[query]))
         distance = position[query] - key_position[key]
-        return same & (distance >= 0) & (distance < reach)
+        seen: Tensor = same & (distance >= 0) & (distance < reach)
+        return seen
 
     return visible
 
