@@ -173,6 +173,21 @@ def test_a_candidate_of_several_rows_has_the_mean_of_its_known_rewards(rewards: 
         assert abs(Fraction(candidate.reward) - sum(map(Fraction, known)) / len(known)) <= room
 
 
+def test_values_too_deep_for_a_list_of_them_name_the_rows(write_jsonl: WriteJsonl) -> None:
+    def deep(value: str) -> Any:
+        found: Any = value
+        for _ in range(99):
+            found = [found]
+        return found
+
+    rows = [{"prompt": "Q", "chosen": "a", "rejected": "b", "label": deep(value)} for value in "xy"]
+    with pytest.raises(DataError, match=r"groups.jsonl:1: group .*metadata.label.* is nested more than 100 levels deep"):
+        list(read_groups(write_jsonl(rows)))
+    report = ReadReport()
+    assert list(read_groups(write_jsonl(rows), on_bad_row="skip", report=report)) == []
+    assert report.skipped == 2
+
+
 def test_pairs_of_a_group_give_the_group_back(tmp_path: Path) -> None:
     answers = [Candidate(text, reward=reward) for text, reward in (("a", 0.1), ("b", 0.7), ("c", 0.3), ("d", 0.1))]
     groups = [Group(f"g{k}", f"p{k}", answers, {"topic": k}) for k in range(3)]

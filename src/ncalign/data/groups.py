@@ -428,7 +428,11 @@ class _Reader:
 
     def _checked(self, rows: list[ReadRow], *, allow_empty: bool) -> Iterator[Group]:
         """Yield the group that the rows make, unless it has no candidates or its id was used before."""
-        group = merge(rows)
+        try:
+            group = merge(rows)
+        except DataError as too_deep:  # a list of the rows' values is nested one level deeper than they are
+            self._refuse(rows[0].where, rows[0].group.id, too_deep, rows=len(rows))
+            return
         if not group.candidates and not self._rules.allow_empty and not allow_empty:
             error = DataError("candidates is empty: at least one completion is needed", reason="no candidates")
         else:
