@@ -188,6 +188,17 @@ class TestFits:
         within = np.concatenate([length - length.mean() for length in lengths])
         assert spread == pytest.approx(np.sqrt(np.mean(within**2)))
 
+    def test_of_very_many_candidates_some_pairs_are_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chance = np.random.default_rng(3)
+        lengths = chance.integers(10, 100, 200).tolist()
+        rewards = [float(chance.random() < 0.2 + 0.006 * length) for length in lengths]
+        every, some = PairwiseLength(40.0), PairwiseLength(40.0)
+        every.add(rewards, lengths, [None] * 200)
+        monkeypatch.setattr("ncalign.adjust.fits._MOST_PAIRS", 5000)
+        some.add(rewards, lengths, [None] * 200)
+        # A quarter of the pairs, half of which are ties.
+        assert some.phi() == pytest.approx(every.phi(), rel=0.15)
+
     def test_phi_is_that_of_a_logistic_regression_on_all_pairs(self) -> None:
         """The oracle writes every pair out and minimises its weighted log-loss with another optimiser, derivative-free."""
         chance, fit, rows = np.random.default_rng(1), PairwiseLength(40.0), []

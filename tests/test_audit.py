@@ -392,6 +392,22 @@ def test_pickled_weights_reach_no_library(
         audit(planted("healthy", num_groups=3), tmp_path, **{option: str(model)})
 
 
+def test_groups_of_very_many_candidates_are_compared_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ncalign.audit.audit.MOST_COMPARED", 8)
+    rows = planted("healthy", num_groups=3, num_candidates=40) + planted("healthy", num_groups=3, num_candidates=8, seed=1)
+    for number, row in enumerate(rows):
+        row["id"] = str(number)
+        row["candidates"][17 % len(row["candidates"])]["reward"] = 9.0
+    found = audit(rows, tmp_path)
+    assert "3 groups have more than 8 candidates: of each the best and 7 others" in capsys.readouterr().err
+    assert (found["large_groups"], found["numbers"]["candidates"]) == (3, 3 * 40 + 3 * 8)
+    # The best, at 9, is always among them: seven others stand below it.
+    assert [row["rank"] for row in found["tables"]["likeness_by_rank"]] == list(range(2, 9))
+    assert found["numbers"]["rewards/spread"] > 8
+
+
 def test_the_verb(tmp_path: Path, groups_file: Path, capsys: Any) -> None:
     assert main(["audit", str(groups_file), "--output_dir", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ncalign.training import metrics
 from ncalign.training.metrics import ChosenAlarm, MetricMeans, PassResult, correlation, group_metrics, merged, pair_accuracy
 
 NAN = float("nan")
@@ -126,6 +127,18 @@ class TestPairAccuracy:
     )
     def test_of_three_ranked_candidates(self, implicit: list[float], expected: float) -> None:
         assert_values(pair_accuracy(f64(implicit), f64([1.0, 2.0, 3.0]), real(1, 3)), expected)
+
+    def test_of_many_candidates_a_part_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chance = random.Random(0)
+        implicit, rewards = ([float(chance.randrange(5)) for _ in range(40)] for _ in range(2))
+        shares = [
+            (implicit[i] > implicit[j]) + 0.5 * (implicit[i] == implicit[j])
+            for i in range(40)
+            for j in range(40)
+            if rewards[i] > rewards[j]
+        ]
+        monkeypatch.setattr(metrics, "_PAIRS_AT_A_TIME", 200)
+        assert_values(pair_accuracy(f64(implicit), f64(rewards), real(1, 40)), sum(shares) / len(shares))
 
     def test_equal_rewards_define_nothing(self) -> None:
         assert_values(pair_accuracy(f64([1.0, 2.0]), f64([3.0, 3.0]), real(1, 2)), NAN)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loss_inputs import inputs_of_one_token
 from ncalign.objectives.config import Pairing
-from ncalign.objectives.lists import exo_loss
+from ncalign.objectives.lists import LiPOLambda, exo_loss
 from ncalign.objectives.method import LossInputs, Method, PairConfig
 from ncalign.objectives.pairs import (
     CPO,
@@ -29,6 +29,7 @@ from ncalign.objectives.pairs import (
     simpo_loss,
 )
 from ncalign.objectives.ranking import MCPO, info_nca_loss
+from ncalign.objectives.regression import REBEL
 from trl_losses import Groups, assert_trls, cpo_trainer, dpo_trainer, ours, random_groups
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -435,3 +436,10 @@ def test_groups_without_a_preference_are_refused(config: type[PairConfig]) -> No
     assert refuse([0.5, 0.5]) == "all rewards equal"
     assert refuse([0.5]) == "only one candidate"
     assert refuse([0.5, 0.1]) is None
+
+
+@pytest.mark.parametrize("config", [DPO(pairing="all_pairs"), REBEL(), LiPOLambda()], ids=lambda config: config.name)
+def test_all_pairs_of_very_many_candidates_are_refused(config: DPO | REBEL | LiPOLambda) -> None:
+    refuse = config.method().refuse
+    assert refuse([float(k % 2) for k in range(2000)]) is None
+    assert "more than 2000 candidates, whose pairs are too many" in str(refuse([float(k % 2) for k in range(2001)]))

@@ -367,6 +367,18 @@ def test_as_many_opponents_as_asked_for() -> None:
     assert None not in found[0]
 
 
+def test_very_many_completions_are_compared_in_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncalign.rewards.judge._MOST_PAIRED", 4)
+    double, score = judged(lambda text: "[[C]]", mode="pairwise", opponents=2)
+    found, _ = score([group(*"abcdefgh")])
+    # Eight pairs, each in both orders.
+    assert len(double.requests) == 16
+    assert found[0] == [0.5] * 8
+    _, score = judged(lambda text: "[[C]]", mode="pairwise")
+    with pytest.raises(ValueError, match=r"has 8 completions, each to be compared with each: set judge\.opponents"):
+        score([group(*"abcdefgh")])
+
+
 def test_verdicts_are_paid_for_once(tmp_path: Path) -> None:
     store = Store(tmp_path / "verdicts")
     double = ServerDouble(answer=lambda body, number: "[[5]]")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ncalign.core.errors import DataError
 from ncalign.data.formats.group import MAX_NUMBER
 from ncalign.data.formats.pairs import Target, pairs_of, write_pairs
 from ncalign.data.groups import Candidate, Group, convert, read_groups, write_groups
@@ -121,3 +122,11 @@ def test_sixty_four_candidates_of_a_hundred_thousand_characters(kind: str, part:
     path = tmp_path / f"groups.{kind}"
     write_groups([group], path)
     assert list(read_groups(path)) == [group]
+
+
+def test_all_pairs_of_very_many_candidates_are_refused(tmp_path: Path) -> None:
+    many = Group("g", "p", [Candidate("a", reward=float(k)) for k in range(2001)])
+    with pytest.raises(
+        DataError, match="group 'g': target all_pairs makes 2,001,000 rows of its 2001 candidates, and 2000 is the"
+    ):
+        write_pairs([many], tmp_path / "pairs.jsonl", target="all_pairs", seed=0)

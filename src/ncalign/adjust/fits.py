@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from ncalign.adjust.transforms import Rewards, known_rewards, length_deviations
 QUANTILE_SAMPLE = 2**20
 """A quantile is exact up to this many rewards; of more, this many are drawn."""
 _NUM_BINS, _MAX_SOURCES = 1024, 64
+_MOST_PAIRS = 500_000
+"""Of a group: a thousand candidates."""
 _MAX_PHI = 10.0
 """Odds of e^10 for a standard deviation of length: larger coefficients can't be distinguished from infinite ones."""
 _RIDGE = 1e-10
@@ -42,6 +45,14 @@ def length_slope(groups: Iterable[tuple[Rewards, Sequence[float]]]) -> tuple[flo
             cross += float(away @ (known - known.mean()))
             square += float(away @ away)
     return (cross / square if square > 0 else None), (float(np.sqrt(square / count)) if count else 0.0)
+
+
+def _pairs(number: int) -> Iterable[tuple[int, ...]]:
+    """All pairs of so many; of very many, some that are drawn at random, the same each time."""
+    if math.comb(number, 2) <= _MOST_PAIRS:
+        return combinations(range(number), 2)
+    chance = random.Random(number)
+    return (tuple(chance.sample(range(number), 2)) for _ in range(_MOST_PAIRS))
 
 
 class PairwiseLength:
@@ -80,7 +91,7 @@ class PairwiseLength:
             if reward is not None
         ]
         self.num_movable += int(np.count_nonzero((known > 0) & (known < 1)))
-        for pair in combinations(range(len(known)), 2):
+        for pair in _pairs(len(known)):
             first, second = sorted(pair, key=places.__getitem__)
             won = known[first] * (1 - known[second])
             weight = won + known[second] * (1 - known[first])

@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ from ncalign.model.precision import resolve_dtype
 
 ENTRIES = ("audit.json", "audit.html")
 """What is left in the folder."""
+MOST_COMPARED = 256
+"""Candidates of a group: each is compared with each."""
 _MOST_SOURCES = 50
 
 
@@ -60,7 +62,8 @@ class Totals:
         sizes: groups by their number of candidates.
         sources: candidates by who wrote them.
         prompts: the prompts, and how often each came.
-        sample: some groups, drawn evenly from all.
+        large: groups with more candidates than are compared.
+        sample: some groups, drawn evenly from all; of large ones the best candidate and others drawn at random.
     """
 
     groups: int = 0
@@ -70,6 +73,7 @@ class Totals:
     tied_best: int = 0
     empty: int = 0
     cut: int = 0
+    large: int = 0
     made: Counter[Rendering] = field(default_factory=Counter)
     sizes: Counter[int] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
@@ -91,10 +95,22 @@ class Totals:
         self.sizes[len(group.candidates)] += 1
         self.sources.update(candidate.source for candidate in group.candidates if candidate.source)
         self.prompts.add(prompt_key(group))
+        self.large += len(group.candidates) > MOST_COMPARED
         if len(self.sample) < size:
-            self.sample.append(group)
+            self.sample.append(_comparable(group, chance))
         elif (place := chance.randrange(self.groups)) < size:
-            self.sample[place] = group
+            self.sample[place] = _comparable(group, chance)
+
+
+def _comparable(group: Group, chance: random.Random) -> Group:
+    """The group; of a large one the best candidate, and others drawn at random, in their order."""
+    number = len(group.candidates)
+    if number <= MOST_COMPARED:
+        return group
+    rewards = [candidate.reward for candidate in group.candidates]
+    best = max(range(number), key=lambda k: -math.inf if (reward := rewards[k]) is None else reward)
+    others = chance.sample([k for k in range(number) if k != best], MOST_COMPARED - 1)
+    return replace(group, candidates=[group.candidates[k] for k in sorted([best, *others])])
 
 
 def _has_text(candidate: Candidate) -> bool:
@@ -150,6 +166,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         "sources": dict(totals.sources.most_common(_MOST_SOURCES)),
         "rows_skipped": rows_skipped,
         "sampled": len(sample),
+        "large_groups": totals.large,
         **({} if dtype is None else {"dtype": dtype}),
     }
     renew(config.output_dir, ENTRIES, verb="audit")
@@ -189,6 +206,11 @@ def _totals(config: AuditConfig) -> tuple[Totals, int]:
         raise ValueError(f"{config.data} has no group to audit: {report.summary()}")
     if notice := report.notice(config.data):
         say(notice)
+    if totals.large:
+        say(
+            f"note: {totals.large} groups have more than {MOST_COMPARED} candidates: of each the best and {MOST_COMPARED - 1} "
+            "others, drawn at random, are compared"
+        )
     return totals, report.skipped
 
 

@@ -38,6 +38,7 @@ def write_page(path: Path, result: Mapping[str, Any], measured: Sequence[GroupMe
         charts=_charts(measured, result),
         tables={_TITLES[name]: table for name, table in result["tables"].items()},
         sampled=result["sampled"],
+        large=result["large_groups"],
         numbers=[{"number": name, "value": value} for name, value in result["numbers"].items()],
         examples=_examples(measured, sample),
     )

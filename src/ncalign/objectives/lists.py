@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ncalign.objectives.config import Alpha, Beta, Frozen
-from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, needs_preference
+from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, needs_few_to_pair, needs_preference
 from ncalign.objectives.samplers import all_below
 from ncalign.objectives.targets import target_weights, working_precision
 
@@ -210,7 +210,7 @@ def _ranks(values: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bo
 
 def _refuse_for_lipo(rewards: Sequence[float]) -> str | None:
     """Refuse groups without a preference, and rewards whose gains are too large."""
-    reason = needs_preference(rewards)
+    reason = needs_few_to_pair(rewards)
     if reason is None and max(rewards) > MOST_LIPO_REWARD:
         return f"a reward of {max(rewards)}: lipo_lambda's gain is 2^reward, so scale rewards to at most {MOST_LIPO_REWARD}"
     return reason

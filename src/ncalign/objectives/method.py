@@ -298,6 +298,22 @@ def needs_preference(rewards: Sequence[float]) -> str | None:
     return needs_candidates(rewards) or ("all rewards equal" if len(set(rewards)) == 1 else None)
 
 
+MOST_PAIRED = 2000
+"""Candidates of a group whose pairs enter a loss all at once: memory grows with their square."""
+
+
+def too_many_to_pair(rewards: Sequence[float]) -> str | None:
+    """Refuse a group whose pairs, all at once, would take gigabytes."""
+    if len(rewards) <= MOST_PAIRED:
+        return None
+    return f"more than {MOST_PAIRED} candidates, whose pairs are too many: leave some out, or use pairing best_vs_each"
+
+
+def needs_few_to_pair(rewards: Sequence[float]) -> str | None:
+    """Refuse a group in which no candidate is better than another, or that has too many of them."""
+    return needs_preference(rewards) or too_many_to_pair(rewards)
+
+
 # --- Methods of pairs -------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +344,7 @@ class PairConfig(Frozen):
             beta=self.beta,
             score=score,
             loss=loss,
-            refuse=needs_preference,
+            refuse=needs_few_to_pair if self.pairing == "all_pairs" else needs_preference,
             sampler=PAIRINGS[self.pairing],
             anchors=anchors,
         )

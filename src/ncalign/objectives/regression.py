@@ -21,6 +21,7 @@ from ncalign.objectives.method import (
     log_ratio,
     mean_log_ratio,
     mean_over_rewarded_pairs,
+    needs_few_to_pair,
     needs_preference,
 )
 from ncalign.objectives.targets import ranks, working_precision
@@ -210,7 +211,7 @@ class REBEL(Frozen):
     beta: Beta = 1.0
 
     def method(self) -> Method:
-        return compose(self.name, beta=self.beta, loss=rebel_loss, refuse=needs_preference)
+        return compose(self.name, beta=self.beta, loss=rebel_loss, refuse=needs_few_to_pair)
 
 
 class QRPO(Frozen):

@@ -19,6 +19,8 @@ from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.reading import read_label, read_rating
 from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, mark_of, shown_tools, transcript
 
+_MOST_PAIRED = 2000
+"""Completions of a group all of whose pairs are listed."""
 _WORTH = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
 
 
@@ -89,8 +91,10 @@ class JudgeReward:
 
     def _pairs(self, group_id: str, number: int) -> list[tuple[int, int]]:
         """Pairs of a group's completions to compare: all, or so many that each completion has about ``opponents`` others."""
-        every = list(itertools.combinations(range(number), 2))
         wanted = self._config.opponents
+        if number > _MOST_PAIRED:
+            return self._in_a_ring(group_id, number, wanted)
+        every = list(itertools.combinations(range(number), 2))
         if wanted is None or wanted >= number - 1:
             return every
         random.Random(group_id).shuffle(every)
@@ -101,6 +105,19 @@ class JudgeReward:
                 chosen.append((a, b))
                 met[a], met[b] = met[a] + 1, met[b] + 1
         return sorted(chosen)
+
+    def _in_a_ring(self, group_id: str, number: int, wanted: int | None) -> list[tuple[int, int]]:
+        """Each of very many completions with its next ones in a random order, so that no list of all pairs is made."""
+        if wanted is None or wanted >= number - 1:
+            raise ValueError(
+                f"group {group_id!r} has {number} completions, each to be compared with each: set judge.opponents, the "
+                "number of others that each is compared with"
+            )
+        order = list(range(number))
+        random.Random(group_id).shuffle(order)
+        ahead = (wanted + 1) // 2
+        pairs = ((order[place], order[(place + step) % number]) for place in range(number) for step in range(1, ahead + 1))
+        return sorted({(min(pair), max(pair)) for pair in pairs})
 
     def _rating(self, choice: Choice) -> float | None:
         return read_rating(choice.text, lowest=self._config.lowest, highest=self._config.highest)

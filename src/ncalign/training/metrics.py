@@ -17,6 +17,7 @@ from ncalign.objectives.kernels import effective_sample_size, kernel_entropy
 NAN = float("nan")
 _ROUNDING = 1e-5
 """Nats; at the first step log-ratios differ from 0 by rounding alone."""
+_PAIRS_AT_A_TIME = 2**24
 _SCATTERS = 5.0
 """Standard errors of the difference of two windows: high, since the alarm looks at every logged step of a run."""
 
@@ -59,7 +60,9 @@ def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
     rejected = _mean_picked(implicit, result.negatives)
     drawn = _picked(implicit, result.negatives)
     order = result.rewards.masked_fill(~result.mask, -torch.inf)
-    ranks = 1 + (order.unsqueeze(1) > order.unsqueeze(2)).sum(dim=2)
+    # How many are higher: those behind the last one that is not, in order.
+    ordered = order.sort(dim=1).values
+    ranks = 1 + order.shape[1] - torch.searchsorted(ordered, order.contiguous(), right=True)
     metrics = {
         "loss": result.loss,
         "rewards/chosen": chosen,
@@ -94,11 +97,15 @@ def pair_accuracy(
 ) -> Float[Tensor, " B"]:
     """Share of the pairs with different rewards that the implicit rewards put in the same order; a tie counts half."""
     known = mask & ~implicit_rewards.isnan()
-    reward_gap = rewards.unsqueeze(2) - rewards.unsqueeze(1)
-    implicit_gap = implicit_rewards.unsqueeze(2) - implicit_rewards.unsqueeze(1)
-    pair = known.unsqueeze(2) & known.unsqueeze(1) & (reward_gap > 0)
-    right = (implicit_gap > 0).to(implicit_rewards.dtype) + 0.5 * (implicit_gap == 0).to(implicit_rewards.dtype)
-    return _nanmean(right.masked_fill(~pair, NAN).flatten(1))
+    right, pairs = implicit_rewards.new_zeros(2, len(known), dtype=torch.float64)
+    # A few rows of the square at a time: of many candidates it would not fit into memory.
+    for some in torch.arange(known.shape[1], device=known.device).split(max(1, _PAIRS_AT_A_TIME // max(1, known.numel()))):
+        gap = implicit_rewards[:, some].unsqueeze(2) - implicit_rewards.unsqueeze(1)
+        better = rewards[:, some].unsqueeze(2) > rewards.unsqueeze(1)
+        pair = known[:, some].unsqueeze(2) & known.unsqueeze(1) & better
+        pairs += pair.sum(dim=(1, 2))
+        right += (pair & (gap > 0)).sum(dim=(1, 2)) + 0.5 * (pair & (gap == 0)).sum(dim=(1, 2))
+    return torch.where(pairs > 0, right / pairs, NAN).to(implicit_rewards.dtype)
 
 
 def correlation(x: Float[Tensor, "B K"], y: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, " B"]:

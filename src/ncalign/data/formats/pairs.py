@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.sources import kind_of
 
 _BATCH = 1024
+_MOST_PAIRED = 2000
+"""Candidates of a group: two million rows."""
 
 
 def pairs_of(group: Group, target: Target, seed: int) -> list[tuple[Candidate, Candidate]]:
@@ -29,6 +32,13 @@ def pairs_of(group: Group, target: Target, seed: int) -> list[tuple[Candidate, C
     """
     scored = [candidate for candidate in group.candidates if candidate.reward is not None]
     if target == "all_pairs":
+        if len(scored) > _MOST_PAIRED:
+            raise DataError(
+                f"{group.origin or 'group'}: group {group.id!r}: target all_pairs makes {math.comb(len(scored), 2):,} rows of "
+                f"its {len(scored)} candidates, and {_MOST_PAIRED} is the most that it takes: leave candidates out, or take "
+                "another target",
+                reason="too many candidates for all_pairs",
+            )
         both = itertools.permutations(scored, 2)
         return [(a, b) for a, b in both if (a.reward or 0.0) > (b.reward or 0.0)]
     chance = random.Random(f"{seed} {group.id}")
