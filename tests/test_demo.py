@@ -110,7 +110,9 @@ def test_a_converted_model_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert demo_model.demo_model_folder() == folder
 
 
-@pytest.mark.parametrize(("damage", "message"), [("alter", "damaged"), ("remove", "missing"), ("checksums", "can't be read")])
+@pytest.mark.parametrize(
+    ("damage", "message"), [("alter", "damaged"), ("remove", "missing"), ("checksums", r"checksums\.json is damaged")]
+)
 def test_a_damaged_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, message: str) -> None:
     monkeypatch.setenv("NCALIGN_CACHE", str(tmp_path))
     folder = folder_with_checksums(tmp_path)

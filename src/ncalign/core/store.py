@@ -16,6 +16,8 @@ from ncalign.core.cache import make_private_file
 from ncalign.core.claims import claims_of
 
 Value = TypeVar("Value")
+# Of a damaged file, SQLite may also hand out names that are no UTF-8.
+_DAMAGE = (sqlite3.Error, UnicodeDecodeError)
 
 
 class Store:
@@ -50,7 +52,7 @@ class Store:
                 self._connection.execute(
                     "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL)"
                 )
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             raise self._unusable(error) from error
 
     @staticmethod
@@ -94,7 +96,7 @@ class Store:
         try:
             with self._lock:
                 row = self._connection.execute("SELECT value, digest FROM kept WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             raise self._unusable(error) from error
         return row[0] if row is not None and isinstance(row[0], str) and row[1] == self.key(key, row[0]) else None
 
@@ -125,7 +127,7 @@ class Store:
         """End a claim, once the answer is kept or there is none."""
         self._claims.give_back(key)
 
-    def _unusable(self, error: sqlite3.Error) -> OSError:
+    def _unusable(self, error: Exception) -> OSError:
         return OSError(f"{self._path} can't be used to keep answers: {error}; delete it if it is damaged")
 
     def delete(self) -> None:

@@ -7,7 +7,6 @@ rows of several shards: then one process reads them all, and one record tells wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -15,6 +14,9 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic
 from ncalign.core.errors import DataError
@@ -83,29 +85,47 @@ class Shard:
     def done(self, recipe: Recipe) -> ReadReport | None:
         """The counts of an earlier call with the same inputs; None where the file must be converted."""
         account = _account(self.account)
-        if account.get("made_from") != self.made_from(recipe) or not (self.output.exists() or account["written"] == 0):
+        if account is None or account["made_from"] != self.made_from(recipe):
             return None
-        return ReadReport(**account["report"])
+        ids = self.account.with_suffix(".ids")
+        whole = ids.is_file() and ids.stat().st_size == len(digest("")) * account["report"].groups
+        return account["report"] if whole and (self.output.exists() or account["written"] == 0) else None
 
 
 def _unfinished_or_same(shards: Sequence[Shard], recipe: Recipe, joined: Path) -> list[str]:
     """Names of the files that no earlier call finished with other inputs or options."""
     every, together = [shard.made_from(recipe) for shard in shards], _account(joined)
-    others = set(together["written"]) if together and together["made_from"] != every else set()
+    others = _files(together) if together is not None and together["made_from"] != every else set()
     found = []
     for shard, made_from in zip(shards, every, strict=True):
         account = _account(shard.account)
-        if str(shard.output) not in others and (not account or account["made_from"] == made_from):
+        if str(shard.output) not in others and (account is None or account["made_from"] == made_from):
             found.append(shard.output.name)
     return found
 
 
-def _account(path: Path) -> dict[str, Any]:
-    """What an earlier call recorded; empty where it recorded nothing that can be read."""
+class _Account(TypedDict):
+    """What a call records of a shard, or of shards that it made together, once it is on disk."""
+
+    made_from: Any
+    report: ReadReport
+    written: int | list[str]
+
+
+_ACCOUNTS = TypeAdapter(_Account)
+
+
+def _account(path: Path) -> _Account | None:
+    """What an earlier call recorded; None where it recorded nothing that can be read."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+        return _ACCOUNTS.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _files(account: _Account) -> set[str]:
+    """The files that were made together."""
+    return set(account["written"]) if isinstance(account["written"], list) else set()
 
 
 def convert_folder(input: str | Path, output: Path, recipe: Recipe = DEFAULT, *, overwrite: bool = False) -> ReadReport:
@@ -170,8 +190,8 @@ def _convert_apart(shards: Sequence[Shard], recipe: Recipe) -> ReadReport:
 def _convert_together(shards: Sequence[Shard], recipe: Recipe, record: Path) -> ReadReport:
     """Convert all shards in this process, as one stream of rows, unless an earlier call finished them."""
     made_from, account = [shard.made_from(recipe) for shard in shards], _account(record)
-    if account.get("made_from") == made_from and all(Path(path).exists() for path in account["written"]):
-        return ReadReport(**account["report"])
+    if account is not None and account["made_from"] == made_from and all(Path(path).exists() for path in _files(account)):
+        return account["report"]
     for stale in (record, *(shard.account for shard in shards)):
         stale.unlink(missing_ok=True)  # they tell of files that are replaced now
     outputs, report, written = {shard.source.name: shard.output for shard in shards}, ReadReport(), []

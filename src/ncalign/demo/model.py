@@ -16,9 +16,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from ncalign.core.atomic import atomic_folder
 from ncalign.core.cache import cache_folder, private_folder
 from ncalign.core.install import install_hint
+from ncalign.core.kept import read_kept
 from ncalign.core.locks import locked
 from ncalign.core.progress import say
 
@@ -133,10 +136,7 @@ def _convert(gguf: Path, output: Path) -> None:
 def _verify_folder(folder: Path) -> None:
     """Compare every file of a converted folder with the checksums written beside it."""
     remedy = f"delete {folder} and run again: it is made again"
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / CHECKSUMS} can't be read ({error}); {remedy}") from error
+    sums = read_kept(folder / CHECKSUMS, TypeAdapter(dict[str, str]), remedy=remedy)
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():

@@ -19,9 +19,9 @@ from ncalign.demo.demo import OBJECTIVES, SETTINGS, Rewards, comparison_row, hel
 from ncalign.demo.model import demo_model_folder
 from ncalign.demo.tasks import make_prompts
 from ncalign.model.config import EncodingConfig
+from ncalign.online.artefacts import EVALUATION, read_artefact
 from ncalign.online.config import OnlineConfig
 from ncalign.online.online import run_online
-from ncalign.online.pool import read_artefact
 from ncalign.training.config import TrainConfig
 
 NUM_ROUNDS, STEPS_PER_ROUND = 3, 8
@@ -116,7 +116,7 @@ def assemble(config: DemoConfig, model: str, results: Mapping[str, Mapping[str, 
 
 def _rewards(folder: Path) -> tuple[Rewards, Rewards]:
     """Rewards of the held-out prompts before and after; an empty answer earns nothing."""
-    found = [read_artefact(folder / "rounds" / name) for name in ("000/evaluation.json", "evaluation.json")]
+    found = [read_artefact(folder / "rounds" / name, EVALUATION) for name in ("000/evaluation.json", "evaluation.json")]
     before, after = (np.array([row["reward"] or 0.0 for row in rows], dtype=np.float64) for rows in found)
     return before, after
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from ncalign.data.formats.sources import rows_of
 from ncalign.judging.counts import Counting, Results, count_games, count_ratings
 from ncalign.judging.interop import (
@@ -19,6 +21,8 @@ from ncalign.judging.interop import (
 )
 from ncalign.judging.records import Answer
 from ncalign.stats.records import Game, Rating
+
+_GAME = TypeAdapter(Game)
 
 
 def count_verdicts(
@@ -99,7 +103,9 @@ def read_games(path: Path) -> list[Game]:
     games = []
     for place, row in rows_of(path):
         try:
-            games.append(Game(**row))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{place} is no game of ours: {error}") from None
+            games.append(_GAME.validate_python(row))
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            where = ".".join(map(str, wrong["loc"]))
+            raise ValueError(f"{place} is no game of ours: {where}{': ' if where else ''}{wrong['msg']}") from None
     return games

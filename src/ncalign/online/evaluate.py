@@ -13,7 +13,8 @@ from ncalign.core.json import json_ready
 from ncalign.core.progress import say
 from ncalign.generation.base import SamplingParams
 from ncalign.generation.generate import completion_as_candidate
-from ncalign.online.pool import answers, read_artefact
+from ncalign.online.artefacts import EVALUATION, read_artefact
+from ncalign.online.pool import answers
 from ncalign.online.state import Run
 from ncalign.stats.paired import paired_comparison
 from ncalign.training import run_folder
@@ -45,7 +46,9 @@ def compare(run: Run) -> dict[str, Any]:
     if not run.held_out:
         return {}
     folders = [run.folder(row["round"] - 1) for row in run.rounds] + [run.config.training.output_dir / run_folder.ROUNDS]
-    evaluations = [read_artefact(folder / NAME) for folder in folders if (folder / NAME).is_file()]
+    evaluations = [
+        read_artefact(folder / NAME, EVALUATION, rows=len(run.held_out)) for folder in folders if (folder / NAME).is_file()
+    ]
     rewards = [[row["reward"] for row in rows] for rows in evaluations]
     means = [float(np.mean([r for r in row if r is not None])) if any(r is not None for r in row) else None for row in rewards]
     pairs = [(a, b) for a, b in zip(rewards[0], rewards[-1], strict=True) if a is not None and b is not None]

@@ -26,11 +26,12 @@ from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.reference import data_digest
 from ncalign.objectives import Method, build_method
+from ncalign.online.artefacts import MISMATCHED, read_artefact
 from ncalign.online.clock import Clock, shares
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
 from ncalign.online.evaluate import compare, evaluate_policy
-from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_groups, rank, read_artefact, sample_and_score
+from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_groups, rank, sample_and_score
 from ncalign.online.probe import check_same_weights
 from ncalign.online.rounds import round_end, round_prompts
 from ncalign.online.state import Position, Run, last_position, needed_space, open_run, save
@@ -46,6 +47,7 @@ from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
 from ncalign.training.resolve import with_rendering
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
+from ncalign.training.saved import LoopState
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
 from ncalign.training.trackers import start_trackers
@@ -244,7 +246,7 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         ended_by_drift = step < end and _drifted(run, pool, step - position.start)
         return ended_by_drift
 
-    def checkpoint(step: int, state: dict[str, Any]) -> None:
+    def checkpoint(step: int, state: LoopState) -> None:
         # The round's last checkpoint says that it has ended, and is written below.
         if step < end and not ended_by_drift:
             save(run, replace(position, step=step, loop=state))
@@ -276,7 +278,7 @@ def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[Encod
     path = run.folder(number) / "mismatched.json"
     if not path.is_file():
         write_json_atomic(reference_logprobs(run, groups), path)
-    found = read_artefact(path)
+    found = read_artefact(path, MISMATCHED, rows=len(groups))
     return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, found, strict=True)]
 
 

@@ -7,7 +7,6 @@ filed the same way.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from ncalign.generation.base import Completion, Generator, LeftOutPrompts, Sampl
 from ncalign.generation.generate import completion_as_candidate, sample_prompts
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.objectives import Method
+from ncalign.online.artefacts import LOGPROBS, REWARDS, SAMPLES, Sample, read_artefact
 from ncalign.online.clock import Clock
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import pool_health
@@ -160,7 +160,7 @@ def _sampled(
 ) -> list[list[Completion]]:
     path = folder / f"generated-{number:05d}.json"
     if path.is_file():
-        return [[_completion(entry) for entry in row] for row in read_artefact(path)]
+        return [[_completion(entry) for entry in row] for row in read_artefact(path, SAMPLES, rows=len(chunk))]
     found = answers(chunk, generator, config, num_samples=config.num_samples, params=params, seed=seed)
     write_json_atomic([[_as_json(completion) for completion in row] for row in found], path)
     return found
@@ -176,9 +176,15 @@ def _as_json(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _completion(entry: dict[str, Any]) -> Completion:
+def _completion(entry: Sample) -> Completion:
     ids = entry["token_ids"]
-    return Completion(**{**entry, "token_ids": None if ids is None else tuple(ids)})
+    return Completion(
+        entry["text"],
+        entry["num_tokens"],
+        entry["finished"],
+        token_ids=None if ids is None else tuple(ids),
+        logprob=entry["logprob"],
+    )
 
 
 def _scored(
@@ -192,8 +198,7 @@ def _scored(
 ) -> list[list[float | None]]:
     path = folder / f"scored-{number:05d}.json"
     if path.is_file():
-        rewards: list[list[float | None]] = read_artefact(path)
-        return rewards
+        return read_artefact(path, REWARDS, rows=len(chunk))
     with clock.phase("score"):
         found = _rewards(chunk, sampled, source, skip=config.training.on_bad_row == "skip")
     write_json_atomic(found, path)
@@ -223,18 +228,6 @@ def _rewards(
         for k, reward in zip(there[g], found, strict=True):
             rewards[g][k] = reward
     return rewards
-
-
-def read_artefact(path: Path) -> Any:
-    """The contents of a phase's file.
-
-    Raises:
-        ValueError: it can't be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and resume makes it again") from error
 
 
 # --- Rank and encode --------------------------------------------------------------------------------------------------
@@ -344,9 +337,9 @@ def fill_logprobs(
                 generating = _of_policy(chunk, wanted, policy, known=known)
                 others = generating if at_reference else _where(trained, chunk, reference)
                 write_json_atomic({"policy": generating, "reference": others}, path)
-            values = read_artefact(path)
-            for rows, name in zip(found, ("policy", "reference"), strict=True):
-                rows += [None if row is None else tuple(row) for row in values[name]]
+            values = read_artefact(path, LOGPROBS)
+            for rows, read in zip(found, (values["policy"], values["reference"]), strict=True):
+                rows += [None if row is None else tuple(row) for row in read]
             bar.advance(len(chunk))
     return found[0], found[1]
 

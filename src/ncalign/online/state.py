@@ -27,11 +27,12 @@ from ncalign.online.weights import ReferenceWeights
 from ncalign.rewards.base import RewardSource
 from ncalign.rewards.sources import reward_source
 from ncalign.training import run_folder
-from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, save_checkpoint
+from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.data import held_out_places, prompt_digest
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges
 from ncalign.training.run_folder import MetricsFile
+from ncalign.training.saved import ONLINE_STATE, LoopState
 from ncalign.training.space import DiskNeed, disk_need
 from ncalign.training.trackers import log_to_trackers
 from ncalign.training.train import make_engine, open_policy
@@ -57,7 +58,7 @@ class Position:
     start: int = 0
     step: int = 0
     ended: bool = False
-    loop: dict[str, Any] | None = None
+    loop: LoopState | None = None
     pool: str | None = None
 
 
@@ -198,11 +199,15 @@ def last_position(run: Run) -> Position:
     if not checkpoints:
         return Position()
     last = checkpoints[-1]
-    state = load_checkpoint(last, model=run.engine.model, optimizer=run.optimizer, accelerator=run.accelerator)
-    for name, found in _identity(run).items():
-        if state[name] != found:
-            what = "the model's weights or precision" if name == "weights" else "the prompts"
-            raise ValueError(f"{last} is of a run with other inputs: {what} changed since; restore them, or start again")
+    state = load_checkpoint(
+        last,
+        ONLINE_STATE,
+        num_steps=run.total,
+        model=run.engine.model,
+        optimizer=run.optimizer,
+        accelerator=run.accelerator,
+    )
+    refuse_other_run(last, state, **_identity(run), what="the prompts")
     run.reference.restore(further_tensors(last))
     run.rounds = [dict(row) for row in state["rounds"]]
     say(f"Resuming from {last}")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -27,12 +29,18 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from ncalign.core.atomic import atomic_folder, delete_folder
+from ncalign.core.kept import read_kept
 from ncalign.core.outputs import record
+from ncalign.training.saved import SavedState
 
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
 _MOMENT = "|"
 _FURTHER = "tensors.safetensors"
 _CHECKSUMS = "checksums.json"
+_SUMS = TypeAdapter(dict[str, str])
+_REMEDY = "delete the folder, and resume goes on from the checkpoint before it"
+State = TypeVar("State", bound=SavedState)
 
 
 def save_checkpoint(
@@ -67,7 +75,7 @@ def save_checkpoint(
             save_file(_unshared(_flat_moments(moments)), temporary / "optimizer.safetensors")
             if tensors:
                 save_file(_unshared(dict(tensors)), temporary / _FURTHER)
-            (temporary / "state.json").write_text(json.dumps({"step": step, **state, "param_groups": moments["param_groups"]}))
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary)))
@@ -79,12 +87,26 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> dict[str, Any]:
+    folder: Path,
+    form: TypeAdapter[State],
+    *,
+    num_steps: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> State:
     """Restore weights, optimizer and random state; the rest of what was saved is returned, once no file differs from what was.
 
+    Args:
+        folder: of the checkpoint.
+        form: of what was saved besides.
+        num_steps: of the run.
+        model: whose weights are restored.
+        optimizer: whose moments are restored; how it steps is the run's configuration, not the checkpoint's.
+        accelerator: this process's.
+
     Raises:
-        ValueError: the checkpoint is damaged, or of another number of processes or another model.
+        ValueError: the checkpoint is damaged, or of another number of processes, another model or a longer run.
     """
     written_by = len(list(folder.glob("random-*.safetensors")))
     if written_by != accelerator.num_processes:
@@ -92,28 +114,60 @@ def load_checkpoint(
             f"{folder} was written by {written_by} process(es), and {accelerator.num_processes} would see other groups in each "
             f"step: resume with {written_by} (torchrun --nproc_per_node {written_by}), or start again with overwrite: true"
         )
+    _verify(folder)
+    state = read_kept(folder / "state.json", form, remedy=_REMEDY)
+    if checkpoint_folder(folder.parent.parent, state["step"]).name != folder.name:
+        raise ValueError(f"{folder / 'state.json'} is damaged (it is of step {state['step']}): {_REMEDY}")
+    if state["step"] > num_steps:
+        raise ValueError(
+            f"{folder} is of step {state['step']}, and the run ends at step {num_steps}: give it as many steps as before, or "
+            "delete the checkpoints beyond its end"
+        )
     try:
-        _verify(folder)
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
         flat_moments = load_file(folder / "optimizer.safetensors")
         random_state = load_file(folder / f"random-{accelerator.process_index}.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder} is damaged ({error}): delete it, and resume goes on from the checkpoint before it"
-        ) from error
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    result = set_model_state_dict(model, weights, options=options)
-    moments: dict[str, Any] = {"state": {}, "param_groups": state.pop("param_groups")}
-    lost = sorted(_trained_names(moments["param_groups"]).intersection(result.missing_keys))
-    if lost or result.unexpected_keys:
-        raise ValueError(f"{folder} is of another model: {[*lost, *result.unexpected_keys][:3]} do not fit")
+        raise ValueError(f"{folder} is damaged ({error}): {_REMEDY}") from error
+    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
+    _check_fits(folder, weights, flat_moments, _trained_names(moments["param_groups"]), moments["state"])
+    result = set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    assert not result.unexpected_keys, result.unexpected_keys[:3]
+    moments["state"] = {}
     for name, tensor in flat_moments.items():
         parameter, _, key = name.rpartition(_MOMENT)
         moments["state"].setdefault(parameter, {})[key] = tensor
     set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
-    _restore_random_state(random_state)
+    _restore_random_state(folder, random_state)
     return state
+
+
+def _check_fits(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
+    trained: set[str],
+    state: Mapping[str, Mapping[str, torch.Tensor]],
+) -> None:
+    """Refuse tensors that are not those of the parameters that this run trains."""
+    shapes = {f"{name}{_MOMENT}{key}": value.shape for name, entry in state.items() for key, value in entry.items()}
+    wrong = sorted(trained.symmetric_difference(weights))
+    wrong += [name for name, tensor in moments.items() if shapes.get(name) != tensor.shape]
+    # A parameter has the shape of its first moment.
+    wrong += [name for name, tensor in weights.items() if shapes.get(f"{name}{_MOMENT}exp_avg") != tensor.shape]
+    if wrong:
+        raise ValueError(f"{folder} is of another model: {wrong[:3]} do not fit")
+
+
+def refuse_other_run(folder: Path, state: SavedState, *, weights: str, data: str, what: str) -> None:
+    """Refuse a checkpoint of a run that began with other weights or data; ``what`` names the data."""
+    pairs = (("the model's weights or precision", state["weights"], weights), (what, state["data"], data))
+    changed = [name for name, before, now in pairs if before != now]
+    if changed:
+        raise ValueError(
+            f"{folder} is of a run with other inputs: {changed[0]} changed since; restore them, or start again with "
+            "overwrite: true"
+        )
 
 
 def further_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -130,7 +184,9 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 def find_checkpoints(run_folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = (run_folder / "checkpoints").glob(f"{_PREFIX}*")
-    return sorted(folder for folder in found if (folder / "state.json").is_file())
+    # A copy that someone made of one has another name.
+    whole = (folder for folder in found if _NAME.fullmatch(folder.name) and (folder / "state.json").is_file())
+    return sorted(whole)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -147,10 +203,11 @@ def _sha256(path: Path) -> str:
 
 def _verify(folder: Path) -> None:
     """Raise ValueError where a file is not what was written, is missing, or came later."""
-    written, found = json.loads((folder / _CHECKSUMS).read_text()), _checksums(folder)
+    written = read_kept(folder / _CHECKSUMS, _SUMS, remedy=_REMEDY)
+    found = _checksums(folder)
     changed = sorted(name for name in {*written, *found} if written.get(name) != found.get(name))
     if changed:
-        raise ValueError(f"{', '.join(changed)} changed after writing")
+        raise ValueError(f"{folder} is damaged ({', '.join(changed)} changed after writing): {_REMEDY}")
 
 
 def _random_state() -> dict[str, torch.Tensor]:
@@ -160,7 +217,10 @@ def _random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+def _restore_random_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    own = torch.get_rng_state()
+    if "cpu" not in state or (state["cpu"].dtype, state["cpu"].shape) != (own.dtype, own.shape):
+        raise ValueError(f"{folder} is damaged (it holds no state of random numbers): {_REMEDY}")
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +16,7 @@ from ncalign.core.progress import Bar, say
 from ncalign.model.encoding import EncodedGroup
 from ncalign.training.engine import Engine, Pass
 from ncalign.training.metrics import ChosenAlarm, MetricMeans, PassResult, group_metrics, mean_implicit_reward, merged
+from ncalign.training.saved import Alarm, LoopState
 from ncalign.training.schedule import DataPlan
 
 Number = TypeVar("Number", int, float)
@@ -71,7 +72,7 @@ class Loop:
     """Steps taken."""
 
     def run(
-        self, start: int, *, save: Callable[[int, dict[str, Any]], None], ends: Callable[[int], bool] = lambda step: False
+        self, start: int, *, save: Callable[[int, LoopState], None], ends: Callable[[int], bool] = lambda step: False
     ) -> dict[str, float]:
         """Train from a step to the plan's end.
 
@@ -114,13 +115,13 @@ class Loop:
                     break
         return self.evaluate(self.plan.num_steps) if self.eval_groups else self.last
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> LoopState:
         """What a resumed run needs to log what this one would have logged; JSON values."""
         sums, counts = self.gathered(self.means)
-        alarm = {"history": self.alarm.history, "rung": self.alarm.rung}
+        alarm: Alarm = {"history": self.alarm.history, "rung": self.alarm.rung}
         return {"sums": sums, "counts": counts, "alarm": alarm, "last": self.last, "seen": self.seen}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: LoopState) -> None:
         """Take over from :meth:`state`; the sums of all processes lie with the first one."""
         if self.engine.accelerator.is_main_process:
             self.means = MetricMeans(state["sums"], state["counts"])

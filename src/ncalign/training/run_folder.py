@@ -14,12 +14,14 @@ import yaml
 
 from ncalign.core import yaml as bounded_yaml
 from ncalign.core.atomic import explained, write_text_atomic
-from ncalign.core.json import json_ready, read_results
+from ncalign.core.json import json_ready
+from ncalign.core.kept import read_kept
 from ncalign.core.locks import held
 from ncalign.core.logs import read_log
 from ncalign.core.outputs import Inputs, claim, recorded, remove
 from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
+from ncalign.training.saved import RESULTS as SAVED_RESULTS
 
 RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
     "results.json",
@@ -104,7 +106,9 @@ def finished_results(config: TrainConfig) -> dict[str, Any] | None:
     results = config.output_dir / RESULTS
     if not (results.is_file() and any((config.output_dir / name).is_dir() for name in (MODEL, ADAPTER))):
         return None
-    return read_results(results)
+    remedy = "delete it, and --resume writes it again from the last checkpoint"
+    loaded = read_kept(results, SAVED_RESULTS, remedy=remedy)
+    return {**loaded}
 
 
 def recorded_config(config: TrainConfig) -> dict[str, Any]:

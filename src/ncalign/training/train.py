@@ -34,7 +34,7 @@ from ncalign.model.reference import ReferenceCache, data_digest, missing_groups,
 from ncalign.objectives import Method, build_method
 from ncalign.objectives.targets import warn_if_degenerate
 from ncalign.training import run_folder
-from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.config import TrainConfig
 from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, load_groups, made_otherwise, mismatched_groups
 from ncalign.training.engine import Engine
@@ -46,6 +46,7 @@ from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
 from ncalign.training.resolve import check_data_files, with_rendering
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
+from ncalign.training.saved import TRAIN_STATE, LoopState
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
 from ncalign.training.space import DiskNeed, check_space, disk_need
@@ -113,10 +114,17 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
     engine, held_out = prepared.engine, prepared.held_out
     _fill_reference(config, prepared)
     torch.manual_seed(config.seed + accelerator.process_index)  # an adapter's dropout differs between processes
-    state: dict[str, Any] = {"step": 0, "before": None, "seconds": 0.0}
+    state: Any = {"step": 0, "before": None, "seconds": 0.0}
     if checkpoints:
-        state = load_checkpoint(checkpoints[-1], model=engine.model, optimizer=prepared.optimizer, accelerator=accelerator)
-        _refuse_other_run(checkpoints[-1], state, prepared)
+        state = load_checkpoint(
+            checkpoints[-1],
+            TRAIN_STATE,
+            num_steps=prepared.plan.num_steps,
+            model=engine.model,
+            optimizer=prepared.optimizer,
+            accelerator=accelerator,
+        )
+        refuse_other_run(checkpoints[-1], state, **_identity(prepared), what="the training groups")
         _say(accelerator, f"Resuming from {checkpoints[-1]}")
     else:
         if config.resume:
@@ -154,7 +162,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
     return results
 
 
-def _trained(config: TrainConfig, loop: Loop, start: int, save: Callable[[int, dict[str, Any]], None]) -> dict[str, float]:
+def _trained(config: TrainConfig, loop: Loop, start: int, save: Callable[[int, LoopState], None]) -> dict[str, float]:
     """Train; where a file can't be written, what was learned is kept in a checkpoint."""
     try:
         return loop.run(start, save=save)
@@ -170,7 +178,7 @@ def _finish(
     loop: Loop,
     results: dict[str, Any],
     *,
-    save: Callable[[int, dict[str, Any]], None],
+    save: Callable[[int, LoopState], None],
     write: Callable[[Path], None],
 ) -> None:
     """Write the model and the results; where that fails, what was learned is kept in a checkpoint or elsewhere."""
@@ -416,24 +424,12 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
     )
 
 
-def _refuse_other_run(checkpoint: Path, state: dict[str, Any], prepared: Prepared) -> None:
-    for name, found in _identity(prepared).items():
-        if state[name] != found:
-            what = "the model's weights or precision" if name == "weights" else "the training groups"
-            raise ValueError(
-                f"{checkpoint} is of a run with other inputs: {what} changed since; restore them, or start again with "
-                "overwrite: true"
-            )
-
-
 def _identity(prepared: Prepared) -> dict[str, str]:
     """What a resumed run must have in common with the original, besides the configuration."""
     return {"weights": prepared.policy.fingerprint, "data": data_digest(prepared.train)}
 
 
-def _save(
-    config: TrainConfig, prepared: Prepared, state: dict[str, Any], started: float, step: int, loop: dict[str, Any]
-) -> None:
+def _save(config: TrainConfig, prepared: Prepared, state: dict[str, Any], started: float, step: int, loop: LoopState) -> None:
     seconds = state["seconds"] + time.monotonic() - started
     save_checkpoint(
         config.output_dir,
