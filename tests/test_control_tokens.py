@@ -157,3 +157,12 @@ def test_generation_reads_what_training_does(tiny_tokenizer: PreTrainedTokenizer
     asked: list[Message] = [{"role": "user", "content": INJECTED}]
     (prompt, *_) = ids(Encoder(tiny_tokenizer, control_tokens="escape").encode(group("12", prompt=asked)))
     assert encode_prompts(ChatTemplate(tiny_tokenizer), [asked], "user_turn", control_tokens="escape") == [prompt]
+
+
+def test_answer_tells(
+    write_jsonl: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write_jsonl([{"id": "a", "prompt": "12?<|bos|>"}, {"id": "b", "prompt": "12?"}])
+    files = ["--set", str(questions), "--output", str(tmp_path / "a.jsonl"), "--cache_dir", str(tmp_path / "cache")]
+    assert main(["answer", "--model", str(tiny_model_dir), *files, "--max_new_tokens", "2"]) == 0
+    assert "control tokens are written out in 1 prompts (`<|bos|>`): the model reads them" in capsys.readouterr().err

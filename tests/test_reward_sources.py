@@ -250,6 +250,15 @@ def test_a_reward_model_sees_tools_or_it_is_said(
     assert told == (template != "writes")
 
 
+def test_control_tokens_in_texts_are_told_once(reward_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ModelReward(str(reward_model))
+    for _ in range(2):
+        source.score(group("a", "b<|im_end|> c"))
+    assert (
+        capsys.readouterr().err.count("the control token `<|im_end|>` is written out in texts: the reward model reads it") == 1
+    )
+
+
 def test_a_reward_model_scores_nothing_twice(reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ModelReward(str(reward_model), store=Store(tmp_path / "scores"))
     first = source.score(group("Yes.", "No."))

@@ -16,7 +16,7 @@ from ncalign.data.rendering import Rendering, count_renderings, record_rendering
 from ncalign.generation.base import Completion, Generator, LeftOutPrompts, PromptError, SamplingParams, group_name
 from ncalign.generation.config import GenerateConfig
 from ncalign.generation.incomplete import incomplete_warning, remedies
-from ncalign.generation.local import TransformersGenerator, load_for_generation, tell_control_tokens
+from ncalign.generation.local import TransformersGenerator, load_for_generation, prompts_notice
 from ncalign.generation.remote import ServerGenerator
 from ncalign.model.chat import ChatTemplate, template_date
 from ncalign.model.config import Precision
@@ -163,7 +163,9 @@ def _generator(
         control_tokens=control,
         today=today,
     )
-    tell_control_tokens(tokenizer, prompts, local.string_prompts, control)
+    asked = ((group.prompt, group.tools) for group in prompts)
+    if notice := prompts_notice(tokenizer, asked, local.string_prompts, control):
+        say(f"note: {notice}")
     return local, config.model, dtype, ChatTemplate(tokenizer, today)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 
 import numpy as np
@@ -21,9 +21,9 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from ncalign.core.errors import names
-from ncalign.core.progress import Bar, say
+from ncalign.core.progress import Bar
 from ncalign.data.formats.group import Tools
-from ncalign.data.groups import Group, Message
+from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
 from ncalign.model.adapters import reason
@@ -242,19 +242,25 @@ def encode_prompts(
     return encoded
 
 
-def tell_control_tokens(
+def prompts_notice(
     tokenizer: PreTrainedTokenizerBase,
-    groups: Sequence[Group],
+    asked: Iterable[tuple[str | list[Message], Tools]],
     string_prompts: Rendering,
-    control_tokens: ControlTokensInText,
-) -> None:
-    """Say how many prompts are written with control tokens, and what is done with them."""
+    control_tokens: ControlTokensInText = "keep",
+) -> str | None:
+    """How many prompts are written with control tokens, and what is done with them; None where none is.
+
+    Args:
+        tokenizer: the model's.
+        asked: prompts, each with what the model may call.
+        string_prompts: how prompts that are text are put to the model; raw ones may be whole conversations, and don't count.
+        control_tokens: what is done with control tokens that are written out in prompts.
+    """
     control = ControlTokens(tokenizer)
-    rendered = (group for group in groups if not isinstance(group.prompt, str) or string_prompts == "user_turn")
-    found = [held for group in rendered if (held := control.found([group.prompt, group.tools]))]
+    rendered = (one for one in asked if not isinstance(one[0], str) or string_prompts == "user_turn")
+    found = [held for one in rendered if (held := control.found(one))]
     escaped = len(found) if control_tokens == "escape" else 0
-    if notice := control_notice(len(found), 0, escaped, Counter(name for held in found for name in held)):
-        say(f"note: {notice}")
+    return control_notice(len(found), 0, escaped, Counter(name for held in found for name in held))
 
 
 def _no_cache(model: PreTrainedModel | PeftModel, error: Exception) -> str:

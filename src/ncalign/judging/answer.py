@@ -25,7 +25,7 @@ from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Generator, LeftOutPrompts, PromptError, SamplingParams
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.incomplete import incomplete_warning, remedies
-from ncalign.generation.local import TransformersGenerator, load_for_generation
+from ncalign.generation.local import TransformersGenerator, load_for_generation, prompts_notice
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.vllm import VLLMGenerator
 from ncalign.judging.answers import check_form, write_answers
@@ -96,7 +96,9 @@ def answers_of_model(
     if template is not None:
         rendering = generator.string_prompts
         untold = Counter(key for one in questions for key in left_out(template, one.asked([], rendering), one.tools, rendering))
-        for notice in untold_notices(untold):
+        asked = ((one.asked([], rendering), one.tools) for one in questions)
+        control = prompts_notice(template.tokenizer, asked, rendering)
+        for notice in filter(None, (*untold_notices(untold), control)):
             say(f"note: {name}: {notice}")
     in_batches = isinstance(model, str) and not answering.vllm
     size = answering.batch_size if in_batches else max(1, len(questions))

@@ -16,6 +16,7 @@ from ncalign.data.formats.group import MAX_NUMBER, TOOLS
 from ncalign.data.groups import Group
 from ncalign.model.chat import ChatTemplate, RefusedError, answered, as_messages
 from ncalign.model.config import Precision
+from ncalign.model.control_tokens import ControlTokens
 from ncalign.model.encoding import DroppedGroupError, beyond, check_limits
 from ncalign.model.limits import limits_of
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
@@ -67,6 +68,7 @@ class ModelReward:
         self._device = device
         self._identity = weights_fingerprint(loaded, computation=str(loaded.dtype)) if store is not None else ""
         self._template, self._limits = ChatTemplate(self._tokenizer, today), limits_of(loaded)
+        self._control = ControlTokens(self._tokenizer)
         if problem := beyond([[int(self._tokenizer.pad_token_id)]], self._tokenizer, self._limits):
             raise ValueError(f"reward model {model!r}: {problem}")
 
@@ -82,6 +84,7 @@ class ModelReward:
         """
         for group in groups:
             self._say_what_is_left_out(group)
+            self._say_what_is_no_text(group)
         encoded = [self._encode(group, text) for group in groups for text in completion_texts(group)]
         keys = [Store.key("reward model", self._identity, ids) for ids in encoded]
         found: list[float | None] = [None if self._store is None else self._store.get_as(key, _REWARD) for key in keys]
@@ -99,6 +102,12 @@ class ModelReward:
         found = [new.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
         rewards = iter(found)
         return [[next(rewards) for _ in group.candidates] for group in groups]
+
+    def _say_what_is_no_text(self, group: Group) -> None:
+        """Say, once of each, which control tokens texts are written with: a completion could end its turn and go on."""
+        for name in sorted(self._control.found([group.prompt, *completion_texts(group)]) - self._said):
+            self._said.add(name)
+            say(f"note: the control token `{name}` is written out in texts: the reward model reads it as its own")
 
     def _say_what_is_left_out(self, group: Group) -> None:
         """Say, once of each, what a prompt holds beside roles and texts and the model does not see."""
