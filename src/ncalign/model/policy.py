@@ -300,6 +300,8 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _why_not_loaded(base: str, error: Exception) -> str:
     """The library's reason, and the remedy for a folder."""
     why = reason(error).rstrip(".")
+    if "trust_remote_code" in str(error):
+        return "it needs code that comes with it, which is not run unasked: look at it, and set trust_remote_code"
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged ({why}): copy or download it again"
     if isinstance(error, RuntimeError):
