@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -79,7 +80,10 @@ def test_equal_completions_cost_one_verdict_and_have_one_reward(tmp_path: Path, 
 
 
 def test_equal_completions_are_compared_as_one() -> None:
-    double = ServerDouble(answer=lambda body, number: "[[A]]" if "<answer_a>\n4" in body["messages"][0]["content"] else "[[B]]")
+    def verdict(body: dict[str, Any], number: int) -> str:
+        return "[[A]]" if re.search(r"<answer_a \w+>\n4", body["messages"][0]["content"]) else "[[B]]"
+
+    double = ServerDouble(answer=verdict)
     with serving(double) as url:
         source = JudgeReward(JudgeConfig(base_url=url, mode="pairwise"))
         assert source.score(group("4", "5", "4", "4")) == [1.0, 0.0, 1.0, 1.0]

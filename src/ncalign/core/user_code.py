@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -30,12 +29,6 @@ def load_named(name: str, *, what: str, others: str = "") -> Callable[..., objec
         found = ", ".join(sorted(key for key, value in vars(module).items() if inspect.isfunction(value))) or "none"
         raise ValueError(f"{what} {name!r}: {module_name} has no function {function_name!r}; its functions are: {found}")
     return function  # type: ignore[no-any-return]
-
-
-def code_digest(name: str | None) -> str:
-    """A digest of a function's file, to notice changes; empty for a function of an installed package, or for none."""
-    path = Path((name or "").rpartition(":")[0])
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.suffix == ".py" and path.is_file() else ""
 
 
 def _load_module(module_name: str, name: str, what: str) -> ModuleType:

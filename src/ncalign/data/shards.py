@@ -19,12 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic
+from ncalign.core.code_digest import code_digest
 from ncalign.core.errors import DataError
 from ncalign.core.locks import held
 from ncalign.core.outputs import claim, record
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
-from ncalign.core.user_code import code_digest
 from ncalign.data.config import OnBadRow, ShardKind, Target
 from ncalign.data.formats import SchemaName
 from ncalign.data.formats.folders import with_split

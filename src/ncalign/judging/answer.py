@@ -35,7 +35,7 @@ from ncalign.judging.sets import read_questions
 from ncalign.model.adapters import adapter_base, adapter_rank, is_adapter
 from ncalign.model.chat import ChatTemplate, template_date, writes_date
 from ncalign.model.config import Precision, StringPrompts
-from ncalign.model.policy import load_tokenizer, model_identity, weights_fingerprint
+from ncalign.model.policy import load_tokenizer, model_identity, reading_fingerprint, weights_fingerprint
 from ncalign.model.precision import resolve_dtype
 from ncalign.model.untold import left_out, untold_notices
 from ncalign.report.tables import model_name
@@ -118,9 +118,10 @@ def _generator(model: str | ServerConfig, answering: Answering, store: Store) ->
         return generator, Store.key("vllm", model_identity(model), *dated), ChatTemplate(tokenizer, today)
     assert answering.dtype is not None
     loaded, tokenizer = load_for_generation(model, dtype=answering.dtype, trust_remote_code=trusted)
-    # What is asked depends on the chat template too, and on the date that it writes.
+    # What is asked depends on tokenizer and chat template too, and on the date that the template writes.
     today, dated = _date(tokenizer, answering)
-    identity = Store.key(weights_fingerprint(loaded, computation=answering.dtype), tokenizer.chat_template or "", *dated)
+    weights = weights_fingerprint(loaded, computation=answering.dtype)
+    identity = Store.key(weights, reading_fingerprint(loaded, tokenizer), *dated)
     local = TransformersGenerator(
         loaded, tokenizer, string_prompts=answering.string_prompts, batch_size=answering.batch_size, today=today
     )

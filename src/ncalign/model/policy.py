@@ -357,6 +357,16 @@ def weights_fingerprint(model: PreTrainedModel, *, computation: str) -> str:
     return digest.hexdigest()
 
 
+def reading_fingerprint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of how texts become tokens and back, and of what ends an answer: tokenizer, chat template, end tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # Calls with padding or truncation leave their settings behind; a tokenizer without a backend is known by its words.
+    own = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return Store.key(type(tokenizer).__name__, own, tokenizer.chat_template, special, ends)
+
+
 def model_identity(model: str) -> str:
     """Stands for a model in fingerprints: for a folder its files' names, sizes and times, and an adapter's base; else its name.
 

@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ncalign.core.atomic import write_json_atomic
+from ncalign.core.code_digest import value_digest
 from ncalign.core.outputs import record
 from ncalign.core.progress import say
 from ncalign.core.seeds import seed_of
@@ -79,6 +80,7 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
             f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
             "(generator: server) to use further devices"
         )
+    own = {"method": "as configured" if method is None else f"{method.name} {value_digest(method)}"}
     method = method or build_method(config.training.objective)
     training, judge = config.training, config.rewards.judge
     inputs = {"model": training.model, "data": training.data, "eval_data": training.eval_data, "reward": config.rewards.reward}
@@ -87,10 +89,10 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
         training = with_precision(with_rendering(training, accelerator, dated=True), accelerator, method)
         config = config.model_copy(update={"training": training})
         refuse_changes(training, config.model_dump(mode="json"), shown=True)
-        return _run(config, accelerator, method)
+        return _run(config, accelerator, method, own)
 
 
-def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
+def _run(config: OnlineConfig, accelerator: Accelerator, method: Method, own: dict[str, str]) -> dict[str, Any]:
     training, written = config.training, config.model_dump(mode="json")
     finished = finished_results(training) if training.resume else None
     if finished is not None:
@@ -102,11 +104,12 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> dict
         # The server's answers are kept there from the start.
         record(training.output_dir, [run_folder.ROUNDS], verb="online")
         record(rounds, _ROUNDS, verb="online")
-    run = open_run(config, accelerator, method)
+    run = open_run(config, accelerator, method, own)
+    run_folder.refuse_other_inputs(training, run.inputs, shown=True)
     check_space(training, needed_space(run))
     begun = (training.output_dir / run_folder.CONFIG).is_file()
     position = last_position(run) if training.resume else Position()
-    open_run_folder(training, written, verb="online")
+    open_run_folder(training, written, run.inputs, verb="online")
     record(rounds, _ROUNDS, verb="online")
     if begun and position.step == 0 and training.resume:
         say(f"note: {training.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ncalign.core.progress import say
 from ncalign.data.groups import Group, ReadReport, read_groups
 from ncalign.data.rendering import count_renderings, rendering_warning
 from ncalign.model.encoding import Encoder
-from ncalign.model.policy import Policy
+from ncalign.model.policy import Policy, reading_fingerprint
 from ncalign.model.untold import untold_notices
 from ncalign.objectives import Method
 from ncalign.online.backends import GeneratorOf, make_generator
@@ -25,7 +26,7 @@ from ncalign.online.config import OnlineConfig
 from ncalign.online.rounds import num_steps
 from ncalign.online.weights import ReferenceWeights
 from ncalign.rewards.base import RewardSource
-from ncalign.rewards.sources import reward_source
+from ncalign.rewards.sources import reward_source, source_digests
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.data import held_out_places, prompt_digest
@@ -79,6 +80,7 @@ class Run:
     prompts: list[Group]
     held_out: list[Group]
     total: int
+    inputs: dict[str, str]
     clock: Clock = field(default_factory=Clock)
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
@@ -97,8 +99,11 @@ class Run:
         return self.config.training.output_dir / run_folder.ROUNDS / f"{number:03d}"
 
 
-def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> Run:
-    """Load prompts, rewards and model, and refuse what can't be used before anything is written."""
+def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, own: Mapping[str, str]) -> Run:
+    """Load prompts, rewards and model, and refuse what can't be used before anything is written.
+
+    ``own`` holds digests of what is not configured: a method of the user's.
+    """
     training = config.training
     torch.manual_seed(training.seed)
     assert training.dtype != "auto"
@@ -126,8 +131,29 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method) -> 
     )
     reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
     generator = make_generator(config, policy, engine, accelerator)
+    groups = {"data": prompts, "eval_data": held_out}
+    inputs = {
+        "weights": policy.fingerprint,
+        "tokenizer": reading_fingerprint(policy.model, policy.tokenizer),
+        **{name: _groups_digest(some) for name, some in groups.items() if some},
+        **source_digests(config.rewards, source),
+        **own,
+    }
     return Run(
-        config, accelerator, policy, encoder, method, engine, optimizer, reference, generator, source, prompts, held_out, total
+        config=config,
+        accelerator=accelerator,
+        policy=policy,
+        encoder=encoder,
+        method=method,
+        engine=engine,
+        optimizer=optimizer,
+        reference=reference,
+        generator=generator,
+        source=source,
+        prompts=prompts,
+        held_out=held_out,
+        total=total,
+        inputs=inputs,
     )
 
 
@@ -207,18 +233,20 @@ def last_position(run: Run) -> Position:
         optimizer=run.optimizer,
         accelerator=run.accelerator,
     )
-    refuse_other_run(last, state, **_identity(run), what="the prompts")
+    refuse_other_run(last, state, weights=run.inputs["weights"], data=run.inputs["data"], what="the prompts")
     run.reference.restore(further_tensors(last))
     run.rounds = [dict(row) for row in state["rounds"]]
     say(f"Resuming from {last}")
     return Position(state["round"], state["start"], state["step"], state["ended"], state["loop"], state["pool"])
 
 
-def _identity(run: Run) -> dict[str, str]:
+def _groups_digest(groups: Sequence[Group]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for group in run.prompts:
-        digest.update(repr((group.id, group.prompt, group.candidates, *([group.tools] if group.tools else ()))).encode())
-    return {"weights": run.policy.fingerprint, "data": digest.hexdigest()}
+    for group in groups:
+        # Of the metadata too: verifiers read them.
+        metadata = json.dumps(group.metadata, sort_keys=True, default=str)
+        digest.update(repr((group.id, group.prompt, group.candidates, group.tools, metadata)).encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def save(run: Run, position: Position) -> None:
@@ -236,7 +264,8 @@ def save(run: Run, position: Position) -> None:
             "loop": position.loop,
             "pool": position.pool,
             "rounds": run.rounds,
-            **_identity(run),
+            "weights": run.inputs["weights"],
+            "data": run.inputs["data"],
         },
         keep=run.config.training.save_total_limit,
         tensors=run.reference.state(),

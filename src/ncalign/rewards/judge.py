@@ -37,6 +37,7 @@ class JudgeReward:
         store: keeps verdicts by what was asked.
 
     Attributes:
+        template: the judge's prompt.
         account: what judging took, and how many verdicts are missing.
         num_changed: pairs whose two orders contradict each other.
 
@@ -47,7 +48,7 @@ class JudgeReward:
     def __init__(self, config: JudgeConfig, store: Store | None = None) -> None:
         self._config = config
         needed = ("prompt", "completion") if config.mode == "pointwise" else ("prompt", "completion_a", "completion_b")
-        self._template = load_template("ncalign.rewards", f"{config.mode}.txt", needed, config.template)
+        self.template = load_template("ncalign.rewards", f"{config.mode}.txt", needed, config.template)
         self._server = Server(config.server, store)
         self.account = Account(config.mode)
         self.num_changed = 0
@@ -124,7 +125,7 @@ class JudgeReward:
 
     def _verdicts(self, asked: Sequence[dict[str, str]], read: Callable[[Choice], float | None]) -> list[float | None]:
         scale = {"lowest": f"{self._config.lowest:g}", "highest": f"{self._config.highest:g}"}
-        prompts = [fill(self._template, {**scale, "mark": mark_of(texts), **texts}) for texts in asked]
+        prompts = [fill(self.template, {**scale, "mark": mark_of(texts), **texts}) for texts in asked]
         body = {"max_tokens": self._config.max_tokens}
         return ask_verdicts(self._server, prompts, read, attempts=self._config.attempts, body=body, account=self.account)
 

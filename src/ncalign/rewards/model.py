@@ -19,7 +19,7 @@ from ncalign.model.config import Precision
 from ncalign.model.control_tokens import ControlTokens
 from ncalign.model.encoding import DroppedGroupError, beyond, check_limits
 from ncalign.model.limits import limits_of
-from ncalign.model.policy import DTYPES, load_model, load_tokenizer, weights_fingerprint
+from ncalign.model.policy import DTYPES, load_model, load_tokenizer, reading_fingerprint, weights_fingerprint
 from ncalign.model.untold import left_out
 from ncalign.rewards.base import completion_texts
 
@@ -71,6 +71,11 @@ class ModelReward:
         self._control = ControlTokens(self._tokenizer)
         if problem := beyond([[int(self._tokenizer.pad_token_id)]], self._tokenizer, self._limits):
             raise ValueError(f"reward model {model!r}: {problem}")
+
+    def fingerprint(self) -> str:
+        """A digest of all that scores depend on: weights, precision, tokenizer and chat template."""
+        weights = self._identity or weights_fingerprint(self._model, computation=str(self._model.dtype))
+        return Store.key(weights, reading_fingerprint(self._model, self._tokenizer))
 
     def score(self, group: Group) -> list[float | None]:
         """Score a group; see :class:`ncalign.rewards.base.RewardSource`."""

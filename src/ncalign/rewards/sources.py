@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from ncalign.core.cache import cache_folder, private_folder
+from ncalign.core.code_digest import code_digest
 from ncalign.core.store import Store
 from ncalign.model.config import DType, Precision
 from ncalign.rewards.base import RewardSource
@@ -90,6 +91,28 @@ def source_record(config: RewardConfig) -> str:
     judged = {} if judge is None else {"judge": f"judge ({judge.mode}) {judge.server.model}"}
     named = [judged.get(name, name) for name in config.reward]
     return f"score: {named[0]}" if len(named) == 1 else f"score: {config.combine} of {', '.join(named)}"
+
+
+def source_digests(config: RewardConfig, source: RewardSource) -> dict[str, str]:
+    """Digests of what the files hold that a configuration's source reads, by what messages call them.
+
+    Args:
+        config: names of sources.
+        source: what :func:`reward_source` made of it.
+    """
+    found: dict[str, str] = {}
+    for name, part in zip(config.reward, members(source), strict=True):
+        if isinstance(part, JudgeReward):
+            template = config.judge.template if config.judge is not None else None
+            found[f"judge.template {template or '(bundled)'}"] = Store.key(part.template)
+        elif name.startswith(_MODEL):
+            from ncalign.rewards.model import ModelReward
+
+            assert isinstance(part, ModelReward)
+            found[f"reward {name}"] = part.fingerprint()
+        elif name not in _VERIFIERS:
+            found[f"reward {name}"] = code_digest(name)
+    return found
 
 
 def members(source: RewardSource) -> Sequence[RewardSource]:

@@ -123,7 +123,9 @@ def run_tasks(
     if backend.name in LOCAL and "dtype" not in backend.arguments:
         backend = replace(backend, dtype=resolve_dtype(backend.dtype))
     arguments = backend_arguments(model, backend)
-    identity = Store.key(model_identity(model), backend.name, backend.dtype, {k: str(v) for k, v in backend.arguments.items()})
+    # An argument may name a folder, such as an adapter's.
+    arguments_given = {name: model_identity(str(value)) for name, value in backend.arguments.items()}
+    identity = Store.key(model_identity(model), backend.name, backend.dtype, arguments_given)
     data = {task: Path(path) for task, path in (task_data or {}).items()}
     run = _Run(Path(output_dir), identity, protocol or TaskProtocol(), data, allow_weak)
     manager = _checked(run, wanted)

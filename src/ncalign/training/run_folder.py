@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from ncalign.core import yaml as bounded_yaml
-from ncalign.core.atomic import explained, write_text_atomic
+from ncalign.core.atomic import explained, write_json_atomic, write_text_atomic
 from ncalign.core.json import json_ready
 from ncalign.core.kept import read_kept
 from ncalign.core.locks import held
@@ -23,10 +24,11 @@ from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
 from ncalign.training.saved import RESULTS as SAVED_RESULTS
 
-RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
+RESULTS, METRICS, CONFIG, INPUTS, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
     "results.json",
     "metrics.jsonl",
     "config.yaml",
+    "inputs.json",
     "model",
     "checkpoints",
     "tensorboard",
@@ -35,7 +37,7 @@ RESULTS, METRICS, CONFIG, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
 )
 ADAPTER = "adapter"
 """The adapter of a finished run that was merged later."""
-ENTRIES = (RESULTS, METRICS, CONFIG, MODEL, ADAPTER, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT)
+ENTRIES = (RESULTS, METRICS, CONFIG, INPUTS, MODEL, ADAPTER, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT)
 """What a run leaves in its folder."""
 _FREE_ON_RESUME = frozenset(
     {
@@ -53,6 +55,13 @@ _FREE_ON_RESUME = frozenset(
         "max_tokens_per_batch",
     }
 )
+_FIXED = {
+    "weights": "the model's weights or precision",
+    "tokenizer": "its tokenizer, chat template or end tokens",
+    "data": "the training groups",
+    "eval_data": "the held-out groups",
+}
+"""Inputs that a run can't go on without, by their names in ``inputs.json``, and what messages call them."""
 
 
 @contextlib.contextmanager
@@ -89,8 +98,8 @@ def claimed_run_folder(config: TrainConfig, *, verb: str, inputs: Inputs) -> Ite
         yield
 
 
-def open_run_folder(config: TrainConfig, written: dict[str, Any], *, verb: str) -> None:
-    """Remove an overwritten run, or a killed run's half-written files, and write config.yaml."""
+def open_run_folder(config: TrainConfig, written: dict[str, Any], inputs: Mapping[str, str], *, verb: str) -> None:
+    """Remove an overwritten run, or a killed run's half-written files, and write inputs.json and config.yaml."""
     folder = config.output_dir
     if config.overwrite and not config.resume:
         remove(folder, ENTRIES)
@@ -98,6 +107,8 @@ def open_run_folder(config: TrainConfig, written: dict[str, Any], *, verb: str) 
     for stale in [path for place in places for path in folder.glob(f"{place}.*.tmp")]:
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     with recorded(folder, ENTRIES, verb=verb):
+        # First: where there is a configuration, there is what the run began with.
+        write_json_atomic(dict(inputs), folder / INPUTS)
         write_text_atomic(yaml.safe_dump(written, sort_keys=False), folder / CONFIG)
 
 
@@ -164,6 +175,38 @@ def refuse_changes(config: TrainConfig, now: dict[str, Any], *, shown: bool) -> 
         raise ValueError(f"{listing}\nResume it with its own, or set accept_changes: true to go on with this one")
     if shown:
         say(f"note: {listing}\nIt goes on with the new one")
+
+
+def refuse_other_inputs(config: TrainConfig, now: Mapping[str, str], *, shown: bool) -> None:
+    """Compare what the inputs of a run that is resumed hold with what they held when it was begun, as ``inputs.json`` says.
+
+    Args:
+        config: of the training.
+        now: a digest of what each input holds, by the input's name.
+        shown: whether this process says what was accepted; every process refuses.
+
+    Raises:
+        ValueError: model or data hold something else; or another file does, and that is not accepted; or the record is gone.
+    """
+    folder = config.output_dir
+    if not (config.resume and (folder / CONFIG).is_file()):
+        return
+    remedy = "it says what the run began with; restore it, or start again with overwrite: true"
+    before = read_kept(folder / INPUTS, TypeAdapter(dict[str, str]), remedy=remedy)
+    changed = {name: f"{before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]}
+    if fixed := [what for name, what in _FIXED.items() if name in changed]:
+        raise ValueError(
+            f"the run in {folder} was begun with other inputs: {' and '.join(fixed)} changed since; restore them, or start "
+            "again with overwrite: true"
+        )
+    if not changed:
+        return
+    listing = "\n".join(f"  {name}: {digests}" for name, digests in changed.items())
+    listing = f"what the run in {folder} reads holds something else than when it was begun (digests):\n{listing}"
+    if not config.accept_changes:
+        raise ValueError(f"{listing}\nRestore it, or set accept_changes: true to go on with what it holds now")
+    if shown:
+        say(f"note: {listing}\nThe run goes on with what it holds now; what is done already stays as it is")
 
 
 class MetricsFile:

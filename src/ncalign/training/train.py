@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.cache import cache_folder
+from ncalign.core.code_digest import value_digest
 from ncalign.core.progress import say
+from ncalign.core.store import Store
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
 from ncalign.model.encoding import EncodedGroup, Encoder, make_encoder
@@ -89,6 +91,7 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
     Raises:
         ValueError: data, model or configuration that can't be used; nothing is half-written.
     """
+    own = {"method": "as configured" if method is None else f"{method.name} {value_digest(method)}"}
     accelerator, method = make_accelerator(config), method or build_method(config.objective)
     inputs = {"model": config.model, "data": config.data, "eval_data": config.eval_data}
     with another_process_named():
@@ -98,10 +101,10 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
             config = with_precision(with_rendering(config, accelerator), accelerator, method)
             refuse_changes(config, config.model_dump(mode="json"), shown=accelerator.is_main_process)
             accelerator.wait_for_everyone()
-            return _run(config, accelerator, method)
+            return _run(config, accelerator, method, own)
 
 
-def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[str, Any]:
+def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dict[str, str]) -> dict[str, Any]:
     finished = finished_results(config) if config.resume else None
     started, written = time.monotonic(), config.model_dump(mode="json")
     if finished is not None:
@@ -111,11 +114,12 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
     prepared = prepare_training(config, accelerator, method)
     check_space(config, needed_space(config, prepared))
     checkpoints = find_checkpoints(config.output_dir) if config.resume else []
-    engine, held_out = prepared.engine, prepared.held_out
+    engine, held_out, inputs = prepared.engine, prepared.held_out, _inputs(config, prepared) | own
     _fill_reference(config, prepared)
     torch.manual_seed(config.seed + accelerator.process_index)  # an adapter's dropout differs between processes
-    state: Any = {"step": 0, "before": None, "seconds": 0.0}
+    state: Any = {"step": 0, "before": None, "seconds": 0.0, "weights": inputs["weights"], "data": inputs["data"]}
     if checkpoints:
+        run_folder.refuse_other_inputs(config, inputs, shown=accelerator.is_main_process)
         state = load_checkpoint(
             checkpoints[-1],
             TRAIN_STATE,
@@ -124,7 +128,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
             optimizer=prepared.optimizer,
             accelerator=accelerator,
         )
-        refuse_other_run(checkpoints[-1], state, **_identity(prepared), what="the training groups")
+        refuse_other_run(checkpoints[-1], state, weights=inputs["weights"], data=inputs["data"], what="the training groups")
         _say(accelerator, f"Resuming from {checkpoints[-1]}")
     else:
         if config.resume:
@@ -132,7 +136,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[
         self_check(config, prepared)
     # Not before all that can be wrong with the configuration, the data and the model has been looked at.
     if accelerator.is_main_process:
-        open_run_folder(config, written, verb="train")
+        open_run_folder(config, written, inputs, verb="train")
     accelerator.wait_for_everyone()
     loop = _loop(config, prepared, state["step"])
     if checkpoints:
@@ -424,9 +428,14 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
     )
 
 
-def _identity(prepared: Prepared) -> dict[str, str]:
-    """What a resumed run must have in common with the original, besides the configuration."""
-    return {"weights": prepared.policy.fingerprint, "data": data_digest(prepared.train)}
+def _inputs(config: TrainConfig, prepared: Prepared) -> dict[str, str]:
+    """Digests of what the run reads."""
+    # As encoded: with it, the tokenizer and the chat template are the same.
+    found = {"weights": prepared.policy.fingerprint, "data": data_digest(prepared.train)}
+    found |= {"eval_data": data_digest(prepared.held_out)} if prepared.held_out else {}
+    if config.reference == "data":
+        found["data"] += Store.key([group.reference_logprobs for group in (*prepared.train, *prepared.held_out)])
+    return found
 
 
 def _save(config: TrainConfig, prepared: Prepared, state: dict[str, Any], started: float, step: int, loop: LoopState) -> None:
@@ -437,7 +446,7 @@ def _save(config: TrainConfig, prepared: Prepared, state: dict[str, Any], starte
         model=prepared.engine.model,
         optimizer=prepared.optimizer,
         accelerator=prepared.engine.accelerator,
-        state={"before": state["before"], "seconds": seconds, "loop": loop, **_identity(prepared)},
+        state={"before": state["before"], "seconds": seconds, "loop": loop, "weights": state["weights"], "data": state["data"]},
         keep=config.save_total_limit,
     )
 
