@@ -216,11 +216,37 @@ class TestSharded:
         assert relative_distance(weights(alone.output_dir), weights(together.output_dir)) <= 0.02
         assert logged(together)[0]["eval/loss"] == pytest.approx(math.log(2), abs=0.01)
 
-    @pytest.mark.parametrize("fields", [{}, {"lora": {"r": 4, "dropout": 0.1}}], ids=["all weights", "adapter"])
+    @pytest.mark.parametrize("fields", [{}, {"merge": True}], ids=["adapter", "merged adapter"])
+    def test_weights_in_4_bits_equal_one_process(
+        self, config: Config, launch: Callable[..., Done], fields: dict[str, Any]
+    ) -> None:
+        assert_same_quantized_run(config, launch, {"sharded": True}, fields)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{}, {"lora": {"r": 4, "dropout": 0.1}}, {"lora": {"r": 4}, "quantization": {}}],
+        ids=["all weights", "adapter", "adapter on 4 bits"],
+    )
     def test_killed_and_resumed_is_bitwise_the_same(
         self, config: Config, launch: Callable[..., Done], fields: dict[str, Any]
     ) -> None:
         assert_bitwise_resume(config, launch, {"sharded": True}, fields)
+
+
+def assert_same_quantized_run(
+    config: Config, launch: Callable[..., Done], wish: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    """An adapter on 4-bit weights, which compute in float32 at most: two processes agree with one to its rounding."""
+    settings = {"dtype": "float32", "lora": {"r": 4}, "quantization": {}, "max_steps": 3, **fields}
+    alone, together = config("alone", processes=1, **settings), config("together", **settings)
+    run_training(alone)
+    done = launch(together, **wish)
+    assert done.code == 0, done.errors
+    assert relative_distance(weights(alone.output_dir), weights(together.output_dir)) <= 1e-4
+    for expected, found in zip(logged(alone), logged(together), strict=True):
+        for name in {"loss", "eval/loss"} & found.keys():
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert logged(together)[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def assert_bitwise_resume(config: Config, launch: Callable[..., Done], wish: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -244,6 +270,10 @@ def assert_bitwise_resume(config: Config, launch: Callable[..., Done], wish: dic
 
 class TestReplicated:
     """DDP: each process holds every weight."""
+
+    @pytest.mark.slow
+    def test_weights_in_4_bits_equal_one_process(self, config: Config, launch: Callable[..., Done]) -> None:
+        assert_same_quantized_run(config, launch, {}, {})
 
     @pytest.mark.slow
     def test_tied_weights_and_checkpoints(self, config: Config, launch: Callable[..., Done], tied_model_dir: Path) -> None:

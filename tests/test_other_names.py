@@ -185,8 +185,8 @@ def test_a_pasted_key_gets_its_name_and_its_line(
     ("arguments", "message"),
     [
         (
-            "train --load_in_4bit",
-            "unknown flag '--load_in_4bit'; there is no such setting here (quantised weights are not supported;",
+            "train --load_in_8bit",
+            "unknown flag '--load_in_8bit'; there is no such setting here (weights are held in 4 bits",
         ),
         ("train --deepspeed ds.json", "unknown flag '--deepspeed'; there is no such setting here (DeepSpeed is refused;"),
         ("train --loss_type hinge", "unknown flag '--loss_type'; there is no such setting here (the hinge loss"),
@@ -265,7 +265,9 @@ def test_the_defaults_on_the_page_are_those_of_both() -> None:
         field = theirs[name]
         value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         assert plain(value) == plain(default), name
-        flags = {"objective": "simpo"} if extra.get(ours) == "simpo" else {"lora": "true"} if ours.startswith("lora") else {}
+        flags = {"objective": "simpo"} if extra.get(ours) == "simpo" else {}
+        if ours.startswith(("lora", "quantization")):
+            flags = {"lora": "true", "quantization": "true"}
         config: Any = settings.load(MODELS["train"], None, {**NEEDED, **flags})
         for part in ours.split("."):
             config = getattr(config, part)

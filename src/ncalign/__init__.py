@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ncalign.training.train import run_training as train
 
 __version__ = version("ncalign")
+# peft imports bitsandbytes where it is installed, which then asks for a further package on stderr, whatever is being done.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 __all__ = [
     "Candidate",
     "Group",

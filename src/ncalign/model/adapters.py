@@ -371,6 +371,8 @@ def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for a property under its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # It sets this itself, as it says, for layers that store their weights the other way round.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target", category=UserWarning)
         # `merged` unties what an adapter sets apart.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ncalign.core.config import Frozen
 
@@ -58,6 +58,42 @@ class LoRA(Frozen):
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="Names of the modules that get an adapter, or 'all-linear'."
     )
+
+
+def _number(value: object) -> object:
+    """Files and flags give texts, which a choice of numbers does not read."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class Quantization(Frozen):
+    """Frozen weights held in 4 bits under a LoRA adapter (QLoRA, arXiv 2305.14314), by bitsandbytes."""
+
+    bits: Annotated[Literal[4], BeforeValidator(_number)] = Field(
+        4, description="Bits in which a weight of a linear layer is held."
+    )
+    type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="The 16 values that a weight can take: quantiles of a normal distribution (nf4), or floats (fp4)."
+    )
+    double: bool = Field(
+        True, description="Quantize the scales of the blocks of 64 weights too, which saves .37 bits of a weight."
+    )
+
+
+def check_quantization(quantization: Quantization | None, lora: LoRA | None, dtype: str) -> None:
+    """Refuse what can't be trained on weights in 4 bits.
+
+    Raises:
+        ValueError: there is no adapter, or the computation is to be in float64.
+    """
+    if quantization is None:
+        return
+    if lora is None:
+        raise ValueError(
+            "quantization needs lora: weights in 4 bits are frozen, since a step of the optimizer is far smaller than the "
+            "distance of two of their 16 values; add lora: true, or leave quantization out to train all weights"
+        )
+    if dtype == "float64":
+        raise ValueError("quantization computes in float32 or bfloat16, and dtype is float64: set dtype: bfloat16 or float32")
 
 
 class EncodingConfig(Frozen):

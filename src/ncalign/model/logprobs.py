@@ -23,6 +23,7 @@ from ncalign.model.attention import NAME as SHARED
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
 from ncalign.model.layout import Layout, Span, completions_layout, padded_layout, prompts_layout, shared_layout
+from ncalign.model.quantized import num_weights
 
 _CHUNK_LOGITS = {"cpu": 2**22, "other": 2**26}
 """Logits held at a time: 16 MiB in float32 on a CPU, 256 MiB on an accelerator."""
@@ -301,7 +302,7 @@ def completion_token_cost(model: PreTrainedModel | PeftModel) -> float:
     head = causal.get_output_embeddings()
     assert head is not None
     embeddings = {id(weight) for weight in (head.weight, causal.get_input_embeddings().weight)}
-    body = sum(weight.numel() for weight in causal.parameters() if id(weight) not in embeddings)
+    body = sum(num_weights(weight) for weight in causal.parameters() if id(weight) not in embeddings)
     return 1 + float(head.weight.numel()) / max(body, 1)
 
 

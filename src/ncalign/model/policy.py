@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,9 +45,18 @@ from ncalign.model.adapters import (
     reason,
     weight_of,
 )
-from ncalign.model.config import LoRA
+from ncalign.model.config import LoRA, Quantization, check_quantization
 from ncalign.model.noise import Stated, disable_dropout
 from ncalign.model.pickles import REMEDY, check_weights_file
+from ncalign.model.precision import announce
+from ncalign.model.quantized import (
+    four_bits,
+    hold_in_one_layout,
+    recorded,
+    refuse_stored_quantized,
+    refuse_unquantizable,
+    shapes_of,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
@@ -67,6 +79,7 @@ class Policy:
         merged_dtype: precision that the weights are saved in when an adapter is merged into them: the files', where the policy
             holds them more coarsely.
         trust_remote_code: whether code that comes with the model may run.
+        quantization: how the frozen weights are held under the adapter, where they are in 4 bits.
     """
 
     model: PreTrainedModel | PeftModel
@@ -77,6 +90,7 @@ class Policy:
     dropout: tuple[Stated, ...] = ()
     merged_dtype: torch.dtype = torch.float32
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
 
 
 @contextmanager
@@ -94,6 +108,7 @@ def load_policy(
     *,
     dtype: str | torch.dtype = "float32",
     lora: LoRA | None = None,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> Policy:
@@ -104,6 +119,7 @@ def load_policy(
         dtype: ``float32``, ``bfloat16`` or ``float64``, by name or as torch's. With bfloat16 and no adapter the weights stay
             float32, since AdamW's small steps vanish in bfloat16 weights; the computation runs under autocast.
         lora: adapter to add; every other weight is frozen.
+        quantization: hold the linear layers' frozen weights in 4 bits (QLoRA); needs ``lora`` and the package bitsandbytes.
         trust_remote_code: run the code that comes with the model.
         seed: seed of the adapter's initial weights.
 
@@ -113,9 +129,10 @@ def load_policy(
     computation = str(dtype).removeprefix("torch.")
     if computation not in DTYPES:
         raise ValueError(f"dtype is {computation!r}; it must be one of {', '.join(DTYPES)}")
+    check_quantization(quantization, lora, computation)
     weights_dtype = torch.float32 if computation == "bfloat16" and lora is None else DTYPES[computation]
     opened = hub_adapter(model, from_cache=only_cached(model, what="model")) or model
-    loaded = load_model(opened, dtype=weights_dtype, trust_remote_code=trust_remote_code)
+    loaded = load_model(opened, dtype=weights_dtype, trust_remote_code=trust_remote_code, quantization=quantization)
     tokenizer = load_tokenizer(opened, trust_remote_code=trust_remote_code)
     fingerprint = weights_fingerprint(loaded, computation=computation)
     stored = load_config(opened, trust_remote_code=trust_remote_code).dtype
@@ -129,11 +146,25 @@ def load_policy(
         fingerprint,
         is_adapter(opened),
         disable_dropout(loaded),
-        stored if finer else weights_dtype,
+        stored if finer and quantization is None else weights_dtype,
         trust_remote_code,
+        quantization,
     )
-    if lora is None:
-        return policy
+    return policy if lora is None else replace(policy, model=with_adapter(loaded, lora, model=model, seed=seed))
+
+
+def with_adapter(loaded: PreTrainedModel, lora: LoRA, *, model: str, seed: int) -> PeftModel:
+    """The model with a new LoRA adapter, which alone is trained.
+
+    Args:
+        loaded: the model.
+        lora: the adapter.
+        model: what the adapter is to call its base model, a folder or hub id.
+        seed: seed of its initial weights.
+
+    Raises:
+        ValueError: the model has no such modules.
+    """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     adapter = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
@@ -144,12 +175,19 @@ def load_policy(
             adapted = get_peft_model(loaded, adapter)
         except ValueError as error:
             raise ValueError(f"lora.target_modules={lora.target_modules!r} does not fit {model}: {error}") from error
+    assert isinstance(adapted, PeftModel)
     adapted.active_peft_config.base_model_name_or_path = absolute_base(model)
-    return replace(policy, model=adapted)
+    return adapted
 
 
 def load_model(
-    model: str, *, dtype: torch.dtype, trust_remote_code: bool, task: Task = "CAUSAL_LM", what: str = "model"
+    model: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    task: Task = "CAUSAL_LM",
+    what: str = "model",
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The model in evaluation mode, all of its weights trainable, with an adapter folder's adapter merged into its base.
 
@@ -159,13 +197,41 @@ def load_model(
         trust_remote_code: run the code that comes with the model.
         task: what it is to compute.
         what: what it is, for messages.
+        quantization: how its linear layers are held, where not in ``dtype``; no weight is trainable then.
 
     Raises:
         ValueError: the model can't be loaded, is of another kind, or holds an adapter that can't be merged.
     """
-    loaded = _load(model, (), dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what)
-    loaded.requires_grad_(True)
+    if quantization is not None:
+        loaded = _load_quantized(
+            model, four_bits(quantization, dtype), dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what
+        )
+    else:
+        loaded = _load(model, (), dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what)
+    loaded.requires_grad_(quantization is None)
     loaded.eval()
+    return loaded
+
+
+def _load_quantized(
+    model: str, settings: BitsAndBytesConfig, *, dtype: torch.dtype, trust_remote_code: bool, task: Task, what: str
+) -> PreTrainedModel:
+    """Load a model with its linear layers in 4 bits; what an adapter and its base make up is quantized as a whole."""
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    refuse_stored_quantized(config, model, what=what)
+    refuse_unquantizable(shapes_of(config, dtype=dtype, trust_remote_code=trust_remote_code), model)
+    load = partial(_load_whole, dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what, settings=settings)
+    if is_adapter(model):
+        # bitsandbytes quantizes what it reads from files.
+        with tempfile.TemporaryDirectory() as folder:
+            whole = _load(model, (), dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what)
+            with quiet_transformers():
+                whole.save_pretrained(folder)
+            del whole
+            loaded = load(folder, ())
+    else:
+        loaded = load(model, ())
+    hold_in_one_layout(loaded)
     return loaded
 
 
@@ -179,6 +245,11 @@ def _load(
         raise ValueError(f"the adapters in {', '.join(map(repr, adapters))} name each other as their base model")
     base = adapter_base(model)
     check_mergeable(model, task)
+    if held := recorded(model):
+        announce(
+            f"note: the adapter in {model} was trained on its base model in {held}, and is put on the base model's own weights "
+            "here: log-probs differ slightly from those of training; train's merge saves the model that was trained"
+        )
     loaded = _load(
         base,
         (model, *adapters),
@@ -194,7 +265,14 @@ def _load(
 
 
 def _load_whole(
-    model: str, adapters: tuple[str, ...], *, dtype: torch.dtype, trust_remote_code: bool, task: Task, what: str
+    model: str,
+    adapters: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    task: Task,
+    what: str,
+    settings: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Load a model that is no adapter; the adapters that will be put on it may bring weights that it lacks."""
     _check_folder(model)
@@ -203,6 +281,7 @@ def _load_whole(
     if adapter is not None:
         return _load(adapter, adapters, dtype=dtype, trust_remote_code=trust_remote_code, task=task, what=what)
     config = load_config(model, trust_remote_code=trust_remote_code, from_cache=from_cache)
+    refuse_stored_quantized(config, model, what=what)
     made_as = "a causal language model" if task == "CAUSAL_LM" else "a sequence classifier"
     if task == "CAUSAL_LM" and config.is_encoder_decoder:
         raise ValueError(
@@ -224,6 +303,7 @@ def _load_whole(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 local_files_only=from_cache,
+                quantization_config=settings,
             )
     # What a configuration that does not fit makes the library raise differs from model to model.
     except Exception as error:

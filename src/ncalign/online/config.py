@@ -114,6 +114,11 @@ class OnlineConfig(Frozen):
             raise ValueError("generator: server and the section server go together: give both or neither")
         if self.generator != "transformers" and self.push == "lora" and self.training.lora is None:
             raise ValueError("push: lora needs lora; push: folder sends all weights")
+        if self.generator == "vllm" and self.push == "lora" and self.training.quantization is not None:
+            raise ValueError(
+                "vLLM in this process holds the base model's own weights, and the policy those in 4 bits (quantization): "
+                "an adapter (push: lora) would sample from another model: set push: folder, which sends dequantized weights"
+            )
         max_length = self.training.encoding.max_length
         if self.max_new_tokens >= max_length:
             raise ValueError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ncalign.core.config import Flat, Frozen, Seed
 from ncalign.data.config import JoinRows, OnBadRow, SchemaChoice
-from ncalign.model.config import DType, EncodingConfig, LoRA
+from ncalign.model.config import DType, EncodingConfig, LoRA, Quantization, check_quantization
 from ncalign.objectives import MCPO, ObjectiveConfig
 
 
@@ -33,6 +33,9 @@ class TrainConfig(Frozen):
     )
     objective: ObjectiveConfig = Field(default_factory=MCPO, description="Training method, by its name.")
     lora: LoRA | None = Field(None, description="Train a LoRA adapter instead of all weights.")
+    quantization: Quantization | None = Field(
+        None, description="Hold the frozen weights in 4 bits under the adapter (QLoRA); needs lora."
+    )
     reference: Literal["compute", "data"] = Field(
         "compute", description="Reference log-probs: computed from the starting model (and cached), or taken from the data."
     )
@@ -99,3 +102,8 @@ class TrainConfig(Frozen):
         description="Save the model with the adapter merged into its weights; always so when the run started from an adapter.",
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _trainable(self) -> TrainConfig:
+        check_quantization(self.quantization, self.lora, self.dtype)
+        return self

@@ -23,6 +23,8 @@ from ncalign.model.adapters import merged, quiet_peft, shallow_copy
 from ncalign.model.logprobs import base_causal_model
 from ncalign.model.noise import as_stated
 from ncalign.model.policy import Policy, cast_weights, load_model, quiet_transformers
+from ncalign.model.precision import announce
+from ncalign.model.quantized import dequantized, write_record
 from ncalign.training.config import TrainConfig
 
 _PREFIX = "model."
@@ -35,7 +37,7 @@ tags: [ncalign, {method}]
 # {name}
 
 `{base}` aligned with **{method}** by ncalign {version} from {groups} groups of scored candidate completions
-({candidates} candidates).
+({candidates} candidates).{weights}
 
 ## Metrics
 
@@ -110,6 +112,17 @@ def _write_weights(policy: Policy, state: dict[str, Any], folder: Path, *, merge
         _merged(policy, model, state).save_pretrained(folder)
     else:
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        if policy.quantization is not None:
+            write_record(policy.quantization, policy.merged_dtype, folder)
+
+
+def dequantized_line(policy: Policy) -> str:
+    """What is said of a model whose adapter was merged into weights that training held in 4 bits."""
+    assert policy.quantization is not None
+    return (
+        f"the base model's weights in {policy.quantization.bits} bits ({policy.quantization.type}) were dequantized, and the "
+        f"adapter was merged into them: the saved weights are {str(policy.merged_dtype).removeprefix('torch.')}"
+    )
 
 
 def _aliases(model: nn.Module) -> set[str]:
@@ -120,14 +133,13 @@ def _aliases(model: nn.Module) -> set[str]:
 
 def _merged(policy: Policy, model: PeftModel, state: dict[str, Any]) -> PreTrainedModel:
     """The policy with its adapter merged into the weights as they are stored: rounded ones would lose a part of the adapter."""
-    if policy.merged_dtype == base_causal_model(model).dtype:
+    if policy.quantization is not None:
+        announce(f"note: {dequantized_line(policy)}")
+        base = dequantized(model, state)
+    elif policy.merged_dtype == base_causal_model(model).dtype:
         return merged(_apart(model, state))
-    precise = torch.promote_types(policy.merged_dtype, torch.float32)
-    try:
-        base = load_model(policy.source, dtype=precise, trust_remote_code=policy.trust_remote_code)
-    except ValueError as error:
-        # Of the kind that a run keeps its training from.
-        raise OSError(f"the adapter can't be merged: {error}") from error
+    else:
+        base = _loaded_again(policy)
     adapter = copy.deepcopy(model.active_peft_config)
     adapter.base_model_name_or_path = None
     with quiet_peft():
@@ -138,6 +150,16 @@ def _merged(policy: Policy, model: PeftModel, state: dict[str, Any]) -> PreTrain
     result = merged(whole)
     cast_weights(result, policy.merged_dtype)
     return result
+
+
+def _loaded_again(policy: Policy) -> PreTrainedModel:
+    """The model that training started from, in the precision that its weights are stored in, or a finer one."""
+    precise = torch.promote_types(policy.merged_dtype, torch.float32)
+    try:
+        return load_model(policy.source, dtype=precise, trust_remote_code=policy.trust_remote_code)
+    except ValueError as error:
+        # Of the kind that a run keeps its training from.
+        raise OSError(f"the adapter can't be merged: {error}") from error
 
 
 def _apart(model: PeftModel, state: dict[str, Any]) -> PeftModel:
@@ -169,10 +191,22 @@ def model_card(policy: Policy, config: TrainConfig, written: dict[str, Any], res
         version=results["versions"]["ncalign"],
         groups=results["data"]["groups_trained_on"],
         candidates=results["data"]["candidates_used"],
+        weights=_weights_line(policy, merged=merges(policy, config)),
         metrics="\n".join(rows),
         data=json.dumps(results["data"], indent=2),
         config=yaml.safe_dump(written, sort_keys=False),
     )
+
+
+def _weights_line(policy: Policy, *, merged: bool) -> str:
+    """What a card says of weights in 4 bits."""
+    if policy.quantization is None:
+        return ""
+    if merged:
+        line = dequantized_line(policy)
+        return f" {line[0].upper()}{line[1:]}."
+    held = f"{policy.quantization.bits} bits ({policy.quantization.type})"
+    return f" The adapter was trained on its base model in {held}."
 
 
 def _shown(value: float | None) -> str:

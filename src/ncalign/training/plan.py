@@ -10,10 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.model.encoding import EncodedGroup
+from ncalign.model.quantized import held_bytes
 from ncalign.objectives import build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
 from ncalign.training.precision import with_precision
+from ncalign.training.resolve import check_data_files
+from ncalign.training.shapes import lacks_weights, plan_from_shapes
 from ncalign.training.space import free_space, in_words
 from ncalign.training.train import Prepared, make_accelerator, needed_space, prepare_training
 
@@ -21,13 +24,16 @@ _MIB = 2**20
 
 
 def dry_run(config: TrainConfig) -> dict[str, Any]:
-    """Counts, the token layout of one group, and estimates of memory and time.
+    """Counts, the token layout of one group, and estimates of memory and time; of a model without weights, their memory.
 
     Returns:
         The same facts as values, and as printable text under ``text``.
     """
     accelerator, method = make_accelerator(config.model_copy(update={"report_to": ()})), build_method(config.objective)
     config = with_precision(config, accelerator, method)
+    if lacks_weights(config.model):
+        check_data_files(config)
+        return plan_from_shapes(config, num_processes=accelerator.num_processes)
     prepared = prepare_training(config, accelerator, method)
     facts = prepared.loaded.counts() | {
         "dtype": config.dtype,
@@ -90,7 +96,7 @@ def _estimate(config: TrainConfig, prepared: Prepared) -> dict[str, float]:
     """Run the longest pass once, forward and backward, and scale its time to the whole run."""
     engine = prepared.engine
     trained = sum(p.numel() * p.element_size() for p in engine.model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    weights = held_bytes(engine.model)
     longest = sorted(prepared.train, key=lambda group: -group.length)[: config.per_device_train_batch_size]
     part = engine.passes(range(len(longest)), longest)[0]
     filled = [_with_zero_reference(group) for group in part.groups]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ncalign.model.quantized import num_frozen
 from ncalign.training.config import TrainConfig
 
 _LINE = 2048
@@ -20,7 +21,7 @@ _OVERHEAD = 2**13
 """Bytes of a checkpoint's random state, and of a model's card."""
 _TOKENIZER = 2**25
 """Bytes of a tokenizer's files where the model is no local folder."""
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def disk_need(
     adapter = config.lora is not None
     saved = trained if adapter else everything
     if merged is not None:
-        saved = sum(parameter.numel() * merged.itemsize for parameter in model.parameters() if not parameter.requires_grad)
+        saved = num_frozen(model) * merged.itemsize
     lines = num_steps // config.logging_steps + 2
     return DiskNeed(
         # Of each trained tensor: itself, two moments and a step count, and its name in the state.
@@ -137,4 +138,4 @@ def _size(folder: Path) -> int:
 def _tokenizer_size(model: Path) -> int:
     if not model.is_dir():
         return _TOKENIZER
-    return sum(path.stat().st_size for path in model.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+    return sum(path.stat().st_size for path in model.iterdir() if path.is_file() and path.suffix not in WEIGHTS)

@@ -43,6 +43,7 @@ from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
 from ncalign.training.loop import Intervals, Loop
+from ncalign.training.optimizer import make_optimizer
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
@@ -258,7 +259,12 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
 def open_policy(config: TrainConfig) -> tuple[Policy, Encoder]:
     """The policy that training starts from, and the encoder of its groups."""
     policy = load_policy(
-        config.model, dtype=config.dtype, lora=config.lora, trust_remote_code=config.trust_remote_code, seed=config.seed
+        config.model,
+        dtype=config.dtype,
+        lora=config.lora,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+        seed=config.seed,
     )
     check_head(policy.model)
     return policy, make_encoder(policy.tokenizer, config.encoding, limits=limits_of(policy.model))
@@ -284,6 +290,8 @@ def make_engine(
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
     autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     model = LogprobModel(policy.model, autocast=autocast)
+    # Before sharding, which hides how many weights a number packs.
+    token_cost = completion_token_cost(policy.model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     engine = Engine(
         model=wrapped,
@@ -293,7 +301,7 @@ def make_engine(
         seed=config.seed,
         max_groups=config.per_device_train_batch_size,
         max_tokens=config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"],
-        token_cost=completion_token_cost(policy.model),
+        token_cost=token_cost,
         scoring_dtype=None if config.scoring_dtype == config.dtype else DTYPES[config.scoring_dtype],
         prompts_once=_prompts_once(config, policy, accelerator),
     )
@@ -327,22 +335,6 @@ def recompute_activations(model: PreTrainedModel) -> None:
         # transformers 5.23 renamed this; the old name is the one that every 5.x has.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated", category=FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
 
 
 def self_check(config: TrainConfig, prepared: Prepared) -> None:
