@@ -23,11 +23,13 @@ from transformers import (
 
 from conftest import weights
 from ncalign.cli.app import main
+from ncalign.model import precision
 from ncalign.model.config import LoRA, Quantization
 from ncalign.model.logprobs import _probe, base_causal_model, completion_logprobs, share_prompts
 from ncalign.model.policy import Policy, load_policy, reference_mode
 from ncalign.model.quantized import estimated_bytes, held_bytes, shapes_of
 from ncalign.online.config import OnlineConfig
+from ncalign.tasks.lm_backend import Backend, backend_arguments
 from ncalign.training import loop
 from ncalign.training.config import TrainConfig
 from ncalign.training.plan import dry_run
@@ -242,7 +244,12 @@ def test_trained_sampled_and_merged_by_the_command_line(
     ]
     capsys.readouterr()
     assert main([*words, "--num_samples", "2", "--max_new_tokens", "4"]) == 0
-    assert "was trained on its base model in 4 bits (nf4)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was trained on its base model in 4 bits (nf4), and is put on the base model's own weights here" in said
+    # lm-eval puts the two together itself.
+    precision.announce.cache_clear()
+    assert backend_arguments(str(run.output_dir / "model"), Backend("hf"))["pretrained"] == run.model
+    assert capsys.readouterr().err == said[said.index("note: the adapter") :].split("\n", 1)[0] + "\n"
     assert main(["train", *flags, "--resume", "--merge"]) == 0
     assert {tensor.dtype for tensor in weights(run.output_dir).values()} == {torch.bfloat16}
 

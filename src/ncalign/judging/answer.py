@@ -37,6 +37,7 @@ from ncalign.model.chat import ChatTemplate, template_date, writes_date
 from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.policy import load_tokenizer, model_identity, reading_fingerprint, weights_fingerprint
 from ncalign.model.precision import resolve_dtype
+from ncalign.model.quantized import tell_of_whole_base
 from ncalign.model.untold import left_out, untold_notices
 from ncalign.report.tables import model_name
 
@@ -140,6 +141,7 @@ def _in_vllm(
     """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
     if not is_adapter(model):
         return VLLMGenerator(model, tokenizer, string_prompts=string_prompts, today=today)
+    tell_of_whole_base(model)
     generator = VLLMGenerator(
         adapter_base(model), tokenizer, adapter_rank=adapter_rank(model), string_prompts=string_prompts, today=today
     )

@@ -48,14 +48,13 @@ from ncalign.model.adapters import (
 from ncalign.model.config import LoRA, Quantization, check_quantization
 from ncalign.model.noise import Stated, disable_dropout
 from ncalign.model.pickles import REMEDY, check_weights_file
-from ncalign.model.precision import announce
 from ncalign.model.quantized import (
     four_bits,
     hold_in_one_layout,
-    recorded,
     refuse_stored_quantized,
     refuse_unquantizable,
     shapes_of,
+    tell_of_whole_base,
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -245,11 +244,7 @@ def _load(
         raise ValueError(f"the adapters in {', '.join(map(repr, adapters))} name each other as their base model")
     base = adapter_base(model)
     check_mergeable(model, task)
-    if held := recorded(model):
-        announce(
-            f"note: the adapter in {model} was trained on its base model in {held}, and is put on the base model's own weights "
-            "here: log-probs differ slightly from those of training; train's merge saves the model that was trained"
-        )
+    tell_of_whole_base(model)
     loaded = _load(
         base,
         (model, *adapters),

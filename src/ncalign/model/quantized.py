@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 
 from ncalign.core.install import install_hint
 from ncalign.model.config import Quantization
+from ncalign.model.precision import announce
 
 RECORD = "quantization.json"
 """Beside an adapter: how its base model's weights were held while it was trained."""
@@ -211,11 +212,15 @@ def write_record(quantization: Quantization, dtype: torch.dtype, folder: Path) -
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def recorded(folder: str) -> str | None:
-    """How an adapter's base model was held in training, in words; None where nothing is recorded."""
+def tell_of_whole_base(folder: str) -> None:
+    """Say of an adapter that was trained on weights in 4 bits that it is put on whole ones here."""
     try:
         record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    known = isinstance(record, dict) and record.get("type") in get_args(Quantization.model_fields["type"].annotation)
-    return f"{record.get('bits')} bits ({record['type']})" if known else None
+        return
+    if isinstance(record, dict) and record.get("type") in get_args(Quantization.model_fields["type"].annotation):
+        announce(
+            f"note: the adapter in {folder} was trained on its base model in {record.get('bits')} bits ({record['type']}), and "
+            "is put on the base model's own weights here: log-probs differ slightly from those of training; train's merge "
+            "saves the model that was trained"
+        )

@@ -20,6 +20,7 @@ from ncalign.model.chat import RENDER_SECONDS
 from ncalign.model.config import DType
 from ncalign.model.pickles import check_weights_file
 from ncalign.model.policy import load_config, quiet_transformers
+from ncalign.model.quantized import tell_of_whole_base
 
 LOCAL = ("hf", "huggingface", "hf-auto", "vllm", "sglang")
 """Backends that load the model themselves."""
@@ -64,6 +65,7 @@ def backend_arguments(model: str, backend: Backend) -> dict[str, Any]:
     if is_adapter(model):
         base = adapter_base(model)
         check_weights(model)
+        tell_of_whole_base(model)
         if backend.name == "sglang":
             raise ValueError(f"{model} is an adapter, which backend sglang can't load: use hf or vllm, or merge it into {base}")
         arguments |= {"pretrained": base, "lora_local_path" if backend.name == "vllm" else "peft": model}
