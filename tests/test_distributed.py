@@ -29,6 +29,7 @@ from conftest import build_model, build_tokenizer, group_row, relative_distance,
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.config import TrainConfig
 from ncalign.training.train import run_training
+from test_moe import EXPERTS, moe_folder
 
 Config = Callable[..., TrainConfig]
 
@@ -140,7 +141,7 @@ def assert_same_run(alone: TrainConfig, together: TrainConfig) -> None:
     for expected, found in zip(logged(alone), logged(together), strict=True):
         assert found.keys() == expected.keys()
         # Not the accuracies: before the first step only rounding ranks the implicit rewards.
-        for name in {"loss", "grad_norm", "logps/chosen", "eval/loss", "eval/rewards/margins"} & found.keys():
+        for name in {"loss", "aux_loss", "grad_norm", "logps/chosen", "eval/loss", "eval/rewards/margins"} & found.keys():
             assert found[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-9)
 
 
@@ -154,6 +155,32 @@ def tied_model_dir(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
     return tmp_path / "tied"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sharded", "fields"),
+    [
+        ("mixtral", False, {}),
+        ("olmoe", True, {}),
+        ("qwen3_moe", True, {"activation_checkpointing": True}),
+        ("qwen3_moe", False, {"lora": {"r": 4, "target_parameters": EXPERTS}}),
+        ("mixtral", True, {"lora": {"r": 4, "target_parameters": EXPERTS}}),
+    ],
+    ids=["replicated", "sharded", "sharded checkpointed", "replicated adapter on experts", "sharded adapter on experts"],
+)
+def test_experts_and_their_router_loss_equal_one_process(
+    config: Config, launch: Callable[..., Done], tmp_path: Path, name: str, sharded: bool, fields: dict[str, Any]
+) -> None:
+    # The router loss is a pass's: one group in each makes them the same in both runs. It weighs enough to be seen.
+    fields = fields | {"max_tokens_per_batch": 1, "router_aux_loss_coef": 0.5, "max_steps": 3}
+    fields["model"] = moe_folder(name, tmp_path / "moe")
+    alone, together = config("alone", processes=1, **fields), config("together", **fields)
+    run_training(alone)
+    done = launch(together, sharded=sharded)
+    assert done.code == 0, done.errors
+    assert_same_run(alone, together)
+    assert all(row["aux_loss"] > 1.0 for row in logged(together) if "loss" in row)
 
 
 @pytest.mark.slow

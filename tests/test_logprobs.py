@@ -298,7 +298,7 @@ def test_peft_model(ragged: list[EncodedGroup]) -> None:
 def test_the_module_computes_the_same(ragged: list[EncodedGroup]) -> None:
     model = build("qwen2")
     select = torch.tensor([[1, 0], [0, -1], [1, 1]])
-    found = LogprobModel(model)(batch_of(ragged), select)
+    found = LogprobModel(model)(batch_of(ragged), select).logprobs
     assert torch.equal(found, completion_logprobs(model, batch_of(ragged), select=select))
 
 

@@ -319,8 +319,8 @@ class TestScoring:
         batch: GroupBatch = collate(encoded, pad_token_id=int(policy.tokenizer.pad_token_id))
         rounding = LogprobModel(policy.model, autocast=torch.bfloat16)
         with torch.no_grad():
-            rounded, scored = rounding(batch), rounding(batch, dtype=torch.float32)
-            exact = LogprobModel(policy.model)(batch)
+            rounded, scored = rounding(batch).logprobs, rounding(batch, dtype=torch.float32).logprobs
+            exact = LogprobModel(policy.model)(batch).logprobs
         real = batch.candidate_mask
         assert torch.equal(scored[real], exact[real])
         assert not torch.equal(rounded[real], exact[real])

@@ -139,8 +139,8 @@ def test_an_adapter_shares_too() -> None:
 def test_bfloat16_stays_near_the_padded_rows() -> None:
     batch = batch_of(RAGGED)
     with torch.no_grad():
-        expected = LogprobModel(build("llama"), autocast=torch.bfloat16)(batch)
-        found = LogprobModel(shared("llama"), autocast=torch.bfloat16)(batch)
+        expected = LogprobModel(build("llama"), autocast=torch.bfloat16)(batch).logprobs
+        found = LogprobModel(shared("llama"), autocast=torch.bfloat16)(batch).logprobs
     # bfloat16 has 8 bits: a token's log-prob of a few nats is off by some hundredths in either.
     assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
 
@@ -207,7 +207,8 @@ def chosen_values_and_gradients(
 ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
     """The scores of all, and of the chosen what `values_and_gradients` gives."""
     model.zero_grad(set_to_none=True)
-    logprobs, scores = chosen_logprobs(model, batch, lambda scores: select, scoring=nullcontext())  # type: ignore[arg-type]
+    logprobs, scores, _ = chosen_logprobs(model, batch, lambda scores: select, scoring=nullcontext())  # type: ignore[arg-type]
+    assert scores is not None
     weights = 0.3 + 0.17 * torch.arange(logprobs.numel(), dtype=logprobs.dtype).view_as(logprobs)
     (logprobs * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -259,12 +260,12 @@ def test_every_weight_has_its_gradient_when_scored_in_bfloat16(training: torch.d
     model = LogprobModel(build("llama"), autocast=training)
     assert not model.model.config.tie_word_embeddings
     assert share_prompts(model.model) is None
-    logprobs, scores = model(batch, choose=lambda scores: SELECT, dtype=torch.bfloat16)
+    logprobs, scores, _ = model(batch, choose=lambda scores: SELECT, dtype=torch.bfloat16)
     logprobs.sum().backward()
     assert not scores.requires_grad
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model(batch, SELECT).sum().backward()
+    model(batch, SELECT).logprobs.sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
     for name, gradient in expected.items():

@@ -85,7 +85,7 @@ def test_prompts_once_is_one_row(cuda: torch.device, checkpointed: bool) -> None
         if checkpointed:
             recompute_activations(model)
         model.zero_grad(set_to_none=True)
-        logprobs, scores = chosen_logprobs(model, batch, lambda found, chosen=chosen: chosen, scoring=torch.no_grad())
+        logprobs, scores, _ = chosen_logprobs(model, batch, lambda found, chosen=chosen: chosen, scoring=torch.no_grad())
         torch.testing.assert_close(scores, expected[0], rtol=0, atol=2e-3)
         weights = 0.3 + 0.17 * torch.arange(logprobs.numel(), dtype=logprobs.dtype, device=cuda).view_as(logprobs)
         (logprobs * weights).sum().backward()

@@ -203,7 +203,7 @@ def _logprobs(
     with Bar("Log-probs", len(encoded)) as bar:
         for part in split_by_tokens(sizes, max_groups=8, max_tokens=4096, padded=True):
             batch = collate([encoded[i][1] for i in part], pad_token_id=int(policy.tokenizer.pad_token_id)).to(device)
-            values = scorer(batch).double().cpu()
+            values = scorer(batch).logprobs.double().cpu()
             for row, i in enumerate(part):
                 found[encoded[i][0]] = values[row, : len(encoded[i][1].completions)].tolist()
             bar.advance(len(part))

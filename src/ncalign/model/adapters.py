@@ -1,4 +1,4 @@
-"""Adapters given as models: where their base model is, whether they can become a part of it, and the merging."""
+"""Adapters: new ones to train, and those given as models: their base model, whether they can become a part of it, merging."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ncalign.core.hub import only_cached
+from ncalign.model.config import LoRA
 from ncalign.model.pickles import REMEDY
 
 ADAPTER_FILE = "adapter_config.json"
@@ -185,6 +186,57 @@ def adapter_shapes(folder: str) -> dict[str, tuple[int, ...]]:
             return {name.removeprefix(_PREFIX): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}/{_WEIGHTS_FILE} is damaged ({reason(error)}): copy the adapter again") from error
+
+
+def with_adapter(loaded: PreTrainedModel, lora: LoRA, *, model: str, seed: int) -> PeftModel:
+    """The model with a new LoRA adapter, which alone is trained.
+
+    Args:
+        loaded: the model.
+        lora: the adapter.
+        model: what the adapter is to call its base model, a folder or hub id.
+        seed: seed of its initial weights.
+
+    Raises:
+        ValueError: the model has no such modules or parameters.
+    """
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    names = [name for name, _ in loaded.named_parameters()]
+    for target in lora.target_parameters:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            stacked = sorted({_in_layer(name) for name, weight in loaded.named_parameters() if weight.ndim == 3})
+            raise ValueError(
+                f"lora.target_parameters: {target!r} is no parameter of {model}; its experts' are "
+                f"{', '.join(stacked) or 'modules of their own, which lora.target_modules names'}"
+            )
+    adapter = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        target_parameters=list(lora.target_parameters) or None,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), quiet_peft():
+        torch.manual_seed(seed)
+        try:
+            adapted = get_peft_model(loaded, adapter)
+        except ValueError as error:
+            if lora.dropout and "lora_dropout" in str(error):
+                raise ValueError(
+                    f"lora.dropout ({lora.dropout:g}) must be 0: lora.target_modules={lora.target_modules!r} takes in the "
+                    f"experts of {model}, which are parameters, and an adapter on a parameter has no input to drop; or name "
+                    "modules outside the experts"
+                ) from error
+            raise ValueError(f"lora.target_modules={lora.target_modules!r} does not fit {model}: {error}") from error
+    assert isinstance(adapted, PeftModel)
+    adapted.active_peft_config.base_model_name_or_path = absolute_base(model)
+    return adapted
+
+
+def _in_layer(name: str) -> str:
+    """A parameter's name from its layer on: the same in all layers."""
+    return re.split(r"\.\d+\.", name)[-1]
 
 
 def merged_into(base: PreTrainedModel, folder: str) -> PreTrainedModel:
@@ -375,6 +427,8 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target", category=UserWarning)
         # `merged` unties what an adapter sets apart.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+        # It looks for them among modules, where parameters have taken them.
+        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match", category=RuntimeWarning)
         yield
 
 

@@ -58,6 +58,19 @@ class LoRA(Frozen):
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="Names of the modules that get an adapter, or 'all-linear'."
     )
+    target_parameters: tuple[str, ...] = Field(
+        (),
+        description="Names of parameters that get an adapter and are no module's weight, as the experts of most "
+        "mixture-of-experts models: mlp.experts.gate_up_proj, mlp.experts.down_proj.",
+    )
+
+    @model_validator(mode="after")
+    def _no_dropout_on_parameters(self) -> LoRA:
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                f"dropout ({self.dropout:g}) must be 0 with target_parameters: an adapter on a parameter has no input to drop"
+            )
+        return self
 
 
 def _number(value: object) -> object:

@@ -78,7 +78,9 @@ class Layout:
             without their prompts the hidden states of the prompts' last tokens, one a group, come first.
         targets: the scored tokens.
         owners: place of each scored token's candidate among the wanted ones.
-        num_candidates: candidates wanted.
+        pieces: tokens of each prompt, completion and padding, rows one after the other.
+        rows: of each candidate wanted, the pieces that a row of its own would consist of; for completions without their
+            prompts the prompts come first.
         sources: of a row of prompts or completions alone, each token's index among those of all groups.
     """
 
@@ -88,8 +90,14 @@ class Layout:
     predictors: Int[Tensor, " C"]
     targets: Int[Tensor, " C"]
     owners: Int[Tensor, " C"]
-    num_candidates: int
+    pieces: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
     sources: Int[Tensor, " N"] | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates wanted."""
+        return len(self.rows)
 
 
 def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]]) -> Layout:
@@ -132,10 +140,11 @@ def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequ
         input_ids=input_ids,
         position_ids=torch.cat(positions).unsqueeze(0).to(device),
         segments=Segments(tuple(placed)),
+        pieces=tuple(length for span in placed for length in (span.prompt, *span.completions)),
+        rows=_shared_rows(placed),
         predictors=predictors.to(device),
         targets=input_ids[0][scored.to(device)],
         owners=owners.to(device),
-        num_candidates=sum(len(span.completions) for span in placed),
     )
 
 
@@ -155,7 +164,8 @@ def prompts_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span]) -> Layout:
         predictors=torch.tensor([span.end - 1 for span in placed], device=device),
         targets=nothing,
         owners=nothing,
-        num_candidates=0,
+        pieces=tuple(span.prompt for span in placed),
+        rows=(),
         sources=sources,
     )
 
@@ -208,7 +218,8 @@ def completions_layout(
         predictors=predictors.to(device),
         targets=input_ids[0][(scored - len(spans)).to(device)],
         owners=owners.to(device),
-        num_candidates=len(pieces),
+        pieces=tuple(length for _, _, length in pieces),
+        rows=tuple((number - 1, len(spans) + own) for own, (number, _, _) in enumerate(pieces)),
         sources=sources,
     )
 
@@ -235,8 +246,19 @@ def padded_layout(
         predictors=predictors.to(tokens.device),
         targets=input_ids.flatten()[scored.to(tokens.device)],
         owners=owners.to(tokens.device),
-        num_candidates=len(rows),
+        pieces=tuple(length for span, _, own in rows for length in (span.prompt + own, width - span.prompt - own)),
+        rows=tuple((2 * number,) for number in range(len(rows))),
     )
+
+
+def _shared_rows(placed: Sequence[Span]) -> tuple[tuple[int, ...], ...]:
+    """The pieces of each candidate's row, where each group's prompt comes before its completions."""
+    rows: list[tuple[int, ...]] = []
+    prompt = 0
+    for span in placed:
+        rows += [(prompt, prompt + own) for own in range(1, 1 + len(span.completions))]
+        prompt += 1 + len(span.completions)
+    return tuple(rows)
 
 
 def _scored(completions: Iterable[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,24 @@ from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
 from ncalign.model.layout import Layout, Span, completions_layout, padded_layout, prompts_layout, shared_layout
 from ncalign.model.quantized import num_weights
+from ncalign.model.routing import expert_use
 
 _CHUNK_LOGITS = {"cpu": 2**22, "other": 2**26}
 """Logits held at a time: 16 MiB in float32 on a CPU, 256 MiB on an accelerator."""
+
+
+class Scored(NamedTuple):
+    """What a pass gives; tensors, so that data-parallel and sharded wrappers see all that gradients flow through.
+
+    Attributes:
+        logprobs: nats, of the wanted candidates.
+        scores: of those that were read to choose them, without gradients.
+        expert_use: of each wanted candidate's row, how often each expert was picked and the sum of its probabilities.
+    """
+
+    logprobs: Float[Tensor, "B S"]
+    scores: Float[Tensor, "B R"] | None = None
+    expert_use: Float[Tensor, "B S 2 E"] | None = None
 
 
 class LogprobModel(nn.Module):
@@ -52,16 +68,20 @@ class LogprobModel(nn.Module):
         *,
         choose: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """See :func:`completion_logprobs`, or with ``choose`` :func:`chosen_logprobs`, which scores those of ``select``.
+        experts_per_token: int | None = None,
+    ) -> Scored:
+        """See :func:`scored_completions`, or with ``choose`` :func:`chosen_logprobs`, which scores those of ``select``.
 
         ``dtype`` stands in for the model's own autocast where no gradient flows; float32 switches it off.
         """
         if choose is not None:
             with self._precision(batch, self._autocast):
-                return chosen_logprobs(self.model, batch, choose, read=select, scoring=self._precision(batch, dtype))
+                scoring = self._precision(batch, dtype)
+                return chosen_logprobs(
+                    self.model, batch, choose, read=select, scoring=scoring, experts_per_token=experts_per_token
+                )
         with self._precision(batch, dtype or self._autocast):
-            return completion_logprobs(self.model, batch, select=select)
+            return scored_completions(self.model, batch, select=select, experts_per_token=experts_per_token)
 
     @contextmanager
     def _precision(self, batch: GroupBatch, dtype: torch.dtype | None) -> Iterator[None]:
@@ -98,15 +118,30 @@ def completion_logprobs(
     Raises:
         ValueError: ``model`` is not a causal language model.
     """
+    return scored_completions(model, batch, select=select, chunk_tokens=chunk_tokens).logprobs
+
+
+def scored_completions(
+    model: PreTrainedModel | PeftModel,
+    batch: GroupBatch,
+    *,
+    select: Int[Tensor, "B S"] | None = None,
+    chunk_tokens: int | None = None,
+    experts_per_token: int | None = None,
+) -> Scored:
+    """:func:`completion_logprobs`, and with ``experts_per_token``, a router's picks, what they used of the experts."""
     causal = base_causal_model(model)
     wanted, places = _wanted(batch, select)
     if not any(wanted):
-        return torch.zeros(places.shape, device=batch.tokens.device)
+        nothing = torch.zeros(places.shape, device=batch.tokens.device)
+        return Scored(nothing, expert_use=None if experts_per_token is None else _no_use(nothing))
     if shares_prompts(causal):
         layout = shared_layout(batch.tokens, batch.spans, wanted)
     else:
         layout = padded_layout(batch.tokens, batch.spans, wanted, pad_token_id=batch.pad_token_id)
-    return _summed(causal, _body(causal, layout).flatten(0, 1), layout, places, chunk_tokens)
+    hidden, use = _body(causal, layout, experts_per_token=experts_per_token)
+    logprobs = _summed(causal, hidden.flatten(0, 1), layout, places, chunk_tokens)
+    return Scored(logprobs, expert_use=None if use is None else _used(use, layout, places))
 
 
 def _summed(
@@ -128,7 +163,8 @@ def chosen_logprobs(
     *,
     read: Int[Tensor, "B R"] | None = None,
     scoring: AbstractContextManager[None],
-) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B R"]]:
+    experts_per_token: int | None = None,
+) -> Scored:
     """Log-probs with gradients of the candidates that are chosen by those of others, each prompt computed once.
 
     The prompts go through the model first, with gradients; the completions that are read follow on their keys and values
@@ -142,9 +178,7 @@ def chosen_logprobs(
             none.
         read: the candidates whose log-probs it is given, likewise; all of them by default (R = K).
         scoring: context, such as a precision, in which they are scored.
-
-    Returns:
-        The wanted candidates' log-probs, and those of the ones read without gradients.
+        experts_per_token: experts that a router picks for a token, if what the wanted candidates used of them is wanted too.
     """
     causal = base_causal_model(model)
     prompts = prompts_layout(batch.tokens, batch.spans)
@@ -152,21 +186,37 @@ def chosen_logprobs(
     assert segments is not None
     # Looked up once: each look-up's backward pass would fill a gradient as large as the vocabulary.
     embedded = causal.get_input_embeddings()(batch.tokens)
-    ends = _body(causal, prompts, embedded)[0][prompts.predictors]
+    hidden, prompts_use = _body(causal, prompts, embedded, experts_per_token)
+    ends = hidden[0][prompts.predictors]
     if torch.is_autocast_enabled(ends.device.type):
         # Autocast keeps the first cast of a weight: the head's must not be one without gradients.
         head_of(causal)(ends[:1])
 
-    def follow(select: Tensor | None) -> Tensor:
+    def follow(select: Tensor | None, prompts_use: Tensor | None) -> Scored:
         wanted, places = _wanted(batch, select)
         if not any(wanted):
-            return ends.new_zeros(places.shape) + 0.0 * ends.sum()
+            nothing = ends.new_zeros(places.shape) + 0.0 * ends.sum()
+            return Scored(nothing, expert_use=None if prompts_use is None else _no_use(nothing))
         layout = completions_layout(batch.tokens, batch.spans, wanted, segments)
-        return _summed(causal, torch.cat([ends, _body(causal, layout, embedded)[0]]), layout, places)
+        hidden, use = _body(causal, layout, embedded, experts_per_token if prompts_use is not None else None)
+        logprobs = _summed(causal, torch.cat([ends, hidden[0]]), layout, places)
+        if prompts_use is None or use is None:
+            return Scored(logprobs)
+        return Scored(logprobs, expert_use=_used(torch.cat([prompts_use, use]), layout, places))
 
     with torch.no_grad(), scoring:
-        scores = follow(read)
-    return follow(choose(scores)), scores
+        scores = follow(read, None).logprobs
+    return follow(choose(scores), prompts_use)._replace(scores=scores)
+
+
+def _used(pieces: Float[Tensor, "P 2 E"], layout: Layout, places: Int[Tensor, "B S"]) -> Float[Tensor, "B S 2 E"]:
+    """What each wanted candidate's row used: the pieces that it consists of, added up."""
+    rows = pieces[torch.tensor(layout.rows, device=pieces.device)].sum(1)
+    return torch.cat([rows, torch.zeros_like(rows[:1])])[places.to(pieces.device)]
+
+
+def _no_use(nothing: Float[Tensor, "B S"]) -> Float[Tensor, "B S 2 0"]:
+    return nothing.new_zeros(*nothing.shape, 2, 0)
 
 
 def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], Int[Tensor, "B S"]]:
@@ -186,26 +236,37 @@ def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], 
     return wanted, places
 
 
-def _body(causal: PreTrainedModel, layout: Layout, embedded: Tensor | None = None) -> Tensor:
-    """Last hidden states of a layout's rows; the tokens' embeddings may be at hand."""
+def _body(
+    causal: PreTrainedModel, layout: Layout, embedded: Tensor | None = None, experts_per_token: int | None = None
+) -> tuple[Tensor, Float[Tensor, "P 2 E"] | None]:
+    """Last hidden states of a layout's rows, and what its pieces used of the experts; the tokens' embeddings may be at hand."""
+    # Bodies without routers need not know the name.
+    routed = {} if experts_per_token is None else {"output_router_logits": True}
+    out = _run(causal, layout, embedded, routed)
+    use = None
+    if experts_per_token is not None:
+        use = expert_use(out.router_logits, layout.pieces, experts_per_token=experts_per_token)
+    return out.last_hidden_state, use
+
+
+def _run(causal: PreTrainedModel, layout: Layout, embedded: Tensor | None, routed: dict[str, bool]) -> Any:
     if layout.segments is None:
         # Padding stands at the right, where causal attention keeps it from every real token: no attention mask is needed.
-        hidden: Tensor = causal.base_model(input_ids=layout.input_ids, use_cache=False).last_hidden_state
-        return hidden
+        return causal.base_model(input_ids=layout.input_ids, use_cache=False, **routed)
     # A mask that is given is passed on as it is; without one the model would make one of the row's length squared.
     given = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.input_ids.device)
     looked_up = None
     if embedded is not None and layout.sources is not None:
         looked_up = embedded.index_select(0, layout.sources).unsqueeze(0)
-    hidden = causal.base_model(
+    return causal.base_model(
         input_ids=layout.input_ids if looked_up is None else None,
         inputs_embeds=looked_up,
         position_ids=layout.position_ids,
         attention_mask=given,
         use_cache=False,
         segments=layout.segments,
-    ).last_hidden_state
-    return hidden
+        **routed,
+    )
 
 
 @torch.no_grad()
@@ -231,7 +292,7 @@ def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
         causal.set_attn_implementation(SHARED)
         columns = torch.arange(batch.candidate_mask.shape[1], device=causal.device)
         every = columns.expand(batch.candidate_mask.shape).masked_fill(~batch.candidate_mask, -1)
-        once, _ = chosen_logprobs(model, batch, lambda scores: every, scoring=nullcontext())
+        once = chosen_logprobs(model, batch, lambda scores: every, scoring=nullcontext()).logprobs
         error = max(float((found - expected).abs().max()) for found in (completion_logprobs(model, batch), once))
         reason = None if error <= _probe_tolerance(causal, expected) else f"log-probs differ by {error:.2g} nats"
     # What an architecture raises where prompts are laid out in a way that it does not know is its own affair.

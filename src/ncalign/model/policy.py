@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -33,7 +33,6 @@ from ncalign.core.store import Store
 from ncalign.model.adapters import (
     ADAPTER_FILE,
     Task,
-    absolute_base,
     adapter_base,
     adapter_shapes,
     base_from_cache,
@@ -41,9 +40,9 @@ from ncalign.model.adapters import (
     hub_adapter,
     is_adapter,
     merged_into,
-    quiet_peft,
     reason,
     weight_of,
+    with_adapter,
 )
 from ncalign.model.config import LoRA, Quantization, check_quantization
 from ncalign.model.noise import Stated, disable_dropout
@@ -150,33 +149,6 @@ def load_policy(
         quantization,
     )
     return policy if lora is None else replace(policy, model=with_adapter(loaded, lora, model=model, seed=seed))
-
-
-def with_adapter(loaded: PreTrainedModel, lora: LoRA, *, model: str, seed: int) -> PeftModel:
-    """The model with a new LoRA adapter, which alone is trained.
-
-    Args:
-        loaded: the model.
-        lora: the adapter.
-        model: what the adapter is to call its base model, a folder or hub id.
-        seed: seed of its initial weights.
-
-    Raises:
-        ValueError: the model has no such modules.
-    """
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    adapter = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]), quiet_peft():
-        torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(loaded, adapter)
-        except ValueError as error:
-            raise ValueError(f"lora.target_modules={lora.target_modules!r} does not fit {model}: {error}") from error
-    assert isinstance(adapted, PeftModel)
-    adapted.active_peft_config.base_model_name_or_path = absolute_base(model)
-    return adapted
 
 
 def load_model(
@@ -305,6 +277,9 @@ def _load_whole(
         raise ValueError(f"{what} {model!r} can't be loaded as {made_as}: {_why_not_loaded(model, error)}") from error
     loaded, report = found
     assert isinstance(loaded, PreTrainedModel)
+    if dtype == torch.float64:
+        # torch multiplies all experts at once in lower precisions only.
+        loaded.set_experts_implementation("eager")
     missing = set(report["missing_keys"]) - supplied.keys()
     if missing:
         raise ValueError(

@@ -50,6 +50,12 @@ class TrainConfig(Frozen):
         description="Precision of the pass that scores candidates for the kernel; auto: the training's, or bfloat16 where "
         "that is float32 and this machine multiplies bfloat16 faster.",
     )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the loss that balances the routers of a mixture-of-experts model; none: what the model's "
+        "configuration declares; 0: without it.",
+    )
     learning_rate: float = Field(
         5e-6, gt=0, description="Peak learning rate. LoRA needs about 10 to 40 times that of training all weights."
     )

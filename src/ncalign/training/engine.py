@@ -16,9 +16,10 @@ from ncalign.core.progress import Bar
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch, collate, group_generator, split_by_tokens
 from ncalign.model.encoding import EncodedGroup
-from ncalign.model.logprobs import LogprobModel, base_causal_model
+from ncalign.model.logprobs import LogprobModel, Scored, base_causal_model
 from ncalign.model.policy import reference_mode
 from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups
+from ncalign.model.routing import RouterLoss, load_balancing_loss
 from ncalign.objectives import LossInputs, Method, Sampler
 from ncalign.objectives.kernels import pick_positive
 from ncalign.training.metrics import NAN, PassResult
@@ -57,6 +58,7 @@ class Engine:
         token_cost: what a completion token costs, in forward passes of a prompt token: the head comes on top of the body.
         scoring_dtype: precision of the pass that scores candidates for the sampler; None: as the training's.
         prompts_once: whether that pass and the training's share the prompts, in one call of the model.
+        router: the loss that balances a mixture-of-experts model's routers; None for none.
     """
 
     model: nn.Module
@@ -69,6 +71,7 @@ class Engine:
     token_cost: float = 1.0
     scoring_dtype: torch.dtype | None = None
     prompts_once: bool = False
+    router: RouterLoss | None = None
 
     @property
     def inner(self) -> LogprobModel:
@@ -125,17 +128,17 @@ class Engine:
         mask = batch.candidate_mask
         if scoring is Scoring.APART and self.prompts_once:
             return self._train_pass_on_shared_prompts(batch, part, epoch, baseline)
-        graph, logprobs = None, torch.full(mask.shape, NAN, device=mask.device)
+        trained, logprobs = None, torch.full(mask.shape, NAN, device=mask.device)
         if scoring is Scoring.KNOWN:
             logprobs = batch.reference_logprobs.float()
         elif scoring is Scoring.TOGETHER:
-            graph = self._train(batch, None)
-            logprobs = graph.detach().masked_fill(~mask, NAN)
+            trained = self._train(batch, None)
+            logprobs = trained.logprobs.detach().masked_fill(~mask, NAN)
         elif scoring is Scoring.APART:
             logprobs = self.score(batch, read=self._read(batch), dtype=self.scoring_dtype)
         select, scores = self._select(batch, logprobs, part.indices, epoch)
-        entering = self._train(batch, select) if graph is None else _gathered(graph, select)
-        logprobs = _placed(logprobs.to(entering.dtype), entering.detach(), select).masked_fill(~mask, NAN)
+        entering = self._train(batch, select) if trained is None else _chosen(trained, select)
+        logprobs = _placed(logprobs.to(entering.logprobs.dtype), entering.logprobs.detach(), select).masked_fill(~mask, NAN)
         return self._account(batch, entering, logprobs, scores, select, baseline)
 
     def _train_pass_on_shared_prompts(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> PassResult:
@@ -149,25 +152,34 @@ class Engine:
             return select
 
         self.model.train()
-        entering, logprobs = self.model(batch, read, choose=choose, dtype=self.scoring_dtype)
+        entering: Scored = self.model(
+            batch, read, choose=choose, dtype=self.scoring_dtype, experts_per_token=self._experts_per_token
+        )
+        assert entering.scores is not None
         select, scores = drawn[0]
-        known = logprobs.to(entering.dtype).masked_fill(read < 0, NAN)
-        logprobs = _placed(known, entering.detach(), select).masked_fill(~mask, NAN)
+        known = entering.scores.to(entering.logprobs.dtype).masked_fill(read < 0, NAN)
+        logprobs = _placed(known, entering.logprobs.detach(), select).masked_fill(~mask, NAN)
         return self._account(batch, entering, logprobs, scores, select, baseline)
 
     @torch.no_grad()
     def eval_pass(self, part: Pass, *, epoch: int, baseline: float = 0.0) -> PassResult:
         """As `train_pass`, without gradients and with the log-probs of all candidates."""
         batch = self.batch(part)
-        logprobs = self.score(batch)
+        self.model.eval()
+        found: Scored = self.model(batch, experts_per_token=self._experts_per_token)
+        logprobs = found.logprobs.masked_fill(~batch.candidate_mask, NAN)
         select, scores = self._select(batch, logprobs, part.indices, epoch)
-        return self._account(batch, _gathered(logprobs, select), logprobs, scores, select, baseline)
+        return self._account(batch, _chosen(found._replace(logprobs=logprobs), select), logprobs, scores, select, baseline)
 
-    def _train(self, batch: GroupBatch, select: Tensor | None) -> Tensor:
+    @property
+    def _experts_per_token(self) -> int | None:
+        return None if self.router is None else self.router.experts_per_token
+
+    def _train(self, batch: GroupBatch, select: Tensor | None) -> Scored:
         """Log-probs with gradients."""
         self.model.train()
-        logprobs: Tensor = self.model(batch, select)
-        return logprobs
+        found: Scored = self.model(batch, select, experts_per_token=self._experts_per_token)
+        return found
 
     def mismatched_log_ratio(self, groups: Sequence[EncodedGroup]) -> float:
         """Mean log-ratio of all processes' candidates of these groups, without gradients; NaN where there are none."""
@@ -185,7 +197,7 @@ class Engine:
     def score(self, batch: GroupBatch, *, read: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Log-probs without gradients of all candidates or those in ``read``; NaN elsewhere. ``dtype``: the precision."""
         self.model.eval()
-        logprobs: Tensor = self.model(batch, read, dtype=dtype)
+        logprobs: Tensor = self.model(batch, read, dtype=dtype).logprobs
         return logprobs.masked_fill(~batch.candidate_mask if read is None else read < 0, NAN)
 
     def _read(self, batch: GroupBatch) -> Tensor:
@@ -198,7 +210,7 @@ class Engine:
     def training_logprobs(self, batch: GroupBatch) -> Tensor:
         """Log-probs of all candidates as a training pass computes them, dropout included; NaN for absent ones."""
         self.model.train()
-        logprobs: Tensor = self.model(batch)
+        logprobs: Tensor = self.model(batch).logprobs
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
 
     def _select(
@@ -224,13 +236,13 @@ class Engine:
     def _account(
         self,
         batch: GroupBatch,
-        entering: Tensor,
+        entering: Scored,
         logprobs: Tensor,
         scores: Tensor | None,
         select: Tensor | None,
         baseline: float,
     ) -> PassResult:
-        loss = self.method.loss(_loss_inputs(entering, batch, self.method.sampler, select, scores, baseline))
+        loss = self.method.loss(_loss_inputs(entering.logprobs, batch, self.method.sampler, select, scores, baseline))
         logprobs = logprobs.detach()
         if select is not None:
             positive, negatives = select[:, 0], select[:, 1:]
@@ -255,7 +267,14 @@ class Engine:
             if method.hooks.target_weights is None
             else method.hooks.target_weights(batch.rewards, batch.candidate_mask),
             beta=method.beta,
+            aux_loss=self._aux_loss(entering),
         )
+
+    def _aux_loss(self, entering: Scored) -> Tensor | None:
+        if self.router is None:
+            return None
+        assert entering.expert_use is not None
+        return load_balancing_loss(entering.expert_use, experts_per_token=self.router.experts_per_token)
 
     def logprobs(self, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
         """Log-probs of every candidate of these groups under the current weights, on this process alone, without gradients."""
@@ -333,6 +352,17 @@ def _loss_inputs(
 
 def _gathered(values: Tensor, select: Tensor | None) -> Tensor:
     return values if select is None else values.gather(1, select.clamp(min=0)).masked_fill(select < 0, NAN)
+
+
+def _chosen(found: Scored, select: Tensor | None) -> Scored:
+    """What a pass over all candidates gives for some of them."""
+    if select is None:
+        return found
+    use = found.expert_use
+    if use is not None:
+        index = select.clamp(min=0)[:, :, None, None].expand(-1, -1, *use.shape[2:])
+        use = use.gather(1, index).masked_fill((select < 0)[:, :, None, None], 0.0)
+    return Scored(_gathered(found.logprobs, select), expert_use=use)
 
 
 def _placed(values: Tensor, entering: Tensor, select: Tensor | None) -> Tensor:

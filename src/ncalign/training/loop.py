@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ncalign.core.progress import Bar, say
 from ncalign.model.encoding import EncodedGroup
+from ncalign.model.routing import RouterLoss
 from ncalign.training.engine import Engine, Pass
 from ncalign.training.metrics import ChosenAlarm, MetricMeans, PassResult, group_metrics, mean_implicit_reward, merged
 from ncalign.training.saved import Alarm, LoopState
@@ -142,7 +143,7 @@ class Loop:
         for number, part in enumerate(parts):
             with engine.no_sync_but_last(number, len(parts)):
                 result = engine.train_pass(part, epoch=epoch, scoring=scoring, baseline=baseline)
-                accelerator.backward(weighted_loss(result, part).sum() * (scale if part.counted else 0.0))
+                accelerator.backward(training_loss(result, part, engine.router) * (scale if part.counted else 0.0))
             if part.counted:
                 self.means.add(group_metrics(result))
                 implicit += mean_implicit_reward(result)
@@ -217,6 +218,14 @@ class Loop:
 def due(step: int, interval: int) -> bool:
     """Whether an action of this interval falls on this step."""
     return interval > 0 and step % interval == 0
+
+
+def training_loss(result: PassResult, part: Pass, router: RouterLoss | None) -> Tensor:
+    """The sum of the groups' losses, and the pass's router loss as often as it has groups: the step's is their mean."""
+    loss = weighted_loss(result, part).sum()
+    if router is None or result.aux_loss is None:
+        return loss
+    return loss + router.coefficient * len(part.groups) * result.aux_loss
 
 
 def weighted_loss(result: PassResult, part: Pass) -> Tensor:

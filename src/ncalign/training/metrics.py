@@ -38,6 +38,7 @@ class PassResult:
         kernel: probabilities of the kernel, where one was used.
         target_weights: of the objective, where it has them.
         beta: scale of the log-ratio.
+        aux_loss: that balances the routers, over all that entered the loss in this pass; None without one.
     """
 
     loss: Float[Tensor, " B"]
@@ -51,6 +52,7 @@ class PassResult:
     kernel: Float[Tensor, "B K"] | None
     target_weights: Float[Tensor, "B K"] | None
     beta: float
+    aux_loss: Float[Tensor, ""] | None = None
 
 
 def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
@@ -83,6 +85,8 @@ def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
         metrics["kernel/effective_sample_size"] = effective_sample_size(result.kernel)
     if result.target_weights is not None:
         metrics["targets/entropy"] = kernel_entropy(result.target_weights)
+    if result.aux_loss is not None:
+        metrics["aux_loss"] = result.aux_loss.to(result.loss.dtype).expand_as(result.loss)
     return metrics
 
 

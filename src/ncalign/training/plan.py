@@ -14,6 +14,7 @@ from ncalign.model.quantized import held_bytes
 from ncalign.objectives import build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
+from ncalign.training.loop import training_loss
 from ncalign.training.precision import with_precision
 from ncalign.training.resolve import check_data_files
 from ncalign.training.shapes import lacks_weights, plan_from_shapes
@@ -122,8 +123,9 @@ def _measure(engine: Engine, indices: list[int], groups: list[EncodedGroup]) -> 
 
     parameters = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = engine.train_pass(Pass(indices, groups, True), epoch=0, scoring=engine.scoring(groups, at_reference=False))
-    result.loss.sum().backward()
+        part = Pass(indices, groups, True)
+        result = engine.train_pass(part, epoch=0, scoring=engine.scoring(groups, at_reference=False))
+    training_loss(result, part, engine.router).backward()
     return sum(size for pointer, size in kept.items() if pointer not in parameters)
 
 

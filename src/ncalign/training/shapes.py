@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ncalign.model.adapters import is_adapter
-from ncalign.model.policy import DTYPES, load_config, with_adapter
+from ncalign.model.adapters import is_adapter, with_adapter
+from ncalign.model.policy import DTYPES, load_config
 from ncalign.model.quantized import estimated_bytes, refuse_stored_quantized, refuse_unquantizable, shapes_of
 from ncalign.training.config import TrainConfig
 from ncalign.training.space import WEIGHTS, in_words

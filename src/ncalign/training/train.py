@@ -33,6 +33,7 @@ from ncalign.model.limits import filler_id, limits_of
 from ncalign.model.logprobs import LogprobModel, base_causal_model, check_head, completion_token_cost, share_prompts
 from ncalign.model.policy import DTYPES, Policy, load_policy, reference_mode
 from ncalign.model.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
+from ncalign.model.routing import router_loss_of
 from ncalign.objectives import Method, build_method
 from ncalign.objectives.targets import warn_if_degenerate
 from ncalign.training import run_folder
@@ -287,6 +288,9 @@ def make_engine(
     reason = share_prompts(policy.model) if config.share_prompts else None
     if reason is not None:
         _say(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
+    router, notice = router_loss_of(base_causal_model(policy.model), config.router_aux_loss_coef)
+    if notice:
+        _say(accelerator, f"note: {notice}")
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
     autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     model = LogprobModel(policy.model, autocast=autocast)
@@ -304,6 +308,7 @@ def make_engine(
         token_cost=token_cost,
         scoring_dtype=None if config.scoring_dtype == config.dtype else DTYPES[config.scoring_dtype],
         prompts_once=_prompts_once(config, policy, accelerator),
+        router=router,
     )
     return engine, optimizer
 
