@@ -25,6 +25,7 @@ from ncalign.generation.config import ServerConfig
 from ncalign.generation.questions import Request
 from ncalign.generation.wire import Choice
 from ncalign.online.backends import load_adapter_on
+from online_runs import settings, write_inputs
 from server_double import Fault, ServerDouble, serving
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -470,6 +471,38 @@ def test_a_wait_that_a_server_asks_for_is_told_once(monkeypatch: pytest.MonkeyPa
 
 def group(number: int) -> dict[str, Any]:
     return {"id": f"g{number}", "prompt": f"q{number}", "candidates": [{"completion": "a"}, {"completion": "b"}]}
+
+
+@pytest.mark.parametrize("hangs", ["sampling", "scoring"])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_an_online_run_whose_server_hangs(
+    hangs: str, sent: signal.Signals, code: int, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    write_inputs(tmp_path)
+    double = ServerDouble(lambda body, number: f"answer {number} of {body['seed']}")
+    double.slow_seconds = 60.0
+    double.fault_of = lambda body: "slow" if (body["model"] == "judge") == (hangs == "scoring") else None
+
+    def stop() -> None:
+        while double.under_way < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), sent)
+
+    with serving(double) as url:
+        at = [("base_url", url), ("max_concurrency", 2), ("timeout_seconds", 2), ("max_retries", 9)]
+        flags = {f"{section}.{name}": value for section in ("server", "judge") for name, value in at}
+        changes = {"reward": "judge", "generator": "server", "push": "none", "judge.model": "judge", "server.model": "m"}
+        fields = settings(tmp_path, tiny_model_dir, "run", probe_tolerance="none", eval_fraction=0.0, **changes, **flags)
+        words = [word for name, value in fields.items() if value != () for word in (f"--{name}", str(value))]
+        thread = threading.Thread(target=stop, daemon=True)
+        thread.start()
+        assert main(["online", *words, "--cache_dir", str(tmp_path / "cache")]) == code
+        thread.join()
+        number = len(double.requests)
+        time.sleep(0.1)
+    assert number == len(double.requests)
+    # None was asked again after its deadline.
+    assert double.under_way == 2
 
 
 def commands(tmp_path: Path, write_jsonl: Callable[..., Path], url: str) -> dict[str, list[str]]:

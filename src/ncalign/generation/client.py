@@ -12,6 +12,7 @@ import random
 import time
 from asyncio import gather, sleep
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +40,16 @@ _GIVE_UP_AFTER = 2
 _UNUSABLE = 0.25
 # No field's name.
 _WAIT = "(wait)"
+_under_way: set[Future[Any]] = set()
+
+
+def cancel_requests() -> None:
+    """Cancel what any server of this process is asked, in whatever thread: there, CancelledError is raised.
+
+    Ctrl-C cancels by itself what the main thread asks.
+    """
+    for future in list(_under_way):
+        future.cancel()
 
 
 @dataclass
@@ -178,7 +189,12 @@ class Server:
                 return await work(client)
 
         with start_blocking_portal() as portal:
-            return portal.call(connected)
+            future = portal.start_task_soon(connected)
+            _under_way.add(future)
+            try:
+                return future.result()
+            finally:
+                _under_way.discard(future)
 
     async def _ask(
         self, client: AsyncOpenAI, requests: Sequence[Request], done: Callable[[int], None]

@@ -8,6 +8,7 @@ filed the same way.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from ncalign.core.progress import Bar, say
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group
 from ncalign.data.rendering import Rendering, record_rendering
 from ncalign.generation.base import Completion, Generator, LeftOutPrompts, SamplingParams
+from ncalign.generation.client import cancel_requests
 from ncalign.generation.generate import completion_as_candidate, sample_prompts
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.objectives import Method
@@ -32,6 +34,8 @@ from ncalign.rewards.base import RewardSource, score_usable
 from ncalign.training.data import scored_candidates
 
 FRESH = "policy"
+# Seconds.
+_LOOK_AGAIN = 0.05
 
 
 class LogprobSource(Protocol):
@@ -121,8 +125,12 @@ def sample_and_score(
                 _raise_failed(scored)
             with clock.phase("wait for scores"):
                 rewards = [row for future in scored for row in future.result()]
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            # Ctrl-C is raised here, and a judge is asked there; between two of its requests there is nothing to cancel.
+            while isinstance(error, KeyboardInterrupt) and not all(future.done() for future in scored):
+                cancel_requests()
+                time.sleep(_LOOK_AGAIN)
             raise
     completions = [row for chunk in sampled for row in chunk]
     return [ScoredSamples(*found) for found in zip(prompts, completions, rewards, strict=True)]
