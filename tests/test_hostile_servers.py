@@ -278,6 +278,12 @@ def test_an_answer_is_good_without_counts_that_can_be_read(usage: object, tmp_pa
         (b'{"choices": [{"message": {"content": [' + b'"",' * 9000 + b'""]}}]}', "choices: 0: message: content: "),
         (b'{"choices": [' + b"1," * 2_000_000 + b"1]}", "choices: 0: Input should be an object"),
         (b'{"n": ' + b"9" * 2_000_000 + b"}", "number out of range"),
+        (
+            b'{"choices": [{"text": "", "logprobs": {"content": [{"token": "a", "logprob": -1, "top_logprobs": ['
+            + b'{"token": "a", "logprob": -1},' * 2000
+            + b'{"token": "a", "logprob": -1}]}]}}]}',
+            "top_logprobs: List should have at most 1024 items",
+        ),
         (b'data: {"choices": []}\n\n', "Invalid JSON"),
         (b"", "Invalid JSON: EOF"),
     ],

@@ -31,7 +31,7 @@ _WITHHELD = frozenset({"content_filter", "safety", "recitation", "blocklist", "p
 _BROKEN_OFF = frozenset({"error", "abort", "cancelled", "insufficient_system_resource"})
 # In nats: rounding may put the log-prob of a certain token a little above 0, and float32 has none below.
 _HIGHEST, _LOWEST = 1e-3, -3.5e38
-_MOST_CHOICES, _MOST_PARTS, _MOST_TOKENS = 2**13, 2**13, 2**20
+_MOST_CHOICES, _MOST_PARTS, _MOST_TOKENS, _MOST_ALTERNATIVES = 2**13, 2**13, 2**20, 2**10
 
 # A sum of tokens' log-probs, and one of them: no sum of these is infinite.
 Logprob = Annotated[float, Field(le=_HIGHEST, allow_inf_nan=False)]
@@ -124,7 +124,7 @@ def read_answer(text: str, *, hidden: Callable[[str], str] = lambda text: text) 
 class _Token(BaseModel):
     token: str
     logprob: _TokenLogprob
-    top_logprobs: Annotated[list[_Token], Field(fail_fast=True, max_length=_MOST_TOKENS)] | None = None
+    top_logprobs: Annotated[list[_Token], Field(fail_fast=True, max_length=_MOST_ALTERNATIVES)] | None = None
 
 
 class _Logprobs(BaseModel):
