@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from ncalign.training import metrics
-from ncalign.training.metrics import ChosenAlarm, MetricMeans, PassResult, correlation, group_metrics, merged, pair_accuracy
+from ncalign.training.metrics import (
+    ChosenAlarm,
+    MetricMeans,
+    PassResult,
+    correlation,
+    group_metrics,
+    merged,
+    pair_accuracy,
+    sums_and_counts,
+)
 
 NAN = float("nan")
 LN2 = math.log(2)
@@ -167,25 +176,25 @@ class TestCorrelation:
         assert_values(correlation(f64([1.0, 2.0, 3.0]), f64(x), real(1, 3)), NAN)
 
 
+def means_of(*passes: dict[str, list[float]]) -> MetricMeans:
+    means = MetricMeans()
+    for found in passes:
+        means.add(found, sums_and_counts({name: torch.tensor(values) for name, values in found.items()}).tolist())
+    return means
+
+
 class TestMeans:
     def test_over_the_groups_that_define_each(self) -> None:
-        means = MetricMeans()
-        means.add({"a": torch.tensor([1.0, NAN, 3.0]), "b": torch.tensor([NAN, NAN, NAN])})
-        means.add({"a": torch.tensor([8.0]), "b": torch.tensor([NAN])})
+        means = means_of({"a": [1.0, NAN, 3.0], "b": [NAN, NAN, math.inf]}, {"a": [8.0], "b": [NAN]})
         assert means.means() == {"a": 4.0}
 
     def test_over_processes_each_group_counts_once(self) -> None:
-        first, second = MetricMeans(), MetricMeans()
-        first.add({"a": torch.tensor([1.0, 2.0, 3.0]), "kernel": torch.tensor([5.0])})
-        second.add({"a": torch.tensor([10.0])})
+        first, second = means_of({"a": [1.0, 2.0, 3.0], "kernel": [NAN, 5.0, NAN]}), means_of({"a": [10.0]})
         assert MetricMeans(*merged([first.parts(), second.parts()])).means() == {"a": 4.0, "kernel": 5.0}
 
     def test_sums_in_float64(self) -> None:
         # In float32 a count of 2^24 ones stops growing.
-        means = MetricMeans()
-        for value in (2.0**24, 1.0, 1.0):
-            means.add({"a": torch.tensor([value])})
-        assert means.means() == {"a": (2.0**24 + 2) / 3}
+        assert means_of({"a": [2.0**24, 1.0]}, {"a": [1.0]}).means() == {"a": (2.0**24 + 2) / 3}
 
 
 def rings(changes: list[float], window: int = 5) -> list[int]:

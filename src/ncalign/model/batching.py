@@ -44,31 +44,26 @@ class GroupBatch:
     pad_token_id: int
 
     def to(self, device: torch.device | str) -> GroupBatch:
-        """The batch with its tensors on a device."""
+        """The batch with its tensors on a device, to which they are copied while the host goes on."""
         return replace(
             self,
-            candidate_mask=self.candidate_mask.to(device),
-            rewards=self.rewards.to(device),
-            reference_logprobs=self.reference_logprobs.to(device),
-            completion_lengths=self.completion_lengths.to(device),
-            tokens=self.tokens.to(device),
+            candidate_mask=self.candidate_mask.to(device, non_blocking=True),
+            rewards=self.rewards.to(device, non_blocking=True),
+            reference_logprobs=self.reference_logprobs.to(device, non_blocking=True),
+            completion_lengths=self.completion_lengths.to(device, non_blocking=True),
+            tokens=self.tokens.to(device, non_blocking=True),
         )
 
 
 def collate(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> GroupBatch:
     """Put groups into a batch; K is the largest among them."""
-    num_groups = len(groups)
-    num_candidates = max(len(group.completions) for group in groups)
-    mask = torch.zeros(num_groups, num_candidates, dtype=torch.bool)
-    rewards = torch.full((num_groups, num_candidates), float("nan"), dtype=torch.float64)
-    references = torch.full((num_groups, num_candidates), float("nan"), dtype=torch.float64)
-    lengths = torch.zeros(num_groups, num_candidates, dtype=torch.long)
+    rewards, mask = rewards_and_mask(groups)
+    references = torch.full(mask.shape, float("nan"), dtype=torch.float64)
+    lengths = torch.zeros(mask.shape, dtype=torch.long)
     spans: list[Span] = []
     for b, group in enumerate(groups):
         sizes = tuple(len(completion) for completion in group.completions)
-        mask[b, : len(sizes)] = True
         lengths[b, : len(sizes)] = torch.tensor(sizes)
-        rewards[b, : len(sizes)] = _float64(group.rewards)
         references[b, : len(sizes)] = _float64(group.reference_logprobs)
         spans.append(Span(spans[-1].end if spans else 0, len(group.prompt), sizes))
     tokens = np.concatenate([part for group in groups for part in (group.prompt, *group.completions)])
@@ -82,6 +77,16 @@ def collate(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> GroupBatch:
         spans=tuple(spans),
         pad_token_id=pad_token_id,
     )
+
+
+def rewards_and_mask(groups: Sequence[EncodedGroup]) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
+    """The groups' rewards, float64 and NaN where missing, and where there is a candidate; on the host."""
+    rewards = torch.full((len(groups), max(len(group.completions) for group in groups)), float("nan"), dtype=torch.float64)
+    mask = torch.zeros(rewards.shape, dtype=torch.bool)
+    for b, group in enumerate(groups):
+        mask[b, : len(group.completions)] = True
+        rewards[b, : len(group.completions)] = _float64(group.rewards)
+    return rewards, mask
 
 
 def encode_groups(

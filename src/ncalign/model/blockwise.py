@@ -59,7 +59,7 @@ def blockwise(
     if blocks not in segments.masks:
         segments.masks[blocks] = block_mask(segments, key.shape[2] - query.shape[2], window=window, device=query.device)
     if cap is not None and capped not in segments.masks:
-        segments.masks[capped] = _soft_cap(torch.tensor(cap, device=query.device))
+        segments.masks[capped] = _soft_cap(torch.tensor(cap).to(query.device, non_blocking=True))
     if not _compiled:
         _compiled.append(torch.compile(flex_attention, dynamic=True, fullgraph=True))
     filled = [F.pad(part, (0, 0, 0, -part.shape[2] % BLOCK)) for part in (query, key, value)]
@@ -100,9 +100,11 @@ def mask_function(
     queries: Sequence[_Piece], keys: Sequence[_Piece], *, lengths: tuple[int, int], window: int | None, device: torch.device
 ) -> Callable[..., Tensor]:
     """FlexAttention's mask ``(batch, head, query, key) -> bool`` of single tokens, in partly visible blocks."""
-    group, part, position = _of_tokens(queries, _num_blocks(lengths[0]) * BLOCK, nobody=-1).to(device)
-    key_group, key_part, key_position = _of_tokens(keys, _num_blocks(lengths[1]) * BLOCK, nobody=-2).to(device)
-    reach = torch.tensor(window or UNBOUNDED, device=device)
+    group, part, position = _of_tokens(queries, _num_blocks(lengths[0]) * BLOCK, nobody=-1).to(device, non_blocking=True)
+    key_group, key_part, key_position = _of_tokens(keys, _num_blocks(lengths[1]) * BLOCK, nobody=-2).to(
+        device, non_blocking=True
+    )
+    reach = torch.tensor(window or UNBOUNDED).to(device, non_blocking=True)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = (group[query] == key_group[key]) & ((key_part[key] == 0) | (key_part[key] == part[query]))
@@ -179,7 +181,8 @@ def _indices(blocks: Bool[NDArray[np.bool_], "Q S"], device: torch.device) -> tu
     """How many blocks of keys each block of queries has, and which, those first: ``[1, 1, Q]`` and ``[1, 1, Q, S]`` int32."""
     order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     counts = blocks.sum(axis=1, dtype=np.int32)
-    return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)
+    number, listed = (torch.from_numpy(part)[None, None].to(device, non_blocking=True) for part in (counts, order))
+    return number, listed
 
 
 def _num_blocks(length: int) -> int:

@@ -129,7 +129,7 @@ def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequ
         positions += [torch.arange(position, position + length) for _, length, position in pieces]
         placed.append(Span(at, span.prompt, tuple(span.completions[k] for k in chosen)))
         at = placed[-1].end
-    input_ids = tokens[torch.cat(picked).to(tokens.device)].unsqueeze(0)
+    input_ids = tokens[torch.cat(picked).to(tokens.device, non_blocking=True)].unsqueeze(0)
     predictors, scored, owners = _scored(
         (span.start + span.prompt, offset, length)
         for span in placed
@@ -138,13 +138,13 @@ def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequ
     device = tokens.device
     return Layout(
         input_ids=input_ids,
-        position_ids=torch.cat(positions).unsqueeze(0).to(device),
+        position_ids=torch.cat(positions).unsqueeze(0).to(device, non_blocking=True),
         segments=Segments(tuple(placed)),
         pieces=tuple(length for span in placed for length in (span.prompt, *span.completions)),
         rows=_shared_rows(placed),
-        predictors=predictors.to(device),
-        targets=input_ids[0][scored.to(device)],
-        owners=owners.to(device),
+        predictors=predictors.to(device, non_blocking=True),
+        targets=input_ids[0][scored.to(device, non_blocking=True)],
+        owners=owners.to(device, non_blocking=True),
     )
 
 
@@ -154,14 +154,14 @@ def prompts_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span]) -> Layout:
     for span in spans:
         placed.append(Span(placed[-1].end if placed else 0, span.prompt, ()))
     device = tokens.device
-    sources = torch.cat([torch.arange(span.start, span.start + span.prompt) for span in spans]).to(device)
+    sources = torch.cat([torch.arange(span.start, span.start + span.prompt) for span in spans]).to(device, non_blocking=True)
     positions = torch.cat([torch.arange(span.prompt) for span in spans])
     nothing = torch.zeros(0, dtype=torch.long, device=device)
     return Layout(
         input_ids=tokens[sources].unsqueeze(0),
-        position_ids=positions.unsqueeze(0).to(device),
+        position_ids=positions.unsqueeze(0).to(device, non_blocking=True),
         segments=Segments(tuple(placed), kept=KeptPrompts()),
-        predictors=torch.tensor([span.end - 1 for span in placed], device=device),
+        predictors=torch.tensor([span.end - 1 for span in placed]).to(device, non_blocking=True),
         targets=nothing,
         owners=nothing,
         pieces=tuple(span.prompt for span in placed),
@@ -209,15 +209,15 @@ def completions_layout(
         ]
     predictors, scored, owners = _scored(pieces)
     device = tokens.device
-    sources = torch.cat(picked).to(device)
+    sources = torch.cat(picked).to(device, non_blocking=True)
     input_ids = tokens[sources].unsqueeze(0)
     return Layout(
         input_ids=input_ids,
-        position_ids=torch.cat(positions).unsqueeze(0).to(device),
+        position_ids=torch.cat(positions).unsqueeze(0).to(device, non_blocking=True),
         segments=Segments(tuple(placed), prompts=tuple(earlier), kept=prompts.kept),
-        predictors=predictors.to(device),
-        targets=input_ids[0][(scored - len(spans)).to(device)],
-        owners=owners.to(device),
+        predictors=predictors.to(device, non_blocking=True),
+        targets=input_ids[0][(scored - len(spans)).to(device, non_blocking=True)],
+        owners=owners.to(device, non_blocking=True),
         pieces=tuple(length for _, _, length in pieces),
         rows=tuple((number - 1, len(spans) + own) for own, (number, _, _) in enumerate(pieces)),
         sources=sources,
@@ -235,7 +235,7 @@ def padded_layout(
     for row, (span, offset, length) in zip(index, rows, strict=True):
         row[: span.prompt] = torch.arange(span.start, span.start + span.prompt)
         row[span.prompt : span.prompt + length] = torch.arange(offset, offset + length)
-    input_ids = torch.cat([tokens, tokens.new_full((1,), pad_token_id)])[index.to(tokens.device)]
+    input_ids = torch.cat([tokens, tokens.new_full((1,), pad_token_id)])[index.to(tokens.device, non_blocking=True)]
     predictors, scored, owners = _scored(
         (number * width + span.prompt, number * width + span.prompt, length) for number, (span, _, length) in enumerate(rows)
     )
@@ -243,9 +243,9 @@ def padded_layout(
         input_ids=input_ids,
         position_ids=None,
         segments=None,
-        predictors=predictors.to(tokens.device),
-        targets=input_ids.flatten()[scored.to(tokens.device)],
-        owners=owners.to(tokens.device),
+        predictors=predictors.to(tokens.device, non_blocking=True),
+        targets=input_ids.flatten()[scored.to(tokens.device, non_blocking=True)],
+        owners=owners.to(tokens.device, non_blocking=True),
         pieces=tuple(length for span, _, own in rows for length in (span.prompt + own, width - span.prompt - own)),
         rows=tuple((2 * number,) for number in range(len(rows))),
     )

@@ -153,7 +153,7 @@ def _summed(
     terms = token_logprobs if token_logprobs.device.type == "mps" else token_logprobs.double()
     # One more candidate than there are stands for those that are absent.
     summed = terms.new_zeros(layout.num_candidates + 1).index_add(0, layout.owners, terms)
-    return summed[places.to(summed.device)].to(token_logprobs.dtype)
+    return summed[places.to(summed.device, non_blocking=True)].to(token_logprobs.dtype)
 
 
 def chosen_logprobs(

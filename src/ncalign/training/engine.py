@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ncalign.core.progress import Bar
 from ncalign.model.attention import shares_prompts
-from ncalign.model.batching import GroupBatch, collate, group_generator, split_by_tokens
+from ncalign.model.batching import GroupBatch, collate, group_generator, rewards_and_mask, split_by_tokens
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.logprobs import LogprobModel, Scored, base_causal_model
 from ncalign.model.policy import reference_mode
@@ -135,18 +135,20 @@ class Engine:
             trained = self._train(batch, None)
             logprobs = trained.logprobs.detach().masked_fill(~mask, NAN)
         elif scoring is Scoring.APART:
-            logprobs = self.score(batch, read=self._read(batch), dtype=self.scoring_dtype)
-        select, scores = self._select(batch, logprobs, part.indices, epoch)
-        entering = self._train(batch, select) if trained is None else _chosen(trained, select)
-        logprobs = _placed(logprobs.to(entering.logprobs.dtype), entering.logprobs.detach(), select).masked_fill(~mask, NAN)
-        return self._account(batch, entering, logprobs, scores, select, baseline)
+            logprobs = self.score(batch, read=self._read(part), dtype=self.scoring_dtype)
+        select, scores = self._select(batch, logprobs, part, epoch)
+        entered = _moved(select, mask.device)
+        entering = self._train(batch, select) if trained is None else _chosen(trained, entered)
+        logprobs = _placed(logprobs.to(entering.logprobs.dtype), entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
+        return self._account(batch, entering, logprobs, scores, entered, baseline)
 
     def _train_pass_on_shared_prompts(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> PassResult:
         """Scores without gradients and the chosen candidates with, on the same prompts."""
-        mask, drawn, read = batch.candidate_mask, [], self._read(batch)
+        mask, drawn, read = batch.candidate_mask, [], self._read(part)
+        unread = (read < 0).to(mask.device, non_blocking=True)
 
         def choose(logprobs: Tensor) -> Tensor:
-            drawn.append(self._select(batch, logprobs.masked_fill(read < 0, NAN), part.indices, epoch))
+            drawn.append(self._select(batch, logprobs.masked_fill(unread, NAN), part, epoch))
             select = drawn[0][0]
             assert select is not None
             return select
@@ -156,8 +158,8 @@ class Engine:
             batch, read, choose=choose, dtype=self.scoring_dtype, experts_per_token=self._experts_per_token
         )
         assert entering.scores is not None
-        select, scores = drawn[0]
-        known = entering.scores.to(entering.logprobs.dtype).masked_fill(read < 0, NAN)
+        select, scores = _moved(drawn[0][0], mask.device), drawn[0][1]
+        known = entering.scores.to(entering.logprobs.dtype).masked_fill(unread, NAN)
         logprobs = _placed(known, entering.logprobs.detach(), select).masked_fill(~mask, NAN)
         return self._account(batch, entering, logprobs, scores, select, baseline)
 
@@ -168,7 +170,8 @@ class Engine:
         self.model.eval()
         found: Scored = self.model(batch, experts_per_token=self._experts_per_token)
         logprobs = found.logprobs.masked_fill(~batch.candidate_mask, NAN)
-        select, scores = self._select(batch, logprobs, part.indices, epoch)
+        select, scores = self._select(batch, logprobs, part, epoch)
+        select = _moved(select, logprobs.device)
         return self._account(batch, _chosen(found._replace(logprobs=logprobs), select), logprobs, scores, select, baseline)
 
     @property
@@ -198,13 +201,14 @@ class Engine:
         """Log-probs without gradients of all candidates or those in ``read``; NaN elsewhere. ``dtype``: the precision."""
         self.model.eval()
         logprobs: Tensor = self.model(batch, read, dtype=dtype).logprobs
-        return logprobs.masked_fill(~batch.candidate_mask if read is None else read < 0, NAN)
+        unread = ~batch.candidate_mask if read is None else (read < 0).to(logprobs.device, non_blocking=True)
+        return logprobs.masked_fill(unread, NAN)
 
-    def _read(self, batch: GroupBatch) -> Tensor:
-        """``[B, K]``, the index of each candidate whose score the sampler reads; -1 for others."""
-        sampler, mask = self.method.sampler, batch.candidate_mask
-        read = mask if sampler is None or sampler.reads is None else sampler.reads(batch.rewards, mask)
-        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape).masked_fill(~read, -1)
+    def _read(self, part: Pass) -> Tensor:
+        """``[B, K]`` on the host, the index of each candidate whose score the sampler reads; -1 for others."""
+        sampler, (rewards, mask) = self.method.sampler, rewards_and_mask(part.groups)
+        read = mask if sampler is None or sampler.reads is None else sampler.reads(rewards, mask)
+        return torch.arange(mask.shape[1]).expand(mask.shape).masked_fill(~read, -1)
 
     @torch.no_grad()
     def training_logprobs(self, batch: GroupBatch) -> Tensor:
@@ -213,25 +217,22 @@ class Engine:
         logprobs: Tensor = self.model(batch).logprobs
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
 
-    def _select(
-        self, batch: GroupBatch, logprobs: Tensor, indices: list[int], epoch: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The columns that enter the loss (None: all) and the scores that the sampler read (None: none)."""
-        sampler, rewards, mask = self.method.sampler, batch.rewards.cpu(), batch.candidate_mask.cpu()
+    def _select(self, batch: GroupBatch, logprobs: Tensor, part: Pass, epoch: int) -> tuple[Tensor | None, Tensor | None]:
+        """The columns that enter the loss (None: all), on the host, and the scores that the sampler read (None: none)."""
+        sampler, (rewards, mask) = self.method.sampler, rewards_and_mask(part.groups)
         if sampler is None:
             return None, None
         scores = self.method.kernel_scores(logprobs, batch.reference_logprobs.to(logprobs.dtype))
         read = None if scores is None else scores.cpu()
         drawn = []
         # Each group draws with random numbers of its own, so that the split over passes and processes changes nothing.
-        for b, index in enumerate(indices):
+        for b, index in enumerate(part.indices):
             # The group's own columns only: padding would change how many random numbers a draw takes.
             own = (slice(b, b + 1), slice(0, int(mask[b].sum())))
             generator = group_generator(self.seed, epoch=epoch, index=index)
             drawn.append(sampler.select(None if read is None else read[own], rewards[own], mask[own], generator))
         width = max(choice.shape[1] for choice in drawn)
-        padded = [nn.functional.pad(choice, (0, width - choice.shape[1]), value=-1) for choice in drawn]
-        return torch.cat(padded).to(batch.rewards.device), scores
+        return torch.cat([nn.functional.pad(choice, (0, width - choice.shape[1]), value=-1) for choice in drawn]), scores
 
     def _account(
         self,
@@ -363,6 +364,11 @@ def _chosen(found: Scored, select: Tensor | None) -> Scored:
         index = select.clamp(min=0)[:, :, None, None].expand(-1, -1, *use.shape[2:])
         use = use.gather(1, index).masked_fill((select < 0)[:, :, None, None], 0.0)
     return Scored(_gathered(found.logprobs, select), expert_use=use)
+
+
+def _moved(select: Tensor | None, device: torch.device) -> Tensor | None:
+    """What was chosen on the host, on a device, without waiting for it."""
+    return None if select is None else select.to(device, non_blocking=True)
 
 
 def _placed(values: Tensor, entering: Tensor, select: Tensor | None) -> Tensor:

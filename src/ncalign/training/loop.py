@@ -11,12 +11,21 @@ from typing import TypeVar
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ncalign.core.progress import Bar, say
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.routing import RouterLoss
 from ncalign.training.engine import Engine, Pass
-from ncalign.training.metrics import ChosenAlarm, MetricMeans, PassResult, group_metrics, mean_implicit_reward, merged
+from ncalign.training.metrics import (
+    ChosenAlarm,
+    MetricMeans,
+    PassResult,
+    group_metrics,
+    mean_implicit_reward,
+    merged,
+    sums_and_counts,
+)
 from ncalign.training.saved import Alarm, LoopState
 from ncalign.training.schedule import DataPlan
 
@@ -137,23 +146,27 @@ class Loop:
         parts, scoring = engine.passes(indices, groups), engine.scoring(groups, at_reference=step == self.reference_step)
         # Gradients are averaged over processes; each adds its groups' share of the step's mean.
         scale = accelerator.num_processes / len(indices)
-        tokens, broken = 0, []
+        tokens, counted, names, found = 0, list[tuple[Pass, Tensor]](), list[list[str]](), list[Tensor]()
         baseline = self.baseline([self.mismatched[index] for index in indices] if self.mismatched else ())
-        implicit = torch.zeros(2, dtype=torch.float64)
         for number, part in enumerate(parts):
             with engine.no_sync_but_last(number, len(parts)):
                 result = engine.train_pass(part, epoch=epoch, scoring=scoring, baseline=baseline)
                 accelerator.backward(training_loss(result, part, engine.router) * (scale if part.counted else 0.0))
             if part.counted:
-                self.means.add(group_metrics(result))
-                implicit += mean_implicit_reward(result)
-                tokens += sum(len(group.prompt) * len(group.completions) for group in part.groups) + int(result.lengths.sum())
-                finite = result.loss.isfinite().tolist()
-                broken += [group.id for group, good in zip(part.groups, finite, strict=True) if not good]
+                metrics = group_metrics(result)
+                names.append(list(metrics))
+                found.append(torch.cat([sums_and_counts(metrics), mean_implicit_reward(result).unsqueeze(1)], dim=1))
+                tokens += sum(
+                    len(group.prompt) * len(group.completions) + group.num_tokens - len(group.prompt) for group in part.groups
+                )
+                counted.append((part, result.loss.detach()))
         parameters = [p for p in engine.model.parameters() if p.requires_grad]
         norm = accelerator.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
-        grad_norm = float(norm if norm is not None else math.nan)
+        grad_norm, passes = _fetched(math.nan if norm is None else norm, found)
+        for part_names, (sums, counts) in zip(names, passes, strict=True):
+            self.means.add(part_names, (sums[:-1], counts[:-1]))
         if not math.isfinite(grad_norm):
+            broken = [group for part, loss in counted for group in _not_finite(part, loss)]
             where = f" (groups {', '.join(map(repr, broken[:5]))})" if broken else ""
             raise ValueError(
                 f"step {step + 1}: the gradient is not finite{where}. The last checkpoint and metrics are kept; lower "
@@ -162,7 +175,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         if engine.method.hooks.baseline is not None:
-            self.seen = [before + self.total(new) for before, new in zip(self.seen, implicit.tolist(), strict=True)]
+            implicit = [sum(part[row][-1] for part in passes) for row in range(2)]
+            self.seen = [before + self.total(new) for before, new in zip(self.seen, implicit, strict=True)]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, tokens
@@ -185,9 +199,9 @@ class Loop:
             for part in parts:
                 result = self.engine.eval_pass(part, epoch=_EVALUATION_EPOCH, baseline=baseline)
                 if part.counted:
-                    means.add(group_metrics(result))
-                    finite = result.loss.isfinite().tolist()
-                    broken += [group.id for group, good in zip(part.groups, finite, strict=True) if not good]
+                    metrics = group_metrics(result)
+                    means.add(metrics, sums_and_counts(metrics).tolist())
+                    broken += _not_finite(part, result.loss)
                 bar.advance()
         if broken:
             say(f"warning: step {step}: the loss of held-out groups is not finite, and left out: {', '.join(broken[:5])}")
@@ -226,6 +240,25 @@ def training_loss(result: PassResult, part: Pass, router: RouterLoss | None) -> 
     if router is None or result.aux_loss is None:
         return loss
     return loss + router.coefficient * len(part.groups) * result.aux_loss
+
+
+def _fetched(norm: Tensor | float, found: Sequence[Tensor]) -> tuple[float, list[list[list[float]]]]:
+    """The gradient norm and the ``[2, M]`` numbers of each pass, for which the host waits once."""
+    if not found:
+        return float(norm), []
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    first = torch.as_tensor(whole, dtype=torch.float64, device=found[0].device).reshape(1)
+    values = torch.cat([first, *(part.flatten() for part in found)]).tolist()
+    passes, at = [], 1
+    for part in found:
+        width = part.shape[1]
+        passes.append([values[at : at + width], values[at + width : at + 2 * width]])
+        at += 2 * width
+    return values[0], passes
+
+
+def _not_finite(part: Pass, loss: Tensor) -> list[str]:
+    return [group.id for group, good in zip(part.groups, loss.isfinite().tolist(), strict=True) if not good]
 
 
 def weighted_loss(result: PassResult, part: Pass) -> Tensor:

@@ -6,6 +6,7 @@ A value that a group does not define (no second reward, no kernel) is NaN and le
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,7 +93,7 @@ def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
 
 def mean_implicit_reward(result: PassResult) -> Float[Tensor, 2]:
     """Sum over groups of the mean implicit reward of their computed candidates, and the number of groups; float64."""
-    means = _nanmean((result.beta * result.log_ratios).double().masked_fill(~result.mask, NAN)).cpu()
+    means = _nanmean((result.beta * result.log_ratios).double().masked_fill(~result.mask, NAN))
     return torch.stack([means.nansum(), means.isfinite().sum().double()])
 
 
@@ -127,18 +128,24 @@ def correlation(x: Float[Tensor, "B K"], y: Float[Tensor, "B K"], mask: Bool[Ten
     return torch.where(varies, (dx * dy).sum(dim=1) / (sizes[0] * sizes[1]), NAN)
 
 
+def sums_and_counts(metrics: dict[str, Float[Tensor, " B"]]) -> Float[Tensor, "2 M"]:
+    """Of each metric, the sum over the groups that define it, and their number; float64, where the metrics are."""
+    values = torch.stack([found.detach().double() for found in metrics.values()])
+    defined = values.isfinite()
+    return torch.stack([values.masked_fill(~defined, 0.0).sum(dim=1), defined.sum(dim=1).double()])
+
+
 class MetricMeans:
     """Sums of per-group metrics over passes; means over the groups that define each."""
 
     def __init__(self, sums: dict[str, float] | None = None, counts: dict[str, float] | None = None) -> None:
         self._sums, self._counts = dict(sums or {}), dict(counts or {})
 
-    def add(self, metrics: dict[str, Float[Tensor, " B"]]) -> None:
-        """Add the groups of a pass."""
-        for name, values in metrics.items():
-            defined = values.detach()[values.isfinite()].double()
-            self._sums[name] = self._sums.get(name, 0.0) + float(defined.sum())
-            self._counts[name] = self._counts.get(name, 0.0) + defined.numel()
+    def add(self, names: Iterable[str], found: Sequence[Sequence[float]]) -> None:
+        """Add a pass: of each metric, by its name, what :func:`sums_and_counts` gives."""
+        for name, total, count in zip(names, *found, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0.0) + count
 
     def means(self) -> dict[str, float]:
         """The mean of each metric that some group defined."""
