@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from conftest import build_model, build_tokenizer, group_row, relative_distance, weights
 from ncalign.training.checkpoint import find_checkpoints
@@ -39,12 +39,13 @@ warnings.filterwarnings("ignore")
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from live_memory import LiveMemory
 from ncalign.cli import app as cli
 from ncalign.model.logprobs import base_causal_model
 from ncalign.training import loop, train as run
 wish = json.loads(sys.argv[1])
 rank = int(os.environ["RANK"])
-plain_accelerator, plain_step = run.make_accelerator, loop.Loop.step
+plain_accelerator, plain_step, plain_folder = run.make_accelerator, loop.Loop.step, run._reference_folder
 
 def sharded_accelerator(config):
     accelerator = plain_accelerator(config)
@@ -61,15 +62,24 @@ def step(self, number):
         assert isinstance(model, FSDPModule) and all(isinstance(layer, FSDPModule) for layer in layers)
         # A forward pass without gradients may have left the root's own weights gathered.
         assert all(isinstance(p, DTensor) for layer in layers for p in layer.parameters())
-    found = plain_step(self, number)
+    found = measured_step(self, number) if "measure" in wish else plain_step(self, number)
     if number + 1 == wish.get("kill_after"):
         os.kill(os.getpid(), signal.SIGKILL)
     if number + 1 == wish.get("fail_after") and rank == 1:
         raise ValueError("the second process has a problem of its own")
     return found
 
+def measured_step(self, number):
+    with LiveMemory() as memory:
+        found = plain_step(self, number)
+    with open(f"{wish['measure']}-{rank}.jsonl", "a") as file:
+        print(json.dumps({"peak": memory.peak, "kept": memory.now}), file=file)
+    return found
+
 if wish.get("own_caches"):
-    run._cache_dir = lambda config: config.cache_dir / str(rank)
+    run._reference_folder = lambda config, prepared: plain_folder(
+        config.model_copy(update={"cache_dir": config.cache_dir / str(rank)}), prepared
+    )
 loop.Loop.step = step
 if wish.get("sharded"):
     run.make_accelerator = sharded_accelerator
@@ -122,7 +132,8 @@ def launch(tmp_path: Path) -> Callable[..., Done]:
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += ["driver.py", json.dumps(wish), "train", "--config", str(file)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
         return Done(done.returncode, done.stderr)
 
@@ -155,6 +166,19 @@ def tied_model_dir(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
     return tmp_path / "tied"
+
+
+@pytest.fixture
+def wide_model_dir(tmp_path: Path) -> Path:
+    """A model of eight layers whose weights take far more memory than the activations of a few sentences."""
+    tokenizer = build_tokenizer()
+    config = build_model(tokenizer).config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.initializer_range = 128, 512, 8, 0.02
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
 
 
 @pytest.mark.slow
@@ -242,6 +266,29 @@ class TestSharded:
         # Rounding of 2^-9 in the activations moves some of AdamW's first steps, which follow the gradient's sign.
         assert relative_distance(weights(alone.output_dir), weights(together.output_dir)) <= 0.02
         assert logged(together)[0]["eval/loss"] == pytest.approx(math.log(2), abs=0.01)
+
+    @pytest.mark.parametrize(
+        "fields", [{}, {"dtype": "float32", "scoring_dtype": "bfloat16"}], ids=["bfloat16", "scored in bfloat16"]
+    )
+    def test_memory_of_a_process(
+        self, config: Config, launch: Callable[..., Done], wide_model_dir: Path, tmp_path: Path, fields: dict[str, Any]
+    ) -> None:
+        settings = {"model": str(wide_model_dir), "dtype": "bfloat16", "max_steps": 2, "activation_checkpointing": True}
+        settings |= {"gradient_accumulation_steps": 2, "max_tokens_per_batch": 1, **fields}
+        steps = {}
+        for processes, batch in ((1, 4), (2, 2)):
+            run = config(f"of {processes}", **settings, per_device_train_batch_size=batch)
+            done = launch(run, processes=processes, sharded=processes > 1, measure=str(tmp_path / f"of {processes}"))
+            assert done.code == 0, done.errors
+            lines = (tmp_path / f"of {processes}-0.jsonl").read_text().splitlines()
+            # The second step has the moments of the first.
+            steps[processes] = json.loads(lines[1])
+        num_weights = sum(tensor.numel() for tensor in weights(run.output_dir).values())
+        # Weights, their gradients and two moments in float32.
+        assert steps[1]["peak"] >= 16 * num_weights
+        assert steps[2]["peak"] <= 0.6 * steps[1]["peak"]
+        # After it, half of the weights and the moments, and nothing that was gathered or cast.
+        assert steps[2]["kept"] == pytest.approx(6 * num_weights, rel=0.01)
 
     @pytest.mark.parametrize("fields", [{}, {"merge": True}], ids=["adapter", "merged adapter"])
     def test_weights_in_4_bits_equal_one_process(
@@ -378,3 +425,13 @@ def test_ways_to_distribute_that_would_train_wrongly_are_refused(
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
     with pytest.raises(ValueError, match=rf"^accelerate was launched with {named}: .*fsdp_version: 2"):
         run_training(config("run"))
+
+
+def test_scoring_in_a_precision_that_is_never_gathered_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: True))
+    run = config("run", dtype="bfloat16", scoring_dtype="float32")
+    with pytest.raises(
+        ValueError, match=r"^scoring_dtype: float32 .* since sharded weights \(FSDP2\) compute in bfloat16 alone"
+    ):
+        run_training(run)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -90,8 +91,10 @@ class LogprobModel(nn.Module):
             return
         # Without this peft casts every input of a float32 adapter to float32 and back, which costs more than the model itself.
         uncast = disable_input_dtype_casting(self.model) if isinstance(self.model, PeftModel) else nullcontext()
-        rounded = dtype != torch.float32
-        with uncast, torch.autocast(batch.tokens.device.type, dtype=dtype if rounded else None, enabled=rounded):
+        rounded, device = dtype != torch.float32, batch.tokens.device.type
+        # Kept casts would outlive the layers that sharding gathers one by one.
+        kept = not isinstance(self, FSDPModule)
+        with uncast, torch.autocast(device, dtype=dtype if rounded else None, enabled=rounded, cache_enabled=kept):
             yield
 
 

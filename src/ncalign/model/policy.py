@@ -95,7 +95,11 @@ class Policy:
 def reference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Inside, an adapter is switched off, so that the model is the one it started from."""
     if isinstance(model, PeftModel):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with model.disable_adapter():
+            # peft freezes what it switches off, and FSDP2 takes what is trained in its first pass for all that ever is.
+            for parameter in trained:
+                parameter.requires_grad_(True)
             yield
     else:
         yield

@@ -74,9 +74,12 @@ def _digest(part: Path) -> str:
         return ""
 
 
-def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool) -> Path:
-    """The folder of a fingerprint's reference log-probs; shared prompts round differently, and have one of their own."""
-    return cache_dir / "reference" / (fingerprint[:32] + ("-shared" if shared else ""))
+def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool, uncast: bool = False) -> Path:
+    """The folder of a fingerprint's reference log-probs.
+
+    Shared prompts round differently, and so does bfloat16 without autocast: they have folders of their own.
+    """
+    return cache_dir / "reference" / (fingerprint[:32] + ("-shared" if shared else "") + ("-uncast" if uncast else ""))
 
 
 def candidate_key(group: EncodedGroup, candidate: int) -> bytes:

@@ -42,6 +42,7 @@ from ncalign.training import run_folder
 from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
+from ncalign.training.launch import make_accelerator
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
@@ -52,7 +53,7 @@ from ncalign.training.saved import LoopState
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
 from ncalign.training.trackers import start_trackers
-from ncalign.training.train import fit_method, make_accelerator, open_policy, versions
+from ncalign.training.train import fit_method, open_policy, versions
 
 _ROUNDS = ("[0-9][0-9][0-9]", "evaluation.json", "answers.sqlite*", "weights")
 """What the folder ``rounds/`` holds, as patterns."""

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ncalign.core.progress import Bar
 from ncalign.model.attention import shares_prompts
@@ -320,8 +321,12 @@ class Engine:
         return len(missing)
 
     def no_sync_but_last(self, number: int, total: int) -> contextlib.AbstractContextManager[None]:
-        """Gradients travel between processes once a step, in the last pass's backward."""
-        return contextlib.nullcontext() if number == total - 1 else _no_sync(self.accelerator, self.model)
+        """Gradients travel between processes once a step, in the last pass's backward.
+
+        Not where weights are sharded: until then each process would keep the gradients of all of them.
+        """
+        each = number == total - 1 or isinstance(self.model, FSDPModule)
+        return contextlib.nullcontext() if each else _no_sync(self.accelerator, self.model)
 
 
 @contextlib.contextmanager

@@ -14,12 +14,13 @@ from ncalign.model.quantized import held_bytes
 from ncalign.objectives import build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
+from ncalign.training.launch import make_accelerator
 from ncalign.training.loop import training_loss
 from ncalign.training.precision import with_precision
 from ncalign.training.resolve import check_data_files
 from ncalign.training.shapes import lacks_weights, plan_from_shapes
 from ncalign.training.space import free_space, in_words
-from ncalign.training.train import Prepared, make_accelerator, needed_space, prepare_training
+from ncalign.training.train import Prepared, needed_space, prepare_training
 
 _MIB = 2**20
 

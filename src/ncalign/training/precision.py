@@ -11,6 +11,7 @@ from ncalign.model.config import Precision
 from ncalign.model.precision import announce, fast_precision, precision_line
 from ncalign.objectives import Method
 from ncalign.training.config import TrainConfig
+from ncalign.training.launch import is_sharded
 from ncalign.training.run_folder import recorded_config
 
 
@@ -27,7 +28,7 @@ def with_precision(config: TrainConfig, accelerator: Accelerator, method: Method
     if accelerator.num_processes > 1:
         broadcast_object_list(decided)
     config = config.model_copy(update=decided[0])
-    _check_scoring(config)
+    _check_scoring(config, sharded=is_sharded(accelerator))
     return config
 
 
@@ -57,14 +58,15 @@ def _recorded(config: TrainConfig) -> dict[str, Precision]:
     return {name: written[name] for name in ("dtype", "scoring_dtype") if written.get(name) in get_args(Precision)}
 
 
-def _check_scoring(config: TrainConfig) -> None:
+def _check_scoring(config: TrainConfig, *, sharded: bool) -> None:
     training, scoring = config.dtype, config.scoring_dtype
     possible = {training, *({"bfloat16"} if training == "float32" else ())}
-    if training == "bfloat16" and config.lora is None:
+    if training == "bfloat16" and config.lora is None and not sharded:
         # All weights are float32, and only the computation is rounded.
         possible.add("float32")
     if scoring not in possible:
-        weights = "bfloat16 weights under an adapter" if training == "bfloat16" else f"{training} weights"
+        held = "sharded weights (FSDP2)" if sharded and config.lora is None else "bfloat16 weights under an adapter"
+        weights = held if training == "bfloat16" else f"{training} weights"
         raise ValueError(
             f"scoring_dtype: {scoring} is not possible with dtype: {training}, since {weights} compute in {training} alone: "
             "leave scoring_dtype out, or change dtype"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, disable_fsdp_ram_efficient_loading
 from transformers import PreTrainedModel
 
 from ncalign.core.atomic import check_writable, write_json_atomic
@@ -43,6 +39,7 @@ from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, l
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
+from ncalign.training.launch import compute_in, is_sharded, make_accelerator
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.optimizer import make_optimizer
 from ncalign.training.peers import another_process_named
@@ -54,14 +51,12 @@ from ncalign.training.saved import TRAIN_STATE, LoopState
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
 from ncalign.training.space import DiskNeed, check_space, disk_need
-from ncalign.training.trackers import check_trackers, log_to_trackers, start_trackers
+from ncalign.training.trackers import log_to_trackers, start_trackers
 
 _NUM_CHECKED = 64
 """Groups whose references are checked when they come with the data."""
 _PASS_TOKENS = {"cpu": 2048, "other": 16384}
 """Tokens of a pass by default: a CPU is busy with fewer."""
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_UNSUPPORTED = frozenset({DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA})
 
 
 @dataclass
@@ -271,14 +266,6 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Encoder]:
     return policy, make_encoder(policy.tokenizer, config.encoding, limits=limits_of(policy.model))
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: fresh pages for large tensors cost some 10 % of a step on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-
-
 def make_engine(
     config: TrainConfig, policy: Policy, method: Method, accelerator: Accelerator
 ) -> tuple[Engine, torch.optim.Optimizer]:
@@ -292,7 +279,11 @@ def make_engine(
     if notice:
         _say(accelerator, f"note: {notice}")
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
-    autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
+    rounded = torch.bfloat16 if config.dtype == "bfloat16" else None
+    autocast = rounded
+    if is_sharded(accelerator):
+        compute_in(rounded, accelerator)
+        autocast = None
     model = LogprobModel(policy.model, autocast=autocast)
     # Before sharding, which hides how many weights a number packs.
     token_cost = completion_token_cost(policy.model)
@@ -316,8 +307,7 @@ def make_engine(
 def _prompts_once(config: TrainConfig, policy: Policy, accelerator: Accelerator) -> bool:
     """Whether scoring and training share the prompts: not where an adapter's dropout sets them apart or weights are sharded."""
     noisy = config.lora is not None and config.lora.dropout > 0
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    return shares_prompts(base_causal_model(policy.model)) and not noisy and not sharded
+    return shares_prompts(base_causal_model(policy.model)) and not noisy and not is_sharded(accelerator)
 
 
 def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
@@ -448,38 +438,6 @@ def _save(config: TrainConfig, prepared: Prepared, state: dict[str, Any], starte
     )
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """This process's accelerator, with the run's trackers.
-
-    Raises:
-        ConfigError: a tracker that accelerate does not know, or whose package is not installed.
-        ValueError: it was launched with a way to distribute that ncalign does not support.
-    """
-    check_trackers(config.report_to)
-    # Under it only the first process reads the weights; here each one fingerprints and checks what it starts from.
-    disable_fsdp_ram_efficient_loading()
-    accelerator = Accelerator(
-        # Without an accelerator, torchrun's processes are joined (over gloo) only when the CPU is asked for.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no",
-        # The loop scales its losses itself, whatever the launcher was told.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(config.report_to) or None,
-        project_dir=str(config.output_dir),
-    )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    kind, fsdp = accelerator.distributed_type, accelerator.distributed_type == DistributedType.FSDP
-    if kind in _UNSUPPORTED or (fsdp and not accelerator.is_fsdp2):
-        raise ValueError(
-            f"accelerate was launched with {'FSDP, version 1' if fsdp else kind.value}: ncalign trains on one process, with "
-            "DDP (distributed_type: MULTI_GPU) or with FSDP2 (distributed_type: FSDP and fsdp_version: 2)"
-        )
-    if not fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        _say(accelerator, "note: accelerate shards only on an accelerator: every process holds the whole model (DDP)")
-    return accelerator
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     packages = ("ncalign", "torch", "transformers", "peft", "accelerate")
@@ -487,8 +445,12 @@ def versions() -> dict[str, str]:
 
 
 def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
-    shared = shares_prompts(base_causal_model(prepared.policy.model))
-    return reference_folder(config.cache_dir or cache_folder(), prepared.policy.fingerprint, shared=shared)
+    return reference_folder(
+        config.cache_dir or cache_folder(),
+        prepared.policy.fingerprint,
+        shared=shares_prompts(base_causal_model(prepared.policy.model)),
+        uncast=config.dtype == "bfloat16" and is_sharded(prepared.engine.accelerator),
+    )
 
 
 def _say(accelerator: Accelerator, text: str) -> None:
