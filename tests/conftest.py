@@ -202,3 +202,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ncalign.generation.client._LONGEST_PAUSE", 0.002)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
     monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.002)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A GPU; what only one can show stands in tests/gpu."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return torch.device("cuda")

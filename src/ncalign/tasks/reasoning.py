@@ -123,9 +123,7 @@ def run_tasks(
     if backend.name in LOCAL and "dtype" not in backend.arguments:
         backend = replace(backend, dtype=resolve_dtype(backend.dtype))
     arguments = backend_arguments(model, backend)
-    # An argument may name a folder, such as an adapter's.
-    arguments_given = {name: model_identity(str(value)) for name, value in backend.arguments.items()}
-    identity = Store.key(model_identity(model), backend.name, backend.dtype, arguments_given)
+    identity = _identity(model, backend)
     data = {task: Path(path) for task, path in (task_data or {}).items()}
     run = _Run(Path(output_dir), identity, protocol or TaskProtocol(), data, allow_weak)
     manager = _checked(run, wanted)
@@ -148,6 +146,12 @@ def run_tasks(
         "failed": failed,
         "resumed": [task for task in wanted if task in done and task not in rest],
     }
+
+
+def _identity(model: str, backend: Backend) -> str:
+    # An argument may name a folder, such as an adapter's.
+    arguments = {name: model_identity(str(value)) for name, value in backend.arguments.items()}
+    return Store.key(model_identity(model), backend.name, backend.dtype, arguments)
 
 
 # -- before anything is loaded ------------------------------------------------------------------------------------------
