@@ -39,10 +39,11 @@ warnings.filterwarnings("ignore")
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+import torch
 from live_memory import LiveMemory
 from ncalign.cli import app as cli
 from ncalign.model.logprobs import base_causal_model
-from ncalign.training import loop, train as run
+from ncalign.training import loop, peers, train as run
 wish = json.loads(sys.argv[1])
 rank = int(os.environ["RANK"])
 plain_accelerator, plain_step, plain_folder = run.make_accelerator, loop.Loop.step, run._reference_folder
@@ -63,6 +64,9 @@ def step(self, number):
         # A forward pass without gradients may have left the root's own weights gathered.
         assert all(isinstance(p, DTensor) for layer in layers for p in layer.parameters())
     found = measured_step(self, number) if "measure" in wish else plain_step(self, number)
+    if "timeout" in wish:
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == wish["timeout"]
     if number + 1 == wish.get("kill_after"):
         os.kill(os.getpid(), signal.SIGKILL)
     if number + 1 == wish.get("fail_after") and rank == 1:
@@ -76,10 +80,23 @@ def measured_step(self, number):
         print(json.dumps({"peak": memory.peak, "kept": memory.now}), file=file)
     return found
 
+if wish.get("own_folders"):
+    peers.PATIENCE = 0.3
+    os.mkdir(f"node {rank}")
+    os.chdir(f"node {rank}")
+if wish.get("blind") and rank:
+    run.find_checkpoints, run.finished_results = lambda folder: [], lambda config: None
 if wish.get("own_caches"):
     run._reference_folder = lambda config, prepared: plain_folder(
         config.model_copy(update={"cache_dir": config.cache_dir / str(rank)}), prepared
     )
+if wish.get("other_data") and rank:
+    plain_load = run.load_groups
+    def shortened(*args, **fields):
+        loaded = plain_load(*args, **fields)
+        loaded.groups.pop()
+        return loaded
+    run.load_groups = shortened
 loop.Loop.step = step
 if wish.get("sharded"):
     run.make_accelerator = sharded_accelerator
@@ -332,7 +349,8 @@ def assert_bitwise_resume(config: Config, launch: Callable[..., Done], wish: dic
     assert launch(killed, kill_after=5, **wish).code != 0
     assert not (killed.output_dir / "model").exists()
     assert [folder.name for folder in find_checkpoints(killed.output_dir)] == ["step-00000002", "step-00000004"]
-    again = launch(killed.model_copy(update={"resume": True}), **wish)
+    # The second process's disk shows no checkpoint.
+    again = launch(killed.model_copy(update={"resume": True}), blind=True, **wish)
     assert again.code == 0, again.errors
     first, second = weights(whole.output_dir), weights(killed.output_dir)
     assert first.keys() == second.keys()
@@ -366,10 +384,10 @@ class TestReplicated:
         assert_bitwise_resume(config, launch, {}, {"lora": {"r": 4, "dropout": 0.1}})
 
     def test_processes_may_have_caches_of_their_own(self, config: Config, launch: Callable[..., Done]) -> None:
-        alone, together = config("alone", processes=1), config("together")
+        alone, together = config("alone", processes=1), config("together", ddp_timeout=77)
         # One node has run this before and the other has not.
         run_training(alone.model_copy(update={"cache_dir": together.cache_dir / "0"}))
-        done = launch(together, own_caches=True)
+        done = launch(together, own_caches=True, timeout=77)
         assert done.code == 0, done.errors
         assert_same_run(alone, together)
 
@@ -379,6 +397,19 @@ class TestReplicated:
         assert done.code != 0
         with pytest.raises(ValueError, match=r"step-00000001 was written by 2 process.*resume with 2 \(torchrun .* 2\)"):
             run_training(run.model_copy(update={"resume": True}))
+
+    @pytest.mark.slow
+    def test_a_folder_that_is_not_shared_is_refused(self, config: Config, launch: Callable[..., Done]) -> None:
+        done = launch(config("run", output_dir="runs"), own_folders=True)
+        assert done.code == 1
+        said = r"error: output_dir runs is not .*process 1 \(on .*output_dir must be on a file system that all nodes share"
+        assert re.search(said, done.errors)
+
+    @pytest.mark.slow
+    def test_nodes_that_read_other_data_are_refused(self, config: Config, launch: Callable[..., Done]) -> None:
+        done = launch(config("run"), other_data=True)
+        assert done.code == 1
+        assert re.search(r"error: process 1 \(on .*\) reads something else than process 0 .*: data.* differ", done.errors)
 
     @pytest.mark.slow
     def test_an_error_of_one_process_ends_all_and_is_said_once(self, config: Config, launch: Callable[..., Done]) -> None:

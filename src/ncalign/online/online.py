@@ -89,7 +89,7 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
     with another_process_named(), claimed_run_folder(training, verb="online", inputs=inputs):
         training = with_precision(with_rendering(training, accelerator, dated=True), accelerator, method)
         config = config.model_copy(update={"training": training})
-        refuse_changes(training, config.model_dump(mode="json"), shown=True)
+        refuse_changes(training, config.model_dump(mode="json"))
         return _run(config, accelerator, method, own)
 
 
@@ -106,7 +106,7 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method, own: di
         record(training.output_dir, [run_folder.ROUNDS], verb="online")
         record(rounds, _ROUNDS, verb="online")
     run = open_run(config, accelerator, method, own)
-    run_folder.refuse_other_inputs(training, run.inputs, shown=True)
+    run_folder.refuse_other_inputs(training, run.inputs)
     check_space(training, needed_space(run))
     begun = (training.output_dir / run_folder.CONFIG).is_file()
     position = last_position(run) if training.resume else Position()

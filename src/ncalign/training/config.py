@@ -107,6 +107,12 @@ class TrainConfig(Frozen):
         False,
         description="Save the model with the adapter merged into its weights; always so when the run started from an adapter.",
     )
+    ddp_timeout: int = Field(
+        7200,
+        ge=1,
+        description="Seconds for which a process waits for another, such as for the first one to write the model; then the run "
+        "fails.",
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
     @model_validator(mode="after")

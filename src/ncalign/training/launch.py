@@ -5,10 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, disable_fsdp_ram_efficient_loading
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    disable_fsdp_ram_efficient_loading,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ncalign.core.progress import say
@@ -37,6 +43,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(config.report_to) or None,
         project_dir=str(config.output_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()

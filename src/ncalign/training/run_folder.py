@@ -52,6 +52,7 @@ _FREE_ON_RESUME = frozenset(
         "merge",
         "cache_dir",
         "output_dir",
+        "ddp_timeout",
         "max_tokens_per_batch",
     }
 )
@@ -143,13 +144,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return written
 
 
-def refuse_changes(config: TrainConfig, now: dict[str, Any], *, shown: bool) -> None:
+def refuse_changes(config: TrainConfig, now: dict[str, Any]) -> None:
     """Compare a run that is resumed with what its ``config.yaml`` says.
 
     Args:
         config: of the training.
         now: the run's whole configuration, in which nothing is left to be decided.
-        shown: whether this process says what was accepted; every process refuses.
 
     Raises:
         ValueError: it was started with another configuration, and that is not accepted, or it is finished.
@@ -173,17 +173,15 @@ def refuse_changes(config: TrainConfig, now: dict[str, Any], *, shown: bool) -> 
         )
     if not config.accept_changes:
         raise ValueError(f"{listing}\nResume it with its own, or set accept_changes: true to go on with this one")
-    if shown:
-        say(f"note: {listing}\nIt goes on with the new one")
+    say(f"note: {listing}\nIt goes on with the new one")
 
 
-def refuse_other_inputs(config: TrainConfig, now: Mapping[str, str], *, shown: bool) -> None:
+def refuse_other_inputs(config: TrainConfig, now: Mapping[str, str]) -> None:
     """Compare what the inputs of a run that is resumed hold with what they held when it was begun, as ``inputs.json`` says.
 
     Args:
         config: of the training.
         now: a digest of what each input holds, by the input's name.
-        shown: whether this process says what was accepted; every process refuses.
 
     Raises:
         ValueError: model or data hold something else; or another file does, and that is not accepted; or the record is gone.
@@ -205,8 +203,7 @@ def refuse_other_inputs(config: TrainConfig, now: Mapping[str, str], *, shown: b
     listing = f"what the run in {folder} reads holds something else than when it was begun (digests):\n{listing}"
     if not config.accept_changes:
         raise ValueError(f"{listing}\nRestore it, or set accept_changes: true to go on with what it holds now")
-    if shown:
-        say(f"note: {listing}\nThe run goes on with what it holds now; what is done already stays as it is")
+    say(f"note: {listing}\nThe run goes on with what it holds now; what is done already stays as it is")
 
 
 class MetricsFile:

@@ -42,7 +42,7 @@ from ncalign.training.finished import export_finished
 from ncalign.training.launch import compute_in, is_sharded, make_accelerator
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.optimizer import make_optimizer
-from ncalign.training.peers import another_process_named
+from ncalign.training.peers import another_process_named, check_shared_folder, decided_by_first, refuse_unlike_inputs
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
 from ncalign.training.resolve import check_data_files, with_rendering
@@ -95,28 +95,29 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
         claimed = partial(claimed_run_folder, config, verb="train", inputs=inputs)
         with claimed() if accelerator.is_main_process else contextlib.nullcontext():
             accelerator.wait_for_everyone()
+            check_shared_folder(config.output_dir, accelerator)
             config = with_precision(with_rendering(config, accelerator), accelerator, method)
-            refuse_changes(config, config.model_dump(mode="json"), shown=accelerator.is_main_process)
-            accelerator.wait_for_everyone()
+            decided_by_first(accelerator, partial(refuse_changes, config, config.model_dump(mode="json")))
             return _run(config, accelerator, method, own)
 
 
 def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dict[str, str]) -> dict[str, Any]:
-    finished = finished_results(config) if config.resume else None
+    finished = decided_by_first(accelerator, partial(finished_results, config)) if config.resume else None
     started, written = time.monotonic(), config.model_dump(mode="json")
     if finished is not None:
         done = export_finished(config, written, finished, accelerator, policy=lambda: open_policy(config)[0])
         _say(accelerator, f"{config.output_dir} is finished: {done or 'nothing to resume'}")
         return finished
     prepared = prepare_training(config, accelerator, method)
-    check_space(config, needed_space(config, prepared))
-    checkpoints = find_checkpoints(config.output_dir) if config.resume else []
+    decided_by_first(accelerator, partial(check_space, config, needed_space(config, prepared)))
+    checkpoints = decided_by_first(accelerator, partial(find_checkpoints, config.output_dir)) if config.resume else []
     engine, held_out, inputs = prepared.engine, prepared.held_out, _inputs(config, prepared) | own
+    refuse_unlike_inputs(inputs, accelerator)
     _fill_reference(config, prepared)
     torch.manual_seed(config.seed + accelerator.process_index)  # an adapter's dropout differs between processes
     state: Any = {"step": 0, "before": None, "seconds": 0.0, "weights": inputs["weights"], "data": inputs["data"]}
     if checkpoints:
-        run_folder.refuse_other_inputs(config, inputs, shown=accelerator.is_main_process)
+        decided_by_first(accelerator, partial(run_folder.refuse_other_inputs, config, inputs))
         state = load_checkpoint(
             checkpoints[-1],
             TRAIN_STATE,
