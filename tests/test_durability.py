@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from conftest import group_row
 from ncalign.cli.app import main
 from ncalign.core.atomic import atomic_folder, atomic_path, write_text_atomic
 from ncalign.core.locks import locked
+from ncalign.core.outputs import claim, record, remove
 from ncalign.core.store import Store
 from ncalign.data import shards
 from ncalign.training.config import TrainConfig
@@ -228,3 +230,57 @@ def test_an_audit_that_was_killed_before_its_last_file_is_made_again_unasked(
     assert main(flags) == 0
     assert json.loads((tmp_path / "out/audit.json").read_text()) == written
     assert main(flags) == 1
+
+
+def test_a_folder_whose_record_was_not_written_yet_or_deleted_first_is_still_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claimed() -> None:
+        claim(tmp_path, ["tables"], verb="evaluate", inputs={}, overwrite=False, own=["tables"])
+
+    record(tmp_path, ["tables"], verb="evaluate")
+    (tmp_path / "tables" / ".ncalign").mkdir(parents=True)
+    (tmp_path / "tables" / ".ncalign" / ".entries.0123456789ab.tmp").touch()
+    claimed()
+    record(tmp_path / "tables", ["*"], verb="evaluate")
+    (tmp_path / "tables" / "a.txt").touch()
+
+    def killed(folder: Path, **_: object) -> None:
+        (folder / ".ncalign" / "entries").unlink(missing_ok=True)
+        if folder.is_dir():
+            raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            remove(tmp_path, ["tables"])
+    claimed()
+    remove(tmp_path, ["tables"])
+    assert list(tmp_path.iterdir()) == []
+
+
+PUTS = """
+import os, signal
+from pathlib import Path
+from ncalign.core.store import Store
+store, written = Store(Path(sys.argv[1])), []
+
+def watch(statement):
+    written.extend([statement] * statement.startswith("INSERT"))
+    if len(written) == 3:
+        print("ready", flush=True)
+        time.sleep(600)
+
+store._connection.set_trace_callback(watch)
+store.put_all({str(k): k for k in range(5)})
+"""
+
+
+def test_of_answers_that_belong_together_a_kill_leaves_none(tmp_path: Path) -> None:
+    with another_process(PUTS, tmp_path / "answers"):
+        pass
+    store = Store(tmp_path / "answers")
+    assert [store.get(str(k)) for k in range(5)] == [None] * 5
+    store.put_all({"0": 0, "1": 1})
+    assert [store.get(str(k)) for k in range(2)] == [0, 1]
+    store.close()

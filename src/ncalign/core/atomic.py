@@ -119,11 +119,12 @@ def atomic_folder(target: Path, *, first: bool = True) -> Iterator[Path]:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder so that its name is gone before anything in it is: half of one is never taken for the whole."""
+    """Delete a folder, if it is there, its name before anything in it: half of one is never taken for the whole."""
     doomed = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # by a process that was killed
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def make_folder(folder: Path) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ncalign.core.atomic import write_json_atomic
+from ncalign.core.atomic import delete_folder, write_json_atomic
 
 _FOLDER, _RECORD = ".ncalign", "entries"
 Inputs = Mapping[str, object]
@@ -77,12 +76,13 @@ def claim(
 
 def foreign(entry: Path) -> Path | None:
     """What in a folder that would be replaced ncalign did not write, or None; for a file, which has no record, None too."""
-    if not entry.is_dir() or not any(entry.iterdir()):
+    if not entry.is_dir():
         return None
+    # A process that was killed may have left the record's folder without the record.
+    children = [child for child in sorted(entry.iterdir()) if child.name != _FOLDER and not _is_temporary(child)]
     recorded = _read(entry)
-    if not recorded:
+    if children and not recorded:
         return entry
-    children = (child for child in sorted(entry.iterdir()) if child.name != _FOLDER and not _is_temporary(child))
     return next((child for child in children if not any(fnmatchcase(child.name, name) for name in recorded)), None)
 
 
@@ -117,10 +117,10 @@ def remove(folder: Path, names: Iterable[str]) -> None:
     """Delete those of the entries that are there, which :func:`claim` has allowed, and their record; never through a link."""
     listed = list(names)
     for path in (folder / name for name in listed):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if path.is_file() or path.is_symlink():
+            path.unlink()
         else:
-            path.unlink(missing_ok=True)
+            delete_folder(path)  # file by file, a kill could leave some without their record
     _forget(folder, listed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ ALONE = 8
 """Chunks that this process works on before it forks: small inputs never do."""
 _AHEAD = 4
 _LOOK_EVERY = 0.5
+_SET_PDEATHSIG = 1
 
 _function: Callable[[list[Any]], Any] | None = None
 
@@ -67,7 +69,9 @@ def map_chunks(
     global _function
     _function = function
     forked = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, mp_context=forked, initializer=_begin, initargs=(os.getpid(),))
+    # The system takes a thread that ends for the parent's end; the main thread ends last.
+    in_main = threading.current_thread() is threading.main_thread()
+    pool = ProcessPoolExecutor(workers, mp_context=forked, initializer=_begin, initargs=(os.getpid(), in_main))
     under_way: deque[Future[Any]] = deque([pool.submit(_call, first)])
     try:
         while under_way:
@@ -80,8 +84,11 @@ def map_chunks(
         _function = None
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, killed_with_it: bool) -> None:
     """In a worker: Ctrl-C is the parent's to handle, and tokenizers must not start threads of their own after a fork."""
+    if killed_with_it and sys.platform == "linux":
+        # At once, so that it writes nothing beside the parent's successor.
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,10 +107,19 @@ class Store:
         Raises:
             OSError: it can't be written.
         """
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        self.put_all({key: value})
+
+    def put_all(self, values: Mapping[str, object]) -> None:
+        """Keep values, all or, where the process is killed meanwhile, none of them.
+
+        Raises:
+            OSError: they can't be written.
+        """
+        texts = {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in values.items()}
+        rows = [(key, text, self.key(key, text)) for key, text in texts.items()]
         try:
             with self._lock, self._connection:
-                self._connection.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (key, text, self.key(key, text)))
+                self._connection.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", rows)
         except sqlite3.Error as error:
             raise OSError(f"{self._path} can't be written: {error}; free some space, or name another cache_dir") from error
 

@@ -279,9 +279,11 @@ def _answers_to(
             found = generator.generate(prompts, num_samples=1, params=params, seed=part_seed, tools=tools, refuse=refuse)
         except PromptError as error:
             raise ValueError(f"{names[error.index]}: {error.detail}") from error
-        for question, one in ((question, row[0]) for question, row in zip(part, found, strict=True) if row):
-            kept[question] = answer = _Given(one.text.strip(), one.num_tokens, one.finished)
-            store.put(keys[question], answer)
+        rows = ((question, row[0]) for question, row in zip(part, found, strict=True) if row)
+        given = {question: _Given(one.text.strip(), one.num_tokens, one.finished) for question, one in rows}
+        # Together: with a part of them kept, a run that goes on would ask for the rest with another seed.
+        store.put_all({keys[question]: answer for question, answer in given.items()})
+        kept |= given
     return {question: answer for question, answer in kept.items() if answer is not None}
 
 
