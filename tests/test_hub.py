@@ -12,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ncalign.cli.app import main
 from ncalign.core.hub import only_cached
-from ncalign.generation import client
+from ncalign.generation import transport
 
 VERBS = {
     "train": ("train", "--model", "no/model", "--data", "{data}", "--output_dir", "{out}"),
@@ -66,7 +66,7 @@ def test_a_host_that_does_not_exist_is_told_of_before_anything_is_asked(
     expected = "error: server http://gpu-srever:8000/v1: there is no host 'gpu-srever': check base_url and the network"
     assert capsys.readouterr().err.strip() == expected
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
-    client.check_host("http://gpu-srever:8000/v1")
+    transport.check_host("http://gpu-srever:8000/v1", transport.ApiKey(None, ""))
 
 
 def test_a_path_is_no_hub_id(tmp_path: Path) -> None:

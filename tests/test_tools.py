@@ -20,7 +20,7 @@ from ncalign.judging.judge_prompts import judge_templates, pair_prompts, rating_
 from ncalign.judging.records import Answer, Question
 from ncalign.model.encoding import EncodedGroup, Encoder
 from ncalign.online import probe
-from ncalign.online.state import _identity
+from ncalign.online.state import _groups_digest
 from ncalign.tasks.lm_backend import BackendGenerator
 from server_double import ServerDouble, serving
 
@@ -258,10 +258,9 @@ def test_models_of_lm_eval_refuse_them_by_name() -> None:
         generator.generate(["a", "b"], num_samples=1, params=SamplingParams(4), seed=0, tools=[None, [TOOL]])
 
 
-def test_a_checkpoint_is_of_its_prompts_tools() -> None:
-    def identity(**metadata: Any) -> dict[str, str]:
-        run: Any = SimpleNamespace(prompts=[Group("a", "Q", [], metadata)], policy=SimpleNamespace(fingerprint=""))
-        return _identity(run)
+def test_a_run_is_of_its_prompts_tools() -> None:
+    def digest(**metadata: Any) -> str:
+        return _groups_digest([Group("a", "Q", [], metadata)])
 
-    assert identity() == identity(other=1) == identity(tools=[])
-    assert identity(tools=[TOOL]) not in (identity(), identity(tools=[]))
+    assert digest(tools=[TOOL]) == digest(tools=[TOOL])
+    assert len({digest(), digest(tools=[]), digest(tools=[TOOL])}) == 3
