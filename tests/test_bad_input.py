@@ -442,7 +442,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "reading": (run, "load_groups"),
     "reference": (reference.ReferenceCache, "add"),
     "training": (loop.Loop, "step"),
-    "checkpoint": (sys.modules["ncalign.training.checkpoint"], "_checksums"),
+    "checkpoint": (sys.modules["ncalign.training.checkpoint"], "_sha256"),
     "model": (export, "_write_weights"),
 }
 

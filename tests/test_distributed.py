@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,7 +44,7 @@ import torch
 from live_memory import LiveMemory
 from ncalign.cli import app as cli
 from ncalign.model.logprobs import base_causal_model
-from ncalign.training import loop, peers, train as run
+from ncalign.training import export, loop, peers, train as run
 wish = json.loads(sys.argv[1])
 rank = int(os.environ["RANK"])
 plain_accelerator, plain_step, plain_folder = run.make_accelerator, loop.Loop.step, run._reference_folder
@@ -80,6 +81,13 @@ def measured_step(self, number):
         print(json.dumps({"peak": memory.peak, "kept": memory.now}), file=file)
     return found
 
+if wish.get("adapter_alone"):
+    plain_gather = export.get_model_state_dict
+    def gathered(model, **fields):
+        found = plain_gather(model, **fields)
+        assert all("lora_" in name for name in found), sorted(found)
+        return found
+    export.get_model_state_dict = gathered
 if wish.get("own_folders"):
     peers.PATIENCE = 0.3
     os.mkdir(f"node {rank}")
@@ -261,7 +269,7 @@ class TestSharded:
     def test_exported_folders_open(self, config: Config, launch: Callable[..., Done]) -> None:
         whole, adapter = config("whole", dtype="float32"), config("adapter", dtype="float32", lora={"r": 4})
         for run in (whole, adapter):
-            done = launch(run, sharded=True)
+            done = launch(run, sharded=True, adapter_alone=run is adapter)
             assert done.code == 0, done.errors
         base = AutoModelForCausalLM.from_pretrained(whole.model, dtype=torch.float32)
         tokens = torch.arange(5, 25).unsqueeze(0)
@@ -340,6 +348,28 @@ def assert_same_quantized_run(
     assert logged(together)[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "replicated"])
+def test_resumed_on_another_number_of_processes(config: Config, launch: Callable[..., Done], sharded: bool) -> None:
+    settings = {"save_steps": 2, "save_total_limit": 9}
+    alone, killed = config("alone", processes=1, **settings), config("killed", **settings)
+    run_training(alone)
+    assert launch(killed, sharded=sharded, kill_after=3).code != 0
+    shutil.copytree(killed.output_dir, on_one := killed.output_dir.with_name("on one"))
+    # Four go on from two, and one from four.
+    resumed = killed.model_copy(update={"resume": True})
+    assert launch(resumed, processes=4, sharded=sharded, kill_after=5).code != 0
+    shutil.copytree(killed.output_dir, from_four := killed.output_dir.with_name("from four"))
+    done = launch(resumed, processes=4, sharded=sharded)
+    assert done.code == 0, done.errors
+    assert "the run goes on with 8 groups in a step, as it began, now split over 4 process(es)" in done.errors
+    assert_same_run(alone, killed)
+    for output_dir in (on_one, from_four):
+        found = resumed.model_copy(update={"output_dir": output_dir})
+        run_training(found)
+        assert_same_run(alone, found)
+
+
 def assert_bitwise_resume(config: Config, launch: Callable[..., Done], wish: dict[str, Any], fields: dict[str, Any]) -> None:
     """A run whose two processes are killed after step 5 of 6 and resumed from step 4 ends as one that was left alone."""
     settings = {"save_steps": 2, "eval_steps": 2, "dtype": "float32", **fields}
@@ -356,7 +386,7 @@ def assert_bitwise_resume(config: Config, launch: Callable[..., Done], wish: dic
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert logged(whole) == logged(killed)
-    suffixes = {path.suffix for folder in find_checkpoints(killed.output_dir) for path in folder.iterdir()}
+    suffixes = {path.suffix for folder in find_checkpoints(killed.output_dir) for path in folder.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors"}
 
 
@@ -391,12 +421,15 @@ class TestReplicated:
         assert done.code == 0, done.errors
         assert_same_run(alone, together)
 
-    def test_resume_with_another_number_of_processes_is_refused(self, config: Config, launch: Callable[..., Done]) -> None:
-        run = config("run", max_steps=2, save_steps=1)
-        done = launch(run, kill_after=2)
-        assert done.code != 0
-        with pytest.raises(ValueError, match=r"step-00000001 was written by 2 process.*resume with 2 \(torchrun .* 2\)"):
-            run_training(run.model_copy(update={"resume": True}))
+    def test_more_processes_than_groups_in_a_step_are_refused(self, config: Config, launch: Callable[..., Done]) -> None:
+        run = config("run", processes=8, max_steps=2, save_steps=1)
+        assert launch(run, kill_after=2).code != 0
+        (folder,) = find_checkpoints(run.output_dir)
+        state = json.loads((folder / "state.json").read_text())
+        assert state["groups_per_step"] == 2
+        done = launch(run.model_copy(update={"resume": True}), processes=3)
+        assert done.code == 1
+        assert "2 groups in a step, which can't be split over 3 processes: resume with at most 2" in done.errors
 
     @pytest.mark.slow
     def test_a_folder_that_is_not_shared_is_refused(self, config: Config, launch: Callable[..., Done]) -> None:

@@ -66,13 +66,13 @@ class TestBefore:
     ) -> None:
         estimate = planned(train, capsys, *flags)["disk_mib"] * 2**20
         largest = [0]
-        checksums = checkpoint._checksums
+        digest = checkpoint._sha256
 
-        def measured(folder: Path) -> dict[str, str]:
+        def measured(file: Path) -> str:
             largest[0] = max(largest[0], size_of(Path("run/checkpoints")))
-            return checksums(folder)
+            return digest(file)
 
-        monkeypatch.setattr(checkpoint, "_checksums", measured)
+        monkeypatch.setattr(checkpoint, "_sha256", measured)
         assert train(*flags) == 0
         # The model is written while the last two checkpoints and the metrics are there.
         taken = largest[0] + size_of(Path("run/model"))

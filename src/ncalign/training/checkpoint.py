@@ -1,8 +1,9 @@
 """Checkpoints: what training can't compute again from the configuration, written whole or not at all.
 
-A checkpoint is a folder ``checkpoints/step-00000010`` with the trained weights and the optimizer's moments (safetensors), every
-process's random state, ``state.json``, and ``checksums.json`` with the SHA-256 of each. Learning rate, data position and the
-kernel's random numbers are functions of the step and the seed, so the step number restores them. Nothing is pickled.
+A checkpoint is a folder ``checkpoints/step-00000010`` with the trained weights and the optimizer's moments (safetensors; of a
+sharded model the parts as each process holds them, in ``shards/``), every process's random state, ``state.json``, and
+``checksums.json`` with the SHA-256 of each. Learning rate, data position and the kernel's random numbers are functions of the
+step and the seed, so the step number restores them. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,15 +33,18 @@ from torch.distributed.fsdp import FSDPModule
 from ncalign.core.atomic import atomic_folder, delete_folder
 from ncalign.core.kept import read_kept
 from ncalign.core.outputs import record
+from ncalign.training.peers import decided_by_first
 from ncalign.training.saved import SavedState
+from ncalign.training.shards import has_shards, read_shards, shard_shapes, write_shards
 
 _PREFIX = "step-"
 _NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
 _MOMENT = "|"
-_FURTHER = "tensors.safetensors"
+_FURTHER = "tensors"
 _CHECKSUMS = "checksums.json"
 _SUMS = TypeAdapter(dict[str, str])
-_REMEDY = "delete the folder, and resume goes on from the checkpoint before it"
+REMEDY = "delete the folder, and resume goes on from the checkpoint before it"
+"""What is to be done about a damaged checkpoint."""
 State = TypeVar("State", bound=SavedState)
 
 
@@ -56,29 +61,32 @@ def save_checkpoint(
 ) -> Path:
     """Write a step's checkpoint, with further tensors where a run has some, and delete all but the last ``keep``."""
     folder = checkpoint_folder(run_folder, step)
+    sharded = isinstance(model, FSDPModule)
     if isinstance(model, FSDPModule):
         # A pass without gradients leaves the root's own weights gathered, and the optimizer does not know them so.
         model.reshard()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    # Gathering takes every process; what is gathered reaches the first one alone.
-    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    weights, moments = _trained_state(model, optimizer)
     if accelerator.is_main_process:
         record(folder.parent, [f"{_PREFIX}*"], verb="train")
     with atomic_folder(folder, first=accelerator.is_main_process) as temporary:
         accelerator.wait_for_everyone()
-        save_file(_random_state(), temporary / f"random-{accelerator.process_index}.safetensors")
+        written = [temporary / f"random-{accelerator.process_index}.safetensors"]
+        save_file(_random_state(), written[0])
+        if sharded:
+            written += write_shards(weights | _flat_moments(moments), temporary, accelerator)
         if accelerator.is_main_process:
-            trained = _trained_names(moments["param_groups"])
-            save_file(_unshared({name: weights[name] for name in sorted(trained)}), temporary / "model.safetensors")
-            save_file(_unshared(_flat_moments(moments)), temporary / "optimizer.safetensors")
-            if tensors:
-                save_file(_unshared(dict(tensors)), temporary / _FURTHER)
-            (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+            whole = {} if sharded else {"model": weights, "optimizer": _flat_moments(moments)}
+            for name, content in (whole | ({_FURTHER: dict(tensors)} if tensors else {})).items():
+                save_file(_unshared(content), written_file := temporary / f"{name}.safetensors")
+                written.append(written_file)
+            written.append(temporary / "state.json")
+            written[-1].write_text(json.dumps({"step": step, **state}))
+        # Each process reads what it wrote: others' files may show late on a network's disk.
+        sums = gather_object([{path.relative_to(temporary).as_posix(): _sha256(path) for path in written}])
+        if accelerator.is_main_process:
+            together = {name: digest for own in sums for name, digest in own.items()}
+            (temporary / _CHECKSUMS).write_text(json.dumps(dict(sorted(together.items()))))
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary)))
     if accelerator.is_main_process:
         for old in find_checkpoints(run_folder)[:-keep]:
             delete_folder(old)
@@ -106,55 +114,65 @@ def load_checkpoint(
         accelerator: this process's.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another number of processes, another model or a longer run.
+        ValueError: the checkpoint is damaged, or of another model or a longer run.
     """
-    written_by = len(list(folder.glob("random-*.safetensors")))
-    if written_by != accelerator.num_processes:
-        raise ValueError(
-            f"{folder} was written by {written_by} process(es), and {accelerator.num_processes} would see other groups in each "
-            f"step: resume with {written_by} (torchrun --nproc_per_node {written_by}), or start again with overwrite: true"
-        )
-    _verify(folder)
-    state = read_kept(folder / "state.json", form, remedy=_REMEDY)
+    _verify(folder, accelerator)
+    state = read_kept(folder / "state.json", form, remedy=REMEDY)
     if checkpoint_folder(folder.parent.parent, state["step"]).name != folder.name:
-        raise ValueError(f"{folder / 'state.json'} is damaged (it is of step {state['step']}): {_REMEDY}")
+        raise ValueError(f"{folder / 'state.json'} is damaged (it is of step {state['step']}): {REMEDY}")
     if state["step"] > num_steps:
         raise ValueError(
             f"{folder} is of step {state['step']}, and the run ends at step {num_steps}: give it as many steps as before, or "
             "delete the checkpoints beyond its end"
         )
+    weights, moments = _trained_state(model, optimizer)
     try:
-        weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
-        flat_moments = load_file(folder / "optimizer.safetensors")
-        random_state = load_file(folder / f"random-{accelerator.process_index}.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): {_REMEDY}") from error
-    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
-    _check_fits(folder, weights, flat_moments, _trained_names(moments["param_groups"]), moments["state"])
-    result = set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
-    assert not result.unexpected_keys, result.unexpected_keys[:3]
-    moments["state"] = {}
-    for name, tensor in flat_moments.items():
-        parameter, _, key = name.rpartition(_MOMENT)
-        moments["state"].setdefault(parameter, {})[key] = tensor
-    set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
-    _restore_random_state(folder, random_state)
+        if has_shards(folder):
+            flat = weights | _flat_moments(moments)
+            _check_fits(folder, shard_shapes(folder), {name: tensor.shape for name, tensor in flat.items()})
+            read_shards(flat, folder, accelerator)
+            set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+            set_optimizer_state_dict(model, optimizer, moments)
+        else:
+            _load_whole(folder, model, optimizer, weights, moments)
+        # Each process goes on with its own; another number of them draws an adapter's dropout anew.
+        if len(list(folder.glob("random-*.safetensors"))) == accelerator.num_processes:
+            _restore_random_state(folder, load_file(folder / f"random-{accelerator.process_index}.safetensors"))
+        else:
+            torch.manual_seed(torch.initial_seed() + accelerator.num_processes * state["step"])
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): {REMEDY}") from error
     return state
 
 
-def _check_fits(
-    folder: Path,
-    weights: Mapping[str, torch.Tensor],
-    moments: Mapping[str, torch.Tensor],
-    trained: set[str],
-    state: Mapping[str, Mapping[str, torch.Tensor]],
+def _trained_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is trained, by name, and the optimizer's state of it: the tensors themselves, or this process's parts of them."""
+    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
+    weights = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    trained = {name for group in moments["param_groups"] for name in group["params"]}
+    return {name: weights[name] for name in sorted(trained)}, moments
+
+
+def _load_whole(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
 ) -> None:
+    """Restore what one process wrote."""
+    loaded: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
+    flat = load_file(folder / "optimizer.safetensors")
+    expected = {name: tensor.shape for name, tensor in (weights | _flat_moments(moments)).items()}
+    _check_fits(folder, {name: tensor.shape for name, tensor in (loaded | flat).items()}, expected)
+    result = set_model_state_dict(model, loaded, options=StateDictOptions(full_state_dict=True, strict=False))
+    assert not result.unexpected_keys, result.unexpected_keys[:3]
+    moments["state"] = {}
+    for name, tensor in flat.items():
+        parameter, _, key = name.rpartition(_MOMENT)
+        moments["state"].setdefault(parameter, {})[key] = tensor
+    set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
+
+
+def _check_fits(folder: Path, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
     """Refuse tensors that are not those of the parameters that this run trains."""
-    shapes = {f"{name}{_MOMENT}{key}": value.shape for name, entry in state.items() for key, value in entry.items()}
-    wrong = sorted(trained.symmetric_difference(weights))
-    wrong += [name for name, tensor in moments.items() if shapes.get(name) != tensor.shape]
-    # A parameter has the shape of its first moment.
-    wrong += [name for name, tensor in weights.items() if shapes.get(f"{name}{_MOMENT}exp_avg") != tensor.shape]
+    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     if wrong:
         raise ValueError(f"{folder} is of another model: {wrong[:3]} do not fit")
 
@@ -172,7 +190,7 @@ def refuse_other_run(folder: Path, state: SavedState, *, weights: str, data: str
 
 def further_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors that were saved with a checkpoint besides weights and optimizer."""
-    path = folder / _FURTHER
+    path = folder / f"{_FURTHER}.safetensors"
     return dict(load_file(path)) if path.is_file() else {}
 
 
@@ -189,10 +207,6 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
     return sorted(whole)
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != _CHECKSUMS}
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -201,13 +215,21 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verify(folder: Path) -> None:
-    """Raise ValueError where a file is not what was written, is missing, or came later."""
-    written = read_kept(folder / _CHECKSUMS, _SUMS, remedy=_REMEDY)
-    found = _checksums(folder)
-    changed = sorted(name for name in {*written, *found} if written.get(name) != found.get(name))
+def _verify(folder: Path, accelerator: Accelerator) -> None:
+    """Raise ValueError, in every process, where a file is not what was written, is missing, or came later."""
+
+    def kept() -> tuple[dict[str, str], list[str]]:
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return read_kept(folder / _CHECKSUMS, _SUMS, remedy=REMEDY), sorted({*files} - {_CHECKSUMS})
+
+    written, found = decided_by_first(accelerator, kept)
+    changed = sorted(written.keys() ^ set(found))
+    # Each process reads its share.
+    shared = [name for name in found if name in written][accelerator.process_index :: accelerator.num_processes]
+    changed += [name for name in shared if _sha256(folder / name) != written[name]]
+    changed = sorted({name for names in gather_object([changed]) for name in names})
     if changed:
-        raise ValueError(f"{folder} is damaged ({', '.join(changed)} changed after writing): {_REMEDY}")
+        raise ValueError(f"{folder} is damaged ({', '.join(changed)} changed after writing): {REMEDY}")
 
 
 def _random_state() -> dict[str, torch.Tensor]:
@@ -220,14 +242,10 @@ def _random_state() -> dict[str, torch.Tensor]:
 def _restore_random_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
     own = torch.get_rng_state()
     if "cpu" not in state or (state["cpu"].dtype, state["cpu"].shape) != (own.dtype, own.shape):
-        raise ValueError(f"{folder} is damaged (it holds no state of random numbers): {_REMEDY}")
+        raise ValueError(f"{folder} is damaged (it holds no state of random numbers): {REMEDY}")
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _trained_names(param_groups: list[dict[str, Any]]) -> set[str]:
-    return {name for group in param_groups for name in group["params"]}
 
 
 def _flat_moments(moments: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -237,4 +255,4 @@ def _flat_moments(moments: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _unshared(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tied weights appear once each in a safetensors file: give every name memory of its own."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -69,7 +69,9 @@ def save_model(
 
     ``merge`` puts the adapter into the model's weights; without the text ``card`` there is no README.md.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.num_processes > 1)
+    # An adapter alone is saved without its frozen model, which no process may have room for.
+    alone = isinstance(policy.model, PeftModel) and not merge
+    options = StateDictOptions(full_state_dict=True, cpu_offload=accelerator.num_processes > 1, ignore_frozen_params=alone)
     state = get_model_state_dict(model, options=options)
     failed: list[OSError | None] = [None]
     if accelerator.is_main_process:

@@ -17,7 +17,7 @@ from ncalign.training.engine import Engine, Pass
 from ncalign.training.launch import make_accelerator
 from ncalign.training.loop import training_loss
 from ncalign.training.precision import with_precision
-from ncalign.training.resolve import check_data_files
+from ncalign.training.resolve import check_data_files, groups_per_step
 from ncalign.training.shapes import lacks_weights, plan_from_shapes
 from ncalign.training.space import free_space, in_words
 from ncalign.training.train import Prepared, needed_space, prepare_training
@@ -36,7 +36,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     if lacks_weights(config.model):
         check_data_files(config)
         return plan_from_shapes(config, num_processes=accelerator.num_processes)
-    prepared = prepare_training(config, accelerator, method)
+    prepared = prepare_training(config, accelerator, method, groups_per_step(config, accelerator, None))
     facts = prepared.loaded.counts() | {
         "dtype": config.dtype,
         "scoring_dtype": config.scoring_dtype,

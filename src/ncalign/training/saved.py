@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, with_config
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 Number: TypeAlias = int | float
 Count: TypeAlias = Annotated[int, Strict(), Field(ge=0)]
@@ -44,6 +44,7 @@ class TrainState(SavedState):
     before: Numbers | None
     seconds: Number
     loop: LoopState
+    groups_per_step: NotRequired[Annotated[int, Strict(), Field(ge=1)]]
 
 
 @with_config(_MORE)
@@ -93,4 +94,12 @@ class Results(TypedDict):
     versions: _Versions
 
 
+@with_config(_MORE)
+class StepSize(TypedDict):
+    """What of a checkpoint's state is read before the run's steps are planned."""
+
+    groups_per_step: NotRequired[Annotated[int, Strict(), Field(ge=1)]]
+
+
+STEP_SIZE = TypeAdapter(StepSize)
 TRAIN_STATE, ONLINE_STATE, RESULTS = TypeAdapter(TrainState), TypeAdapter(OnlineState), TypeAdapter(Results)

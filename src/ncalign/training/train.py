@@ -45,7 +45,7 @@ from ncalign.training.optimizer import make_optimizer
 from ncalign.training.peers import another_process_named, check_shared_folder, decided_by_first, refuse_unlike_inputs
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
-from ncalign.training.resolve import check_data_files, with_rendering
+from ncalign.training.resolve import check_data_files, groups_per_step, with_rendering
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
 from ncalign.training.saved import TRAIN_STATE, LoopState
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
@@ -108,9 +108,10 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
         done = export_finished(config, written, finished, accelerator, policy=lambda: open_policy(config)[0])
         _say(accelerator, f"{config.output_dir} is finished: {done or 'nothing to resume'}")
         return finished
-    prepared = prepare_training(config, accelerator, method)
-    decided_by_first(accelerator, partial(check_space, config, needed_space(config, prepared)))
     checkpoints = decided_by_first(accelerator, partial(find_checkpoints, config.output_dir)) if config.resume else []
+    step_size = groups_per_step(config, accelerator, checkpoints[-1] if checkpoints else None)
+    prepared = prepare_training(config, accelerator, method, step_size)
+    decided_by_first(accelerator, partial(check_space, config, needed_space(config, prepared)))
     engine, held_out, inputs = prepared.engine, prepared.held_out, _inputs(config, prepared) | own
     refuse_unlike_inputs(inputs, accelerator)
     _fill_reference(config, prepared)
@@ -205,8 +206,8 @@ def needed_space(config: TrainConfig, prepared: Prepared) -> DiskNeed:
     )
 
 
-def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Method) -> Prepared:
-    """Load model and data, and hand both to accelerate."""
+def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Method, step_size: int) -> Prepared:
+    """Load model and data, and hand both to accelerate; ``step_size`` is the number of groups in a step."""
     torch.manual_seed(config.seed)
     check_data_files(config)
     _say(accelerator, f"Loading {config.model}")
@@ -242,7 +243,7 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     engine, optimizer = make_engine(config, policy, method, accelerator)
     plan = make_plan(
         len(train),
-        groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        groups_per_step=step_size,
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         seed=config.seed,
@@ -434,7 +435,8 @@ def _save(config: TrainConfig, prepared: Prepared, state: dict[str, Any], starte
         model=prepared.engine.model,
         optimizer=prepared.optimizer,
         accelerator=prepared.engine.accelerator,
-        state={"before": state["before"], "seconds": seconds, "loop": loop, "weights": state["weights"], "data": state["data"]},
+        state={"before": state["before"], "seconds": seconds, "loop": loop, "weights": state["weights"], "data": state["data"]}
+        | {"groups_per_step": prepared.plan.groups_per_step},
         keep=config.save_total_limit,
     )
 
