@@ -481,13 +481,17 @@ def test_what_a_launcher_asks_for_beside_ncaligns_configuration(
 
 
 @pytest.mark.parametrize(
-    ("kind", "named"), [(DistributedType.DEEPSPEED, "DEEPSPEED"), (DistributedType.FSDP, "FSDP, version 1")]
+    ("kind", "named", "page"),
+    [
+        (DistributedType.DEEPSPEED, "DEEPSPEED", r"docs/distributed\.md, From ZeRO"),
+        (DistributedType.FSDP, "FSDP, version 1", ""),
+    ],
 )
 def test_ways_to_distribute_that_would_train_wrongly_are_refused(
-    config: Config, monkeypatch: pytest.MonkeyPatch, kind: DistributedType, named: str
+    config: Config, monkeypatch: pytest.MonkeyPatch, kind: DistributedType, named: str, page: str
 ) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
-    with pytest.raises(ValueError, match=rf"^accelerate was launched with {named}: .*fsdp_version: 2"):
+    with pytest.raises(ValueError, match=rf"^accelerate was launched with {named}: .*fsdp_version: 2.*{page}"):
         run_training(config("run"))
 
 

@@ -49,9 +49,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         keep_freed_memory()
     kind, fsdp = accelerator.distributed_type, accelerator.distributed_type == DistributedType.FSDP
     if kind in _UNSUPPORTED or (fsdp and not accelerator.is_fsdp2):
+        zero = (
+            "; docs/distributed.md, From ZeRO to FSDP2, has a table of its settings"
+            if kind == DistributedType.DEEPSPEED
+            else ""
+        )
         raise ValueError(
             f"accelerate was launched with {'FSDP, version 1' if fsdp else kind.value}: ncalign trains on one process, with "
-            "DDP (distributed_type: MULTI_GPU) or with FSDP2 (distributed_type: FSDP and fsdp_version: 2)"
+            f"DDP (distributed_type: MULTI_GPU) or with FSDP2 (distributed_type: FSDP and fsdp_version: 2){zero}"
         )
     if not fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.is_main_process:
         say("note: accelerate shards only on an accelerator: every process holds the whole model (DDP)")
