@@ -417,8 +417,8 @@ rank = int(os.environ["RANK"])
 precision.product_seconds = lambda dtype: 1.0 if dtype == torch.float32 else (4.0, 0.4)[rank]
 plain = train.open_policy
 
-def told(config):
-    policy, encoder = plain(config)
+def told(config, accelerator):
+    policy, encoder = plain(config, accelerator)
     print(f"rank {rank}: {config.dtype} {config.scoring_dtype}", file=sys.stderr, flush=True)
     return policy, encoder
 

@@ -84,6 +84,10 @@ class LogprobModel(nn.Module):
         with self._precision(batch, dtype or self._autocast):
             return scored_completions(self.model, batch, select=select, experts_per_token=experts_per_token)
 
+    def tie_weights(self) -> None:
+        """Tie embeddings and head where the model has one matrix for both; accelerate asks for it when it moves weights."""
+        base_causal_model(self.model).tie_weights()
+
     @contextmanager
     def _precision(self, batch: GroupBatch, dtype: torch.dtype | None) -> Iterator[None]:
         if dtype is None:

@@ -43,6 +43,7 @@ from ncalign.training.data import count_steps, listed_steps, mismatched_groups, 
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
 from ncalign.training.launch import make_accelerator
+from ncalign.training.loading import open_policy
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.peers import another_process_named
 from ncalign.training.precision import with_precision
@@ -53,7 +54,7 @@ from ncalign.training.saved import LoopState
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
 from ncalign.training.trackers import start_trackers
-from ncalign.training.train import fit_method, open_policy, versions
+from ncalign.training.train import fit_method, versions
 
 _ROUNDS = ("[0-9][0-9][0-9]", "evaluation.json", "answers.sqlite*", "weights")
 """What the folder ``rounds/`` holds, as patterns."""
@@ -97,7 +98,7 @@ def _run(config: OnlineConfig, accelerator: Accelerator, method: Method, own: di
     training, written = config.training, config.model_dump(mode="json")
     finished = finished_results(training) if training.resume else None
     if finished is not None:
-        done = export_finished(training, written, finished, accelerator, policy=lambda: open_policy(training)[0])
+        done = export_finished(training, written, finished, accelerator, policy=lambda: open_policy(training, accelerator)[0])
         say(f"{training.output_dir} is finished: {done or 'nothing to resume'}")
         return finished
     rounds = training.output_dir / run_folder.ROUNDS

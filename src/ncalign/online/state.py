@@ -32,11 +32,12 @@ from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_
 from ncalign.training.data import held_out_places, prompt_digest
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges
+from ncalign.training.loading import open_policy
 from ncalign.training.run_folder import MetricsFile
 from ncalign.training.saved import ONLINE_STATE, LoopState
 from ncalign.training.space import DiskNeed, disk_need
 from ncalign.training.trackers import log_to_trackers
-from ncalign.training.train import make_engine, open_policy
+from ncalign.training.train import make_engine
 
 _BYTES_PER_TOKEN = 16
 """Of a round's samples: as ids and as text, in two files each."""
@@ -116,7 +117,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, own
     )
     prompts, held_out = load_prompts(config)
     say(f"Loading {training.model}")
-    policy, encoder = open_policy(training)
+    policy, encoder = open_policy(training, accelerator)
     # Offline candidates are encoded with the prompt as it is put to the policy now.
     made = count_renderings(prompts) if config.candidates == "fresh_and_offline" else Counter()
     if warning := rendering_warning(made, encoder.string_prompts, what=str(training.data), does="this run encodes them"):

@@ -33,7 +33,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ValueError: it was launched with a way to distribute that ncalign does not support.
     """
     check_trackers(config.report_to)
-    # Under it only the first process reads the weights; here each one fingerprints and checks what it starts from.
+    # Under it transformers itself leaves weights out in all processes but a node's first; `loading` does so where it can.
     disable_fsdp_ram_efficient_loading()
     accelerator = Accelerator(
         # Without an accelerator, torchrun's processes are joined (over gloo) only when the CPU is asked for.

@@ -24,10 +24,10 @@ from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
-from ncalign.model.encoding import EncodedGroup, Encoder, make_encoder
-from ncalign.model.limits import filler_id, limits_of
-from ncalign.model.logprobs import LogprobModel, base_causal_model, check_head, completion_token_cost, share_prompts
-from ncalign.model.policy import DTYPES, Policy, load_policy, reference_mode
+from ncalign.model.encoding import EncodedGroup, Encoder
+from ncalign.model.limits import filler_id
+from ncalign.model.logprobs import LogprobModel, base_causal_model, completion_token_cost
+from ncalign.model.policy import DTYPES, Policy, reference_mode
 from ncalign.model.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
 from ncalign.model.routing import router_loss_of
 from ncalign.objectives import Method, build_method
@@ -40,6 +40,7 @@ from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
 from ncalign.training.launch import compute_in, is_sharded, make_accelerator
+from ncalign.training.loading import open_policy, share_prompts_alike
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.optimizer import make_optimizer
 from ncalign.training.peers import another_process_named, check_shared_folder, decided_by_first, refuse_unlike_inputs
@@ -105,7 +106,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
     finished = decided_by_first(accelerator, partial(finished_results, config)) if config.resume else None
     started, written = time.monotonic(), config.model_dump(mode="json")
     if finished is not None:
-        done = export_finished(config, written, finished, accelerator, policy=lambda: open_policy(config)[0])
+        done = export_finished(config, written, finished, accelerator, policy=lambda: open_policy(config, accelerator)[0])
         _say(accelerator, f"{config.output_dir} is finished: {done or 'nothing to resume'}")
         return finished
     checkpoints = decided_by_first(accelerator, partial(find_checkpoints, config.output_dir)) if config.resume else []
@@ -211,7 +212,7 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     torch.manual_seed(config.seed)
     check_data_files(config)
     _say(accelerator, f"Loading {config.model}")
-    policy, encoder = open_policy(config)
+    policy, encoder = open_policy(config, accelerator)
     load = partial(
         load_groups,
         encoder=encoder,
@@ -254,30 +255,17 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
 
 
-def open_policy(config: TrainConfig) -> tuple[Policy, Encoder]:
-    """The policy that training starts from, and the encoder of its groups."""
-    policy = load_policy(
-        config.model,
-        dtype=config.dtype,
-        lora=config.lora,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
-        seed=config.seed,
-    )
-    check_head(policy.model)
-    return policy, make_encoder(policy.tokenizer, config.encoding, limits=limits_of(policy.model))
-
-
 def make_engine(
     config: TrainConfig, policy: Policy, method: Method, accelerator: Accelerator
 ) -> tuple[Engine, torch.optim.Optimizer]:
     """The engine that runs the method on this policy, and the optimizer of what it trains."""
     if config.activation_checkpointing:
         recompute_activations(base_causal_model(policy.model))
-    reason = share_prompts(policy.model) if config.share_prompts else None
+    reason = share_prompts_alike(policy, accelerator) if config.share_prompts else None
     if reason is not None:
         _say(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
-    router, notice = router_loss_of(base_causal_model(policy.model), config.router_aux_loss_coef)
+    find_router = partial(router_loss_of, base_causal_model(policy.model), config.router_aux_loss_coef)
+    router, notice = decided_by_first(accelerator, find_router)
     if notice:
         _say(accelerator, f"note: {notice}")
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
