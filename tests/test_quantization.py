@@ -204,7 +204,7 @@ def test_merged_into_dequantized_weights_it_is_the_policy(
     run = config(model=folders[name], merge=True, max_steps=2)
     kept: list[Policy] = []
     monkeypatch.setattr(
-        "ncalign.training.train.load_policy", lambda *args, **named: kept.append(load_policy(*args, **named)) or kept[0]
+        "ncalign.training.loading.load_policy", lambda *args, **named: kept.append(load_policy(*args, **named)) or kept[0]
     )
     run_training(run)
     merged = AutoModelForCausalLM.from_pretrained(run.output_dir / "model", dtype="auto").eval()

@@ -30,6 +30,7 @@ from ncalign.model.config import EncodingConfig, LoRA
 from ncalign.model.reference import reference_folder
 from ncalign.objectives import ObjectiveConfig
 from ncalign.rewards.config import JudgeConfig
+from ncalign.training import loading
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.config import TrainConfig
 from ncalign.training.plan import dry_run
@@ -307,9 +308,7 @@ class TestSelfCheck:
             run_training(run.model_copy(update={"per_device_train_batch_size": 1}))
 
     def test_noise_that_only_training_has_is_found(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ncalign.training.train as run_module
-
-        make = run_module.load_policy
+        make = loading.load_policy
 
         def noisy(*args: Any, **fields: Any) -> Any:
             policy = make(*args, **fields)
@@ -320,7 +319,7 @@ class TestSelfCheck:
             policy.model.model.norm.register_forward_hook(add_noise)
             return policy
 
-        monkeypatch.setattr(run_module, "load_policy", noisy)
+        monkeypatch.setattr(loading, "load_policy", noisy)
         with pytest.raises(ValueError, match=r"the policy's log-probs are off .*not deterministic in training"):
             run_training(config())
 
@@ -345,9 +344,7 @@ class TestSelfCheck:
             run_training(config("second"))
 
     def test_a_policy_that_is_not_its_reference_is_named(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ncalign.training.train as run_module
-
-        make = run_module.load_policy
+        make = loading.load_policy
 
         def broken(*args: Any, **fields: Any) -> Any:
             policy = make(*args, **fields)
@@ -357,7 +354,7 @@ class TestSelfCheck:
                         parameter.fill_(0.1)
             return policy
 
-        monkeypatch.setattr(run_module, "load_policy", broken)
+        monkeypatch.setattr(loading, "load_policy", broken)
         with pytest.raises(ValueError, match=r"the policy's log-probs are off .*adapter does not start at zero"):
             run_training(config(lora={"r": 4}))
 
