@@ -244,9 +244,10 @@ def training_loss(result: PassResult, part: Pass, router: RouterLoss | None) -> 
 
 def _fetched(norm: Tensor | float, found: Sequence[Tensor]) -> tuple[float, list[list[list[float]]]]:
     """The gradient norm and the ``[2, M]`` numbers of each pass, for which the host waits once."""
-    if not found:
-        return float(norm), []
+    # All processes put a sharded norm together, also one whose passes were all fillers.
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not found:
+        return float(whole), []
     first = torch.as_tensor(whole, dtype=torch.float64, device=found[0].device).reshape(1)
     values = torch.cat([first, *(part.flatten() for part in found)]).tolist()
     passes, at = [], 1

@@ -145,25 +145,35 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
         state["before"] = loop.evaluate(0)
     save = partial(_save, config, prepared, state, started)
     after = _trained(config, loop, state["step"], save)
-    results = {
-        "method": engine.method.name,
-        "steps": prepared.plan.num_steps,
-        "data": prepared.loaded.counts() | {"groups_trained_on": len(prepared.train), "groups_held_out": len(held_out)},
-        "reward_steps": listed_steps(prepared.loaded.reward_steps),
-        "before": state["before"],
-        "after": after,
-        "dtype": config.dtype,
-        "scoring_dtype": config.scoring_dtype,
-        "seed": config.seed,
-        "seconds": state["seconds"] + time.monotonic() - started,
-        "model": str(config.output_dir / run_folder.MODEL),
-        "versions": versions(),
-    }
+    results = _results(
+        config, prepared, before=state["before"], after=after, seconds=state["seconds"] + time.monotonic() - started
+    )
     merge, card = merges(prepared.policy, config), model_card(prepared.policy, config, written, results)
     write = partial(save_model, prepared.policy, engine.model, accelerator, merge=merge, card=card)
     _finish(config, loop, results, save=save, write=lambda target: write(target=target))
     accelerator.end_training()
     return results
+
+
+def _results(
+    config: TrainConfig, prepared: Prepared, *, before: Any, after: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """What ``results.json`` holds."""
+    return {
+        "method": prepared.engine.method.name,
+        "steps": prepared.plan.num_steps,
+        "data": prepared.loaded.counts()
+        | {"groups_trained_on": len(prepared.train), "groups_held_out": len(prepared.held_out)},
+        "reward_steps": listed_steps(prepared.loaded.reward_steps),
+        "before": before,
+        "after": after,
+        "dtype": config.dtype,
+        "scoring_dtype": config.scoring_dtype,
+        "seed": config.seed,
+        "seconds": seconds,
+        "model": str(config.output_dir / run_folder.MODEL),
+        "versions": versions(),
+    }
 
 
 def _trained(config: TrainConfig, loop: Loop, start: int, save: Callable[[int, LoopState], None]) -> dict[str, float]:
