@@ -27,7 +27,7 @@ def test_accelerate_reads_its_files() -> None:
 @pytest.mark.parametrize(("name", "nodes"), [("one-node.sh", 1), ("fsdp2-two-nodes.sh", 2)])
 def test_slurm_scripts_start_a_launcher_on_each_node(name: str, nodes: int, tmp_path: Path) -> None:
     commands = {
-        "scontrol": "printf 'first\\nsecond\\n'",
+        "scontrol": "echo first; sleep .1; echo second",
         "srun": f'shift; for node in $(seq 0 {nodes - 1}); do SLURM_NODEID=$node "$@"; done',
         "accelerate": 'echo "$@"',
     }

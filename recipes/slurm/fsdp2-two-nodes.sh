@@ -9,8 +9,8 @@
 #SBATCH --requeue
 set -euo pipefail
 export run=${1:?give the configuration of the run: sbatch recipes/slurm/fsdp2-two-nodes.sh run.yaml}
-main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export main
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export main=${hosts%%$'\n'*}
 
 # One launcher a node; SLURM_NODEID differs between them. --resume starts at the beginning where there is no checkpoint.
 srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file recipes/accelerate/fsdp2-two-nodes.yaml \
