@@ -21,7 +21,8 @@ class LiveMemory(TorchDispatchMode):
         self._storages: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
         self.peak = 0
         for found in gc.get_objects():
-            if isinstance(found, torch.Tensor):
+            # By its type: some of the objects warn, or import a module, when they are asked for their class.
+            if issubclass(type(found), torch.Tensor):
                 self._add(found)
 
     @property
