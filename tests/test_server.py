@@ -25,11 +25,12 @@ from conftest import CHATML
 from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import read_groups
-from ncalign.generation.base import SamplingParams
+from ncalign.generation.base import PromptError, SamplingParams
 from ncalign.generation.client import Server, ServerError
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.questions import Request
 from ncalign.generation.remote import ServerGenerator
+from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.wire import Choice
 from server_double import ServerDouble, serving
 
@@ -72,7 +73,7 @@ def test_every_fault_is_survived_and_nothing_kept_is_asked_again(tmp_path: Path)
         assert all(choice.text.endswith(f"to q{i}") for i, one in enumerate(found) for choice in one)
         assert server.usage.malformed > 0
         asked = len(double.requests)
-        again = Server(config(url), Store(tmp_path / "answers"))
+        again = Server(config(url, max_retries=50), Store(tmp_path / "answers"))
         assert again.ask(requests) == found
         assert len(double.requests) == asked
         assert again.usage.remembered == 40
@@ -158,7 +159,7 @@ def test_a_malformed_answer_is_asked_for_again_then_missing_and_never_kept(body:
         assert isinstance(found, ServerError)
         assert "no usable answer 2 times" in str(found)
         assert (server.usage.malformed, len(double.requests)) == (3, 4)
-        again = Server(config(url), Store(tmp_path / "answers"))
+        again = Server(config(url, max_retries=50), Store(tmp_path / "answers"))
         assert [isinstance(one, list) for one in again.ask([chat("q"), chat("other")])] == [True, True]
         assert len(double.requests) == 5
 
@@ -216,7 +217,7 @@ def test_ctrl_c_cancels_what_is_under_way_and_keeps_what_is_done(tmp_path: Path)
             Server(config(url, max_concurrency=2), Store(tmp_path / "answers")).ask([chat(f"q{i}") for i in range(50)])
         assert time.monotonic() - started < 30
         double.faults = lambda number: None
-        again = Server(config(url), Store(tmp_path / "answers"))
+        again = Server(config(url, max_retries=50), Store(tmp_path / "answers"))
         assert all(isinstance(one, list) for one in again.ask([chat(f"q{i}") for i in range(50)]))
     assert again.usage.remembered == 6
 
@@ -330,13 +331,46 @@ def test_strings_are_completed_and_conversations_answered() -> None:
         found = generator.generate(["say", [{"role": "user", "content": "reply"}]], num_samples=2, params=params, seed=3)
     assert [[completion.text for completion in one] for one in found] == [
         ["answer 0 of 3 to say", "answer 1 of 3 to say"],
-        ["answer 0 of 4 to reply", "answer 1 of 4 to reply"],
+        ["answer 0 of 5 to reply", "answer 1 of 5 to reply"],
     ]
     assert all(one.num_tokens == 6 and one.logprob == -3.0 and one.finished for row in found for one in row)
     bodies = {path: body for path, body in double.requests}
     assert bodies["/v1/completions"]["prompt"] == "say"
     for body in bodies.values():
         assert (body["max_tokens"], body["temperature"], body["top_p"], body["top_k"], body["n"]) == (9, 0.7, 0.9, 5, 2)
+
+
+def test_prompts_go_as_tokens_and_tokens_come_back(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    double, sent = ServerDouble(), [[*range(5, 9), 3], [7, 400], None]
+    plain = double.choices
+    double.choices = lambda path, body, n: [  # type: ignore[method-assign]
+        {**choice, "token_ids": sent[0]} for choice in plain(path, body, n)
+    ]
+    talk = [{"role": "user", "content": "reply"}]
+    tokens = TokenPrompts(tiny_tokenizer, string_prompts="raw", vocabulary=384)
+    asked = {"num_samples": 2, "params": SamplingParams(9), "seed": 3}
+    with serving(double) as url:
+        generator = ServerGenerator(config(url), tokens=tokens, progress=False)
+        found = generator.generate(["say", talk], tools=[None, [{"name": "weather"}]], **asked)  # type: ignore[arg-type]
+        assert {one.token_ids for row in found for one in row} == {(5, 6, 7, 8, 3)}
+        assert {one.text for row in found for one in row} == {tiny_tokenizer.decode([5, 6, 7, 8])}
+        first, second = (body for _, body in sorted(double.requests, key=lambda one: int(one[1]["seed"])))
+        assert [first["prompt"], first["seed"], second["seed"]] == [tiny_tokenizer("say")["input_ids"], 3, 5]
+        assert tiny_tokenizer.decode(second["prompt"]) == tiny_tokenizer.apply_chat_template(
+            talk, tools=[{"name": "weather"}], tokenize=False, add_generation_prompt=True
+        )
+        assert [second[name] for name in ("return_token_ids", "stop_token_ids")] == [True, [3]]
+        assert {path for path, _ in double.requests} == {"/v1/completions"}
+        sent.pop(0)
+        with pytest.raises(ValueError, match="the token 400, and the policy has 384 tokens"):
+            generator.generate(["other"], **asked)  # type: ignore[arg-type]
+        # llama.cpp takes tokens and gives none.
+        sent.pop(0)
+        [[one, _]] = generator.generate(["third"], **asked)  # type: ignore[arg-type]
+        assert (one.token_ids, one.text[:8]) == (None, "answer 0")
+        double.faults = lambda number: (400, "prompt must be a string")
+        with pytest.raises(ServerError, match=r"prompts were sent as token ids.*--server_prompts text"):
+            generator.generate(["fourth"], **asked)  # type: ignore[arg-type]
 
 
 def test_generate_verb_on_a_server_resumes(tmp_path: Path, write_jsonl: Callable[..., Path], capsys: Any) -> None:
@@ -406,11 +440,13 @@ def test_vllm_is_driven_by_its_documented_interface(
         monkeypatch.setitem(sys.modules, name, module)
     from ncalign.generation.vllm import VLLMGenerator
 
-    generator = VLLMGenerator("m", tiny_tokenizer, adapter_rank=8, string_prompts="raw", options={"dtype": "bfloat16"})
+    tokens = TokenPrompts(tiny_tokenizer, string_prompts="raw", max_tokens=64)
+    generator = VLLMGenerator("m", tokens, adapter_rank=9, max_tokens=64, options={"dtype": "bfloat16"})
     assert calls[-1][1] == {
         "model": "m",
         "enable_lora": True,
-        "max_lora_rank": 8,
+        "max_lora_rank": 16,
+        "max_model_len": 64,
         "dtype": "bfloat16",
         "logprobs_mode": "raw_logprobs",
         "load_format": "safetensors",
@@ -420,8 +456,13 @@ def test_vllm_is_driven_by_its_documented_interface(
     assert (found[0][0].logprob, found[0][0].finished, len(found[0])) == (-1.5, False, 2)
     assert calls[-1][1][0] == [{"prompt_token_ids": tiny_tokenizer("What is")["input_ids"]}]
     assert calls[-1][1][2] is None
+    # Sample j of a prompt takes its seed + j.
+    generator.generate(["What is", "What"], num_samples=3, params=SamplingParams(4), seed=2**31 - 4)
+    assert [settings.seed for settings in calls[-1][1][1]] == [2**31 - 4, 2**31 - 1]
+    with pytest.raises(PromptError, match="exceed the 64 tokens"):
+        generator.generate(["What is", "What"], num_samples=1, params=SamplingParams(63), seed=1)
     talk = [{"role": "user", "content": "What"}]
-    monkeypatch.setattr(generator._template.tokenizer, "chat_template", "{{ tools | tojson }}" + str(CHATML))
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ tools | tojson }}" + str(CHATML))
     generator.generate([talk, talk], num_samples=1, params=SamplingParams(4), seed=1, tools=[None, [{"name": "weather"}]])
     assert ["weather" in tiny_tokenizer.decode(one["prompt_token_ids"]) for one in calls[-1][1][0]] == [False, True]
     generator.load_adapter(Path("a"))

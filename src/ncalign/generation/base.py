@@ -116,6 +116,17 @@ class LeftOutPrompts:
         return "\n".join([f"note: {what}: {len(self.names)} prompts can't be answered and are left out:", *lines])
 
 
+def sample_seed(seed: int, index: int, num_samples: int) -> int:
+    """The seed of prompt ``index`` where an engine samples its j-th completion with that seed + j, as vLLM does.
+
+    No two completions of a call share a seed then: prompts whose seeds were neighbours would repeat each other's samples.
+
+    >>> [sample_seed(7, index, 4) for index in range(3)]
+    [7, 11, 15]
+    """
+    return (seed + index * num_samples) % 2**31
+
+
 def group_name(group: Group, index: int) -> str:
     """A group as messages call it."""
     return f"{group.origin or f'prompt {index + 1}'}: group {group.id!r}"

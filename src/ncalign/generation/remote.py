@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ncalign.core.progress import Bar, say
@@ -10,10 +10,11 @@ from ncalign.core.store import Store
 from ncalign.data.formats.group import TOOLS, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
-from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams
+from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, sample_seed, tell_refused
 from ncalign.generation.client import Server, ServerError
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.questions import Request
+from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.wire import Choice
 from ncalign.model.chat import as_messages, is_half_written
 from ncalign.model.config import StringPrompts
@@ -33,13 +34,15 @@ class ServerGenerator:
     """Samples from a model on a server, many prompts at once; what the server has answered before is not asked again.
 
     A conversation goes to the chat API, whose server applies the chat template; a prompt that is a string does so too, as a
-    user's turn, or goes to the completions API as it is.
+    user's turn, or goes to the completions API as it is. With ``tokens`` all prompts go there as token ids, and token ids come
+    back (vLLM's ``return_token_ids``): the server applies no template, and no text is encoded a second time.
 
     Args:
         config: where the server is, and how it may be asked.
         store: keeps answers by what was asked.
         string_prompts: whether plain-string prompts are sent as they are or as a user's turn; ``auto`` is a user's turn, since
             nothing tells here whether the server has a chat template.
+        tokens: makes tokens of prompts and text of tokens; None: the server does both.
         progress: whether to show a progress bar on stderr.
     """
 
@@ -49,10 +52,13 @@ class ServerGenerator:
         *,
         store: Store | None = None,
         string_prompts: StringPrompts = "auto",
+        tokens: TokenPrompts | None = None,
         progress: bool = True,
     ) -> None:
-        self.server = Server(config, store)
+        self.server, self._tokens = Server(config, store), tokens
         self.string_prompts: Rendering = "user_turn" if string_prompts == "auto" else string_prompts
+        if tokens is not None:
+            self.string_prompts = tokens.string_prompts
         self._chosen, self._progress = string_prompts != "auto", progress
         self._said: set[str] = set()
 
@@ -78,28 +84,58 @@ class ServerGenerator:
             PromptError: the server refuses a prompt, and nobody is told of it; what it answered is kept.
             ServerError: the server fails; what it answered is kept, and the same call goes on from there.
         """
-        given = list(zip(prompts, tools or [None] * len(prompts), strict=True))
-        self._say_what_is_sent(given)
-        requests = [self._request(*one, num_samples, params, seed + index) for index, one in enumerate(given)]
+        if self._tokens is None:
+            given = list(zip(prompts, tools or [None] * len(prompts), strict=True))
+            self._say_what_is_sent(given)
+            requests = {
+                index: self._request(*one, num_samples, params, sample_seed(seed, index, num_samples))
+                for index, one in enumerate(given)
+            }
+        else:
+            encoded = self._tokens.encode(prompts, tools, params.max_new_tokens)
+            tell_refused([one for one in encoded if isinstance(one, PromptError)], refuse)
+            requests = {
+                index: self._of_tokens(one, self._tokens, num_samples, params, sample_seed(seed, index, num_samples))
+                for index, one in enumerate(encoded)
+                if not isinstance(one, PromptError)
+            }
         with Bar("Sampling on the server", len(requests), shown=self._progress) as bar:
-            found = self.server.ask(requests, done=lambda index: bar.advance())
-        failed = {index: answer for index, answer in enumerate(found) if isinstance(answer, ServerError)}
-        if failed:
-            first = next(iter(failed.values()))
-            chat = not self._chosen and any(isinstance(prompt, str) for prompt in prompts) and first.refused
+            found = dict(zip(requests, self.server.ask(list(requests.values()), done=lambda index: bar.advance()), strict=True))
+        self._tell_failed(
+            {index: answer for index, answer in found.items() if isinstance(answer, ServerError)}, prompts, tools, refuse
+        )
+        samples: list[list[Completion]] = [[] for _ in prompts]
+        for index, answer in found.items():
+            samples[index] = [] if isinstance(answer, ServerError) else [self._completion(choice) for choice in answer]
+        return samples
+
+    def _tell_failed(
+        self,
+        failed: Mapping[int, ServerError],
+        prompts: Sequence[str | list[Message]],
+        tools: Sequence[Tools] | None,
+        refuse: Refuse | None,
+    ) -> None:
+        """Tell of the prompts that the server refuses, or raise where it fails."""
+        if not failed:
+            return
+        place, first = next(iter(failed.items()))
+        hint = ""
+        if first.refused and self._tokens is not None:
+            hint = "; prompts were sent as token ids, as vLLM takes them: for another server, --server_prompts text"
+        elif first.refused and not self._chosen and any(isinstance(prompt, str) for prompt in prompts):
             hint = "; string prompts were sent as a user's turn: for a model without chat template, --string_prompts raw"
-            with_tools = f"; `{TOOLS}` were sent with tool_choice none: leave them out for a server that takes neither"
-            hint = (hint if chat else "") + (with_tools if first.refused and given[next(iter(failed))][1] else "")
-            others = f"{len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go on"
-            message = f"{first} ({others}{hint})"
-            # Where nothing at all is answered, it is not the prompts.
-            if len(failed) == len(found) or not all(answer.refused for answer in failed.values()):
-                raise ServerError(message)
-            if refuse is None:
-                raise PromptError(next(iter(failed)), message)
-            for index, answer in failed.items():
-                refuse(PromptError(index, str(answer), reason="refused by the server"))
-        return [[] if isinstance(answer, ServerError) else [_completion(choice) for choice in answer] for answer in found]
+        if first.refused and self._tokens is None and tools and tools[place]:
+            hint += f"; `{TOOLS}` were sent with tool_choice none: leave them out for a server that takes neither"
+        others = f"{len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go on"
+        message = f"{first} ({others}{hint})"
+        # Where nothing at all is answered, it is not the prompts.
+        if len(failed) == len(prompts) or not all(answer.refused for answer in failed.values()):
+            raise ServerError(message)
+        if refuse is None:
+            raise PromptError(place, message)
+        for index, answer in failed.items():
+            refuse(PromptError(index, str(answer), reason="refused by the server"))
 
     def _say_what_is_sent(self, given: Sequence[tuple[str | list[Message], Tools]]) -> None:
         """Say, once of each, what of these prompts and their tools a server may do otherwise than a model in this process."""
@@ -119,14 +155,7 @@ class ServerGenerator:
     def _request(
         self, prompt: str | list[Message], tools: Tools, num_samples: int, params: SamplingParams, seed: int
     ) -> Request:
-        body: dict[str, Any] = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_tokens": params.max_new_tokens,
-            "seed": seed % 2**31,
-        }
-        if params.top_k:
-            body["top_k"] = params.top_k  # not OpenAI's own, but what vLLM, SGLang and llama.cpp call it
+        body = _sampling(params, seed)
         raw = self._is_raw(prompt)
         if self.server.config.logprobs:
             body["logprobs"] = 1 if raw else True  # a number of alternatives there, a switch here
@@ -139,8 +168,27 @@ class ServerGenerator:
         for_tools: dict[str, Any] = {"tools": tools, "tool_choice": "none"} if tools else {}
         return Request("chat", {**body, "messages": messages, **for_tools}, num_samples, needed=frozenset(for_tools))
 
+    def _of_tokens(self, ids: list[int], tokens: TokenPrompts, num_samples: int, params: SamplingParams, seed: int) -> Request:
+        body = {**_sampling(params, seed), "prompt": ids, "return_token_ids": True, "stop_token_ids": [tokens.end_id]}
+        if self.server.config.logprobs:
+            body["logprobs"] = 0
+        return Request("completions", body, num_samples)
 
-def _completion(choice: Choice) -> Completion:
-    # Servers that do not count tokens are counted by words, for the reports alone.
-    number = choice.num_tokens if choice.num_tokens is not None else len(choice.text.split())
-    return Completion(choice.text, number, choice.finished, logprob=choice.logprob)
+    def _completion(self, choice: Choice) -> Completion:
+        if self._tokens is not None and choice.token_ids is not None:
+            return self._tokens.completion(choice.token_ids, finished=choice.finished, logprob=choice.logprob)
+        # Servers that do not count tokens are counted by words, for the reports alone.
+        number = choice.num_tokens if choice.num_tokens is not None else len(choice.text.split())
+        return Completion(choice.text, number, choice.finished, logprob=choice.logprob)
+
+
+def _sampling(params: SamplingParams, seed: int) -> dict[str, Any]:
+    """How to sample, in the words of OpenAI's API."""
+    body: dict[str, Any] = {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_tokens": params.max_new_tokens,
+        "seed": seed,
+    }
+    # Not OpenAI's own, but what vLLM, SGLang and llama.cpp call it.
+    return {**body, "top_k": params.top_k} if params.top_k else body

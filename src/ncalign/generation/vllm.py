@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.install import install_hint
 from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
-from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
-from ncalign.generation.local import answer_text, encode_prompts
-from ncalign.model.chat import ChatTemplate, resolve_string_prompts
-from ncalign.model.config import ControlTokensInText, StringPrompts
+from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, sample_seed, tell_refused
+from ncalign.generation.token_prompts import TokenPrompts
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM makes room for (``vllm.config.lora.MaxLoRARanks``)."""
+_FIT = -1
+"""As ``max_model_len``: as many tokens as there is memory for."""
 
 
 class VLLMGenerator:
@@ -23,42 +23,34 @@ class VLLMGenerator:
 
     Args:
         model: folder or hub id that vLLM starts with.
-        tokenizer: the policy's, so that prompts become the same tokens as in training.
+        tokens: makes tokens of prompts, and text of tokens.
         adapter_rank: rank of the adapters that will come; None where whole models will.
-        string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.chat.resolve_string_prompts`.
-        control_tokens: what is done with control tokens that are written out in prompts.
+        max_tokens: of a prompt and its completion, for which the cache has room; None: as many as there is memory for.
         options: further arguments of ``vllm.LLM``.
-        today: the date for chat templates that write it; None for that of the call.
 
     Raises:
-        ValueError: vLLM is not installed.
+        ValueError: vLLM is not installed, or takes no adapters of that rank.
     """
 
     def __init__(
         self,
         model: str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokens: TokenPrompts,
         *,
         adapter_rank: int | None = None,
-        string_prompts: StringPrompts = "auto",
-        control_tokens: ControlTokensInText = "keep",
+        max_tokens: int | None = None,
         options: Mapping[str, Any] | None = None,
-        today: date | None = None,
     ) -> None:
         try:
             import vllm
         except ImportError:
             raise ValueError(f"generator: vllm needs the package vllm: {install_hint('vllm')}") from None
-        adapters = {"enable_lora": True, "max_lora_rank": adapter_rank} if adapter_rank is not None else {}
+        adapters = {"enable_lora": True, "max_lora_rank": rank_of_vllm(adapter_rank)} if adapter_rank is not None else {}
         self._vllm = vllm
         # Log-probs of the model itself, before temperature and truncation.
-        self._engine = vllm.LLM(
-            model=model, **{"logprobs_mode": "raw_logprobs", "load_format": "safetensors", **adapters, **(options or {})}
-        )
-        self._tokenizer, self._control_tokens = tokenizer, control_tokens
-        self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
-        self._template = ChatTemplate(tokenizer, today)
-        self._turn = self._template.example()
+        own = {"logprobs_mode": "raw_logprobs", "load_format": "safetensors", "max_model_len": max_tokens or _FIT}
+        self._engine = vllm.LLM(model=model, **{**own, **adapters, **(options or {})})
+        self._tokens, self.string_prompts = tokens, tokens.string_prompts
         self._adapter: Any = None
         self._updates = 0
 
@@ -88,9 +80,9 @@ class VLLMGenerator:
         """Sample completions; see :class:`ncalign.generation.base.Generator`.
 
         Raises:
-            PromptError: a prompt has no tokens, or needs a chat template that is missing.
+            PromptError: a prompt has no tokens or too many, or needs a chat template that is missing.
         """
-        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools, control_tokens=self._control_tokens)
+        found = self._tokens.encode(prompts, tools, params.max_new_tokens)
         tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
         places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
         inputs = [{"prompt_token_ids": found[index]} for index in places]
@@ -101,11 +93,12 @@ class VLLMGenerator:
                 top_p=params.top_p,
                 top_k=params.top_k,
                 max_tokens=params.max_new_tokens,
-                seed=(seed + index) % 2**31,
+                seed=sample_seed(seed, index, num_samples),
                 logprobs=0,
-                stop_token_ids=[self._template.end_id(self._turn)],
+                stop_token_ids=[self._tokens.end_id],
+                detokenize=False,
             )
-            for index in range(len(inputs))
+            for index in places
         ]
         outputs = self._engine.generate(inputs, settings, lora_request=self._adapter)
         samples: list[list[Completion]] = [[] for _ in prompts]
@@ -114,8 +107,21 @@ class VLLMGenerator:
         return samples
 
     def _completion(self, output: Any) -> Completion:
-        ids, finished = tuple(int(token) for token in output.token_ids), output.finish_reason != "length"
-        text = str(output.text)
-        if self._turn is not None and self._turn.header.strip():
-            text = answer_text(self._tokenizer, ids[:-1] if finished else ids, self._turn)
-        return Completion(text, len(ids), finished, token_ids=ids, logprob=float(output.cumulative_logprob))
+        ids = [int(token) for token in output.token_ids]
+        return self._tokens.completion(ids, finished=output.finish_reason != "length", logprob=float(output.cumulative_logprob))
+
+
+def rank_of_vllm(rank: int) -> int:
+    """The least rank for which vLLM makes room that holds adapters of this one.
+
+    Raises:
+        ValueError: it makes room for none as large.
+
+    >>> rank_of_vllm(24)
+    32
+    """
+    if rank > _RANKS[-1]:
+        raise ValueError(
+            f"lora.r is {rank}, and vLLM takes adapters of ranks up to {_RANKS[-1]}: lower it, or set push: folder"
+        )
+    return next(room for room in _RANKS if room >= rank)

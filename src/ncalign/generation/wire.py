@@ -37,6 +37,7 @@ _MOST_CHOICES, _MOST_PARTS, _MOST_TOKENS, _MOST_ALTERNATIVES = 2**13, 2**13, 2**
 Logprob = Annotated[float, Field(le=_HIGHEST, allow_inf_nan=False)]
 _TokenLogprob = Annotated[float, Field(ge=_LOWEST, le=_HIGHEST, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0, le=2**53)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Malformed(ValueError):
@@ -54,6 +55,7 @@ class Choice:
         logprob: sum of its tokens' log-probs, in nats; None where the server does not give them.
         top: for each token, the likeliest alternatives with their log-probs; empty where they were not asked for.
         withheld: whether a filter of the server's ended it, and no limit on its length.
+        token_ids: its tokens, the one that ended it among them; None where they were not asked for, or are not given.
     """
 
     text: str
@@ -62,6 +64,7 @@ class Choice:
     logprob: Logprob | None = None
     top: tuple[Mapping[str, Logprob], ...] = ()
     withheld: bool = False
+    token_ids: tuple[int, ...] | None = None
 
     def texts(self) -> Iterator[str]:
         """All that the server wrote in it."""
@@ -98,8 +101,8 @@ def read_answer(text: str, *, hidden: Callable[[str], str] = lambda text: text) 
         Malformed: it is no answer, or one with something in it that can't be.
 
     >>> read_answer('{"choices": [{"text": "4", "finish_reason": "stop"}], "usage": []}')
-    Read(choices=[Choice(text='4', finished=True, num_tokens=None, logprob=None, top=(), withheld=False)],
-         prompt_tokens=0, completion_tokens=0)
+    Read(choices=[Choice(text='4', finished=True, num_tokens=None, logprob=None, top=(), withheld=False,
+         token_ids=None)], prompt_tokens=0, completion_tokens=0)
     """
     text = text.removeprefix("\ufeff")
     try:
@@ -166,6 +169,8 @@ class _WireChoice(BaseModel):
     text: str | None = None
     finish_reason: Annotated[str, AfterValidator(str.lower)] | None = None
     logprobs: _Logprobs | None = None
+    # vLLM's, with return_token_ids.
+    token_ids: Annotated[list[_TokenId], Field(fail_fast=True, max_length=_MOST_TOKENS)] | None = None
 
     @model_validator(mode="after")
     def _has_an_answer(self) -> _WireChoice:
@@ -187,6 +192,7 @@ class _WireChoice(BaseModel):
             logprob=None if values is None else min(float(sum(value for value in values if value is not None)), _HIGHEST),
             top=top if any(top) else (),
             withheld=self.finish_reason in _WITHHELD,
+            token_ids=None if self.token_ids is None else tuple(self.token_ids),
         )
 
 

@@ -27,6 +27,7 @@ from ncalign.generation.config import ServerConfig
 from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.generation.local import TransformersGenerator, load_for_generation, prompts_notice
 from ncalign.generation.remote import ServerGenerator
+from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.vllm import VLLMGenerator
 from ncalign.judging.answers import check_form, write_answers
 from ncalign.judging.config import AnswerConfig, EvaluateConfig
@@ -139,12 +140,11 @@ def _in_vllm(
     model: str, tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts, today: date | None
 ) -> VLLMGenerator:
     """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
+    tokens = TokenPrompts(tokenizer, string_prompts=string_prompts, today=today)
     if not is_adapter(model):
-        return VLLMGenerator(model, tokenizer, string_prompts=string_prompts, today=today)
+        return VLLMGenerator(model, tokens)
     tell_of_whole_base(model)
-    generator = VLLMGenerator(
-        adapter_base(model), tokenizer, adapter_rank=adapter_rank(model), string_prompts=string_prompts, today=today
-    )
+    generator = VLLMGenerator(adapter_base(model), tokens, adapter_rank=adapter_rank(model))
     generator.load_adapter(Path(model))
     return generator
 

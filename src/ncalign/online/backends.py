@@ -15,14 +15,16 @@ from ncalign.generation.base import Generator
 from ncalign.generation.client import Server, ServerError
 from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.remote import ServerGenerator
+from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.vllm import VLLMGenerator
+from ncalign.model.limits import limits_of
 from ncalign.model.policy import Policy
 from ncalign.online.config import OnlineConfig
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
 from ncalign.training.run_folder import ROUNDS
 
-_WEIGHTS = "weights"
+_WEIGHTS, _START = "weights", "start"
 
 
 class GeneratorOf(Protocol):
@@ -122,21 +124,44 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
     """The generator that the configuration names."""
     if config.generator == "transformers":
         return InProcess(config, policy, engine)
+    encoding, limits = config.training.encoding, limits_of(policy.model)
+    room = encoding.max_length + config.max_new_tokens
+    max_tokens = room if limits.context is None else min(room, limits.context)
+    tokens = TokenPrompts(
+        policy.tokenizer,
+        string_prompts=encoding.string_prompts,
+        control_tokens=encoding.control_tokens_in_text,
+        today=encoding.template_date,
+        max_tokens=max_tokens if config.generator == "vllm" else None,
+        vocabulary=limits.vocabulary,
+    )
+    remote: ServerGenerator | VLLMGenerator
     if config.server is not None:
-        if config.training.encoding.control_tokens_in_text == "escape":
-            raise ValueError("control_tokens_in_text: escape can't be had from a server, which makes tokens of prompts itself")
         answers = Store(config.training.output_dir / ROUNDS / "answers.sqlite")
-        remote: ServerGenerator | VLLMGenerator = ServerGenerator(
-            config.server, store=answers, string_prompts=config.training.encoding.string_prompts, progress=False
+        remote = ServerGenerator(
+            config.server,
+            store=answers,
+            string_prompts=encoding.string_prompts,
+            tokens=tokens if config.sends_token_ids else None,
+            progress=False,
         )
     else:
+        start = config.training.model
+        if policy.on_adapter:
+            # vLLM takes one adapter at a time, and that will be the one in training.
+            target = (config.training.output_dir / ROUNDS / _START).resolve()
+            save_model(policy, engine.model, accelerator, merge=config.training.lora is not None, card=None, target=target)
+            start = str(target)
         remote = VLLMGenerator(
-            config.training.model,
-            policy.tokenizer,
+            start,
+            tokens,
             adapter_rank=config.training.lora.r if config.training.lora is not None and config.push == "lora" else None,
-            string_prompts=config.training.encoding.string_prompts,
-            control_tokens=config.training.encoding.control_tokens_in_text,
-            today=config.training.encoding.template_date,
-            options={"gpu_memory_utilization": config.vllm_memory, "seed": config.training.seed},
+            max_tokens=max_tokens,
+            options={
+                "gpu_memory_utilization": config.vllm_memory,
+                "seed": config.training.seed,
+                # Left to itself it computes float32 weights in bfloat16.
+                "dtype": "bfloat16" if config.training.dtype == "bfloat16" else "float32",
+            },
         )
     return Pushed(config, policy, engine, accelerator, remote)

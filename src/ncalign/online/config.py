@@ -74,6 +74,12 @@ class OnlineConfig(Frozen):
         description="What samples candidates: the policy in this process, a server (section server), or vLLM in this process.",
     )
     server: ServerConfig | None = Field(None, description="The server that samples, with generator: server.")
+    server_prompts: Literal["auto", "token_ids", "text"] = Field(
+        "auto",
+        description="How prompts reach the server: as tokens, so that it reads and writes those that training scores "
+        "(token_ids, for vLLM), or as messages, to which it applies its own chat template (text); auto: token_ids unless push "
+        "is none.",
+    )
     push: Literal["lora", "folder", "none"] = Field(
         "lora",
         description="How a round's weights reach a server or vLLM: as an adapter that it loads, as a model folder that it "
@@ -119,9 +125,19 @@ class OnlineConfig(Frozen):
                 "vLLM in this process holds the base model's own weights, and the policy those in 4 bits (quantization): "
                 "an adapter (push: lora) would sample from another model: set push: folder, which sends dequantized weights"
             )
+        if self.server is not None and self.training.encoding.control_tokens_in_text == "escape" and not self.sends_token_ids:
+            raise ValueError(
+                "control_tokens_in_text: escape can't be had from a server that makes tokens of prompts itself: set "
+                "server_prompts: token_ids, for vLLM"
+            )
         max_length = self.training.encoding.max_length
         if self.max_new_tokens >= max_length:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({max_length}): prompts need room"
             )
         return self
+
+    @property
+    def sends_token_ids(self) -> bool:
+        """Whether prompts reach the server as token ids: only vLLM takes weights, and it takes those too."""
+        return self.push != "none" if self.server_prompts == "auto" else self.server_prompts == "token_ids"

@@ -330,7 +330,8 @@ def fill_logprobs(
 
     ``at_reference`` says that both have the same weights; the files go to the round's ``folder``.
     """
-    known = config.training.dtype != "bfloat16"
+    # Other engines compute the log-probs of the same weights otherwise, as autocast does.
+    known = config.generator == "transformers" and config.training.dtype != "bfloat16"
     found: tuple[list[tuple[float, ...] | None], ...] = ([], [])
     with Bar("Log-probs of the pool", len(ranked)) as bar:
         for number, start in enumerate(range(0, len(ranked), config.chunk_size)):
