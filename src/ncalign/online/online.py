@@ -91,7 +91,9 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
         training = with_precision(with_rendering(training, accelerator, dated=True), accelerator, method)
         config = config.model_copy(update={"training": training})
         refuse_changes(training, config.model_dump(mode="json"))
-        return _run(config, accelerator, method, own)
+        results = _run(config, accelerator, method, own)
+        accelerator.end_training()
+    return results
 
 
 def _run(config: OnlineConfig, accelerator: Accelerator, method: Method, own: dict[str, str]) -> dict[str, Any]:
@@ -444,5 +446,4 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
             save_checkpoint=lambda: save(run, position),
             save_model=lambda elsewhere: write(target=elsewhere),
         ) from error
-    run.accelerator.end_training()
     return results

@@ -22,6 +22,12 @@ from ncalign.training.config import TrainConfig
 from ncalign.training.trackers import check_trackers
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_GROUPS: list[torch.distributed.ProcessGroup | None] = []
+"""Every process group of this process, held until it ends: DDP must not be the last to let go of one.
+
+Freeing a gloo group waits for its threads. Python's reference gives up the interpreter's lock for that; the one in DDP's C++
+part does not, and a thread that needs the lock to drop its last tensor then never ends.
+"""
 _UNSUPPORTED = frozenset({DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA})
 
 
@@ -45,6 +51,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=str(config.output_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
     )
+    if torch.distributed.is_initialized():
+        _GROUPS.append(torch.distributed.group.WORLD)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     kind, fsdp = accelerator.distributed_type, accelerator.distributed_type == DistributedType.FSDP

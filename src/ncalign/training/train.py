@@ -99,7 +99,9 @@ def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[s
             check_shared_folder(config.output_dir, accelerator)
             config = with_precision(with_rendering(config, accelerator), accelerator, method)
             decided_by_first(accelerator, partial(refuse_changes, config, config.model_dump(mode="json")))
-            return _run(config, accelerator, method, own)
+            results = _run(config, accelerator, method, own)
+            accelerator.end_training()
+    return results
 
 
 def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dict[str, str]) -> dict[str, Any]:
@@ -151,7 +153,6 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
     merge, card = merges(prepared.policy, config), model_card(prepared.policy, config, written, results)
     write = partial(save_model, prepared.policy, engine.model, accelerator, merge=merge, card=card)
     _finish(config, loop, results, save=save, write=lambda target: write(target=target))
-    accelerator.end_training()
     return results
 
 
