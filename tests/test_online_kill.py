@@ -48,7 +48,7 @@ def test_killed_anywhere_and_resumed_is_bitwise_the_same(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora.r": 4, "reference": "ema", "dtype": "bfloat16"},
+        {"lora.r": 4, "reference": "ema", "dtype": "bfloat16", "scoring_dtype": "bfloat16"},
         {
             "reference": "last_round",
             "objective": "kto",
