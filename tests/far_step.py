@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.utils import _to_kwargs
 
 import far_device
 from conftest import build_model, build_tokenizer
 from ncalign.model import logprobs
-from ncalign.model.logprobs import LogprobModel, share_prompts
+from ncalign.model.logprobs import LogprobModel
+from ncalign.model.sharing import share_prompts
 from ncalign.objectives import DPO, MCPO, NCA, build_method
 from ncalign.training.engine import Engine
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.schedule import make_plan
 from test_engine import groups
+from test_logprobs import adapted
 
 # PyTorch can't compute a part again in the backward pass of such a device.
 logprobs.checkpoint = lambda function, *given, **options: function(*given)
 
 
+class Parallel(torch.nn.DataParallel):
+    """As DistributedDataParallel treats what a model is called with; processes to talk to it has none."""
+
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        torch.nn.Module.__init__(self)
+        self.module, self.device = module, device
+
+    def forward(self, *given: Any, **options: Any) -> Any:
+        moved, named = _to_kwargs(given, options, self.device, False)
+        return self.module(*moved[0], **named[0])
+
+
 def steps(
-    device: torch.device, objective: MCPO | DPO | NCA, *, shared: bool, prompts_once: bool
+    device: torch.device, objective: MCPO | DPO | NCA, *, shared: bool, prompts_once: bool, lora: bool, parallel: bool
 ) -> tuple[list[float], list[str]]:
     model = build_model(build_tokenizer())
+    if lora:
+        model = adapted(model)
     if shared:
         assert share_prompts(model) is None
     accelerator = Accelerator(cpu=True)
     accelerator.state.device = device
     inner = LogprobModel(model.to(device))
     engine = Engine(
-        inner,
+        Parallel(inner, device) if parallel else inner,
         build_method(objective),
         accelerator,
         pad_token_id=0,
@@ -41,7 +59,8 @@ def steps(
         max_tokens=4096,
         prompts_once=prompts_once,
     )
-    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3, foreach=False)
+    trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
     plan = make_plan(3, groups_per_step=3, num_train_epochs=3, max_steps=-1, seed=0)
     loop = Loop(engine, optimizer, plan, groups(), [], lambda step: 1e-3, 1.0, Intervals(1, 0, 0), lambda row: None)
     norms = [loop.step(0)[0]]
@@ -53,10 +72,13 @@ def steps(
 found = {}
 for shared, prompts_once in ((True, True), (True, False), (False, False)):
     for objective in (MCPO(), DPO(), NCA()):
-        name = f"{objective.name} {shared} {prompts_once}"
-        (near, _), (far, waits) = (
-            steps(device, objective, shared=shared, prompts_once=prompts_once)
-            for device in (torch.device("cpu"), far_device.DEVICE)
-        )
-        found[name] = {"near": near, "far": far, "waits": waits}
+        for lora, parallel in ((False, False), (False, True), (True, False)):
+            if lora and not isinstance(objective, MCPO):
+                continue
+            name = f"{objective.name} {shared} {prompts_once} {lora} {parallel}"
+            options = {"shared": shared, "prompts_once": prompts_once, "lora": lora, "parallel": parallel}
+            (near, _), (far, waits) = (
+                steps(device, objective, **options) for device in (torch.device("cpu"), far_device.DEVICE)
+            )
+            found[name] = {"near": near, "far": far, "waits": waits}
 json.dump(found, sys.stdout)

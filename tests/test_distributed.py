@@ -45,6 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 import torch
 from live_memory import LiveMemory
 from ncalign.cli import app as cli
+from ncalign.model import attention
 from ncalign.model.logprobs import base_causal_model
 from ncalign.training import export, loading, loop, peers, train as run
 wish = json.loads(sys.argv[1])
@@ -107,6 +108,13 @@ if wish.get("other_data") and rank:
         loaded.groups.pop()
         return loaded
     run.load_groups = shortened
+if wish.get("wrong") and rank:
+    plain_mask = attention._causal_mask
+    def mask(segments, length, prompt, reach, device):
+        found = plain_mask(segments, length, prompt, reach, device).clone()
+        found[:, : prompt // 2] = False
+        return found
+    attention._causal_mask = mask
 loop.Loop.step = step
 if wish.get("sharded") and rank and wish.get("once", True):
     def load_policy(*args, **fields):
@@ -243,6 +251,19 @@ def test_experts_and_their_router_loss_equal_one_process(
     assert done.code == 0, done.errors
     assert_same_run(alone, together)
     assert all(row["aux_loss"] > 1.0 for row in logged(together) if "loss" in row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_where_one_process_computes_something_else_on_shared_prompts_all_pad(
+    config: Config, launch: Callable[..., Done], sharded: bool
+) -> None:
+    alone, together = config("alone", processes=1, share_prompts=False), config("together")
+    run_training(alone)
+    done = launch(together, sharded=sharded, wrong=True)
+    assert done.code == 0, done.errors
+    assert done.errors.count("since prompts can't be shared here: log-probs differ by ") == 1
+    assert_same_run(alone, together)
 
 
 @pytest.mark.slow

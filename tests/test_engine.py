@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
 from ncalign.model.encoding import EncodedGroup
-from ncalign.model.logprobs import LogprobModel, share_prompts
+from ncalign.model.logprobs import LogprobModel
+from ncalign.model.sharing import share_prompts
 from ncalign.objectives import MCPO, build_method
 from ncalign.training.engine import Engine, Scoring
 from ncalign.training.metrics import PassResult

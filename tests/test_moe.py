@@ -24,16 +24,10 @@ from ncalign.cli.app import main
 from ncalign.model.adapters import quiet_peft
 from ncalign.model.batching import GroupBatch
 from ncalign.model.config import LoRA
-from ncalign.model.logprobs import (
-    LogprobModel,
-    Scored,
-    chosen_logprobs,
-    completion_logprobs,
-    scored_completions,
-    share_prompts,
-)
+from ncalign.model.logprobs import LogprobModel, Scored, chosen_logprobs, completion_logprobs, scored_completions
 from ncalign.model.policy import load_policy, reference_mode
 from ncalign.model.routing import RouterLoss, expert_use, load_balancing_loss, router_loss_of
+from ncalign.model.sharing import share_prompts
 from ncalign.objectives import MCPO, build_method
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.config import TrainConfig

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from conftest import build_tokenizer, weights
@@ -38,11 +40,13 @@ from ncalign.model.encoding import Encoder
 from ncalign.model.logprobs import LogprobModel
 from ncalign.model.policy import load_policy
 from ncalign.model.precision import fast_precision, product_seconds, resolve_dtype
+from ncalign.objectives import MCPO, build_method
 from ncalign.online.config import OnlineConfig
 from ncalign.online.online import run_online
 from ncalign.rewards.config import ScoreConfig
 from ncalign.rewards.score import run_score
 from ncalign.training import loop
+from ncalign.training import precision as training_precision
 from ncalign.training.config import TrainConfig
 from ncalign.training.plan import dry_run
 from ncalign.training.train import run_training
@@ -65,6 +69,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(precision, "product_seconds", {torch.float32: 1.0, torch.bfloat16: ratio}.__getitem__)
 
     return become
+
+
+def a_gpu(monkeypatch: pytest.MonkeyPatch, able: bool = True) -> None:
+    """To what decides the precision, and nothing else, there is a GPU; the processor is not timed."""
+    cuda = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda including_emulation: able)
+    fast_precision.cache_clear()
+    precision.announce.cache_clear()
+    monkeypatch.setattr(precision, "torch", SimpleNamespace(cuda=cuda))
 
 
 @pytest.fixture
@@ -120,6 +132,13 @@ class TestTheMachine:
 
         monkeypatch.setattr(getattr(torch, device), "is_bf16_supported", supported)
         assert resolve_dtype("auto", device) == expected  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("able", "expected"), [(True, "bfloat16"), (False, "float32")])
+    def test_a_gpu_that_is_there_is_asked_and_the_processor_is_not_timed(
+        self, monkeypatch: pytest.MonkeyPatch, able: bool, expected: str
+    ) -> None:
+        a_gpu(monkeypatch, able)
+        assert resolve_dtype("auto") == expected
 
     def test_of_other_accelerators_nothing_is_known(self) -> None:
         assert resolve_dtype("auto", "mps") == "float32"
@@ -177,13 +196,21 @@ def computed_in(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
     return seen
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(0.4, "bfloat16"), (4.0, "float32")])
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.4, "bfloat16"), (4.0, "float32"), (None, "bfloat16")], ids=["fast", "slow", "GPU"]
+)
 class TestVerbs:
     """On a machine of each kind: what was computed in, and what is recorded."""
 
     @pytest.fixture(autouse=True)
-    def _machine(self, machine: Machine, ratio: float) -> None:
-        machine(ratio)
+    def _machine(self, machine: Machine, ratio: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        if ratio is not None:
+            machine(ratio)
+            return
+        # It decides; a processor computes.
+        a_gpu(monkeypatch)
+        plain = training_precision.fast_precision
+        monkeypatch.setattr(training_precision, "fast_precision", lambda device: plain("cuda"))
 
     @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["all weights", "adapter"])
     def test_train(self, config: Any, computed_in: set[torch.dtype], expected: str, lora: Any, capsys: Any) -> None:
@@ -268,6 +295,19 @@ def test_nothing_is_decided_where_no_model_computes_here(
     assert "dtype" not in found
     assert "dtype" not in audited
     assert "Precision" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, ("bfloat16", "bfloat16")), ({"dtype": "float32"}, ("float32", "bfloat16"))]
+)
+def test_training_on_a_gpu_asks_the_gpu(
+    config: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    a_gpu(monkeypatch)
+    state = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, is_main_process=True)
+    on_gpu: Any = SimpleNamespace(**vars(state), device=torch.device("cuda", 0))
+    found = training_precision.with_precision(config(**given), on_gpu, build_method(MCPO()))
+    assert (found.dtype, found.scoring_dtype) == expected
 
 
 class TestScoring:

@@ -25,9 +25,10 @@ from conftest import weights
 from ncalign.cli.app import main
 from ncalign.model import precision
 from ncalign.model.config import LoRA, Quantization
-from ncalign.model.logprobs import _probe, base_causal_model, completion_logprobs, share_prompts
+from ncalign.model.logprobs import base_causal_model, completion_logprobs
 from ncalign.model.policy import Policy, load_policy, reference_mode
 from ncalign.model.quantized import estimated_bytes, held_bytes, shapes_of
+from ncalign.model.sharing import _SHORT, _probe, share_prompts
 from ncalign.online.config import OnlineConfig
 from ncalign.tasks.lm_backend import Backend, backend_arguments
 from ncalign.training import loop
@@ -114,7 +115,7 @@ def test_shared_prompts_give_the_values_and_gradients_of_padded_rows(name: str, 
     move_adapter(policy)
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 7 * 2
-    batch = _probe(base_causal_model(policy.model))
+    batch = _probe(base_causal_model(policy.model), _SHORT, torch.device("cpu"))
 
     def values_and_gradients() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         policy.model.zero_grad()
@@ -133,7 +134,7 @@ def test_shared_prompts_give_the_values_and_gradients_of_padded_rows(name: str, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_the_adapter_off_the_policy_is_its_reference_bit_for_bit(dtype: str, folders: dict[str, str]) -> None:
     policy = quantized(folders["llama"], dtype=dtype)
-    batch = _probe(base_causal_model(policy.model))
+    batch = _probe(base_causal_model(policy.model), _SHORT, torch.device("cpu"))
     with torch.no_grad(), reference_mode(policy.model):
         expected = completion_logprobs(policy.model.eval(), batch)
     assert torch.equal(completion_logprobs(policy.model.train(), batch), expected)
@@ -210,7 +211,7 @@ def test_merged_into_dequantized_weights_it_is_the_policy(
     merged = AutoModelForCausalLM.from_pretrained(run.output_dir / "model", dtype="auto").eval()
     assert merged.dtype == torch.float32
     assert "quantization_config" not in (run.output_dir / "model" / "config.json").read_text()
-    batch = _probe(merged)
+    batch = _probe(merged, _SHORT, torch.device("cpu"))
     with torch.no_grad():
         expected = completion_logprobs(kept[0].model.eval(), batch)
         assert torch.allclose(completion_logprobs(merged, batch), expected, rtol=1e-5, atol=1e-3)

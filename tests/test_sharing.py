@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
-from ncalign.model.attention import shares_prompts
+from ncalign.model import attention
+from ncalign.model.attention import _causal_mask, shares_prompts
 from ncalign.model.batching import GroupBatch, collate
 from ncalign.model.layout import Span, padded_layout, shared_layout
-from ncalign.model.logprobs import LogprobModel, chosen_logprobs, completion_logprobs, share_prompts
+from ncalign.model.logprobs import LogprobModel, chosen_logprobs, completion_logprobs
+from ncalign.model.sharing import _LONG, _SHORT, _probe, share_prompts, why_not_shared
 from ncalign.training.train import recompute_activations
 from test_logprobs import ARCHITECTURES, VOCABULARY, adapted, build, group
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+CPU = torch.device("cpu")
 RAGGED = ((5, (3, 1, 7)), (12, (2,)), (1, (4, 4, 4, 4)), (9, (1, 6)))
 Sizes = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -197,6 +201,86 @@ def test_what_looks_right_and_is_not_is_found_out() -> None:
     assert reason is not None
     assert "log-probs differ by" in reason
     assert not shares_prompts(model)
+
+
+def seeing_half_of_the_prompt(segments: Any, length: int, prompt: int, reach: int, device: torch.device) -> Tensor:
+    mask = _causal_mask(segments, length, prompt, reach, device).clone()
+    mask[:, : prompt // 2] = False
+    return mask
+
+
+class HalfBackward(torch.autograd.Function):
+    """The same values, and half of the gradients."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return 0.5 * gradients[0]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_wrong_values_and_wrong_gradients_are_found_out(
+    name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LogprobModel(build(name), autocast=autocast)
+    assert why_not_shared(model, device=CPU) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_causal_mask", seeing_half_of_the_prompt)
+        assert re.fullmatch(
+            r"log-probs differ by [\d.]+ nats in a row of 67 tokens on cpu", why_not_shared(model, device=CPU) or ""
+        )
+    plain = attention._span_attention
+
+    def half_backward(row: Any, *given: Any, **options: Any) -> Any:
+        return plain((*row[:2], HalfBackward.apply(row[2])), *given, **options)
+
+    monkeypatch.setattr(attention, "_span_attention", half_backward)
+    assert re.fullmatch(r"gradients differ by [\d.]+ % in a row of 67 tokens on cpu", why_not_shared(model, device=CPU) or "")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_comparing_leaves_no_trace(wrong: bool, checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(build("llama"))
+    if checkpointed:
+        recompute_activations(model.get_base_model())
+    if wrong:
+        monkeypatch.setattr(attention, "_causal_mask", seeing_half_of_the_prompt)
+    model.train()
+    model.get_base_model().model.layers[1].eval()
+    for place, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.full_like(parameter, float(place))
+
+    def state() -> list[Any]:
+        grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        modes = [module.training for module in model.modules()]
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        return [*(p.detach().clone() for p in model.parameters()), *grads, torch.get_rng_state(), modes, hooks]
+
+    before = state()
+    assert (why_not_shared(LogprobModel(model), device=CPU) is not None) == wrong
+    for expected, found in zip(before, state(), strict=True):
+        assert torch.equal(expected, found) if isinstance(expected, Tensor) else expected == found
+    assert not shares_prompts(model.get_base_model())
+
+
+def test_what_is_compared_has_a_place_in_the_model() -> None:
+    model = build("gpt2")
+    model.resize_token_embeddings(40)
+    model.config.vocab_size, model.config.pad_token_id, model.config.image_token_index = VOCABULARY, 7, 11
+    for sizes in (_SHORT, _LONG):
+        batch = _probe(model, sizes, CPU)
+        found = set(batch.tokens.tolist())
+        assert max(found) < 40
+        assert not found & {1, 2, 7, 11}
+        longest = max(span.prompt + max(span.completions) for span in batch.spans)
+        assert longest == (35 if sizes is _SHORT else 128)
+        assert batch.completion_lengths[0].tolist() == list(batch.spans[0].completions)
+    assert share_prompts(model) is None
 
 
 SELECT = torch.tensor([[2, 0], [-1, -1], [3, 1], [1, -1]])

@@ -15,7 +15,8 @@ from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import collate
 from ncalign.model.blockwise import block_mask
 from ncalign.model.layout import Segments, Span
-from ncalign.model.logprobs import chosen_logprobs, completion_logprobs, share_prompts
+from ncalign.model.logprobs import chosen_logprobs, completion_logprobs
+from ncalign.model.sharing import share_prompts
 from ncalign.training.train import recompute_activations
 from test_logprobs import VOCABULARY, group
 from test_sharing import Sizes, assert_same, values_and_gradients

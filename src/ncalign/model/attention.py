@@ -71,7 +71,7 @@ def shared_attention(
         before_key, before_value = segments.kept.of[module]
         earlier = (before_key.to(value.dtype), before_value.to(value.dtype))
     window = options.get("sliding_window")
-    if query.is_cuda:
+    if in_blocks(query.device):
         if earlier is not None:
             key, value = torch.cat([earlier[0], key], dim=2), torch.cat([earlier[1], value], dim=2)
         return blockwise(query, key, value, segments=segments, window=window, cap=cap, scale=scale).transpose(1, 2), None
@@ -85,6 +85,11 @@ def shared_attention(
             for output in attend(span, tuple(part[:, :, prompt.start : prompt.end] for part in earlier))
         ]
     return torch.cat(outputs, dim=1), None
+
+
+def in_blocks(device: torch.device) -> bool:
+    """Whether attention over shared prompts runs in blocks on this device (FlexAttention), not group by group."""
+    return device.type == "cuda"
 
 
 def _span_attention(

@@ -7,7 +7,7 @@ vocabulary head does not grow with the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -21,15 +21,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ncalign.model.attention import NAME as SHARED
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
-from ncalign.model.layout import Layout, Span, completions_layout, padded_layout, prompts_layout, shared_layout
+from ncalign.model.layout import Layout, completions_layout, padded_layout, prompts_layout, shared_layout
 from ncalign.model.quantized import num_weights
 from ncalign.model.routing import expert_use
 
 _CHUNK_LOGITS = {"cpu": 2**22, "other": 2**26}
 """Logits held at a time: 16 MiB in float32 on a CPU, 256 MiB on an accelerator."""
+
+
+Cells = Sequence[Sequence[int]]
+"""Candidates of each of B groups, S each, as indices into K; -1 for none."""
 
 
 class Scored(NamedTuple):
@@ -59,13 +62,13 @@ class LogprobModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
-        self._autocast = autocast
+        self.autocast = autocast
         self._no_split_modules = list(base_causal_model(model)._no_split_modules or [])
 
     def forward(
         self,
         batch: GroupBatch,
-        select: Tensor | None = None,
+        select: Cells | None = None,
         *,
         choose: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
@@ -73,15 +76,16 @@ class LogprobModel(nn.Module):
     ) -> Scored:
         """See :func:`scored_completions`, or with ``choose`` :func:`chosen_logprobs`, which scores those of ``select``.
 
-        ``dtype`` stands in for the model's own autocast where no gradient flows; float32 switches it off.
+        ``select`` is no tensor: a wrapper would move one to the accelerator, for the host to wait for. ``dtype`` stands in for
+        the model's own autocast where no gradient flows; float32 switches it off.
         """
         if choose is not None:
-            with self._precision(batch, self._autocast):
+            with self._precision(batch, self.autocast):
                 scoring = self._precision(batch, dtype)
                 return chosen_logprobs(
                     self.model, batch, choose, read=select, scoring=scoring, experts_per_token=experts_per_token
                 )
-        with self._precision(batch, dtype or self._autocast):
+        with self._precision(batch, dtype or self.autocast):
             return scored_completions(self.model, batch, select=select, experts_per_token=experts_per_token)
 
     def tie_weights(self) -> None:
@@ -132,7 +136,7 @@ def scored_completions(
     model: PreTrainedModel | PeftModel,
     batch: GroupBatch,
     *,
-    select: Int[Tensor, "B S"] | None = None,
+    select: Int[Tensor, "B S"] | Cells | None = None,
     chunk_tokens: int | None = None,
     experts_per_token: int | None = None,
 ) -> Scored:
@@ -168,7 +172,7 @@ def chosen_logprobs(
     batch: GroupBatch,
     choose: Callable[[Float[Tensor, "B R"]], Int[Tensor, "B S"]],
     *,
-    read: Int[Tensor, "B R"] | None = None,
+    read: Int[Tensor, "B R"] | Cells | None = None,
     scoring: AbstractContextManager[None],
     experts_per_token: int | None = None,
 ) -> Scored:
@@ -199,7 +203,7 @@ def chosen_logprobs(
         # Autocast keeps the first cast of a weight: the head's must not be one without gradients.
         head_of(causal)(ends[:1])
 
-    def follow(select: Tensor | None, prompts_use: Tensor | None) -> Scored:
+    def follow(select: Tensor | Cells | None, prompts_use: Tensor | None) -> Scored:
         wanted, places = _wanted(batch, select)
         if not any(wanted):
             nothing = ends.new_zeros(places.shape) + 0.0 * ends.sum()
@@ -226,12 +230,12 @@ def _no_use(nothing: Float[Tensor, "B S"]) -> Float[Tensor, "B S 2 0"]:
     return nothing.new_zeros(*nothing.shape, 2, 0)
 
 
-def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], Int[Tensor, "B S"]]:
+def _wanted(batch: GroupBatch, select: Tensor | Cells | None) -> tuple[list[list[int]], Int[Tensor, "B S"]]:
     """The candidates of each group that are asked for, each once, and the place of each cell's among all of them."""
     sizes = [len(span.completions) for span in batch.spans]
-    cells = [list(range(size)) for size in sizes] if select is None else select.tolist()
+    cells = [list(range(size)) for size in sizes] if select is None else _listed(select)
     wanted = [sorted({k for k in row if k >= 0}) for row in cells]
-    width = batch.candidate_mask.shape[1] if select is None else select.shape[1]
+    width = batch.candidate_mask.shape[1] if select is None else len(cells[0])
     absent = sum(map(len, wanted))
     places = torch.full((len(sizes), width), absent)
     first = 0
@@ -241,6 +245,11 @@ def _wanted(batch: GroupBatch, select: Tensor | None) -> tuple[list[list[int]], 
             places[b, s] = at.get(k, absent)
         first += len(chosen)
     return wanted, places
+
+
+def _listed(select: Tensor | Cells) -> Cells:
+    found: Cells = select.tolist() if isinstance(select, Tensor) else select
+    return found
 
 
 def _body(
@@ -274,61 +283,6 @@ def _run(causal: PreTrainedModel, layout: Layout, embedded: Tensor | None, route
         segments=layout.segments,
         **routed,
     )
-
-
-@torch.no_grad()
-def share_prompts(model: PreTrainedModel | PeftModel) -> str | None:
-    """Have the model compute each prompt once for all its completions, if that gives the same log-probs as separate rows.
-
-    Log-probs of two small groups are computed both ways, and with the prompts in a pass of their own. Where they differ (a
-    layer that mixes tokens in another way than attention, an attention that is not transformers' own interface) the model is
-    left as it was.
-
-    Returns:
-        Why prompts can't be shared; None where they are from now on.
-    """
-    causal = base_causal_model(model)
-    if shares_prompts(causal):
-        return None
-    batch = _probe(causal)
-    training = model.training
-    before = causal.config.get_text_config()._attn_implementation
-    model.eval()
-    try:
-        expected = completion_logprobs(model, batch)
-        causal.set_attn_implementation(SHARED)
-        columns = torch.arange(batch.candidate_mask.shape[1], device=causal.device)
-        every = columns.expand(batch.candidate_mask.shape).masked_fill(~batch.candidate_mask, -1)
-        once = chosen_logprobs(model, batch, lambda scores: every, scoring=nullcontext()).logprobs
-        error = max(float((found - expected).abs().max()) for found in (completion_logprobs(model, batch), once))
-        reason = None if error <= _probe_tolerance(causal, expected) else f"log-probs differ by {error:.2g} nats"
-    # What an architecture raises where prompts are laid out in a way that it does not know is its own affair.
-    except Exception as failure:
-        reason = str(failure).strip().split("\n", 1)[0] or type(failure).__name__
-    model.train(training)
-    if reason is not None:
-        causal.set_attn_implementation(before)
-    return reason
-
-
-def _probe(causal: PreTrainedModel) -> GroupBatch:
-    """Two small groups of arbitrary tokens, longer than a short window."""
-    vocabulary = causal.config.get_text_config().vocab_size
-    sizes = ((23, (9, 4, 12)), (11, (1, 7)))
-    spans: list[Span] = []
-    for prompt, completions in sizes:
-        spans.append(Span(spans[-1].end if spans else 0, prompt, completions))
-    tokens = (torch.arange(spans[-1].end, device=causal.device) * 7919 + 11) % vocabulary
-    mask = torch.tensor([[True, True, True], [True, True, False]], device=causal.device)
-    unknown = torch.full(mask.shape, float("nan"), dtype=torch.float64, device=causal.device)
-    lengths = torch.tensor([[9, 4, 12], [1, 7, 0]], device=causal.device)
-    return GroupBatch(("0", "1"), mask, unknown, unknown, lengths, tokens, tuple(spans), pad_token_id=0)
-
-
-def _probe_tolerance(causal: PreTrainedModel, expected: Tensor) -> float:
-    """Nats by which rounding can set the two apart: each token's log-prob is rounded on its own."""
-    share = 1e-5 if causal.dtype in (torch.float32, torch.float64) else 0.05
-    return share * max(1.0, float(expected.abs().max()))
 
 
 def base_causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -156,7 +156,7 @@ class Engine:
 
         self.model.train()
         entering: Scored = self.model(
-            batch, read, choose=choose, dtype=self.scoring_dtype, experts_per_token=self._experts_per_token
+            batch, read.tolist(), choose=choose, dtype=self.scoring_dtype, experts_per_token=self._experts_per_token
         )
         assert entering.scores is not None
         select, scores = _moved(drawn[0][0], mask.device), drawn[0][1]
@@ -182,7 +182,8 @@ class Engine:
     def _train(self, batch: GroupBatch, select: Tensor | None) -> Scored:
         """Log-probs with gradients."""
         self.model.train()
-        found: Scored = self.model(batch, select, experts_per_token=self._experts_per_token)
+        cells = None if select is None else select.tolist()
+        found: Scored = self.model(batch, cells, experts_per_token=self._experts_per_token)
         return found
 
     def mismatched_log_ratio(self, groups: Sequence[EncodedGroup]) -> float:
@@ -201,7 +202,7 @@ class Engine:
     def score(self, batch: GroupBatch, *, read: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Log-probs without gradients of all candidates or those in ``read``; NaN elsewhere. ``dtype``: the precision."""
         self.model.eval()
-        logprobs: Tensor = self.model(batch, read, dtype=dtype).logprobs
+        logprobs: Tensor = self.model(batch, None if read is None else read.tolist(), dtype=dtype).logprobs
         unread = ~batch.candidate_mask if read is None else (read < 0).to(logprobs.device, non_blocking=True)
         return logprobs.masked_fill(unread, NAN)
 

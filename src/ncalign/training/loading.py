@@ -7,10 +7,10 @@ weights when the model is sharded: there is room needed for one copy of the mode
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,9 +18,10 @@ from ncalign.model.adapters import with_adapter
 from ncalign.model.attention import NAME as SHARED
 from ncalign.model.encoding import Encoder, make_encoder
 from ncalign.model.limits import limits_of
-from ncalign.model.logprobs import base_causal_model, check_head, share_prompts
+from ncalign.model.logprobs import LogprobModel, base_causal_model, check_head
 from ncalign.model.noise import disable_dropout
 from ncalign.model.policy import DTYPES, Policy, load_config, load_policy, load_tokenizer, quiet_transformers
+from ncalign.model.sharing import why_not_shared
 from ncalign.training.config import TrainConfig
 from ncalign.training.launch import is_sharded
 from ncalign.training.peers import decided_by_first
@@ -44,13 +45,23 @@ def open_policy(config: TrainConfig, accelerator: Accelerator) -> tuple[Policy, 
     return policy, make_encoder(policy.tokenizer, config.encoding, limits=limits_of(policy.model))
 
 
-def share_prompts_alike(policy: Policy, accelerator: Accelerator) -> str | None:
-    """:func:`ncalign.model.logprobs.share_prompts`, decided by the first process where it alone has the weights."""
-    if not (is_sharded(accelerator) and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading):
-        return share_prompts(policy.model)
-    reason = decided_by_first(accelerator, partial(share_prompts, policy.model))
+def share_prompts_alike(model: LogprobModel, accelerator: Accelerator, *, prompts_once: bool) -> str | None:
+    """Have the model share prompts where no process finds, on its own device, that it computes something else then.
+
+    Args:
+        model: as accelerate prepared it, without its wrapper; all processes call this together.
+        accelerator: this process's.
+        prompts_once: whether prompts in a pass of their own are wanted too.
+
+    Returns:
+        Why prompts can't be shared, the same on all processes; None where they are from now on.
+    """
+    reasons = [why_not_shared(model, device=accelerator.device, prompts_once=prompts_once)]
+    if accelerator.num_processes > 1:
+        reasons = gather_object(reasons)
+    reason = next(filter(None, reasons), None)
     if reason is None:
-        base_causal_model(policy.model).set_attn_implementation(SHARED)
+        base_causal_model(model.model).set_attn_implementation(SHARED)
     return reason
 
 

@@ -272,9 +272,6 @@ def make_engine(
     """The engine that runs the method on this policy, and the optimizer of what it trains."""
     if config.activation_checkpointing:
         recompute_activations(base_causal_model(policy.model))
-    reason = share_prompts_alike(policy, accelerator) if config.share_prompts else None
-    if reason is not None:
-        _say(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
     find_router = partial(router_loss_of, base_causal_model(policy.model), config.router_aux_loss_coef)
     router, notice = decided_by_first(accelerator, find_router)
     if notice:
@@ -287,8 +284,12 @@ def make_engine(
         autocast = None
     model = LogprobModel(policy.model, autocast=autocast)
     # Before sharding, which hides how many weights a number packs.
-    token_cost = completion_token_cost(policy.model)
+    token_cost, once = completion_token_cost(policy.model), _may_share_once(config, accelerator)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    # Only now do the weights lie where they are trained, whole or in parts, and run through that device's kernels.
+    reason = share_prompts_alike(model, accelerator, prompts_once=once) if config.share_prompts else None
+    if reason is not None:
+        _say(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
     engine = Engine(
         model=wrapped,
         method=method,
@@ -299,16 +300,16 @@ def make_engine(
         max_tokens=config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"],
         token_cost=token_cost,
         scoring_dtype=None if config.scoring_dtype == config.dtype else DTYPES[config.scoring_dtype],
-        prompts_once=_prompts_once(config, policy, accelerator),
+        prompts_once=once and shares_prompts(base_causal_model(policy.model)),
         router=router,
     )
     return engine, optimizer
 
 
-def _prompts_once(config: TrainConfig, policy: Policy, accelerator: Accelerator) -> bool:
-    """Whether scoring and training share the prompts: not where an adapter's dropout sets them apart or weights are sharded."""
+def _may_share_once(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether one pass over prompts may serve scoring and training: not with an adapter's dropout, nor with sharded weights."""
     noisy = config.lora is not None and config.lora.dropout > 0
-    return shares_prompts(base_causal_model(policy.model)) and not noisy and not is_sharded(accelerator)
+    return not noisy and not is_sharded(accelerator)
 
 
 def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
