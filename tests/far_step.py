@@ -26,7 +26,7 @@ from test_logprobs import adapted
 logprobs.checkpoint = lambda function, *given, **options: function(*given)
 
 
-class Parallel(torch.nn.DataParallel):
+class Parallel(torch.nn.DataParallel[torch.nn.Module]):
     """As DistributedDataParallel treats what a model is called with; processes to talk to it has none."""
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Parallel(torch.nn.DataParallel):
 def steps(
     device: torch.device, objective: MCPO | DPO | NCA, *, shared: bool, prompts_once: bool, lora: bool, parallel: bool
 ) -> tuple[list[float], list[str]]:
-    model = build_model(build_tokenizer())
+    model: Any = build_model(build_tokenizer())
     if lora:
         model = adapted(model)
     if shared:
