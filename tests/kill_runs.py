@@ -47,13 +47,15 @@ def run(words, log, variables):
 
 print("ready", flush=True)
 for line in sys.stdin:
-    words, log, ranks, kill_after = json.loads(line)
-    start, running, codes = time.monotonic(), [], []
-    for variables in ranks:
+    words, log, ranks, kill_after, victims = json.loads(line)
+    start, running, codes, doomed = time.monotonic(), [], [], set()
+    for rank, variables in enumerate(ranks):
         child = os.fork()
         if child == 0:
             run(words, log, variables)
         running.append(child)
+        if victims is None or rank in victims:
+            doomed.add(child)
     while running:
         for child in list(running):
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -62,7 +64,7 @@ for line in sys.stdin:
                 codes.append(os.waitstatus_to_exitcode(status))
         # Who has not been waited for has its number still.
         if kill_after is not None and time.monotonic() - start >= kill_after:
-            for child in running:
+            for child in doomed & set(running):
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
     print(json.dumps([codes, time.monotonic() - start]), flush=True)
@@ -98,12 +100,14 @@ class Commands:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def run(self, words: list[str], *, kill_after: float | None = None, processes: int = 1) -> Done:
-        """Run a command to its end, or kill all of its processes, but not their children, after some seconds."""
+    def run(
+        self, words: list[str], *, kill_after: float | None = None, processes: int = 1, victims: list[int] | None = None
+    ) -> Done:
+        """Run a command to its end, or kill its processes (some, by rank), but not their children, after some seconds."""
         assert self._process.stdin is not None
         self._log.write_text("")
         ranks = [{}] if processes == 1 else _ranks(processes)
-        self._process.stdin.write(json.dumps([words, str(self._log), ranks, kill_after]) + "\n")
+        self._process.stdin.write(json.dumps([words, str(self._log), ranks, kill_after, victims]) + "\n")
         codes, seconds = json.loads(self._read())
         return Done(min(codes) if min(codes) < 0 else max(codes), seconds, self._log.read_text())
 

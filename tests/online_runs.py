@@ -94,10 +94,14 @@ def launch(
     folder: Path, fields: dict[str, Any], *, kill_at: int = 0, mode: str = "before", events: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the driver in a process of its own."""
-    flags = [word for name, value in fields.items() for word in (f"--{name}", _text(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"EVENTS": str(events)} if events else {})
-    command = [sys.executable, "driver.py", str(kill_at), mode, *flags]
+    command = [sys.executable, "driver.py", str(kill_at), mode, *words_of(fields)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def words_of(fields: dict[str, Any]) -> list[str]:
+    """The flags of a run."""
+    return [word for name, value in fields.items() for word in (f"--{name}", _text(value))]
 
 
 def _text(value: Any) -> str:
@@ -108,7 +112,7 @@ def _text(value: Any) -> str:
 
 def outcome(run: Path) -> dict[str, Any]:
     """What a run came to, without times."""
-    rounds = {}
+    rounds: dict[str, Any] = {}
     for folder in sorted((run / "rounds").iterdir()):
         files = [folder] if folder.is_file() else sorted(folder.iterdir())
         for path in files:

@@ -88,6 +88,9 @@ class LogprobModel(nn.Module):
         with self._precision(batch, dtype or self.autocast):
             return scored_completions(self.model, batch, select=select, experts_per_token=experts_per_token)
 
+    def prepare_parts(self) -> None:
+        """Nothing; a sharded wrapper prepares the model's parts before it is called."""
+
     def tie_weights(self) -> None:
         """Tie embeddings and head where the model has one matrix for both; accelerate asks for it when it moves weights."""
         base_causal_model(self.model).tie_weights()

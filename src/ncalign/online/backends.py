@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +24,9 @@ from ncalign.model.policy import Policy
 from ncalign.online.config import OnlineConfig
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
+from ncalign.training.launch import is_sharded
 from ncalign.training.run_folder import ROUNDS
+from ncalign.training.shards import Gathering
 
 _WEIGHTS, _START = "weights", "start"
 
@@ -34,22 +38,24 @@ class GeneratorOf(Protocol):
         """Give the generator the policy's current weights; ``folder`` is where they may be written."""
         ...
 
-    def get(self) -> Generator:
-        """The generator, as last updated."""
+    def sampling(self) -> AbstractContextManager[Generator]:
+        """A context with the generator as last updated; all processes enter it together, and wait for nobody inside."""
         ...
 
 
 class InProcess:
-    """The policy itself samples: there is nothing to hand over."""
+    """The policy itself samples: there is nothing to hand over; where it is sharded, it is gathered for the time."""
 
     def __init__(self, config: OnlineConfig, policy: Policy, engine: Engine) -> None:
-        self._model = policy.model
+        self._model, self._gathering = policy.model, Gathering(engine.inner, engine.accelerator)
+        # Sharded weights are gathered in the precision that they compute in.
+        rounded = config.training.dtype == "bfloat16" and not is_sharded(engine.accelerator)
         self._generator = TransformersGenerator(
             policy.model,
             policy.tokenizer,
             string_prompts=config.training.encoding.string_prompts,
             batch_size=config.generation_batch_size,
-            autocast=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
+            autocast=torch.bfloat16 if rounded else None,
             progress=False,
             control_tokens=config.training.encoding.control_tokens_in_text,
             today=config.training.encoding.template_date,
@@ -58,14 +64,16 @@ class InProcess:
     def update(self, folder: Path) -> None:
         """Nothing to do."""
 
-    def get(self) -> Generator:
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Generator]:
         """The policy, in evaluation mode."""
         self._model.eval()
-        return self._generator
+        with self._gathering.whole():
+            yield self._generator
 
 
 class Pushed:
-    """A generator outside this process, which loads the policy's weights from files."""
+    """A generator outside this process, which loads the policy's weights from files; the first process hands them over."""
 
     def __init__(
         self,
@@ -92,20 +100,24 @@ class Pushed:
         save_model(self._policy, self._engine.model, self._accelerator, merge=merge, card=None, target=target)
         if isinstance(generator, VLLMGenerator):
             (generator.load_adapter if adapter else generator.load_weights)(target)
-        elif adapter:
+        elif self._accelerator.is_main_process and adapter:
             load_adapter_on(generator.server, version, target)
-        else:
+        elif self._accelerator.is_main_process:
             generator.server.post("//collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(target)}})
             generator.server.post("//reset_prefix_cache", {})
+        elif adapter:
+            generator.server.model = version
         # Of this process or of one that was killed.
         rounds = self._config.training.output_dir / ROUNDS
-        for earlier in (*rounds.glob(f"*/{_WEIGHTS}"), *rounds.glob(_WEIGHTS)):
+        for earlier in (*rounds.glob(f"*/{_WEIGHTS}"), *rounds.glob(_WEIGHTS)) if self._accelerator.is_main_process else ():
             if earlier.resolve() != target:
                 delete_folder(earlier)
+        self._accelerator.wait_for_everyone()
 
-    def get(self) -> Generator:
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Generator]:
         """The generator."""
-        return self._generator
+        yield self._generator
 
 
 def load_adapter_on(server: Server, name: str, folder: Path) -> None:
@@ -137,13 +149,20 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
     )
     remote: ServerGenerator | VLLMGenerator
     if config.server is not None:
-        answers = Store(config.training.output_dir / ROUNDS / "answers.sqlite")
+        # A file for each process: databases that machines share over a network are not to be trusted.
+        own = "" if accelerator.is_main_process else f"-{accelerator.process_index}"
+        share = max(1, config.server.max_concurrency // accelerator.num_processes)
         remote = ServerGenerator(
-            config.server,
-            store=answers,
+            config.server.model_copy(update={"max_concurrency": share}),
+            store=Store(config.training.output_dir / ROUNDS / f"answers{own}.sqlite"),
             string_prompts=encoding.string_prompts,
             tokens=tokens if config.sends_token_ids else None,
             progress=False,
+        )
+    elif accelerator.num_processes > 1:
+        raise ValueError(
+            f"generator: vllm runs in a training process, of which {accelerator.num_processes} were launched: train in one, or "
+            "start vLLM's servers and give generator: server"
         )
     else:
         start = config.training.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +11,42 @@ import numpy as np
 
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.json import json_ready
-from ncalign.core.progress import say
 from ncalign.generation.base import SamplingParams
 from ncalign.generation.generate import completion_as_candidate
 from ncalign.online.artefacts import EVALUATION, read_artefact
-from ncalign.online.pool import answers
+from ncalign.online.sampling import answers
 from ncalign.online.state import Run
 from ncalign.stats.paired import paired_comparison
 from ncalign.training import run_folder
+from ncalign.training.peers import decided_by_first, own_share, put_together
 
 NAME = "evaluation.json"
 
 
 def evaluate_policy(run: Run, path: Path) -> None:
-    """Answer the held-out prompts with the current policy and write their rewards, unless the file is there."""
-    if not run.held_out or path.is_file():
+    """Answer the held-out prompts with the current policy and write their rewards, unless the file is there.
+
+    Each process answers and scores its share.
+    """
+    if not run.held_out or decided_by_first(run.accelerator, path.is_file):
         return
     params = SamplingParams(run.config.max_new_tokens, temperature=0.0)
     seed = run.config.training.seed
-    found = answers(run.held_out, run.generator.get(), run.config, num_samples=1, params=params, seed=seed)
-    rows: list[dict[str, Any]] = []
-    for group, completions in zip(run.held_out, found, strict=True):
+    places = own_share(run.accelerator, len(run.held_out))
+    asked = [run.held_out[place] for place in places]
+    with run.generator.sampling() as generator:
+        found = answers(asked, generator, run.config, num_samples=1, params=params, seed=seed) if asked else []
+    own: dict[int, dict[str, Any]] = {}
+    for place, group, completions in zip(places, asked, found, strict=True):
         reward, text = None, "".join(completion.text for completion in completions)
         if text.strip():
             [reward] = run.source.score(replace(group, candidates=[completion_as_candidate(group, completions[0], "policy")]))
-        rows.append({"id": group.id, "text": text, "reward": reward})
-    write_json_atomic(rows, path)
+        own[place] = {"id": group.id, "text": text, "reward": reward}
+    rows = put_together(run.accelerator, own)
+    decided_by_first(run.accelerator, partial(write_json_atomic, rows, path))
     known = [row["reward"] for row in rows if row["reward"] is not None]
     if known:
-        say(f"Held-out reward: {sum(known) / len(known):.3f} on {len(known)} prompts")
+        run.say(f"Held-out reward: {sum(known) / len(known):.3f} on {len(known)} prompts")
 
 
 def compare(run: Run) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 All state is on disk: a round's samples, rewards and log-probs as files in ``rounds/``, and the policy with its optimizer as
 checkpoints. Everything else is a function of these, the configuration and the seed, so that a run killed at any moment resumes
 and ends with the same weights.
+
+Several processes run the same rounds: each samples and scores its share of a round's chunks, computes its share of the
+log-probs, trains on its share of a step's groups, and gets what the others found. The first one decides and writes for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from ncalign.core.atomic import write_json_atomic
@@ -32,23 +37,31 @@ from ncalign.online.clock import Clock, shares
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
 from ncalign.online.evaluate import compare, evaluate_policy
-from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_groups, rank, sample_and_score
+from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_groups, rank
 from ncalign.online.probe import check_same_weights
 from ncalign.online.rounds import round_end, round_prompts
+from ncalign.online.sampling import sample_and_score
 from ncalign.online.state import Position, Run, last_position, needed_space, open_run, save
 from ncalign.report.online_page import write_rounds_report
 from ncalign.rewards.sources import source_record
 from ncalign.training import run_folder
+from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
 from ncalign.training.launch import make_accelerator
 from ncalign.training.loading import open_policy
 from ncalign.training.loop import Intervals, Loop
-from ncalign.training.peers import another_process_named
+from ncalign.training.peers import (
+    another_process_named,
+    check_shared_folder,
+    decided_by_first,
+    refuse_unlike_inputs,
+    say_first,
+)
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
-from ncalign.training.resolve import with_rendering
+from ncalign.training.resolve import groups_per_step, with_rendering
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
 from ncalign.training.saved import LoopState
 from ncalign.training.schedule import learning_rate_at, make_plan
@@ -56,7 +69,7 @@ from ncalign.training.space import check_space
 from ncalign.training.trackers import start_trackers
 from ncalign.training.train import fit_method, versions
 
-_ROUNDS = ("[0-9][0-9][0-9]", "evaluation.json", "answers.sqlite*", "weights")
+_ROUNDS = ("[0-9][0-9][0-9]", "evaluation.json", "answers*.sqlite*", "weights")
 """What the folder ``rounds/`` holds, as patterns."""
 
 
@@ -77,53 +90,61 @@ def run_online(config: OnlineConfig, *, method: Method | None = None) -> dict[st
     if config.training.overwrite:
         config = config.model_copy(update={"training": config.training.model_copy(update={"resume": False})})
     accelerator = make_accelerator(config.training)
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"online was launched with {accelerator.num_processes} processes: it trains in one; put generation on a server "
-            "(generator: server) to use further devices"
-        )
     own = {"method": "as configured" if method is None else f"{method.name} {value_digest(method)}"}
     method = method or build_method(config.training.objective)
     training, judge = config.training, config.rewards.judge
     inputs = {"model": training.model, "data": training.data, "eval_data": training.eval_data, "reward": config.rewards.reward}
     inputs |= {"judge.template": judge and judge.template}
-    with another_process_named(), claimed_run_folder(training, verb="online", inputs=inputs):
-        training = with_precision(with_rendering(training, accelerator, dated=True), accelerator, method)
-        config = config.model_copy(update={"training": training})
-        refuse_changes(training, config.model_dump(mode="json"))
-        results = _run(config, accelerator, method, own)
-        accelerator.end_training()
+    with another_process_named():
+        claimed = partial(claimed_run_folder, training, verb="online", inputs=inputs)
+        with claimed() if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
+            check_shared_folder(training.output_dir, accelerator)
+            training = with_precision(with_rendering(training, accelerator, dated=True), accelerator, method)
+            config = config.model_copy(update={"training": training})
+            decided_by_first(accelerator, partial(refuse_changes, training, config.model_dump(mode="json")))
+            results = _run(config, accelerator, method, own)
+            accelerator.end_training()
     return results
 
 
 def _run(config: OnlineConfig, accelerator: Accelerator, method: Method, own: dict[str, str]) -> dict[str, Any]:
     training, written = config.training, config.model_dump(mode="json")
-    finished = finished_results(training) if training.resume else None
+    finished = decided_by_first(accelerator, partial(finished_results, training)) if training.resume else None
     if finished is not None:
         done = export_finished(training, written, finished, accelerator, policy=lambda: open_policy(training, accelerator)[0])
-        say(f"{training.output_dir} is finished: {done or 'nothing to resume'}")
+        say_first(accelerator, f"{training.output_dir} is finished: {done or 'nothing to resume'}")
         return finished
     rounds = training.output_dir / run_folder.ROUNDS
-    if config.server is not None:
+    if config.server is not None and accelerator.is_main_process:
         # The server's answers are kept there from the start.
         record(training.output_dir, [run_folder.ROUNDS], verb="online")
         record(rounds, _ROUNDS, verb="online")
-    run = open_run(config, accelerator, method, own)
-    run_folder.refuse_other_inputs(training, run.inputs)
-    check_space(training, needed_space(run))
-    begun = (training.output_dir / run_folder.CONFIG).is_file()
-    position = last_position(run) if training.resume else Position()
-    open_run_folder(training, written, run.inputs, verb="online")
-    record(rounds, _ROUNDS, verb="online")
-    if begun and position.step == 0 and training.resume:
-        say(f"note: {training.output_dir} has no checkpoint: training starts at the beginning; samples and rewards are kept")
+    checkpoints = decided_by_first(accelerator, partial(find_checkpoints, training.output_dir)) if training.resume else []
+    last = checkpoints[-1] if checkpoints else None
+    run = open_run(config, accelerator, method, own=own, step_size=groups_per_step(training, accelerator, last))
+    refuse_unlike_inputs(run.inputs, accelerator)
+    decided_by_first(accelerator, partial(run_folder.refuse_other_inputs, training, run.inputs))
+    decided_by_first(accelerator, partial(check_space, training, needed_space(run)))
+    if not accelerator.is_main_process:
+        torch.manual_seed(training.seed + accelerator.process_index)  # an adapter's dropout differs between processes
+    position = last_position(run, last)
+    if accelerator.is_main_process:
+        begun = (training.output_dir / run_folder.CONFIG).is_file()
+        open_run_folder(training, written, run.inputs, verb="online")
+        record(rounds, _ROUNDS, verb="online")
+        if begun and position.step == 0 and training.resume:
+            kept = "training starts at the beginning; samples and rewards are kept"
+            say(f"note: {training.output_dir} has no checkpoint: {kept}")
+    accelerator.wait_for_everyone()
     start_trackers(training, written, accelerator, position.step)
     while True:
         pool = make_pool(run, position)
         if not position.ended:
             train_round(run, position, pool)
         run.rounds.append(finish_round(run, position, pool))
-        report(run)
+        if accelerator.is_main_process:
+            report(run)
         if position.step >= run.total:
             break
         position = Position(position.round + 1, position.step, position.step, loop=position.loop)
@@ -137,21 +158,20 @@ def make_pool(run: Run, position: Position) -> Pool:
     """Generate, score, rank and compute log-probs, except for what is in the round's folder already."""
     config, folder, number = run.config, run.folder(position.round), position.round
     end = planned_end(run, position)
-    count = config.prompts_per_round or (end - position.start) * run.groups_per_step
     indices = round_prompts(
         position.start,
-        count=count,
+        count=config.prompts_per_round or (end - position.start) * run.groups_per_step,
         groups_per_step=run.groups_per_step,
         num_prompts=len(run.prompts),
         seed=config.training.seed,
     )
     prompts = [run.prompts[index] for index in indices]
-    made = (folder / "pool.jsonl").is_file()
+    made = decided_by_first(run.accelerator, (folder / "pool.jsonl").is_file)
     if position.step > position.start and not made:
         raise ValueError(
             f"{folder} was deleted or moved, and the policy that made it is gone: restore it, or start again (overwrite: true)"
         )
-    say(f"Round {number + 1}: steps {position.start + 1} to {end} of {run.total}, {len(prompts)} prompts")
+    run.say(f"Round {number + 1}: steps {position.start + 1} to {end} of {run.total}, {len(prompts)} prompts")
     if not made:
         # Both need the policy as it was when the round began; with the pool they are done.
         run.generator.update(folder)
@@ -159,16 +179,18 @@ def make_pool(run: Run, position: Position) -> Pool:
             evaluate_policy(run, folder / "evaluation.json")
         with run.clock.phase("probe"):
             check_same_weights(run, prompts, number)
-    answered = sample_and_score(
-        prompts,
-        folder,
-        generator=run.generator.get(),
-        source=run.source,
-        config=config,
-        seed=lambda chunk: seed_of(config.training.seed, "samples", number, chunk),
-        clock=run.clock,
-    )
-    ranked = [found for one in answered if (found := rank(one, run.encoder, run.method, config)) is not None]
+    with run.generator.sampling() as generator:
+        answered = sample_and_score(
+            prompts,
+            folder,
+            generator=generator,
+            source=run.source,
+            config=config,
+            seed=lambda chunk: seed_of(config.training.seed, "samples", number, chunk),
+            clock=run.clock,
+            accelerator=run.accelerator,
+        )
+    ranked = [found for one in answered if (found := rank(one, run.encoder, run.method, config))]
     with run.clock.phase("log-probs"):
         generating, reference = fill_logprobs(
             ranked,
@@ -177,10 +199,12 @@ def make_pool(run: Run, position: Position) -> Pool:
             reference=partial(reference_logprobs, run),
             config=config,
             at_reference=number == 0 or config.reference == "last_round",
+            accelerator=run.accelerator,
         )
     pool = build_pool(answered, ranked, generating, reference, method=run.method, config=config)
     if not made:
-        write_groups(pool_groups(answered, source_record(config.rewards), run.encoder.string_prompts), folder / "pool.jsonl")
+        scored = pool_groups(answered, source_record(config.rewards), run.encoder.string_prompts)
+        decided_by_first(run.accelerator, partial(write_groups, scored, folder / "pool.jsonl"))
     if not pool.groups:
         raise ValueError(
             f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
@@ -217,7 +241,7 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
     config, number = run.config, position.round
     method, notice = fit_method(run.method, pool.groups)
     if notice:
-        say(f"note: {notice}")
+        run.say(f"note: {notice}")
     engine = replace(run.engine, method=method, seed=seed_of(config.training.seed, "draws", number))
     end = planned_end(run, position)
     plan = make_plan(
@@ -228,7 +252,8 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         seed=seed_of(config.training.seed, "order", number),
     )
     plan = replace(plan, first_step=position.start, num_steps=end)
-    metrics = MetricsFile(config.training.output_dir / run_folder.METRICS, keep_until=position.step, num_steps=run.total)
+    path, first = config.training.output_dir / run_folder.METRICS, run.accelerator.is_main_process
+    metrics = MetricsFile(path, keep_until=position.step, num_steps=run.total) if first else None
     at_reference = number == 0 or config.reference == "last_round"
     loop = Loop(
         engine=engine,
@@ -283,9 +308,9 @@ def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[Encod
         return []
     groups = mismatched_groups(pool.groups, max_length=run.config.training.encoding.max_length)
     path = run.folder(number) / "mismatched.json"
-    if not path.is_file():
-        write_json_atomic(reference_logprobs(run, groups), path)
-    found = read_artefact(path, MISMATCHED, rows=len(groups))
+    if not decided_by_first(run.accelerator, path.is_file):
+        decided_by_first(run.accelerator, partial(write_json_atomic, reference_logprobs(run, groups), path))
+    found = decided_by_first(run.accelerator, partial(read_artefact, path, MISMATCHED, rows=len(groups)))
     return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, found, strict=True)]
 
 
@@ -297,7 +322,7 @@ def _drifted(run: Run, pool: Pool, steps: int) -> bool:
     drift = measure_drift(run, pool)
     if drift is None or drift.kl <= limit:
         return False
-    say(f"Drift: KL of generating and current policy is {drift.kl:.3f} nats, above {limit}: generating again")
+    run.say(f"Drift: KL of generating and current policy is {drift.kl:.3f} nats, above {limit}: generating again")
     return True
 
 
@@ -306,7 +331,9 @@ def measure_drift(run: Run, pool: Pool) -> Drift | None:
     if not pool.measured:
         return None
     with run.clock.phase("drift"):
-        return estimate_drift(pool.generating, run.engine.logprobs(pool.measured))
+        current = run.engine.logprobs(pool.measured)
+        # One process decides for all whether a round ends.
+        return decided_by_first(run.accelerator, partial(estimate_drift, pool.generating, current))
 
 
 # --- Ends -------------------------------------------------------------------------------------------------------------
@@ -333,10 +360,10 @@ def finish_round(run: Run, position: Position, pool: Pool) -> dict[str, Any]:
         "alarms": found,
         "seconds": dict(run.clock.seconds),
     }
-    write_json_atomic(row, run.folder(position.round) / "round.json")
-    say(f"Round {position.round + 1}: {_round_line(row)}\n  time: {shares(run.clock.seconds)}")
+    decided_by_first(run.accelerator, partial(write_json_atomic, row, run.folder(position.round) / "round.json"))
+    run.say(f"Round {position.round + 1}: {_round_line(row)}\n  time: {shares(run.clock.seconds)}")
     for alarm in found:
-        say(f"warning: round {position.round + 1}: {alarm}")
+        run.say(f"warning: round {position.round + 1}: {alarm}")
     run.clock = Clock()
     return row
 
@@ -405,7 +432,7 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
     config = run.config
     run.generator.update(config.training.output_dir / run_folder.ROUNDS)
     evaluate_policy(run, config.training.output_dir / run_folder.ROUNDS / "evaluation.json")
-    evaluation = compare(run)
+    evaluation = decided_by_first(run.accelerator, partial(compare, run))
     counts = [row["counts"] for row in run.rounds]
     data = {
         "prompts": len(run.prompts),
@@ -413,7 +440,7 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
         "candidates_used": sum(count["completions"] for count in counts),
         "tokens_generated": sum(count["tokens"] for count in counts),
     }
-    page = report(run)
+    page = decided_by_first(run.accelerator, partial(report, run))
     results = {
         "method": run.method.name,
         "report": str(page),
@@ -436,7 +463,8 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
     write = partial(save_model, run.policy, run.engine.model, run.accelerator, merge=merge, card=card)
     try:
         write(target=target)
-        write_json_atomic(results, config.training.output_dir / run_folder.RESULTS)
+        if run.accelerator.is_main_process:
+            write_json_atomic(results, config.training.output_dir / run_folder.RESULTS)
     except OSError as error:
         # The round's end has left a checkpoint.
         raise kept_after(

@@ -1,41 +1,31 @@
-"""A round's pool: sampled, scored, ranked and given its log-probs, each phase written to disk once.
-
-Prompts go through in chunks. A chunk's samples and rewards are one file each, written whole when they are complete, so that a
-kill loses the chunk that was under way; what a chunk holds depends on the seed, the round and its prompts alone. Log-probs are
-filed the same way.
-"""
+"""A round's pool: its samples are ranked, and given their log-probs, a chunk at a time, each written to disk once."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from accelerate import Accelerator
 
 from ncalign.core.atomic import write_json_atomic
-from ncalign.core.progress import Bar, say
+from ncalign.core.progress import Bar
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group
 from ncalign.data.rendering import Rendering, record_rendering
-from ncalign.generation.base import Completion, Generator, LeftOutPrompts, SamplingParams
-from ncalign.generation.client import cancel_requests
-from ncalign.generation.generate import completion_as_candidate, sample_prompts
+from ncalign.generation.base import Completion
+from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.objectives import Method
-from ncalign.online.artefacts import LOGPROBS, REWARDS, SAMPLES, Sample, read_artefact
-from ncalign.online.clock import Clock
+from ncalign.online.artefacts import LOGPROBS, Logprobs, read_artefact
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import pool_health
-from ncalign.rewards.base import RewardSource, score_usable
+from ncalign.online.sampling import FRESH, ScoredSamples
 from ncalign.training.data import scored_candidates
-
-FRESH = "policy"
-# Seconds.
-_LOOK_AGAIN = 0.05
+from ncalign.training.peers import decided_by_first
 
 
 class LogprobSource(Protocol):
@@ -44,15 +34,6 @@ class LogprobSource(Protocol):
     def __call__(self, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
         """One list a group."""
         ...
-
-
-@dataclass
-class ScoredSamples:
-    """A prompt with its fresh completions and their rewards, None where there is none."""
-
-    prompt: Group
-    completions: list[Completion]
-    rewards: list[float | None]
 
 
 @dataclass
@@ -91,151 +72,6 @@ class Pool:
     generating: list[tuple[float, ...]]
     health: dict[str, float] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
-
-
-# --- Generate and score -----------------------------------------------------------------------------------------------
-
-
-def sample_and_score(
-    prompts: Sequence[Group],
-    folder: Path,
-    *,
-    generator: Generator,
-    source: RewardSource,
-    config: OnlineConfig,
-    seed: Callable[[int], int],
-    clock: Clock,
-) -> list[ScoredSamples]:
-    """Sample and score, chunk by chunk; one chunk is scored while the next is sampled.
-
-    ``seed`` gives the seed of a chunk's sampling from its number; the files go to the round's ``folder``.
-    """
-    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-    size = config.chunk_size
-    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    sampled: list[list[list[Completion]]] = []
-    scored: list[Future[list[list[float | None]]]] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="scoring") as pool, Bar("Sampling prompts", len(prompts)) as bar:
-        try:
-            for number, chunk in enumerate(chunks):
-                with clock.phase("generate"):
-                    sampled.append(_sampled(folder, number, chunk, generator, params, config, seed(number)))
-                scored.append(pool.submit(_scored, folder, number, chunk, sampled[-1], source, config, clock))
-                bar.advance(len(chunk))
-                _raise_failed(scored)
-            with clock.phase("wait for scores"):
-                rewards = [row for future in scored for row in future.result()]
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            # Ctrl-C is raised here, and a judge is asked there; between two of its requests there is nothing to cancel.
-            while isinstance(error, KeyboardInterrupt) and not all(future.done() for future in scored):
-                cancel_requests()
-                time.sleep(_LOOK_AGAIN)
-            raise
-    completions = [row for chunk in sampled for row in chunk]
-    return [ScoredSamples(*found) for found in zip(prompts, completions, rewards, strict=True)]
-
-
-def _raise_failed(futures: Sequence[Future[Any]]) -> None:
-    for future in futures:
-        if future.done():
-            future.result()
-
-
-def answers(
-    groups: Sequence[Group], generator: Generator, config: OnlineConfig, *, num_samples: int, params: SamplingParams, seed: int
-) -> list[list[Completion]]:
-    """Completions of the groups' prompts; with ``on_bad_row: skip`` none for prompts that can't be answered.
-
-    Raises:
-        ValueError: a prompt can't be answered, and such are not to be left out.
-    """
-    left_out = LeftOutPrompts() if config.training.on_bad_row == "skip" else None
-    found = sample_prompts(groups, generator, num_samples=num_samples, params=params, seed=seed, left_out=left_out)
-    if left_out is not None and (notice := left_out.notice(f"{len(groups)} prompts asked")):
-        say(notice)
-    return found
-
-
-def _sampled(
-    folder: Path,
-    number: int,
-    chunk: Sequence[Group],
-    generator: Generator,
-    params: SamplingParams,
-    config: OnlineConfig,
-    seed: int,
-) -> list[list[Completion]]:
-    path = folder / f"generated-{number:05d}.json"
-    if path.is_file():
-        return [[_completion(entry) for entry in row] for row in read_artefact(path, SAMPLES, rows=len(chunk))]
-    found = answers(chunk, generator, config, num_samples=config.num_samples, params=params, seed=seed)
-    write_json_atomic([[_as_json(completion) for completion in row] for row in found], path)
-    return found
-
-
-def _as_json(completion: Completion) -> dict[str, Any]:
-    return {
-        "text": completion.text,
-        "num_tokens": completion.num_tokens,
-        "finished": completion.finished,
-        "token_ids": None if completion.token_ids is None else list(completion.token_ids),
-        "logprob": completion.logprob,
-    }
-
-
-def _completion(entry: Sample) -> Completion:
-    ids = entry["token_ids"]
-    return Completion(
-        entry["text"],
-        entry["num_tokens"],
-        entry["finished"],
-        token_ids=None if ids is None else tuple(ids),
-        logprob=entry["logprob"],
-    )
-
-
-def _scored(
-    folder: Path,
-    number: int,
-    chunk: Sequence[Group],
-    sampled: Sequence[Sequence[Completion]],
-    source: RewardSource,
-    config: OnlineConfig,
-    clock: Clock,
-) -> list[list[float | None]]:
-    path = folder / f"scored-{number:05d}.json"
-    if path.is_file():
-        return read_artefact(path, REWARDS, rows=len(chunk))
-    with clock.phase("score"):
-        found = _rewards(chunk, sampled, source, skip=config.training.on_bad_row == "skip")
-    write_json_atomic(found, path)
-    return found
-
-
-def _rewards(
-    groups: Sequence[Group], sampled: Sequence[Sequence[Completion]], source: RewardSource, *, skip: bool
-) -> list[list[float | None]]:
-    """One reward for each completion of each group; those without text have none.
-
-    With ``skip``, neither have those of a group that can't be put to the source.
-    """
-    rewards: list[list[float | None]] = [[None] * len(completions) for completions in sampled]
-    there = [[k for k, completion in enumerate(completions) if completion.text.strip()] for completions in sampled]
-    asked = [g for g, columns in enumerate(there) if columns]
-    filled = [
-        replace(groups[g], candidates=[completion_as_candidate(groups[g], sampled[g][k], FRESH) for k in there[g]])
-        for g in asked
-    ]
-    for g, found in zip(asked, score_usable(source, filled), strict=True):
-        if isinstance(found, DroppedGroupError):
-            if not skip:
-                raise found
-            say(f"note: not scored and left out: {found}")
-            continue
-        for k, reward in zip(there[g], found, strict=True):
-            rewards[g][k] = reward
-    return rewards
 
 
 # --- Rank and encode --------------------------------------------------------------------------------------------------
@@ -325,19 +161,20 @@ def fill_logprobs(
     reference: LogprobSource,
     config: OnlineConfig,
     at_reference: bool,
+    accelerator: Accelerator,
 ) -> tuple[list[tuple[float, ...] | None], list[tuple[float, ...] | None]]:
     """Log-probs under the generating policy and the reference, of the groups where each is needed.
 
-    ``at_reference`` says that both have the same weights; the files go to the round's ``folder``.
+    ``at_reference`` says that both have the same weights; the first process writes the files to the round's ``folder``.
     """
     # Other engines compute the log-probs of the same weights otherwise, as autocast does.
     known = config.generator == "transformers" and config.training.dtype != "bfloat16"
     found: tuple[list[tuple[float, ...] | None], ...] = ([], [])
-    with Bar("Log-probs of the pool", len(ranked)) as bar:
+    with Bar("Log-probs of the pool", len(ranked), shown=accelerator.is_main_process) as bar:
         for number, start in enumerate(range(0, len(ranked), config.chunk_size)):
             path = folder / f"logprobs-{number:05d}.json"
             chunk = ranked[start : start + config.chunk_size]
-            if not path.is_file():
+            if not decided_by_first(accelerator, path.is_file):
                 trained = [bool(group.columns) for group in chunk]
                 wanted = [
                     start + i < config.drift_groups or (use and (at_reference or config.on_model == "importance"))
@@ -345,8 +182,9 @@ def fill_logprobs(
                 ]
                 generating = _of_policy(chunk, wanted, policy, known=known)
                 others = generating if at_reference else _where(trained, chunk, reference)
-                write_json_atomic({"policy": generating, "reference": others}, path)
-            values = read_artefact(path, LOGPROBS)
+                written = {"policy": generating, "reference": others}
+                decided_by_first(accelerator, partial(write_json_atomic, written, path))
+            values: Logprobs = decided_by_first(accelerator, partial(read_artefact, path, LOGPROBS))
             for rows, read in zip(found, (values["policy"], values["reference"]), strict=True):
                 rows += [None if row is None else tuple(row) for row in read]
             bar.advance(len(chunk))

@@ -1,19 +1,28 @@
-"""A check before each round: do the generator and the policy hold the same weights?"""
+"""A check before each round: do the generators and the policy hold the same weights?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from ncalign.core.progress import say
 from ncalign.data.groups import Group
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import EncodedGroup
-from ncalign.online.pool import answers, as_sampled
+from ncalign.online.pool import as_sampled
+from ncalign.online.sampling import answers
 from ncalign.online.state import Run
+from ncalign.training.peers import put_together
 
 _PROMPTS, _TOKENS = 4, 16
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What a generator sampled, and the log-probs that it reports of it."""
+
+    groups: list[EncodedGroup]
+    claimed: list[float]
 
 
 def _encoded(run: Run, group: Group, completion: Completion) -> EncodedGroup | None:
@@ -29,10 +38,10 @@ def _encoded(run: Run, group: Group, completion: Completion) -> EncodedGroup | N
 
 
 def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
-    """Compare the log-probs that the generator reports for a few samples with the policy's own.
+    """Compare the log-probs that each generator reports for a few samples with the policy's own.
 
     Raises:
-        ValueError: they differ by more than ``probe_tolerance`` nats a token, or the generator reports none.
+        ValueError: they differ by more than ``probe_tolerance`` nats a token, or a generator reports none.
     """
     if run.config.probe_tolerance is None:
         return
@@ -40,30 +49,38 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
     asked = sorted(prompts, key=lambda group: not group.tools)[:_PROMPTS]
     # At temperature 1 what a server reports is the model's own log-prob.
     seed, params = run.config.training.seed + number, SamplingParams(_TOKENS)
-    found = answers(asked, run.generator.get(), run.config, num_samples=1, params=params, seed=seed)
-    groups, claimed, lengths = [], [], []
+    with run.generator.sampling() as generator:
+        own = answers(asked, generator, run.config, num_samples=1, params=params, seed=seed)
+    sampled = put_together(run.accelerator, {run.accelerator.process_index: own})
+    names = [f"generator of process {index}" if len(sampled) > 1 else "generator" for index in range(len(sampled))]
+    probes = [_probed(run, asked, *one, number) for one in zip(sampled, names, strict=True)]
+    logprobs = iter(run.engine.logprobs([group for probe in probes for group in probe.groups]))
+    for name, probe in zip(names, probes, strict=True):
+        if not probe.groups:
+            why = "no sample was encoded as it was sampled"
+            run.say(f"note: round {number + 1}: {name} and policy could not be compared: {why}")
+            continue
+        tokens = sum(len(group.completions[0]) for group in probe.groups)
+        off = sum(abs(next(logprobs)[0] - claimed) for claimed in probe.claimed) / tokens
+        if off > run.config.probe_tolerance:
+            raise ValueError(
+                f"round {number + 1}: {name} and policy hold different weights: their log-probs of {tokens} sampled tokens "
+                f"differ by {off:.3g} nats a token, above probe_tolerance={run.config.probe_tolerance}. The generator was not "
+                "updated, serves another model or precision, or uses another chat template"
+            )
+
+
+def _probed(run: Run, asked: Sequence[Group], found: Sequence[Sequence[Completion]], name: str, number: int) -> _Probe:
+    """A generator's samples of the prompts, as far as they can be encoded as they were sampled."""
+    probe = _Probe([], [])
     for group, completion in ((group, one) for group, row in zip(asked, found, strict=True) for one in row):
         if completion.logprob is None:
             raise ValueError(
-                f"round {number + 1}: the generator reports no log-probs, so that nobody knows whether it holds the policy's "
-                "weights: have it report them, or set probe_tolerance: none"
+                f"round {number + 1}: {name} reports no log-probs, so that nobody knows whether it holds the policy's weights: "
+                "have it report them, or set probe_tolerance: none"
             )
-        if not completion.text.strip():
-            continue
-        encoded = _encoded(run, group, completion)
-        if encoded is None:
-            continue
-        groups.append(encoded)
-        claimed.append(completion.logprob)
-        lengths.append(len(encoded.completions[0]))
-    if not groups:
-        say(f"note: round {number + 1}: generator and policy could not be compared: no sample was encoded as it was sampled")
-        return
-    own = [row[0] for row in run.engine.logprobs(groups)]
-    off = sum(abs(a - b) for a, b in zip(own, claimed, strict=True)) / sum(lengths)
-    if off > run.config.probe_tolerance:
-        raise ValueError(
-            f"round {number + 1}: generator and policy hold different weights: their log-probs of {sum(lengths)} sampled "
-            f"tokens differ by {off:.3g} nats a token, above probe_tolerance={run.config.probe_tolerance}. The generator was "
-            "not updated, serves another model or precision, or uses another chat template"
-        )
+        encoded = _encoded(run, group, completion) if completion.text.strip() else None
+        if encoded is not None:
+            probe.groups.append(encoded)
+            probe.claimed.append(completion.logprob)
+    return probe

@@ -28,11 +28,12 @@ from ncalign.online.weights import ReferenceWeights
 from ncalign.rewards.base import RewardSource
 from ncalign.rewards.sources import reward_source, source_digests
 from ncalign.training import run_folder
-from ncalign.training.checkpoint import find_checkpoints, further_tensors, load_checkpoint, refuse_other_run, save_checkpoint
+from ncalign.training.checkpoint import load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.data import held_out_places, prompt_digest
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges
 from ncalign.training.loading import open_policy
+from ncalign.training.peers import say_first
 from ncalign.training.run_folder import MetricsFile
 from ncalign.training.saved import ONLINE_STATE, LoopState
 from ncalign.training.space import DiskNeed, disk_need
@@ -66,7 +67,7 @@ class Position:
 
 @dataclass
 class Run:
-    """What lasts for the whole run."""
+    """What lasts for the whole run; ``groups_per_step`` counts the groups of all processes in an optimizer step."""
 
     config: OnlineConfig
     accelerator: Accelerator
@@ -81,18 +82,19 @@ class Run:
     prompts: list[Group]
     held_out: list[Group]
     total: int
+    groups_per_step: int
     inputs: dict[str, str]
     clock: Clock = field(default_factory=Clock)
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def groups_per_step(self) -> int:
-        """Groups of an optimizer step."""
-        return self.config.training.per_device_train_batch_size * self.config.training.gradient_accumulation_steps
+    def say(self, text: str) -> None:
+        """A line on stderr, of the first process alone."""
+        say_first(self.accelerator, text)
 
-    def track(self, metrics: MetricsFile, row: dict[str, float]) -> None:
-        """Write a row of metrics to the file and the trackers."""
-        metrics.write(row)
+    def track(self, metrics: MetricsFile | None, row: dict[str, float]) -> None:
+        """Write a row of metrics to the first process's file and to the trackers."""
+        if metrics is not None:
+            metrics.write(row)
         log_to_trackers(self.config.training, self.accelerator, row)
 
     def folder(self, number: int) -> Path:
@@ -100,10 +102,10 @@ class Run:
         return self.config.training.output_dir / run_folder.ROUNDS / f"{number:03d}"
 
 
-def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, own: Mapping[str, str]) -> Run:
+def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, *, own: Mapping[str, str], step_size: int) -> Run:
     """Load prompts, rewards and model, and refuse what can't be used before anything is written.
 
-    ``own`` holds digests of what is not configured: a method of the user's.
+    ``own`` holds digests of what is not configured, a method of the user's; ``step_size`` groups are in an optimizer step.
     """
     training = config.training
     torch.manual_seed(training.seed)
@@ -115,18 +117,19 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, own
         trust_remote_code=training.trust_remote_code,
         today=training.encoding.template_date,
     )
-    prompts, held_out = load_prompts(config)
-    say(f"Loading {training.model}")
+    prompts, held_out = load_prompts(config, accelerator)
+    say_first(accelerator, f"Loading {training.model}")
     policy, encoder = open_policy(training, accelerator)
     # Offline candidates are encoded with the prompt as it is put to the policy now.
     made = count_renderings(prompts) if config.candidates == "fresh_and_offline" else Counter()
     if warning := rendering_warning(made, encoder.string_prompts, what=str(training.data), does="this run encodes them"):
-        say(warning)
-    _say_what_is_left_out(config, encoder, [*prompts, *held_out])
+        say_first(accelerator, warning)
+    if accelerator.is_main_process:
+        _say_what_is_left_out(config, encoder, [*prompts, *held_out])
     engine, optimizer = make_engine(training, policy, method, accelerator)
     total = num_steps(
         len(prompts),
-        groups_per_step=training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        groups_per_step=step_size,
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
     )
@@ -154,6 +157,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, own
         prompts=prompts,
         held_out=held_out,
         total=total,
+        groups_per_step=step_size,
         inputs=inputs,
     )
 
@@ -186,7 +190,7 @@ def needed_space(run: Run) -> DiskNeed:
     return replace(need, others=need.others + 2 * (need.checkpoint // 3 if config.push == "lora" else need.model))
 
 
-def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
+def load_prompts(config: OnlineConfig, accelerator: Accelerator) -> tuple[list[Group], list[Group]]:
     """Prompts to train on and held-out ones; equal prompts fall on the same side."""
 
     def read(path: Path) -> list[Group]:
@@ -201,7 +205,7 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
         )
         found = list(groups)
         if notice := report.notice(path):
-            say(notice)
+            say_first(accelerator, notice)
         return found
 
     prompts = read(config.training.data)
@@ -220,12 +224,10 @@ def load_prompts(config: OnlineConfig) -> tuple[list[Group], list[Group]]:
     return train, [group for place, group in enumerate(prompts) if place in out]
 
 
-def last_position(run: Run) -> Position:
+def last_position(run: Run, last: Path | None) -> Position:
     """Restore the last checkpoint, if there is one."""
-    checkpoints = find_checkpoints(run.config.training.output_dir)
-    if not checkpoints:
+    if last is None:
         return Position()
-    last = checkpoints[-1]
     state = load_checkpoint(
         last,
         ONLINE_STATE,
@@ -233,11 +235,11 @@ def last_position(run: Run) -> Position:
         model=run.engine.model,
         optimizer=run.optimizer,
         accelerator=run.accelerator,
+        tensors=run.reference.state(),
     )
     refuse_other_run(last, state, weights=run.inputs["weights"], data=run.inputs["data"], what="the prompts")
-    run.reference.restore(further_tensors(last))
     run.rounds = [dict(row) for row in state["rounds"]]
-    say(f"Resuming from {last}")
+    run.say(f"Resuming from {last}")
     return Position(state["round"], state["start"], state["step"], state["ended"], state["loop"], state["pool"])
 
 
@@ -267,6 +269,7 @@ def save(run: Run, position: Position) -> None:
             "rounds": run.rounds,
             "weights": run.inputs["weights"],
             "data": run.inputs["data"],
+            "groups_per_step": run.groups_per_step,
         },
         keep=run.config.training.save_total_limit,
         tensors=run.reference.state(),

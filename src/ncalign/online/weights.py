@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ncalign.model.logprobs import LogprobModel
 from ncalign.model.policy import reference_mode
+from ncalign.training.shards import own_part, reshard
 
 Kind = Literal["fixed", "last_round", "ema"]
 
@@ -20,7 +22,7 @@ class ReferenceWeights:
     """Puts the reference policy's weights in place for a while.
 
     The fixed reference of an adapter is the model with its adapter off and costs nothing; of all weights a copy is kept, as
-    of a moving average.
+    of a moving average; where weights are sharded, each process keeps its parts.
 
     Args:
         model: the policy, at its start.
@@ -36,6 +38,7 @@ class ReferenceWeights:
             self._kept = {name: parameter.detach().clone() for name, parameter in self._trained()}
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        reshard(self._model)
         return ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)
 
     @torch.no_grad()
@@ -43,7 +46,7 @@ class ReferenceWeights:
         """Move the average towards the policy."""
         if self.kind == "ema":
             for name, parameter in self._trained():
-                self._kept[name].lerp_(parameter.detach(), 1 - self._decay)
+                own_part(self._kept[name]).lerp_(own_part(parameter.detach()), 1 - self._decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -62,15 +65,18 @@ class ReferenceWeights:
     def _exchange(self) -> None:
         """Swap what the parameters hold with what is kept: no third copy, and bitwise back again."""
         for name, parameter in self._trained():
-            if name in self._kept:
+            if name not in self._kept:
+                continue
+            if isinstance(parameter, DTensor):
+                # What is gathered is this very memory: its contents change places, a parameter's at a time.
+                own, kept = own_part(parameter.detach()), own_part(self._kept[name])
+                before = own.clone()
+                own.copy_(kept)
+                kept.copy_(before)
+            else:
                 parameter.data, self._kept[name] = self._kept[name], parameter.data
+        reshard(self._model)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint: the moving average. Other references are computed from the starting model."""
+        """The tensors that a checkpoint saves and fills: the moving average. Other references come from the starting model."""
         return {f"reference.{name}": tensor for name, tensor in self._kept.items()} if self.kind == "ema" else {}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over from :meth:`state`."""
-        for name, kept in self._kept.items():
-            if self.kind == "ema":
-                kept.copy_(tensors[f"reference.{name}"])

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +36,7 @@ from ncalign.core.kept import read_kept
 from ncalign.core.outputs import record
 from ncalign.training.peers import decided_by_first
 from ncalign.training.saved import SavedState
-from ncalign.training.shards import has_shards, read_shards, shard_shapes, write_shards
+from ncalign.training.shards import fill, has_shards, read_shards, reshard, shard_shapes, write_shards
 
 _PREFIX = "step-"
 _NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
@@ -46,6 +47,7 @@ _SUMS = TypeAdapter(dict[str, str])
 REMEDY = "delete the folder, and resume goes on from the checkpoint before it"
 """What is to be done about a damaged checkpoint."""
 State = TypeVar("State", bound=SavedState)
+_NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 def save_checkpoint(
@@ -57,14 +59,13 @@ def save_checkpoint(
     accelerator: Accelerator,
     state: dict[str, Any],
     keep: int,
-    tensors: Mapping[str, torch.Tensor] | None = None,
+    tensors: Mapping[str, torch.Tensor] = _NONE,
 ) -> Path:
     """Write a step's checkpoint, with further tensors where a run has some, and delete all but the last ``keep``."""
     folder = checkpoint_folder(run_folder, step)
     sharded = isinstance(model, FSDPModule)
-    if isinstance(model, FSDPModule):
-        # A pass without gradients leaves the root's own weights gathered, and the optimizer does not know them so.
-        model.reshard()
+    # The optimizer does not know weights that are gathered.
+    reshard(model)
     weights, moments = _trained_state(model, optimizer)
     if accelerator.is_main_process:
         record(folder.parent, [f"{_PREFIX}*"], verb="train")
@@ -73,10 +74,10 @@ def save_checkpoint(
         written = [temporary / f"random-{accelerator.process_index}.safetensors"]
         save_file(_random_state(), written[0])
         if sharded:
-            written += write_shards(weights | _flat_moments(moments), temporary, accelerator)
+            written += write_shards(weights | _flat_moments(moments) | dict(tensors), temporary, accelerator)
         if accelerator.is_main_process:
             whole = {} if sharded else {"model": weights, "optimizer": _flat_moments(moments)}
-            for name, content in (whole | ({_FURTHER: dict(tensors)} if tensors else {})).items():
+            for name, content in (whole | ({_FURTHER: dict(tensors)} if tensors and not sharded else {})).items():
                 save_file(_unshared(content), written_file := temporary / f"{name}.safetensors")
                 written.append(written_file)
             written.append(temporary / "state.json")
@@ -102,6 +103,7 @@ def load_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
+    tensors: Mapping[str, torch.Tensor] = _NONE,
 ) -> State:
     """Restore weights, optimizer and random state; the rest of what was saved is returned, once no file differs from what was.
 
@@ -112,6 +114,7 @@ def load_checkpoint(
         model: whose weights are restored.
         optimizer: whose moments are restored; how it steps is the run's configuration, not the checkpoint's.
         accelerator: this process's.
+        tensors: the further tensors that were saved, which are filled.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another model or a longer run.
@@ -128,13 +131,14 @@ def load_checkpoint(
     weights, moments = _trained_state(model, optimizer)
     try:
         if has_shards(folder):
-            flat = weights | _flat_moments(moments)
+            flat = weights | _flat_moments(moments) | dict(tensors)
             _check_fits(folder, shard_shapes(folder), {name: tensor.shape for name, tensor in flat.items()})
             read_shards(flat, folder, accelerator)
             set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
             set_optimizer_state_dict(model, optimizer, moments)
         else:
             _load_whole(folder, model, optimizer, weights, moments)
+            _load_further(folder, tensors)
         # Each process goes on with its own; another number of them draws an adapter's dropout anew.
         if len(list(folder.glob("random-*.safetensors"))) == accelerator.num_processes:
             _restore_random_state(folder, load_file(folder / f"random-{accelerator.process_index}.safetensors"))
@@ -188,10 +192,13 @@ def refuse_other_run(folder: Path, state: SavedState, *, weights: str, data: str
         )
 
 
-def further_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors that were saved with a checkpoint besides weights and optimizer."""
+def _load_further(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the tensors that were saved besides weights and optimizer."""
     path = folder / f"{_FURTHER}.safetensors"
-    return dict(load_file(path)) if path.is_file() else {}
+    found = load_file(path) if tensors and path.is_file() else {}
+    _check_fits(folder, {name: found[name].shape for name in found.keys() & tensors}, {n: t.shape for n, t in tensors.items()})
+    for name, target in tensors.items():
+        fill(target, found[name])
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:

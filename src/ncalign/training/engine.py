@@ -24,6 +24,7 @@ from ncalign.model.routing import RouterLoss, load_balancing_loss
 from ncalign.objectives import LossInputs, Method, Sampler
 from ncalign.objectives.kernels import pick_positive
 from ncalign.training.metrics import NAN, PassResult
+from ncalign.training.peers import put_together
 
 
 @dataclass(frozen=True)
@@ -280,13 +281,16 @@ class Engine:
         return load_balancing_loss(entering.expert_use, experts_per_token=self.router.experts_per_token)
 
     def logprobs(self, groups: Sequence[EncodedGroup]) -> list[tuple[float, ...]]:
-        """Log-probs of every candidate of these groups under the current weights, on this process alone, without gradients."""
-        found: list[tuple[float, ...]] = [()] * len(groups)
+        """Log-probs of every candidate of these groups under the current weights, without gradients.
+
+        All processes call it with the same groups: each computes its share, and every one gets all.
+        """
+        found: dict[int, tuple[float, ...]] = {}
         for part in self.passes(range(len(groups)), groups, max_groups=len(groups)) if groups else ():
             values = self.score(self.batch(part)).double().cpu()
-            for b, index in enumerate(part.indices):
+            for b, index in enumerate(part.indices if part.counted else ()):
                 found[index] = tuple(values[b, : len(groups[index].completions)].tolist())
-        return found
+        return put_together(self.accelerator, found) if groups else []
 
     def fill_reference(self, groups: Sequence[EncodedGroup], cache: ReferenceCache) -> int:
         """Compute the reference log-probs that any process lacks, each its share; returns how many groups that were.

@@ -13,12 +13,21 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ncalign.core.progress import say
+
 Decision = TypeVar("Decision")
+Part = TypeVar("Part")
 
 PATIENCE = 10.0
 """Seconds after which a file that another node wrote counts as not shared: network file systems may show it late."""
 
 _SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def say_first(accelerator: Accelerator, text: str) -> None:
+    """A line on stderr, of the first process alone."""
+    if accelerator.is_main_process:
+        say(text)
 
 
 @contextlib.contextmanager
@@ -63,6 +72,22 @@ def decided_by_first(accelerator: Accelerator, decide: Callable[[], Decision]) -
         raise ValueError(decided[1])
     found: Decision = decided[0]
     return found
+
+
+def own_share(accelerator: Accelerator, number: int) -> range:
+    """The places, of ``number``, that this process works on: every process has some of them, and no two the same."""
+    return range(accelerator.process_index, number, accelerator.num_processes)
+
+
+def put_together(accelerator: Accelerator, own: Mapping[int, Part]) -> list[Part]:
+    """What all processes found for their shares, in order; every process calls it.
+
+    Args:
+        accelerator: this process's.
+        own: what this process found, by place.
+    """
+    found = {place: part for some in gather_object([dict(own)]) for place, part in some.items()}
+    return [found[place] for place in range(len(found))]
 
 
 def check_shared_folder(folder: Path, accelerator: Accelerator) -> None:

@@ -70,6 +70,7 @@ class OnlineState(SavedState):
     loop: LoopState | None
     pool: str | None
     rounds: list[RoundRow]
+    groups_per_step: NotRequired[Annotated[int, Strict(), Field(ge=1)]]
 
 
 @with_config(_MORE)

@@ -14,13 +14,86 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ncalign.model.logprobs import LogprobModel
 
 _FOLDER = "shards"
+_CAN_RESET = "2.13"
+"""Of torch: what a forward pass leaves behind can be undone from here on."""
+
+
+def reshard(model: nn.Module) -> None:
+    """Have a sharded model hold its parts alone, and what its parameters are: a pass without gradients leaves some gathered."""
+    for part in model.modules() if isinstance(model, FSDPModule) else ():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its part of one that is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copy values into a tensor, or this process's part of them into its part."""
+    if isinstance(target, DTensor):
+        values = whole.to(target.to_local().device)
+        whole = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
+    own_part(target).copy_(own_part(whole))
+
+
+class Gathering:
+    """Gives every process all weights of a sharded model for a while, such as to sample from it.
+
+    Args:
+        model: the policy, after accelerate has prepared it.
+        accelerator: this process's.
+
+    Raises:
+        ValueError: the model is sharded, and torch is too old.
+    """
+
+    def __init__(self, model: LogprobModel, accelerator: Accelerator) -> None:
+        self._model, self._accelerator = model, accelerator
+        if isinstance(model, FSDPModule) and torch.__version__ < _CAN_RESET:
+            raise ValueError(
+                f"sampling from sharded weights (FSDP2) needs torch {_CAN_RESET}, and this is {torch.__version__}: upgrade it, "
+                "train under DDP, or let servers sample (generator: server)"
+            )
+        # Torch finds out which module holds the others when that one is called first.
+        register_fsdp_forward_method(model, "prepare_parts")
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A context in which passes through the model wait for no other process; all processes enter it together.
+
+        Until it is left each holds the whole model, in the precision in which it computes.
+        """
+        if not isinstance(self._model, FSDPModule):
+            yield
+            return
+        layers = [part for part in self._model.model.modules() if isinstance(part, FSDPModule)]
+        # Not in inference mode, whose tensors can't be trained on.
+        with torch.no_grad():
+            self._model.prepare_parts()
+            for layer in layers:
+                layer.set_reshard_after_forward(False, recurse=False)
+                layer.unshard()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(bool(self._accelerator.state.fsdp_plugin.reshard_after_forward), recurse=False)
+            # Backward passes prefetch what came before in forward passes: that must be the same on all processes.
+            self._model.reset_iter_state()
 
 
 def has_shards(folder: Path) -> bool:

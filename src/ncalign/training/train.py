@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.cache import cache_folder
 from ncalign.core.code_digest import value_digest
-from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
@@ -43,7 +42,13 @@ from ncalign.training.launch import compute_in, is_sharded, make_accelerator
 from ncalign.training.loading import open_policy, share_prompts_alike
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.optimizer import make_optimizer
-from ncalign.training.peers import another_process_named, check_shared_folder, decided_by_first, refuse_unlike_inputs
+from ncalign.training.peers import (
+    another_process_named,
+    check_shared_folder,
+    decided_by_first,
+    refuse_unlike_inputs,
+    say_first,
+)
 from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
 from ncalign.training.resolve import check_data_files, groups_per_step, with_rendering
@@ -109,7 +114,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
     started, written = time.monotonic(), config.model_dump(mode="json")
     if finished is not None:
         done = export_finished(config, written, finished, accelerator, policy=lambda: open_policy(config, accelerator)[0])
-        _say(accelerator, f"{config.output_dir} is finished: {done or 'nothing to resume'}")
+        say_first(accelerator, f"{config.output_dir} is finished: {done or 'nothing to resume'}")
         return finished
     checkpoints = decided_by_first(accelerator, partial(find_checkpoints, config.output_dir)) if config.resume else []
     step_size = groups_per_step(config, accelerator, checkpoints[-1] if checkpoints else None)
@@ -131,10 +136,10 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
             accelerator=accelerator,
         )
         refuse_other_run(checkpoints[-1], state, weights=inputs["weights"], data=inputs["data"], what="the training groups")
-        _say(accelerator, f"Resuming from {checkpoints[-1]}")
+        say_first(accelerator, f"Resuming from {checkpoints[-1]}")
     else:
         if config.resume:
-            _say(accelerator, f"note: {config.output_dir} has no checkpoint: training starts at the beginning")
+            say_first(accelerator, f"note: {config.output_dir} has no checkpoint: training starts at the beginning")
         self_check(config, prepared)
     # Not before all that can be wrong with the configuration, the data and the model has been looked at.
     if accelerator.is_main_process:
@@ -222,7 +227,7 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     """Load model and data, and hand both to accelerate; ``step_size`` is the number of groups in a step."""
     torch.manual_seed(config.seed)
     check_data_files(config)
-    _say(accelerator, f"Loading {config.model}")
+    say_first(accelerator, f"Loading {config.model}")
     policy, encoder = open_policy(config, accelerator)
     load = partial(
         load_groups,
@@ -249,9 +254,9 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     method, notice = fit_method(method, train)
     notices.append(notice)
     for notice in filter(None, (*notices, *encoder.report.notices())):
-        _say(accelerator, f"note: {notice}")
+        say_first(accelerator, f"note: {notice}")
     for warning in filter(None, warned):
-        _say(accelerator, warning)
+        say_first(accelerator, warning)
     engine, optimizer = make_engine(config, policy, method, accelerator)
     plan = make_plan(
         len(train),
@@ -275,7 +280,7 @@ def make_engine(
     find_router = partial(router_loss_of, base_causal_model(policy.model), config.router_aux_loss_coef)
     router, notice = decided_by_first(accelerator, find_router)
     if notice:
-        _say(accelerator, f"note: {notice}")
+        say_first(accelerator, f"note: {notice}")
     # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
     rounded = torch.bfloat16 if config.dtype == "bfloat16" else None
     autocast = rounded
@@ -289,7 +294,7 @@ def make_engine(
     # Only now do the weights lie where they are trained, whole or in parts, and run through that device's kernels.
     reason = share_prompts_alike(model, accelerator, prompts_once=once) if config.share_prompts else None
     if reason is not None:
-        _say(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
+        say_first(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
     engine = Engine(
         model=wrapped,
         method=method,
@@ -454,8 +459,3 @@ def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
         shared=shares_prompts(base_causal_model(prepared.policy.model)),
         uncast=config.dtype == "bfloat16" and is_sharded(prepared.engine.accelerator),
     )
-
-
-def _say(accelerator: Accelerator, text: str) -> None:
-    if accelerator.is_main_process:
-        say(text)
