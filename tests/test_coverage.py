@@ -18,7 +18,6 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from ncalign.online.drift import estimate_drift
 from ncalign.stats import length_control
 from ncalign.stats.agreement import position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
@@ -273,18 +272,6 @@ def test_means_of_rare_and_of_crowded_values(num: int) -> None:
     }
     for truth, draw in kinds.items():
         assert_covers([mean_interval(draw(), bounds=(0.0, 1.0)) for _ in range(repeats)], truth)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num", SIZES)
-def test_drift(num: int) -> None:
-    # Log-ratios of a policy that moved equally far on every prompt, six completions each: KL is half of their variance.
-    rng, repeats = np.random.default_rng(num), 400
-    for deviation in (0.1, 0.5):
-        logs = deviation * rng.normal(size=(repeats, num, 6)) - deviation**2 / 2
-        found = [estimate_drift(np.zeros((num, 6)).tolist(), rows.tolist()) for rows in logs]
-        assert_covers([one.kl_interval for one in found], deviation**2 / 2)
-        assert_covers([one.reverse_kl_interval for one in found], deviation**2 / 2, told=True)
 
 
 def test_the_check_itself_finds_the_percentile_bootstrap_wanting() -> None:

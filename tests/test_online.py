@@ -30,7 +30,7 @@ from ncalign.model.chat import ChatTemplate
 from ncalign.model.encoding import Encoder
 from ncalign.model.logprobs import LogprobModel, completion_logprobs
 from ncalign.online.config import OnlineConfig
-from ncalign.online.drift import alarms, estimate_drift, pool_health
+from ncalign.online.drift import alarms, pool_health
 from ncalign.online.online import run_online
 from ncalign.online.pool import eligible_columns, importance_weights
 from ncalign.online.rounds import round_end, round_prompts
@@ -231,7 +231,9 @@ def test_offline_candidates_join_the_fresh_ones(
     ]
     rows[0]["metadata"] = {"reward_steps": ["score: judge"]}
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = run(data=tmp_path / "mixed.jsonl", candidates="fresh_and_offline", preferred=preferred, eval_fraction=0.0)
+    results = run(
+        data=tmp_path / "mixed.jsonl", candidates="fresh_and_offline", preferred=preferred, eval_fraction=0.0, drift_prompts=0
+    )
     offline = [(row["steps"], row["groups"]) for row in results["reward_steps"] if row["candidates"] == "offline"]
     assert offline == [(["given in mixed.jsonl"], 11), (["score: judge"], 1)]
     assert seen
@@ -268,8 +270,8 @@ def test_nothing_is_computed_that_generation_counted(run: Run, monkeypatch: pyte
     plain = Engine.logprobs
     monkeypatch.setattr(Engine, "logprobs", lambda self, groups: calls.append(len(groups)) or plain(self, groups))
     run(max_steps=2, regenerate_every=2, reference="last_round", eval_fraction=0.0)
-    # The probe's four, empty lists for what the pool lacks, and at the end the drift of the four groups.
-    assert [size for size in calls if size] == [4, 4]
+    # The probe's four, empty lists for what the pool lacks, and at the end the drift of the two prompts kept out.
+    assert [size for size in calls if size] == [4, 2]
 
 
 @pytest.mark.parametrize("kind", ["fixed", "last_round", "ema"])
@@ -332,57 +334,6 @@ def test_importance_weights_scale_the_loss(run: Run, tmp_path: Path, monkeypatch
 
 
 # --- Drift ------------------------------------------------------------------------------------------------------------
-
-
-def test_drift_is_within_five_percent_of_the_exact_kl() -> None:
-    rng = np.random.default_rng(0)
-    before = rng.normal(size=(3, 6))
-    now = before + 0.4 * rng.normal(size=(3, 6))
-    before, now = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (before, now))
-    drawn = [rng.choice(6, size=3000, p=np.exp(row)) for row in before]
-    drift = estimate_drift(
-        [row[own].tolist() for row, own in zip(before, drawn, strict=True)],
-        [row[own].tolist() for row, own in zip(now, drawn, strict=True)],
-    )
-    exact = (np.exp(before) * (before - now)).sum(axis=1).mean()
-    reverse = (np.exp(now) * (now - before)).sum(axis=1).mean()
-    assert drift.kl == pytest.approx(exact, rel=0.05)
-    assert drift.reverse_kl == pytest.approx(reverse, rel=0.05)
-    assert drift.kl_interval[0] < exact < drift.kl_interval[1]
-
-
-def test_drift_of_policies_that_have_nothing_in_common_is_large_and_finite() -> None:
-    drift = estimate_drift([[-10.0, -20.0], [-30.0]], [[-900.0, -1.0], [-30.0]])
-    assert 100 < drift.kl < 1000
-    assert 0 < drift.reverse_kl <= math.log(3) + 1e-9
-    assert drift.effective_share == pytest.approx(1 / 3, abs=1e-6)
-
-
-def test_drift_of_a_run_is_the_exact_kl_of_its_policies(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
-    """One token a completion: what the policy can say is the vocabulary, and its KL a sum."""
-    (tmp_path / "one.jsonl").write_text(json.dumps({"id": "0", "prompt": "What is seven plus five?"}) + "\n")
-    results = run(
-        data=tmp_path / "one.jsonl",
-        string_prompts="raw",
-        eval_fraction=0.0,
-        max_new_tokens=1,
-        num_samples=6000,
-        max_steps=3,
-        regenerate_every=3,
-        learning_rate=2e-3,
-        warmup_ratio=0.0,
-        objective={"name": "rnce", "num_negatives": 8},
-    )
-    tokenizer = build_tokenizer()
-    prompt = tokenizer("What is seven plus five?", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        before, now = (
-            AutoModelForCausalLM.from_pretrained(folder)(prompt).logits[0, -1].double().log_softmax(-1)
-            for folder in (tiny_model_dir, results["model"])
-        )
-    exact = float((before.exp() * (before - now)).sum())
-    assert exact > 0.1
-    assert results["rounds"][0]["drift"]["kl"] == pytest.approx(exact, rel=0.05)
 
 
 def test_drift_ends_a_round_where_the_policy_moves(run: Run, tmp_path: Path) -> None:

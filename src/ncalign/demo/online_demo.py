@@ -26,6 +26,8 @@ from ncalign.training.config import TrainConfig
 
 NUM_ROUNDS, STEPS_PER_ROUND = 3, 8
 NUM_PROMPTS, NUM_SAMPLES = 192, 6
+DRIFT_PROMPTS = 8
+"""Beside those to train on; each round answers them too."""
 RESULTS = "online-results.json"
 _ARMS = {"offline": 1, "online": NUM_ROUNDS}
 
@@ -45,7 +47,7 @@ def run_online_demo(config: DemoConfig) -> dict[str, Any]:
     names = (prompts.name, held_out.name, RESULTS)
     claim(folder, names, verb="demo", inputs={"model": config.model}, overwrite=False, own=names)
     record(folder, names, verb="demo")
-    write_groups(make_prompts(NUM_PROMPTS, config.seed, "train"), prompts)
+    write_groups(make_prompts(NUM_PROMPTS + DRIFT_PROMPTS, config.seed, "train"), prompts)
     write_groups(held_out_prompts(config), held_out)
     results = {}
     for arm, rounds in _ARMS.items():
@@ -82,6 +84,7 @@ def arm_config(config: DemoConfig, model: str, prompts: Path, held_out: Path, ar
         temperature=1.0,
         generation_batch_size=GENERATION_BATCH,
         regenerate_every=regenerate_every,
+        drift_prompts=DRIFT_PROMPTS,
     )
 
 

@@ -52,7 +52,12 @@ class OnlineConfig(Frozen):
     drift_steps: int = Field(
         8, ge=1, description="Number of optimizer steps between measurements of that divergence, with regenerate_on_drift."
     )
-    drift_groups: int = Field(128, ge=2, description="Maximum number of groups on which that divergence is measured.")
+    drift_prompts: int | None = Field(
+        None,
+        ge=0,
+        description="Number of prompts kept out of training, on whose completions that divergence is measured; 0: no "
+        "measurement; none: 16, or a tenth of the prompts where that is less.",
+    )
     prompts_per_round: int | None = Field(
         None, ge=1, description="Number of prompts answered in a round; none: one for each group in the round's batches."
     )
@@ -116,6 +121,12 @@ class OnlineConfig(Frozen):
             raise ValueError("preferred: best_offline needs candidates: fresh_and_offline")
         if list(self.regenerate_at) != sorted(set(self.regenerate_at)) or not all(0 < at < 1 for at in self.regenerate_at):
             raise ValueError(f"regenerate_at must rise between 0 and 1, and is {list(self.regenerate_at)}")
+        if self.drift_prompts == 1:
+            raise ValueError("drift_prompts must be 0 or at least 2, and is 1: an interval over prompts needs two")
+        if self.regenerate_on_drift is not None and self.drift_prompts == 0:
+            raise ValueError(
+                "regenerate_on_drift needs prompts to measure the drift on: drift_prompts must be at least 2, and is 0"
+            )
         if (self.generator == "server") != (self.server is not None):
             raise ValueError("generator: server and the section server go together: give both or neither")
         if self.generator != "transformers" and self.push == "lora" and self.training.lora is None:

@@ -9,39 +9,34 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ncalign.core.json import json_ready
 from ncalign.stats.intervals import NO_INTERVAL, Interval, normal_arm
 
 WARN_ABOVE = 0.1
 """KL in nats above which a round's samples are no longer those of the policy (the source paper's check)."""
-_ENOUGH = 0.75
-"""Effective share below which the samples don't tell where the current policy went, nor how far they are from telling it."""
-_LARGEST = 50.0
-"""Log-weights above this would overflow when squared; such a sample tells nothing but that the policies are far apart."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """KL divergences between the generating policy and the current one, in nats a completion, averaged over prompts.
+    """How far the current policy is from the generating one, in nats a completion, averaged over prompts it was not trained on.
 
     Attributes:
-        kl: KL(generating ‖ current).
-        kl_interval: its 95 % interval, on the scale of its logarithm, by the jackknife over groups; NaN for one group. What
-            moves far and is too rare to be among the samples is in no estimate and in no interval.
-        reverse_kl: KL(current ‖ generating).
-        reverse_kl_interval: likewise; NaN where ``effective_share`` is below 3/4.
-        num_completions: what it was measured on.
-        effective_share: effective sample size of the weights current/generating, as a share of the completions.
+        kl: KL(generating ‖ current), estimated without bias: noise can put it a little below 0 where next to nothing moved.
+        kl_interval: its 95 % interval, Student's over prompts, cut at 0; NaN for one prompt.
+        preferred: KL(preferred ‖ current) - KL(preferred ‖ generating), where a prompt's preferred completion is the best by
+            reward of its samples: below 0 the policy has moved towards them. Of the prompts whose rewards differ; NaN of none.
+        preferred_interval: likewise; NaN for fewer than two such prompts.
+        num_prompts: what it was measured on.
+        num_completions: likewise.
     """
 
     kl: float
-    kl_interval: tuple[float, float]
-    reverse_kl: float
-    reverse_kl_interval: tuple[float, float]
+    kl_interval: Interval
+    preferred: float
+    preferred_interval: Interval
+    num_prompts: int
     num_completions: int
-    effective_share: float
 
     def as_json(self) -> dict[str, Any]:
         """For round.json."""
@@ -49,73 +44,66 @@ class Drift:
         return found
 
 
-def estimate_drift(generating: Sequence[Sequence[float]], current: Sequence[Sequence[float]]) -> Drift:
-    r"""Estimate both divergences from completions that the generating policy sampled.
+def estimate_drift(
+    generating: Sequence[Sequence[float]], current: Sequence[Sequence[float]], rewards: Sequence[Sequence[float | None]]
+) -> Drift:
+    r"""Estimate the drift from completions that the generating policy sampled and the current one was not trained on.
 
-    With $w = \pi_{now}/\pi_{gen}$ of a completion and means over the completions, $KL(\pi_{gen}\|\pi_{now})$ is estimated as
-    the mean of $-\log w + c\,(w - 1)$: the mean of $w - 1$ is known to be 0 and takes most of the noise out, $c$ in [0, 1]
-    being the regression coefficient. $KL(\pi_{now}\|\pi_{gen})$ is $\sum \tilde w \log \tilde w + \log n$ with
-    $\tilde w = w / \sum w$, at most $\log n$: where ``effective_share`` is small, it is a lower bound. Samples of another
-    temperature than 1, or cut by top_p or top_k, are of another distribution: 0 still means that nothing moved where they lie.
+    $KL(\pi_{gen}\|\pi_{now})$ is the mean over prompts of their completions' mean $\log \pi_{gen} - \log \pi_{now}$; with q the
+    distribution of the preferred completions, the same mean over these is $KL(q\|\pi_{now}) - KL(q\|\pi_{gen})$. Both are
+    unbiased on prompts kept out of training alone: on others the current policy was fitted to these very completions. The
+    interval is Student's over the prompts' means, since one prompt's completions are not independent. Nothing is weighted by
+    $w = \pi_{now}/\pi_{gen}$, not even as a control variate: where the policy moves to completions that were not sampled, all w
+    are below 1 and alike, and such an estimate is too low with an interval that doesn't show it. Samples of another temperature
+    than 1, or cut by top_p or top_k, are of another distribution: 0 still means that nothing moved where they lie.
+
+    It is a function of numbers alone: processes that gather the same rows, in the order of the prompts, decide alike.
 
     Args:
-        generating: log-probs under the generating policy, in nats; one list a group, groups may differ in length.
+        generating: log-probs under the generating policy, in nats; one row a prompt, rows may differ in length.
         current: the same completions' under the current policy.
+        rewards: theirs, None where there is none.
 
     Raises:
-        ValueError: there is nothing to measure, or the two don't match.
+        ValueError: there is nothing to measure, or the rows don't match.
 
-    >>> estimate_drift([[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.0]]).kl
-    0.0
+    Source: the check of arXiv 2502.04567 on how far the preferred completions are from the policy that trains.
+
+    >>> estimate_drift([[-1.0, -2.0], [-3.0, -1.0]], [[-1.5, -2.0], [-3.5, -1.0]], [[0.0, 1.0], [1.0, 0.0]]).kl
+    0.25
     """
-    if not generating or [len(group) for group in generating] != [len(group) for group in current]:
-        raise ValueError("drift needs the same completions, at least one, under both policies")
-    before, now = (np.concatenate([np.asarray(group, dtype=np.float64) for group in side]) for side in (generating, current))
-    log_w = now - before
-    owner = np.repeat(np.arange(len(generating)), [len(group) for group in generating])
-    known_zero = np.expm1(np.minimum(log_w, _LARGEST))
-    forward = -log_w + _coefficient(-log_w, known_zero) * known_zero
-    shift = float(log_w.max())
-    w = np.exp(log_w - shift)
-    # Sums of each group, so that the jackknife over groups subtracts rows.
-    sums = np.stack([np.bincount(owner, values) for values in (np.ones_like(w), forward, w, w * log_w)], axis=1)
-
-    def divergences(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        size, total, weight, tilted = np.moveaxis(totals, -1, 0)
-        return np.stack([total / size, tilted / weight - np.log(weight / size) - shift], axis=-1)
-
-    kl, reverse_kl = divergences(sums.sum(axis=0)).tolist()
-    effective_share = float(w.sum() ** 2 / (w**2).sum() / len(w))
-    intervals = [NO_INTERVAL, NO_INTERVAL]
-    if len(sums) > 1:
-        without = divergences(sums.sum(axis=0) - sums)
-        errors = np.sqrt((len(sums) - 1) * without.var(axis=0)).tolist()
-        intervals = [_log_interval(*pair, num=len(sums)) for pair in zip((kl, reverse_kl), errors, strict=True)]
+    lengths = [[len(row) for row in side] for side in (generating, current, rewards)]
+    if not generating or not all(lengths[0]) or lengths != [lengths[0]] * 3:
+        raise ValueError(f"drift needs completions of each prompt under both policies, with rewards: got {lengths}")
+    lost = [np.asarray(before) - np.asarray(now) for before, now in zip(generating, current, strict=True)]
+    kl, interval = _mean_over_prompts([row.mean() for row in lost])
+    low, high = np.maximum(interval, 0.0).tolist()
+    of_best = [row[best].mean() for row, own in zip(lost, rewards, strict=True) if (best := _preferred(own))]
+    preferred, preferred_interval = _mean_over_prompts(of_best)
     return Drift(
         kl=kl,
-        kl_interval=intervals[0],
-        reverse_kl=reverse_kl,
-        reverse_kl_interval=intervals[1] if effective_share >= _ENOUGH else NO_INTERVAL,
-        num_completions=len(w),
-        effective_share=effective_share,
+        kl_interval=(low, high),
+        preferred=preferred,
+        preferred_interval=preferred_interval,
+        num_prompts=len(lost),
+        num_completions=sum(lengths[0]),
     )
 
 
-def _log_interval(value: float, error: float, *, num: int) -> Interval:
-    """95 % interval of a quantity above 0, whose logarithm is nearer to normal; 0 to 0 where nothing moved at all."""
-    if value <= 0:
-        return (0.0, 0.0) if value == error == 0 else NO_INTERVAL
-    arm = normal_arm(error / value, least=0.0, num=num)
-    return value * math.exp(-arm), value * math.exp(min(arm, _LARGEST))
+def _mean_over_prompts(values: Sequence[float]) -> tuple[float, Interval]:
+    if len(values) < 2:
+        return _mean(values), NO_INTERVAL
+    mean, error = _mean(values), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    arm = normal_arm(error, least=0.0, num=len(values))
+    return mean, (mean - arm, mean + arm)
 
 
-def _coefficient(values: NDArray[np.float64], known_zero: NDArray[np.float64]) -> float:
-    """The multiple of a variable of mean 0 that takes most noise out of the values' mean: 1 for a policy that hardly moved."""
-    spread = float(np.mean((known_zero - known_zero.mean()) ** 2))
-    if spread == 0:
-        return 0.0
-    shared = float(np.mean((known_zero - known_zero.mean()) * (values - values.mean())))
-    return min(max(-shared / spread, 0.0), 1.0)
+def _preferred(rewards: Sequence[float | None]) -> list[int]:
+    """Places of the best reward, several where they are tied; none where rewards don't differ."""
+    known = [reward for reward in rewards if reward is not None]
+    if not known or max(known) == min(known):
+        return []
+    return [place for place, reward in enumerate(rewards) if reward == max(known)]
 
 
 def pool_health(

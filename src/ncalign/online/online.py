@@ -40,7 +40,7 @@ from ncalign.online.evaluate import compare, evaluate_policy
 from ncalign.online.pool import Pool, Ranked, build_pool, fill_logprobs, pool_groups, rank
 from ncalign.online.probe import check_same_weights
 from ncalign.online.rounds import round_end, round_prompts
-from ncalign.online.sampling import sample_and_score
+from ncalign.online.sampling import ScoredSamples, sample_and_score
 from ncalign.online.state import Position, Run, last_position, needed_space, open_run, save
 from ncalign.report.online_page import write_rounds_report
 from ncalign.rewards.sources import source_record
@@ -165,13 +165,13 @@ def make_pool(run: Run, position: Position) -> Pool:
         num_prompts=len(run.prompts),
         seed=config.training.seed,
     )
-    prompts = [run.prompts[index] for index in indices]
+    prompts = [*(run.prompts[index] for index in indices), *run.kept_out]
     made = decided_by_first(run.accelerator, (folder / "pool.jsonl").is_file)
     if position.step > position.start and not made:
         raise ValueError(
             f"{folder} was deleted or moved, and the policy that made it is gone: restore it, or start again (overwrite: true)"
         )
-    run.say(f"Round {number + 1}: steps {position.start + 1} to {end} of {run.total}, {len(prompts)} prompts")
+    run.say(f"Round {number + 1}: steps {position.start + 1} to {end} of {run.total}, {len(indices)} prompts")
     if not made:
         # Both need the policy as it was when the round began; with the pool they are done.
         run.generator.update(folder)
@@ -190,7 +190,8 @@ def make_pool(run: Run, position: Position) -> Pool:
             clock=run.clock,
             accelerator=run.accelerator,
         )
-    ranked = [found for one in answered if (found := rank(one, run.encoder, run.method, config))]
+    answered, kept_out = answered[: len(indices)], answered[len(indices) :]
+    ranked = [*_ranked(run, answered), *_ranked(run, kept_out, kept_out=True)]
     with run.clock.phase("log-probs"):
         generating, reference = fill_logprobs(
             ranked,
@@ -201,19 +202,28 @@ def make_pool(run: Run, position: Position) -> Pool:
             at_reference=number == 0 or config.reference == "last_round",
             accelerator=run.accelerator,
         )
-    pool = build_pool(answered, ranked, generating, reference, method=run.method, config=config)
+    pool = build_pool(answered, ranked, generating, reference, method=run.method, config=config, kept_out=kept_out)
     if not made:
-        scored = pool_groups(answered, source_record(config.rewards), run.encoder.string_prompts)
-        decided_by_first(run.accelerator, partial(write_groups, scored, folder / "pool.jsonl"))
+        decided_by_first(run.accelerator, partial(_write_pool, run, answered, folder / "pool.jsonl"))
     if not pool.groups:
         raise ValueError(
-            f"round {number + 1}: {run.method.name} can use none of the {len(prompts)} groups ({_reasons(ranked)}); "
+            f"round {number + 1}: {run.method.name} can use none of the {len(indices)} groups ({_reasons(ranked)}); "
             f"{folder / 'pool.jsonl'} holds them: easier or harder prompts, more samples or another reward are needed"
         )
     if position.pool is not None and position.pool != data_digest(pool.groups):
         raise ValueError(f"{folder} holds another pool than the checkpoint was trained on: restore it, or start again")
     position.pool = data_digest(pool.groups)
     return pool
+
+
+def _ranked(run: Run, answered: Sequence[ScoredSamples], *, kept_out: bool = False) -> list[Ranked]:
+    """What of it can be encoded."""
+    ranked = (rank(one, run.encoder, run.method, run.config, kept_out=kept_out) for one in answered)
+    return [found for found in ranked if found is not None]
+
+
+def _write_pool(run: Run, answered: Sequence[ScoredSamples], path: Path) -> None:
+    write_groups(pool_groups(answered, source_record(run.config.rewards), run.encoder.string_prompts), path)
 
 
 def _reasons(ranked: Sequence[Ranked]) -> str:
@@ -327,13 +337,14 @@ def _drifted(run: Run, pool: Pool, steps: int) -> bool:
 
 
 def measure_drift(run: Run, pool: Pool) -> Drift | None:
-    """Drift since the pool was generated; None where there is nothing to measure it on."""
+    """Drift since the pool was generated, on the prompts kept out of training; None where none was, or none was answered."""
     if not pool.measured:
         return None
     with run.clock.phase("drift"):
         current = run.engine.logprobs(pool.measured)
+        rewards = [group.rewards for group in pool.measured]
         # One process decides for all whether a round ends.
-        return decided_by_first(run.accelerator, partial(estimate_drift, pool.generating, current))
+        return decided_by_first(run.accelerator, partial(estimate_drift, pool.generating, current, rewards))
 
 
 # --- Ends -------------------------------------------------------------------------------------------------------------
@@ -387,7 +398,7 @@ def _round_line(row: dict[str, Any]) -> str:
     if drift is not None:
         low, high = drift["kl_interval"]
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        parts.append(f"drift {drift['kl']:.3f} nats{interval}")
+        parts.append(f"drift {drift['kl']:.3f} nats{interval} on {drift['num_prompts']} prompts kept out of training")
     return ", ".join(parts)
 
 
@@ -439,6 +450,7 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
         "groups_trained_on": sum(count["groups_trained_on"] for count in counts),
         "candidates_used": sum(count["completions"] for count in counts),
         "tokens_generated": sum(count["tokens"] for count in counts),
+        "tokens_for_drift": sum(count["tokens_kept_out"] for count in counts),
     }
     page = decided_by_first(run.accelerator, partial(report, run))
     results = {

@@ -46,6 +46,7 @@ class Ranked:
         columns: those that training sees; none where the method can't use the group.
         sampled_logprobs: of the fresh ones, as generation counted them; None where it is not exact.
         reason: why the method can't use the group; empty where it can.
+        kept_out: whether it is there for the drift alone, and not trained on.
     """
 
     encoded: EncodedGroup
@@ -53,6 +54,7 @@ class Ranked:
     columns: list[int]
     sampled_logprobs: tuple[float, ...] | None
     reason: str = ""
+    kept_out: bool = False
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Pool:
 
     Attributes:
         groups: to train on, with reference log-probs.
-        measured: groups of fresh completions alone.
+        measured: the prompts that are kept out of training, with their fresh completions and what these earned.
         generating: their log-probs under the policy that generated them.
         health: numbers of the fresh completions.
         counts: prompts, candidates and tokens.
@@ -77,11 +79,16 @@ class Pool:
 # --- Rank and encode --------------------------------------------------------------------------------------------------
 
 
-def rank(answered: ScoredSamples, encoder: Encoder, method: Method, config: OnlineConfig) -> Ranked | None:
-    """Encode a prompt's candidates and choose those for training; None where nothing can be encoded."""
+def rank(
+    answered: ScoredSamples, encoder: Encoder, method: Method, config: OnlineConfig, *, kept_out: bool = False
+) -> Ranked | None:
+    """Encode a prompt's candidates and choose those for training; None where nothing can be encoded.
+
+    A group that is ``kept_out`` has its fresh candidates, and none for training.
+    """
     prompt, completions = answered.prompt, answered.completions
     written = [k for k, completion in enumerate(completions) if completion.text.strip()]
-    mixed = config.candidates == "fresh_and_offline"
+    mixed = config.candidates == "fresh_and_offline" and not kept_out
     offline = [replace(c, reference_logprob=None) for c in prompt.candidates if mixed and c.reward is not None]
     fresh = {k: replace(completion_as_candidate(prompt, completions[k], FRESH), reward=answered.rewards[k]) for k in written}
     if not fresh:
@@ -97,15 +104,16 @@ def rank(answered: ScoredSamples, encoder: Encoder, method: Method, config: Onli
     kept = list(range(len(completions))) if exact else written
     candidates = [*(fresh.get(k) for k in kept), *offline]
     rewards = [None if candidate is None else candidate.reward for candidate in candidates]
+    logprobs = tuple(c.logprob for c in completions if c.logprob is not None)
+    known = logprobs if exact and len(logprobs) == len(completions) and not offline else None
+    if kept_out:
+        return Ranked(replace(encoded, rewards=tuple(rewards)), len(kept), [], known, kept_out=True)
     columns = eligible_columns(rewards, len(kept), config.preferred)
     eligible = [candidate for k in columns if (candidate := candidates[k]) is not None]
     scored, reason = scored_candidates(replace(prompt, candidates=eligible), method)
     for k, candidate in zip(columns, scored.candidates if reason is None else (), strict=reason is None):
         rewards[k] = candidate.reward
-    logprobs = tuple(c.logprob for c in completions if c.logprob is not None)
-    known = logprobs if exact and len(logprobs) == len(completions) and not offline else None
-    encoded = replace(encoded, rewards=tuple(rewards))
-    return Ranked(encoded, len(kept), columns if reason is None else [], known, reason or "")
+    return Ranked(replace(encoded, rewards=tuple(rewards)), len(kept), columns if reason is None else [], known, reason or "")
 
 
 def as_sampled(
@@ -177,8 +185,8 @@ def fill_logprobs(
             if not decided_by_first(accelerator, path.is_file):
                 trained = [bool(group.columns) for group in chunk]
                 wanted = [
-                    start + i < config.drift_groups or (use and (at_reference or config.on_model == "importance"))
-                    for i, use in enumerate(trained)
+                    group.kept_out or (use and (at_reference or config.on_model == "importance"))
+                    for group, use in zip(chunk, trained, strict=True)
                 ]
                 generating = _of_policy(chunk, wanted, policy, known=known)
                 others = generating if at_reference else _where(trained, chunk, reference)
@@ -198,7 +206,7 @@ def _of_policy(
     own = [group.sampled_logprobs if known else None for group in chunk]
     lacking = [want and logprobs is None for want, logprobs in zip(wanted, own, strict=True)]
     computed = _where(lacking, chunk, policy)
-    return [a if want and a is not None else b for want, a, b in zip(wanted, own, computed, strict=True)]
+    return [b if a is None else a for a, b in zip(own, computed, strict=True)]
 
 
 def _where(wanted: Sequence[bool], chunk: Sequence[Ranked], source: LogprobSource) -> list[tuple[float, ...] | None]:
@@ -217,8 +225,9 @@ def build_pool(
     *,
     method: Method,
     config: OnlineConfig,
+    kept_out: Sequence[ScoredSamples],
 ) -> Pool:
-    """The pool from its phases' artefacts."""
+    """The pool from its phases' artefacts: of what was answered to train on, and of what was for the drift (``kept_out``)."""
     groups, shares = [], []
     for group, before, base in zip(ranked, generating, reference, strict=True):
         if not group.columns:
@@ -232,26 +241,24 @@ def build_pool(
             )
             shares.append(share)
         groups.append(_selected(group, base, weights))
-    measured = [
-        (_fresh_alone(group), before[: group.num_fresh])
-        for group, before in zip(ranked[: config.drift_groups], generating, strict=False)
-        if before is not None
-    ]
+    told = [(group, before[: group.num_fresh]) for group, before in zip(ranked, generating, strict=True) if before is not None]
     health = pool_health(
         [[c.text for c in one.completions] for one in answered],
         [one.rewards for one in answered],
         [[c.num_tokens for c in one.completions] for one in answered],
         [[c.finished for c in one.completions] for one in answered],
-        [list(before) for _, before in measured],
-        [[len(ids) for ids in group.completions] for group, _ in measured],
+        [before for _, before in told],
+        [[len(ids) for ids in group.encoded.completions[: group.num_fresh]] for group, _ in told],
     )
     if shares:
         health["importance/effective_share"] = float(np.mean(shares))
     counts = {
         "prompts": len(answered),
+        "prompts_kept_out": len(kept_out),
         "groups_trained_on": len(groups),
         "completions": sum(len(one.completions) for one in answered),
         "tokens": sum(c.num_tokens for one in answered for c in one.completions),
+        "tokens_kept_out": sum(c.num_tokens for one in kept_out for c in one.completions),
         "empty": sum(not c.text.strip() for one in answered for c in one.completions),
         "cut": sum(not c.finished and bool(c.text.strip()) for one in answered for c in one.completions),
         "without_reward": sum(
@@ -260,6 +267,7 @@ def build_pool(
             for reward, c in zip(one.rewards, one.completions, strict=True)
         ),
     }
+    measured = [(group.encoded, before) for group, before in told if group.kept_out]
     return Pool(groups, [group for group, _ in measured], [before for _, before in measured], health, counts)
 
 
@@ -292,16 +300,6 @@ def _selected(group: Ranked, reference: tuple[float, ...], weights: tuple[float,
         rewards=tuple(encoded.rewards[k] for k in group.columns),
         reference_logprobs=tuple(reference[k] for k in group.columns),
         weights=tuple(padded[k] for k in group.columns) if padded else (),
-    )
-
-
-def _fresh_alone(group: Ranked) -> EncodedGroup:
-    number = group.num_fresh
-    return replace(
-        group.encoded,
-        completions=group.encoded.completions[:number],
-        rewards=(0.0,) * number,
-        reference_logprobs=(None,) * number,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from ncalign.training.space import DiskNeed, disk_need
 from ncalign.training.trackers import log_to_trackers
 from ncalign.training.train import make_engine
 
+_DRIFT_PROMPTS, _DRIFT_SHARE = 16, 10
+"""How many prompts are kept out for the drift unless told, and one in how many at most."""
 _BYTES_PER_TOKEN = 16
 """Of a round's samples: as ids and as text, in two files each."""
 
@@ -67,7 +70,11 @@ class Position:
 
 @dataclass
 class Run:
-    """What lasts for the whole run; ``groups_per_step`` counts the groups of all processes in an optimizer step."""
+    """What lasts for the whole run.
+
+    Of the prompts, ``prompts`` are trained on; ``kept_out`` are answered in every round too, and the drift is measured on their
+    completions; ``held_out`` are for evaluation. ``groups_per_step`` counts the groups of all processes in an optimizer step.
+    """
 
     config: OnlineConfig
     accelerator: Accelerator
@@ -81,6 +88,7 @@ class Run:
     source: RewardSource
     prompts: list[Group]
     held_out: list[Group]
+    kept_out: list[Group]
     total: int
     groups_per_step: int
     inputs: dict[str, str]
@@ -118,6 +126,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, *, 
         today=training.encoding.template_date,
     )
     prompts, held_out = load_prompts(config, accelerator)
+    prompts, kept_out = keep_out(prompts, config, say=partial(say_first, accelerator))
     say_first(accelerator, f"Loading {training.model}")
     policy, encoder = open_policy(training, accelerator)
     # Offline candidates are encoded with the prompt as it is put to the policy now.
@@ -125,7 +134,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, *, 
     if warning := rendering_warning(made, encoder.string_prompts, what=str(training.data), does="this run encodes them"):
         say_first(accelerator, warning)
     if accelerator.is_main_process:
-        _say_what_is_left_out(config, encoder, [*prompts, *held_out])
+        _say_what_is_left_out(config, encoder, [*prompts, *kept_out, *held_out])
     engine, optimizer = make_engine(training, policy, method, accelerator)
     total = num_steps(
         len(prompts),
@@ -135,7 +144,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, *, 
     )
     reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
     generator = make_generator(config, policy, engine, accelerator)
-    groups = {"data": prompts, "eval_data": held_out}
+    groups = {"data": [*prompts, *kept_out], "eval_data": held_out}
     inputs = {
         "weights": policy.fingerprint,
         "tokenizer": reading_fingerprint(policy.model, policy.tokenizer),
@@ -156,6 +165,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, *, 
         source=source,
         prompts=prompts,
         held_out=held_out,
+        kept_out=kept_out,
         total=total,
         groups_per_step=step_size,
         inputs=inputs,
@@ -222,6 +232,41 @@ def load_prompts(config: OnlineConfig, accelerator: Accelerator) -> tuple[list[G
     )
     train = [group for place, group in enumerate(prompts) if place not in out]
     return train, [group for place, group in enumerate(prompts) if place in out]
+
+
+def keep_out(
+    prompts: Sequence[Group], config: OnlineConfig, *, say: Callable[[str], None] = say
+) -> tuple[list[Group], list[Group]]:
+    """Prompts to train on, and those that are never trained on, so that drift can be measured on their completions.
+
+    Which these are depends on the prompts and the seed alone, for the whole run: the rounds measure on the same prompts, and
+    none was fitted in an earlier round. Each is there once, however often the data has it.
+
+    Raises:
+        ValueError: ``drift_prompts`` leaves none to train on, or ``regenerate_on_drift`` has nothing to measure.
+    """
+    wanted, digests = config.drift_prompts, [prompt_digest(group) for group in prompts]
+    different = len(set(digests))
+    if wanted is None:
+        wanted = min(_DRIFT_PROMPTS, different // _DRIFT_SHARE)
+        if wanted < 2 and config.regenerate_on_drift is not None:
+            raise ValueError(
+                "regenerate_on_drift needs at least 2 prompts that are not trained on, which are a tenth of all unless told "
+                f"otherwise, and there are {different} different ones: set drift_prompts, or leave regenerate_on_drift out"
+            )
+        if wanted < 2:
+            say(
+                f"note: drift is not measured: a tenth of {different} prompts is less than the 2 that would be kept out of "
+                "training for it; drift_prompts sets how many are"
+            )
+            wanted = 0
+    if wanted >= different:
+        raise ValueError(f"drift_prompts: {wanted} leaves none of {different} different prompts to train on: give fewer, or 0")
+    out = held_out_places(list(dict.fromkeys(digests)), fraction=wanted / different, seed=config.training.seed)
+    kept = {digests[place]: group for place, group in enumerate(prompts)}
+    chosen = [digest for place, digest in enumerate(dict.fromkeys(digests)) if place in out]
+    train = [group for digest, group in zip(digests, prompts, strict=True) if digest not in chosen]
+    return train, [kept[digest] for digest in chosen]
 
 
 def last_position(run: Run, last: Path | None) -> Position:

@@ -75,14 +75,14 @@ def _plot_evaluation(axes: Axes, evaluation: Mapping[str, Any]) -> None:
 
 def _plot_drift(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     measured = [row for row in rounds if row["drift"] is not None]
-    for name, label in (("kl", "KL(generating ‖ current)"), ("reverse_kl", "KL(current ‖ generating)")):
-        values = [row["drift"][name] for row in measured]
+    for name, label in (("kl", "KL(generating ‖ current)"), ("preferred", "KL(preferred ‖ policy), change")):
+        values = np.array([row["drift"][name] for row in measured], dtype=np.float64)
         bounds = np.array([row["drift"][f"{name}_interval"] for row in measured], dtype=np.float64).reshape(-1, 2).T
         # Where there is no interval, none is drawn.
-        arms = np.nan_to_num(np.abs(bounds - np.array(values)))
+        arms = np.nan_to_num(np.abs(bounds - values))
         axes.errorbar([row["round"] for row in measured], values, yerr=arms, marker="o", capsize=3, label=label)
     axes.axhline(DRIFT_LIMIT, color="0.5", linestyle="--")
-    label_axes(axes, "Drift at the round's end", "round", "nats a completion")
+    label_axes(axes, "Drift at the round's end, on prompts not trained on", "round", "nats a completion")
     axes.set_xticks([row["round"] for row in rounds])
 
 
