@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -266,6 +267,40 @@ def test_artefacts_of_a_round_that_are_not_ours_are_named(
     error = capsys.readouterr().err
     assert f"{name} is damaged (" in error
     assert "delete it, and resume makes it again" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("generated-00000.json", lambda rows: [row[:1] for row in rows]),
+        ("generated-00000.json", lambda rows: [[{**one, "token_ids": [10**9]} for one in row] for row in rows]),
+        ("scored-00000.json", lambda rows: [[0.5 for _ in row] for row in rows]),
+        ("scored-00000.json", lambda rows: [[math.nan for _ in row] for row in rows]),
+        ("logprobs-00000.json", lambda found: {side: [None for _ in rows] for side, rows in found.items()}),
+        ("evaluation.json", lambda rows: [{**row, "reward": 0.5} for row in rows]),
+    ],
+    ids=["completions left out", "other tokens", "other rewards", "no number", "no log-probs", "other evaluation"],
+)
+def test_what_changed_in_a_round_is_named(
+    name: str, change: Callable[[Any], Any], round_begun: tuple[dict[str, Any], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    fields, run = round_begun
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "rounds" / "000" / name
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"content": change(kept["content"])}))
+    assert main(online_words({**fields, "output_dir": tmp_path / "run"})) == 1
+    assert f"{name} is damaged (its content changed after writing): " in capsys.readouterr().err
+
+
+def test_a_rounds_evaluation_that_is_gone_is_named(
+    round_begun: tuple[dict[str, Any], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    fields, run = round_begun
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "rounds" / "000" / "evaluation.json").unlink()
+    assert main(online_words({**fields, "output_dir": tmp_path / "run"})) == 1
+    assert "000/evaluation.json is damaged ([Errno 2] No such file or directory" in capsys.readouterr().err
 
 
 def test_records_of_shards_that_are_not_ours_are_made_again(tmp_path: Path, write_jsonl: Write) -> None:

@@ -1,12 +1,15 @@
-"""The files of a round's phases: their forms, and how they are read again."""
+"""The files of a round's phases: their forms, and how they are written and read again."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from ncalign.core.atomic import write_json_atomic
 from ncalign.core.kept import Kept, read_kept
 
 
@@ -43,14 +46,47 @@ class Evaluated(TypedDict):
 EVALUATION = TypeAdapter(list[Evaluated])
 
 
-def read_artefact(path: Path, form: TypeAdapter[Kept], *, rows: int | None = None) -> Kept:
-    """The contents of a phase's file; ``rows`` says how many it has.
+class _Sealed(TypedDict):
+    """What a phase's file holds: the content, and a checksum of it."""
+
+    sha256: str
+    content: object
+
+
+_SEALED = TypeAdapter(_Sealed)
+MADE_AGAIN = "delete it, and resume makes it again"
+MADE_ONCE = f"{MADE_AGAIN} if the round has not begun to train; else restore it, or start again (overwrite: true)"
+
+
+def write_artefact(content: object, path: Path) -> None:
+    """Write a phase's file with a checksum of its content.
 
     Raises:
-        ValueError: it can't be read, or something else is in it.
+        ValueError: the content holds NaN or an infinity.
     """
-    remedy = "delete it, and resume makes it again"
-    found = read_kept(path, form, remedy=remedy)
+    write_json_atomic({"sha256": _digest(content), "content": content}, path)
+
+
+def read_artefact(path: Path, form: TypeAdapter[Kept], *, rows: int | None = None, remedy: str = MADE_AGAIN) -> Kept:
+    """The content of a phase's file, as it was written.
+
+    Args:
+        path: the file.
+        form: what is in it.
+        rows: how many entries its list has; None: any number.
+        remedy: what to do where it is damaged.
+
+    Raises:
+        ValueError: it can't be read, or it holds something else than what was written.
+    """
+    sealed = read_kept(path, _SEALED, remedy=remedy)
+    if _digest(sealed["content"]) != sealed["sha256"]:
+        raise ValueError(f"{path} is damaged (its content changed after writing): {remedy}")
+    found = form.validate_python(sealed["content"])
     if rows is not None and isinstance(found, list) and len(found) != rows:
         raise ValueError(f"{path} is damaged (it has {len(found)} rows where {rows} are needed): {remedy}")
     return found
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

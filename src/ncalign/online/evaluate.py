@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ncalign.core.atomic import write_json_atomic
 from ncalign.core.json import json_ready
 from ncalign.generation.base import SamplingParams
 from ncalign.generation.generate import completion_as_candidate
-from ncalign.online.artefacts import EVALUATION, read_artefact
+from ncalign.online.artefacts import EVALUATION, MADE_ONCE, read_artefact, write_artefact
 from ncalign.online.sampling import answers
 from ncalign.online.state import Run
 from ncalign.stats.paired import paired_comparison
@@ -43,7 +42,7 @@ def evaluate_policy(run: Run, path: Path) -> None:
             [reward] = run.source.score(replace(group, candidates=[completion_as_candidate(group, completions[0], "policy")]))
         own[place] = {"id": group.id, "text": text, "reward": reward}
     rows = put_together(run.accelerator, own)
-    decided_by_first(run.accelerator, partial(write_json_atomic, rows, path))
+    decided_by_first(run.accelerator, partial(write_artefact, rows, path))
     known = [row["reward"] for row in rows if row["reward"] is not None]
     if known:
         run.say(f"Held-out reward: {sum(known) / len(known):.3f} on {len(known)} prompts")
@@ -53,10 +52,11 @@ def compare(run: Run) -> dict[str, Any]:
     """Mean reward of each evaluation so far, and the first against the last, on prompts that both have a reward for."""
     if not run.held_out:
         return {}
-    folders = [run.folder(row["round"] - 1) for row in run.rounds] + [run.config.training.output_dir / run_folder.ROUNDS]
-    evaluations = [
-        read_artefact(folder / NAME, EVALUATION, rows=len(run.held_out)) for folder in folders if (folder / NAME).is_file()
-    ]
+    files = [run.folder(row["round"] - 1) / NAME for row in run.rounds]
+    last = run.config.training.output_dir / run_folder.ROUNDS / NAME
+    if last.is_file():
+        files.append(last)
+    evaluations = [read_artefact(file, EVALUATION, rows=len(run.held_out), remedy=MADE_ONCE) for file in files]
     rewards = [[row["reward"] for row in rows] for rows in evaluations]
     means = [float(np.mean([r for r in row if r is not None])) if any(r is not None for r in row) else None for row in rewards]
     pairs = [(a, b) for a, b in zip(rewards[0], rewards[-1], strict=True) if a is not None and b is not None]

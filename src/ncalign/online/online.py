@@ -32,7 +32,7 @@ from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.reference import data_digest
 from ncalign.objectives import Method, build_method
-from ncalign.online.artefacts import MISMATCHED, read_artefact
+from ncalign.online.artefacts import MISMATCHED, read_artefact, write_artefact
 from ncalign.online.clock import Clock, shares
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import WARN_ABOVE, Drift, alarms, estimate_drift
@@ -319,7 +319,7 @@ def _mismatched(run: Run, method: Method, pool: Pool, number: int) -> list[Encod
     groups = mismatched_groups(pool.groups, max_length=run.config.training.encoding.max_length)
     path = run.folder(number) / "mismatched.json"
     if not decided_by_first(run.accelerator, path.is_file):
-        decided_by_first(run.accelerator, partial(write_json_atomic, reference_logprobs(run, groups), path))
+        decided_by_first(run.accelerator, partial(write_artefact, reference_logprobs(run, groups), path))
     found = decided_by_first(run.accelerator, partial(read_artefact, path, MISMATCHED, rows=len(groups)))
     return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, found, strict=True)]
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 from accelerate import Accelerator
 
-from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import Bar
 from ncalign.data.groups import REWARD_STEPS, Candidate, Group
 from ncalign.data.rendering import Rendering, record_rendering
@@ -20,7 +19,7 @@ from ncalign.generation.base import Completion
 from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
 from ncalign.objectives import Method
-from ncalign.online.artefacts import LOGPROBS, Logprobs, read_artefact
+from ncalign.online.artefacts import LOGPROBS, Logprobs, read_artefact, write_artefact
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import pool_health
 from ncalign.online.sampling import FRESH, ScoredSamples
@@ -191,7 +190,7 @@ def fill_logprobs(
                 generating = _of_policy(chunk, wanted, policy, known=known)
                 others = generating if at_reference else _where(trained, chunk, reference)
                 written = {"policy": generating, "reference": others}
-                decided_by_first(accelerator, partial(write_json_atomic, written, path))
+                decided_by_first(accelerator, partial(write_artefact, written, path))
             values: Logprobs = decided_by_first(accelerator, partial(read_artefact, path, LOGPROBS))
             for rows, read in zip(found, (values["policy"], values["reference"]), strict=True):
                 rows += [None if row is None else tuple(row) for row in read]

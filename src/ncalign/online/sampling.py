@@ -15,14 +15,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ncalign.core.atomic import write_json_atomic
 from ncalign.core.progress import Bar, say
 from ncalign.data.groups import Group
 from ncalign.generation.base import Completion, Generator, LeftOutPrompts, SamplingParams
 from ncalign.generation.client import cancel_requests
 from ncalign.generation.generate import completion_as_candidate, sample_prompts
 from ncalign.model.encoding import DroppedGroupError
-from ncalign.online.artefacts import REWARDS, SAMPLES, Sample, read_artefact
+from ncalign.online.artefacts import MADE_ONCE, REWARDS, SAMPLES, Sample, read_artefact, write_artefact
 from ncalign.online.clock import Clock
 from ncalign.online.config import OnlineConfig
 from ncalign.rewards.base import RewardSource, score_usable
@@ -123,9 +122,10 @@ def _sampled(
 ) -> list[list[Completion]]:
     path = folder / f"generated-{number:05d}.json"
     if path.is_file():
-        return [[_completion(entry) for entry in row] for row in read_artefact(path, SAMPLES, rows=len(chunk))]
+        kept = read_artefact(path, SAMPLES, rows=len(chunk), remedy=MADE_ONCE)
+        return [[_completion(entry) for entry in row] for row in kept]
     found = answers(chunk, generator, config, num_samples=config.num_samples, params=params, seed=seed)
-    write_json_atomic([[_as_json(completion) for completion in row] for row in found], path)
+    write_artefact([[_as_json(completion) for completion in row] for row in found], path)
     return found
 
 
@@ -164,7 +164,7 @@ def _scored(
         return read_artefact(path, REWARDS, rows=len(chunk))
     with clock.phase("score"):
         found = _rewards(chunk, sampled, source, skip=config.training.on_bad_row == "skip")
-    write_json_atomic(found, path)
+    write_artefact(found, path)
     return found
 
 
