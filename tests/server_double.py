@@ -28,7 +28,7 @@ class ServerDouble:
     A fault is ``drop``, ``half`` (half the JSON), ``few`` (one choice, whatever n is), ``many``, ``slow``, ``trickle`` (a byte
     now and then), ``null`` (no message), ``too long`` (what servers say of a prompt that does not fit), a status to answer
     with, a status and what it says, the bytes to answer with, or a function that writes the answer to the handler itself;
-    ``fault_of`` says the same of a request's body.
+    ``fault_of`` says the same of a request's body. While it is ``down`` it answers nothing.
     """
 
     def __init__(self, answer: Answer = echo, faults: Callable[[int], Fault] = lambda number: None) -> None:
@@ -40,6 +40,7 @@ class ServerDouble:
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
         self.delay, self.slow_seconds = 0.0, 1.5
+        self.down = False
         self.fault_of: Callable[[dict[str, Any]], Fault] = lambda body: None
 
     def choices(self, path: str, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
@@ -65,6 +66,13 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_arguments: object) -> None:
             pass
 
+        def do_GET(self) -> None:
+            if double.down:
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return
+            self.send({}, 200)
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with double.lock:
@@ -75,7 +83,7 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 double.under_way += 1
                 double.most_under_way = max(double.most_under_way, double.under_way)
             try:
-                fault = double.faults(number)
+                fault = "drop" if double.down else double.faults(number)
                 self.reply(body, double.fault_of(body) if fault is None else fault)
             finally:
                 with double.lock:

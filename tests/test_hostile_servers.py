@@ -22,6 +22,7 @@ from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.generation.client import Server, ServerError
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.hosts import Order
 from ncalign.generation.questions import Request
 from ncalign.generation.wire import Choice
 from ncalign.online.backends import load_adapter_on
@@ -213,7 +214,7 @@ def test_nothing_of_the_environment_is_sent_but_the_key_that_is_named(
     with serving(double) as url:
         server = Server(config(url, api_key_env=key(given) if given else None))
         assert isinstance(server.ask([chat()])[0], list)
-        server.post("//reset_prefix_cache", {})
+        server.order([Order("//reset_prefix_cache", {})])
     assert len(double.headers) == 2
     for headers in double.headers:
         assert headers.get("authorization") == (f"Bearer {given}" if given else None)
@@ -416,7 +417,7 @@ def test_an_answer_is_cut_at_the_largest_size(fault: Fault, monkeypatch: pytest.
         assert isinstance(after, list)
         double.faults = lambda number: fault
         with pytest.raises(ServerError, match="more than 1 MiB"):
-            Server(config(url)).post("//reset_prefix_cache", {})
+            Server(config(url)).order([Order("//reset_prefix_cache", {})])
 
 
 def test_a_refusal_without_end_is_read_as_far_as_it_is_shown() -> None:

@@ -44,3 +44,30 @@ def test_slurm_scripts_start_a_launcher_on_each_node(name: str, nodes: int, tmp_
         assert line.endswith("-m ncalign train --config a run.yaml --resume")
         assert (RECIPES.parent / line.split()[2]).is_file()
         assert nodes == 1 or f"--machine_rank {node} --main_process_ip first" in line
+
+
+def test_the_online_script_trains_on_one_node_and_samples_on_the_other(tmp_path: Path) -> None:
+    commands = {
+        "scontrol": "echo first; echo second",
+        # What runs where, and then that.
+        "srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && node=${1#*=}; shift; done; NODE=$node "$@"',
+        "served": f'echo "$NODE $CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $@" >> "{tmp_path}/servers"; sleep 3',
+        "curl": f'sleep .1; [[ $(wc -l < "{tmp_path}/servers") == 8 ]]',
+        "accelerate": 'echo "$NODE $@"',
+        "sleep": 'exec /bin/sleep "${1/5/0.1}"',
+    }
+    for command, does in commands.items():
+        (tmp_path / command).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / command).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "nodes", "VLLM": "served"}
+    script = ["bash", str(RECIPES / "slurm" / "online-two-nodes.sh"), "a run.yaml", "a model"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+    urls = ",".join(f"http://second:800{gpu}/v1" for gpu in range(8))
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(
+        "first launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml -m ncalign online --config a run.yaml "
+    )
+    assert line.endswith(f"--generator server --server.model policy --server.base_urls {urls} --resume")
+    servers = sorted((tmp_path / "servers").read_text().splitlines())
+    common = "--enable-lora --max-lora-rank 64"
+    assert servers == [f"second {gpu} 1 serve a model --served-model-name policy --port 800{gpu} {common}" for gpu in range(8)]

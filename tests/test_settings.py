@@ -342,7 +342,8 @@ def test_a_mistake_in_a_held_configuration_is_placed_where_it_was_written(write)
     with pytest.raises(ConfigError) as caught:
         load(OnlineConfig, write("max_length: 1\njudge:\n  max_retries: -1\n  sever: x\n"), {"learning_rate": "0"})
     assert [problem.rpartition("/")[2] for problem in caught.value.problems] == [
-        "run.yaml:7: unknown key 'judge.sever'; it has base_url, model, api_key_env, max_concurrency, requests_per_minute, "
+        "run.yaml:7: unknown key 'judge.sever'; it has base_url, base_urls, model, api_key_env, max_concurrency, "
+        "requests_per_minute, "
         "timeout_seconds, max_retries, logprobs, mode, template, lowest, highest, opponents, max_tokens, attempts",
         "run.yaml:4: max_length: found '1'; must be greater than or equal to 2",
         "--learning_rate: found '0'; must be greater than 0",

@@ -2,7 +2,8 @@
 
 The `openai` library sends requests and repeats those that the network or the server refuses (backoff with jitter, Retry-After).
 Added here: how many are under way, how many begin in a minute, a deadline and a size for each (`transport`), the check of what
-comes back (`wire`), further requests where there were fewer choices than asked for, and a store on disk of what was answered.
+comes back (`wire`), further requests where there were fewer choices than asked for, a store on disk of what was answered, and
+several servers of one model (`hosts`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import time
 from asyncio import gather, sleep
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.hosts import Host, Hosts, Order, root_of
 from ncalign.generation.questions import Request, distinct_questions
 from ncalign.generation.refusals import Changes, changed, kept_changes, name_instead, reason_of, refused_field, what_changes
 from ncalign.generation.transport import LONGEST_WAIT, ApiKey, asked_to_wait, check_host, connect
@@ -29,11 +32,19 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAIError
 
 Result = TypeVar("Result")
+Clients: TypeAlias = "Mapping[str, AsyncOpenAI]"
+"""A client for each server, by its URL."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 # Seconds between looks for an answer that another process is asking for.
 _LOOK_AGAIN = 0.1
 _ABOUT_THE_REQUEST = frozenset({400, 404, 413, 422})
+# A proxy or a server without its model says so; another server may do better on the others, as on any above.
+_DOWN, _ELSEWHERE = frozenset({502, 503, 504}), frozenset({408, 409, 429})
+# Of several servers: how often one is asked again before another, and how long it may take to say that it is healthy.
+_RETRIES_OF_ONE, _HEALTHY_WITHIN = 1, 5.0
+# What vLLM says to an adapter that it has.
+_ALREADY = 400
 # Requests in a row without an answer after which no more are sent, as a multiple of those under way at a time.
 _GIVE_UP_AFTER = 2
 # What a request counts there that was answered, and never with an answer that can be used.
@@ -76,16 +87,22 @@ class ServerError(RuntimeError):
         refused: whether it said that it does not take this very request (a status of 400 and the like), so that others may
             fare better, or answered it with what can't be used; false where it is down, overloaded, or wants another key.
         unusable: whether its answers can't be used.
+        status: of its answer; None where there was none.
         body: what it answered, as it came; never shown.
     """
 
-    def __init__(self, message: str, *, refused: bool = False, unusable: bool = False, body: str = "") -> None:
+    def __init__(
+        self, message: str, *, refused: bool = False, unusable: bool = False, status: int | None = None, body: str = ""
+    ) -> None:
         super().__init__(message)
-        self.refused, self.unusable, self.body = refused or unusable, unusable, body
+        self.refused, self.unusable, self.status, self.body = refused or unusable, unusable, status, body
 
 
 class Server:
-    """A client of one model on one server.
+    """A client of one model on one server, or on several that are asked in turn.
+
+    Of several, one that fails is set aside, which is said; what it was asked is asked elsewhere, and it is looked at now and
+    then until it is healthy: then it is given the last orders again, and asked again.
 
     Requests run on an event loop in a thread of its own, so that callers may have a loop of theirs (a notebook), and Ctrl-C
     cancels what is under way.
@@ -114,13 +131,16 @@ class Server:
         self._key = ApiKey(config.api_key_env, os.environ.get(config.api_key_env, "") if config.api_key_env else "")
         if config.api_key_env and not self._key.value:
             raise ValueError(
-                f"server {config.base_url}: the environment variable {config.api_key_env} is not set; export it, or set "
+                f"server {config.urls[0]}: the environment variable {config.api_key_env} is not set; export it, or set "
                 "api_key_env: none for a server without keys"
             )
-        check_host(config.base_url, self._key)
+        for url in config.urls:
+            check_host(url, self._key)
+        self._hosts, self._orders = Hosts(config.urls), tuple[Order, ...]()
+        self._name = f"server {config.urls[0]}" if len(config.urls) == 1 else f"servers {', '.join(config.urls)}"
         self._next_start = 0.0
         self.model, self.version = config.model, ""
-        self._changes_key = Store.key(config.base_url, config.model, "fields")
+        self._changes_key = Store.key(config.urls[0], config.model, "fields")
         self.changes: Changes = {} if store is None else kept_changes(store.get(self._changes_key))
         self._said: set[str] = set()
 
@@ -150,7 +170,7 @@ class Server:
             for place, _ in questions[number].places:
                 done(place)
 
-        found = self._run(lambda client: self._ask(client, [one.request for one in questions], answered))
+        found = self._run(lambda clients: self._ask(clients, [one.request for one in questions], answered))
         every: list[list[Choice] | ServerError] = [[] for _ in requests]
         for question, answer in zip(questions, found, strict=True):
             for place, own in question.places:
@@ -161,32 +181,67 @@ class Server:
         for name, other in self.changes.items():
             if name not in self._said:
                 self._said.add(name)
-                say(f"{what_changes(name, other)} ({self.config.base_url})")
+                say(f"{what_changes(name, other)} ({self.config.urls[0]})")
 
-    def post(self, path: str, body: Mapping[str, Any]) -> None:
-        """Tell the server something that has no answer, such as to load an adapter.
+    def alone(self, url: str) -> Server:
+        """A client of one of the servers as it is now, which remembers nothing."""
+        found = Server(self.config.model_copy(update={"base_url": url, "base_urls": ()}))
+        found.model, found.version, found.changes = self.model, self.version, dict(self.changes)
+        return found
+
+    def order(self, orders: Sequence[Order], *, told: bool = False) -> None:
+        """Tell every server something that has no answer, such as to load an adapter, and again whenever one comes back.
 
         Args:
-            path: under the server's root where it begins with ``//``, else under ``base_url``.
-            body: the JSON.
+            orders: in this order.
+            told: another process has told them already.
 
         Raises:
-            ServerError: it refuses, or what it says can't be read.
+            ServerError: one refuses, or what it says can't be read, or none answers.
         """
-        if path.startswith("//"):
-            path = self.config.base_url.rstrip("/").removesuffix("/v1") + path[1:]
-        try:
-            self._run(lambda client: self._sent(client, path, body, self.config.max_retries))
-        except Malformed as error:
-            raise ServerError(f"server {self.config.base_url}: {self._key.hidden(str(error))}") from None
+        self._orders = tuple(orders)
+        if told:
+            return
 
-    def _run(self, work: Callable[[AsyncOpenAI], Awaitable[Result]]) -> Result:
-        """Run work with a client on an event loop in a thread of its own."""
+        async def tell(clients: Clients) -> None:
+            await self._look_again(clients)
+            last: ServerError | None = None
+            for host in self._hosts.in_service() or [*self._hosts.all]:
+                try:
+                    await self._ordered(clients, host)
+                    host.look_at = None
+                except ServerError as error:
+                    if len(clients) == 1 or not _is_elsewhere(error):
+                        raise
+                    self._set_aside(host, last := error)
+            if last is not None and not self._hosts.in_service():
+                raise last
+
+        self._run(tell)
+
+    async def _ordered(self, clients: Clients, host: Host, *, again: bool = False) -> None:
+        """Give a server the orders; ``again`` those alone that it needs, of which another process may have been sooner."""
+        retries = self.config.max_retries if len(clients) == 1 else _RETRIES_OF_ONE
+        for order in self._orders:
+            if again and not order.needed:
+                continue
+            try:
+                await self._posted(clients, host, order.url(host.url), order.body, retries)
+            except Malformed as error:
+                if order.needed:
+                    raise ServerError(f"server {host.url}: {self._key.hidden(str(error))}") from None
+            except ServerError as error:
+                if error.status is None or (order.needed and not (again and error.status == _ALREADY)):
+                    raise
+
+    def _run(self, work: Callable[[Clients], Awaitable[Result]]) -> Result:
+        """Run work with a client of each server on an event loop in a thread of its own."""
         from anyio.from_thread import start_blocking_portal
 
         async def connected() -> Result:
-            async with self._client() as client:
-                return await work(client)
+            async with AsyncExitStack() as stack:
+                urls = self.config.urls
+                return await work({url: await stack.enter_async_context(self._client(url)) for url in urls})
 
         with start_blocking_portal() as portal:
             future = portal.start_task_soon(connected)
@@ -197,11 +252,12 @@ class Server:
                 _under_way.discard(future)
 
     async def _ask(
-        self, client: AsyncOpenAI, requests: Sequence[Request], done: Callable[[int], None]
+        self, clients: Clients, requests: Sequence[Request], done: Callable[[int], None]
     ) -> list[list[Choice] | ServerError]:
-        most, in_a_row = _GIVE_UP_AFTER * self.config.max_concurrency, 0.0
+        workers = self.config.max_concurrency * len(clients)
+        most, in_a_row = _GIVE_UP_AFTER * workers, 0.0
         not_asked = (
-            f"server {self.config.base_url}: not asked, since {most} requests in a row had no answer, or "
+            f"{self._name}: not asked, since {most} requests in a row had no answer, or "
             f"{most / _UNUSABLE:.0f} none that can be used"
         )
         found: list[list[Choice] | ServerError] = [ServerError(not_asked) for _ in requests]
@@ -214,7 +270,7 @@ class Server:
                     # A process that was stopped keeps its claims: nobody waits longer than for an answer of one's own.
                     waited = time.monotonic() - since.setdefault(index, time.monotonic())
                     try:
-                        answers = await self._answers(client, request, claimed=waited > self.config.timeout_seconds)
+                        answers = await self._answers(clients, request, claimed=waited > self.config.timeout_seconds)
                     except ServerError as error:
                         found[index] = error
                         in_a_row += _UNUSABLE if error.unusable else not error.refused
@@ -227,15 +283,15 @@ class Server:
 
         while open_:
             waiting, elsewhere = iter(open_), list[tuple[int, Request]]()
-            await gather(*(work(waiting, elsewhere) for _ in range(min(self.config.max_concurrency, len(open_)))))
+            await gather(*(work(waiting, elsewhere) for _ in range(min(workers, len(open_)))))
             open_ = elsewhere
             if open_:
                 await sleep(_LOOK_AGAIN)
         return found
 
-    def _client(self) -> AsyncOpenAI:
+    def _client(self, url: str) -> AsyncOpenAI:
         return connect(
-            self.config.base_url,
+            url,
             self._key,
             seconds=self.config.timeout_seconds,
             retries=self.config.max_retries,
@@ -247,18 +303,18 @@ class Server:
             self._said.add(_WAIT)
             say(text)
 
-    async def _answers(self, client: AsyncOpenAI, request: Request, *, claimed: bool) -> list[Choice] | None:
+    async def _answers(self, clients: Clients, request: Request, *, claimed: bool) -> list[Choice] | None:
         """The answers to one request, those on disk first; None while another thread or process asks for them.
 
         ``claimed`` says that it is asked all the same.
         """
-        key = Store.key(self.config.base_url, self.model, self.version, request.kind, dict(request.body))
+        key = Store.key(self.config.urls[0], self.model, self.version, request.kind, dict(request.body))
         kept = self._kept(key)[: request.n]
         if len(kept) == request.n:
             self.usage.remembered += 1
             return kept
         if self._store is None:
-            return await self._asked(client, request, key, kept)
+            return await self._asked(clients, request, key, kept)
         own = self._store.claim(key)
         if not own and not claimed:
             return None
@@ -266,18 +322,18 @@ class Server:
             # Whoever held the claim before may have been answered since the look above.
             kept = self._kept(key)[: request.n]
             self.usage.remembered += len(kept) == request.n
-            return await self._asked(client, request, key, kept)
+            return await self._asked(clients, request, key, kept)
         finally:
             if own:
                 self._store.release(key)
 
-    async def _asked(self, client: AsyncOpenAI, request: Request, key: str, choices: list[Choice]) -> list[Choice]:
+    async def _asked(self, clients: Clients, request: Request, key: str, choices: list[Choice]) -> list[Choice]:
         """The answers that are there, and those that are still to be asked for, each kept as it comes."""
         malformed = 0
         while len(choices) < request.n:
             try:
                 found = await self._choices(
-                    client, request, request.n - len(choices), number=len(choices) + malformed, malformed=malformed
+                    clients, request, request.n - len(choices), number=len(choices) + malformed, malformed=malformed
                 )
             except Malformed as error:
                 malformed += 1
@@ -286,7 +342,7 @@ class Server:
                     if choices:
                         return choices
                     said = f"gave no usable answer {malformed} times: {self._key.hidden(str(error))}"
-                    raise ServerError(f"server {self.config.base_url} {said}", unusable=True) from None
+                    raise ServerError(f"{self._name} {said}", unusable=True) from None
                 await sleep(min(_FIRST_PAUSE * 2**malformed, _LONGEST_PAUSE) * (1 - 0.25 * random.random()))
                 continue
             choices += found[: request.n - len(choices)]
@@ -297,11 +353,11 @@ class Server:
     def _kept(self, key: str) -> list[Choice]:
         return [] if self._store is None else self._store.get_as(key, CHOICES) or []
 
-    async def _choices(self, client: AsyncOpenAI, request: Request, n: int, *, number: int, malformed: int) -> list[Choice]:
+    async def _choices(self, clients: Clients, request: Request, n: int, *, number: int, malformed: int) -> list[Choice]:
         """What the server answers to one HTTP request.
 
         Args:
-            client: sends it.
+            clients: of which one sends it.
             request: what to ask.
             n: how many choices.
             number: tells those apart that ask the same.
@@ -323,7 +379,7 @@ class Server:
             self._next_start = start + 60 / self.config.requests_per_minute
             await sleep(start - now)
         path = "/chat/completions" if request.kind == "chat" else "/completions"
-        text = await self._taken(client, path, body, request, self.config.max_retries - malformed)
+        text = await self._taken(clients, path, body, request, self.config.max_retries - malformed)
         self.usage.requests += 1
         answer = read_answer(text, hidden=self._key.hidden)
         self.usage.prompt_tokens += answer.prompt_tokens
@@ -332,13 +388,13 @@ class Server:
             raise Malformed(f"it holds the key in {self._key.variable}, which is written to no file")
         return answer.choices
 
-    async def _taken(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any], request: Request, retries: int) -> str:
+    async def _taken(self, clients: Clients, path: str, body: Mapping[str, Any], request: Request, retries: int) -> str:
         """What the server answers without the fields that it says it does not take, which are remembered once it has."""
         changes = dict(self.changes)
         while True:
             sent = changed(body, changes)
             try:
-                text = await self._sent(client, path, sent, retries)
+                text = await self._sent(clients, path, sent, retries)
                 break
             except ServerError as error:
                 field = refused_field(error.body, sent, request.needed) if error.refused else None
@@ -353,20 +409,72 @@ class Server:
                 self._store.put(self._changes_key, self.changes)
         return text
 
-    async def _sent(self, client: AsyncOpenAI, path: str, body: Mapping[str, Any], retries: int) -> str:
+    async def _sent(self, clients: Clients, path: str, body: Mapping[str, Any], retries: int) -> str:
+        """What a server answers; of several, the next one is asked where one fails."""
+        failures = 0
+        while True:
+            await self._look_again(clients)
+            with self._hosts.next() as host:
+                try:
+                    own = retries if len(clients) == 1 else min(retries, _RETRIES_OF_ONE)
+                    return await self._posted(clients, host, path, body, own)
+                except ServerError as error:
+                    # A server that was started anew has no adapter: it is given its orders again when it comes back.
+                    forgot = error.status == 404 and bool(self._orders)
+                    if len(clients) == 1 or failures >= retries or not (forgot or _is_elsewhere(error)):
+                        raise
+                    failures += 1
+                    if forgot or error.status is None or error.status in _DOWN:
+                        self._set_aside(host, error)
+            if not self._hosts.in_service():
+                await sleep(min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE))
+
+    def _set_aside(self, host: Host, error: ServerError) -> None:
+        if self._hosts.set_aside(host):
+            left = f"{len(self._hosts.in_service())} of {len(self._hosts.all)} are in service"
+            say(f"warning: {error}: it is set aside, and what it was asked is asked elsewhere ({left})")
+
+    async def _look_again(self, clients: Clients) -> None:
+        """Take servers that are healthy again back into service, once they have the last orders."""
+        for host in self._hosts.due():
+            if not await self._is_healthy(clients[host.url], host):
+                continue
+            try:
+                await self._ordered(clients, host, again=True)
+            except ServerError:
+                continue
+            host.look_at = None
+            say(f"note: server {host.url} is healthy again, and asked again")
+
+    async def _is_healthy(self, client: AsyncOpenAI, host: Host) -> bool:
+        """Whether a server says so at ``/health``, as those of models do, or says anything there but that it is down."""
+        from anyio import move_on_after
+        from openai import APIStatusError, OpenAIError
+
+        with move_on_after(_HEALTHY_WITHIN):
+            try:
+                await client.get(f"{root_of(host.url)}/health", cast_to=str, options={"max_retries": 0})
+            except APIStatusError as error:
+                return error.status_code < 500
+            except (OpenAIError, Malformed):
+                return False
+            return True
+        return False
+
+    async def _posted(self, clients: Clients, host: Host, path: str, body: Mapping[str, Any], retries: int) -> str:
         from openai import OpenAIError
 
         try:
-            return await client.post(path, body=dict(body), cast_to=str, options={"max_retries": retries})
+            return await clients[host.url].post(path, body=dict(body), cast_to=str, options={"max_retries": retries})
         except OpenAIError as error:
-            raise self._refusal(error) from None
+            raise self._refusal(error, host.url) from None
 
-    def _refusal(self, error: OpenAIError) -> ServerError:
+    def _refusal(self, error: OpenAIError, url: str) -> ServerError:
         from openai import APIStatusError
 
         if not isinstance(error, APIStatusError):
             cause = f"{error} {error.__cause__ or ''}".strip()
-            return ServerError(f"server {self.config.base_url}: {reason_of(self._key.hidden(cause))}")
+            return ServerError(f"server {url}: {reason_of(self._key.hidden(cause))}")
         status, response = error.status_code, error.response
         said = reason_of(self._key.hidden(response.text) or self._key.hidden(str(error)))
         advice = {
@@ -381,5 +489,10 @@ class Server:
             advice += (
                 f"; it asks to wait {wait:.0f} s (Retry-After), and no more than {LONGEST_WAIT:.0f} s are waited: rerun then"
             )
-        message = f"server {self.config.base_url}: status {status}: {said}{advice}"
-        return ServerError(message, refused=status in _ABOUT_THE_REQUEST, body=response.text)
+        message = f"server {url}: status {status}: {said}{advice}"
+        return ServerError(message, refused=status in _ABOUT_THE_REQUEST, status=status, body=response.text)
+
+
+def _is_elsewhere(error: ServerError) -> bool:
+    """Whether another server of the same model may answer what this one did not."""
+    return error.status is None or error.status >= 500 or error.status in _ELSEWHERE

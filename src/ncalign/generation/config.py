@@ -18,11 +18,14 @@ class ServerConfig(Frozen):
     """A model on an OpenAI-compatible server (vLLM, SGLang, llama.cpp, an API)."""
 
     base_url: str = Field("http://localhost:8000/v1", description="URL at which the server listens, with /v1.")
+    base_urls: tuple[str, ...] = Field(
+        (), description="URLs of several servers of the same model, which are asked in turn; in place of base_url."
+    )
     model: str = Field("default", description="Name of the model on the server.")
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the API key; none: the server needs no key."
     )
-    max_concurrency: int = Field(16, ge=1, description="Maximum number of requests under way at a time.")
+    max_concurrency: int = Field(16, ge=1, description="Maximum number of requests under way at a time, on each server.")
     requests_per_minute: float | None = Field(
         None, gt=0, description="Maximum number of requests begun in a minute; none: no limit."
     )
@@ -31,6 +34,24 @@ class ServerConfig(Frozen):
         8, ge=0, description="Maximum number of retries of a request that fails or brings no usable answer."
     )
     logprobs: bool = Field(True, description="Ask for the log-probs of the sampled tokens; some servers have none.")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers' URLs: one, or several."""
+        return self.base_urls or (self.base_url,)
+
+    @field_validator("base_urls")
+    @classmethod
+    def _are_addresses(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(values)) < len(values):
+            raise PydanticCustomError("urls", "must name each server once")
+        return tuple(map(cls._is_an_address, values))
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ServerConfig:
+        if self.base_urls and "base_url" in self.model_fields_set:
+            raise ValueError("give base_url, or base_urls for several servers, and not both")
+        return self
 
     @field_validator("base_url")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,14 @@ class ServerGenerator:
             self.string_prompts = tokens.string_prompts
         self._chosen, self._progress = string_prompts != "auto", progress
         self._said: set[str] = set()
+
+    def each(self) -> dict[str, ServerGenerator]:
+        """A generator for each server, by its URL, which asks that one alone."""
+        found = {}
+        for url in self.server.config.urls:
+            found[url] = copy.copy(self)
+            found[url].server = self.server.alone(url)
+        return found
 
     def record(self) -> dict[str, object]:
         """What results say of the fields that the server does not take: nothing where it takes all."""

@@ -105,7 +105,7 @@ def connect(
                     # What else can be unpacked is so without bounds in some versions.
                     "accept-encoding": "gzip",
                     "content-type": "application/json",
-                    "content-length": request.headers["content-length"],
+                    **({"content-length": length} if (length := request.headers.get("content-length")) else {}),
                     **({"authorization": f"Bearer {key.value}"} if key.value else {}),
                 }
             )

@@ -111,7 +111,7 @@ def _generator(model: str | ServerConfig, answering: Answering, store: Store) ->
     """The generator, what identifies its weights, and the chat template where it is not a server's."""
     if isinstance(model, ServerConfig):
         server = ServerGenerator(model, store=store, string_prompts=answering.string_prompts)
-        return server, f"{model.base_url} {model.model}", None
+        return server, f"{model.urls[0]} {model.model}", None
     trusted = answering.trust_remote_code
     if answering.vllm:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from ncalign.core.atomic import delete_folder
 from ncalign.core.store import Store
 from ncalign.generation.base import Generator
-from ncalign.generation.client import Server, ServerError
+from ncalign.generation.client import Server
+from ncalign.generation.hosts import Order
 from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.token_prompts import TokenPrompts
@@ -42,12 +43,17 @@ class GeneratorOf(Protocol):
         """A context with the generator as last updated; all processes enter it together, and wait for nobody inside."""
         ...
 
+    def each(self) -> Mapping[str, Generator]:
+        """What this process is to probe, by names that no other process gives: all that may hold weights of their own."""
+        ...
+
 
 class InProcess:
     """The policy itself samples: there is nothing to hand over; where it is sharded, it is gathered for the time."""
 
     def __init__(self, config: OnlineConfig, policy: Policy, engine: Engine) -> None:
-        self._model, self._gathering = policy.model, Gathering(engine.inner, engine.accelerator)
+        self._model, self._accelerator = policy.model, engine.accelerator
+        self._gathering = Gathering(engine.inner, engine.accelerator)
         # Sharded weights are gathered in the precision that they compute in.
         rounded = config.training.dtype == "bfloat16" and not is_sharded(engine.accelerator)
         self._generator = TransformersGenerator(
@@ -70,6 +76,11 @@ class InProcess:
         self._model.eval()
         with self._gathering.whole():
             yield self._generator
+
+    def each(self) -> dict[str, Generator]:
+        """The policy in this process."""
+        number = self._accelerator.process_index
+        return {"generator" if self._accelerator.num_processes == 1 else f"generator of process {number}": self._generator}
 
 
 class Pushed:
@@ -100,13 +111,12 @@ class Pushed:
         save_model(self._policy, self._engine.model, self._accelerator, merge=merge, card=None, target=target)
         if isinstance(generator, VLLMGenerator):
             (generator.load_adapter if adapter else generator.load_weights)(target)
-        elif self._accelerator.is_main_process and adapter:
-            load_adapter_on(generator.server, version, target)
-        elif self._accelerator.is_main_process:
-            generator.server.post("//collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(target)}})
-            generator.server.post("//reset_prefix_cache", {})
         elif adapter:
-            generator.server.model = version
+            load_adapter_on(generator.server, version, target, told=not self._accelerator.is_main_process)
+        else:
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}
+            orders = [Order("//collective_rpc", reload), Order("//reset_prefix_cache", {})]
+            generator.server.order(orders, told=not self._accelerator.is_main_process)
         # Of this process or of one that was killed.
         rounds = self._config.training.output_dir / ROUNDS
         for earlier in (*rounds.glob(f"*/{_WEIGHTS}"), *rounds.glob(_WEIGHTS)) if self._accelerator.is_main_process else ():
@@ -119,16 +129,24 @@ class Pushed:
         """The generator."""
         yield self._generator
 
+    def each(self) -> dict[str, Generator]:
+        """The servers, or vLLM in this process, of which the first process probes each."""
+        if not self._accelerator.is_main_process:
+            return {}
+        if isinstance(self._generator, VLLMGenerator):
+            return {"generator": self._generator}
+        return {f"server {url}": alone for url, alone in self._generator.each().items()}
 
-def load_adapter_on(server: Server, name: str, folder: Path) -> None:
-    """Have vLLM's server load an adapter under a new name, and ask for that from now on.
 
-    It must have been started with ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``, and see the folder.
+def load_adapter_on(server: Server, name: str, folder: Path, *, told: bool = False) -> None:
+    """Have vLLM's servers load an adapter under a new name, and ask for that from now on.
+
+    They must have been started with ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``, and see the folder.
+    ``told``: another process does so.
     """
-    for stale in {server.model, name} - {server.config.model}:
-        with contextlib.suppress(ServerError):
-            server.post("/unload_lora_adapter", {"lora_name": stale})
-    server.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+    stale = sorted({server.model, name} - {server.config.model})
+    unload = [Order("/unload_lora_adapter", {"lora_name": one}, needed=False) for one in stale]
+    server.order([*unload, Order("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})], told=told)
     server.model = name
 
 

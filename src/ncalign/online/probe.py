@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from accelerate.utils import gather_object
+
+from ncalign.core.progress import say
 from ncalign.data.groups import Group
-from ncalign.generation.base import Completion, SamplingParams
+from ncalign.generation.base import Completion, Generator, SamplingParams
+from ncalign.generation.client import ServerError
 from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import EncodedGroup
 from ncalign.online.pool import as_sampled
 from ncalign.online.sampling import answers
 from ncalign.online.state import Run
-from ncalign.training.peers import put_together
 
 _PROMPTS, _TOKENS = 4, 16
 
@@ -49,13 +53,13 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
     asked = sorted(prompts, key=lambda group: not group.tools)[:_PROMPTS]
     # At temperature 1 what a server reports is the model's own log-prob.
     seed, params = run.config.training.seed + number, SamplingParams(_TOKENS)
-    with run.generator.sampling() as generator:
-        own = answers(asked, generator, run.config, num_samples=1, params=params, seed=seed)
-    sampled = put_together(run.accelerator, {run.accelerator.process_index: own})
-    names = [f"generator of process {index}" if len(sampled) > 1 else "generator" for index in range(len(sampled))]
-    probes = [_probed(run, asked, *one, number) for one in zip(sampled, names, strict=True)]
-    logprobs = iter(run.engine.logprobs([group for probe in probes for group in probe.groups]))
-    for name, probe in zip(names, probes, strict=True):
+    ask = partial(answers, asked, config=run.config, num_samples=1, params=params, seed=seed)
+    with run.generator.sampling():
+        own = _samples(run.generator.each(), ask)
+    sampled = {name: rows for some in gather_object([own]) for name, rows in some.items()}
+    probes = {name: _probed(run, asked, rows, name, number) for name, rows in sampled.items()}
+    logprobs = iter(run.engine.logprobs([group for probe in probes.values() for group in probe.groups]))
+    for name, probe in probes.items():
         if not probe.groups:
             why = "no sample was encoded as it was sampled"
             run.say(f"note: round {number + 1}: {name} and policy could not be compared: {why}")
@@ -68,6 +72,22 @@ def check_same_weights(run: Run, prompts: Sequence[Group], number: int) -> None:
                 f"differ by {off:.3g} nats a token, above probe_tolerance={run.config.probe_tolerance}. The generator was not "
                 "updated, serves another model or precision, or uses another chat template"
             )
+
+
+def _samples(
+    generators: Mapping[str, Generator], ask: Callable[[Generator], list[list[Completion]]]
+) -> dict[str, list[list[Completion]]]:
+    """What each generator answers; of several servers, one that is down is left out: it is given the weights when it is up."""
+    found, failed = {}, list[ServerError]()
+    for name, generator in generators.items():
+        try:
+            found[name] = ask(generator)
+        except ServerError as error:
+            say(f"warning: {name} is not compared with the policy: {error}")
+            failed.append(error)
+    if failed and not found:
+        raise failed[0]
+    return found
 
 
 def _probed(run: Run, asked: Sequence[Group], found: Sequence[Sequence[Completion]], name: str, number: int) -> _Probe:

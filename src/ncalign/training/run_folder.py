@@ -56,6 +56,10 @@ _FREE_ON_RESUME = frozenset(
         "max_tokens_per_batch",
     }
 )
+_WHERE = frozenset(
+    {"base_url", "base_urls", "api_key_env", "max_concurrency", "requests_per_minute", "timeout_seconds", "max_retries"}
+)
+"""Of the section server: where the generator's servers are, and how they are asked."""
 _FIXED = {
     "weights": "the model's weights or precision",
     "tokenizer": "its tokenizer, chat template or end tokens",
@@ -161,7 +165,7 @@ def refuse_changes(config: TrainConfig, now: dict[str, Any]) -> None:
     changed = [
         f"  {name}: {before.get(name)!r} -> {now[name]!r}"
         for name in now
-        if name not in _FREE_ON_RESUME and before.get(name) != now[name]
+        if name not in _FREE_ON_RESUME and _settled(name, before.get(name)) != _settled(name, now[name])
     ]
     if not changed:
         return
@@ -174,6 +178,13 @@ def refuse_changes(config: TrainConfig, now: dict[str, Any]) -> None:
     if not config.accept_changes:
         raise ValueError(f"{listing}\nResume it with its own, or set accept_changes: true to go on with this one")
     say(f"note: {listing}\nIt goes on with the new one")
+
+
+def _settled(name: str, value: Any) -> Any:
+    """A field's value without what a resumed run may change in it."""
+    if name != "server" or not isinstance(value, dict):
+        return value
+    return {field: inner for field, inner in value.items() if field not in _WHERE}
 
 
 def refuse_other_inputs(config: TrainConfig, now: Mapping[str, str]) -> None:
