@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from conftest import group_row
+from ncalign.core import parallel
 from ncalign.core.locks import locked
 from ncalign.core.parallel import ALONE, CHUNK, map_chunks
 from ncalign.model.encoding import Encoder
@@ -75,12 +78,24 @@ def test_encoding_is_the_same_in_workers(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_a_worker_whose_parent_is_gone_before_it_begins_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.threading, "Thread", Mock())  # it would end the worker too, a moment later
+    for parent, code in ((os.getpid(), 0), (os.getpid() + 1, 1)):
+        worker = multiprocessing.get_context("fork").Process(target=parallel._begin, args=(parent, True))
+        worker.start()
+        worker.join()
+        assert worker.exitcode == code
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 def test_killed_while_it_encodes_a_run_leaves_no_worker_and_no_lock(tmp_path: Path) -> None:
     """Of a parent killed by kill -9 the workers end, and the run folder can be locked at once."""
     program = f"""
 import os, sys, time
 from pathlib import Path
+from unittest.mock import Mock
 from ncalign.core.parallel import map_chunks
+from ncalign.core import parallel
 from ncalign.core.locks import locked
 
 def work(items):

@@ -85,6 +85,23 @@ def test_a_killed_call_goes_on(tmp_path: Path) -> None:
     assert not list(out.glob(".*.tmp"))
 
 
+def test_what_workers_of_a_killed_call_left_is_deleted(folder: Path, tmp_path: Path) -> None:
+    out, tag = tmp_path / "out", "0123456789ab"
+    convert_folder(folder, out)
+    before = made(out)
+    left = [
+        out / f".part-1.jsonl.{tag}.tmp",
+        out / ".ncalign" / f".part-2.json.{tag}.tmp",
+        out / ".ncalign" / f".part-2.ids.{tag}.tmp",
+    ]
+    other = out / f".theirs.jsonl.{tag}.tmp"
+    for path in (*left, other):
+        path.write_text("half of a r")
+    convert_folder(folder, out)
+    assert made(out) == before
+    assert [path.exists() for path in (*left, other)] == [False, False, False, True]
+
+
 def test_ids_that_repeat_across_shards(folder: Path, tmp_path: Path) -> None:
     (folder / "part-0.jsonl").write_text(row(0, id="a") + row(1, id="twice"))
     (folder / "part-3.jsonl").write_text(row(2, id="twice"))

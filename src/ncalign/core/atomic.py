@@ -51,12 +51,11 @@ def atomic_path(target: str | Path, *, mode: int = 0o666) -> Iterator[Path]:
     if final.exists() and not final.is_file():
         kind = "a folder" if final.is_dir() else "not an ordinary file"
         raise OSError(errno.EINVAL, f"can't write {target}: it is {kind}; give the path of a file")
-    stem = f".{final.name[:80]}."
-    temporary = final.parent / f"{stem}{uuid.uuid4().hex[:_TAG]}.tmp"
+    temporary = final.parent / f"{_stem(final)}{uuid.uuid4().hex[:_TAG]}.tmp"
     held: int | None = None
     try:
         make_folder(final.parent)
-        _delete_abandoned(final.parent, stem)
+        delete_abandoned(final)
         held = _held(temporary, mode)
         yield temporary
         _flush(temporary)
@@ -221,8 +220,14 @@ def _held(temporary: Path, mode: int) -> int:
         os.close(descriptor)
 
 
-def _delete_abandoned(folder: Path, stem: str) -> None:
+def _stem(target: Path) -> str:
+    """How the names of a target's temporary files begin."""
+    return f".{target.name[:80]}."
+
+
+def delete_abandoned(target: Path) -> None:
     """Delete the temporary files of a target that no process is writing."""
+    folder, stem = target.parent, _stem(target)
     if sys.platform == "win32":
         return
     for left in folder.glob(glob.escape(stem) + "[0-9a-f]" * _TAG + ".tmp"):

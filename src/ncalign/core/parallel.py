@@ -89,6 +89,8 @@ def _begin(parent: int, killed_with_it: bool) -> None:
     if killed_with_it and sys.platform == "linux":
         # At once, so that it writes nothing beside the parent's successor.
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before this was asked for
+            os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic
+from ncalign.core.atomic import atomic_path, check_writable, delete_abandoned, write_json_atomic
 from ncalign.core.code_digest import code_digest
 from ncalign.core.errors import DataError
 from ncalign.core.locks import held
@@ -179,6 +179,10 @@ def _convert_apart(shards: Sequence[Shard], recipe: Recipe) -> ReadReport:
         for done in map_chunks(work, open_, workers=num_workers(), size=1, alone=0 if num_workers() > 1 else len(open_)):
             reports.update(done)
             bar.advance(len(done))
+    # A worker of an earlier call that was killed may have ended after its file was made here.
+    for shard in shards:
+        for path in (shard.output, shard.account, shard.account.with_suffix(".ids")):
+            delete_abandoned(path)
     total = ReadReport()
     for k in range(len(shards)):
         total.add(reports[k])
