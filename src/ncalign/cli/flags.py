@@ -68,6 +68,12 @@ def _metavar(info: FieldInfo) -> str:
     return "|".join(names)
 
 
+def _switch(info: FieldInfo) -> str:
+    """Return what the help shows in place of the value of a field that is on, off or, of some, a word."""
+    words = [word for kind in settings.kinds(info) if get_origin(kind) is Literal for word in get_args(kind)]
+    return "|".join(["true", "false", *words])
+
+
 def _default(info: FieldInfo) -> str:
     """Return the value of a field that nobody sets, as the help shows it."""
     value = info.get_default(call_default_factory=True)
@@ -94,7 +100,7 @@ def _add(group: argparse._ArgumentGroup, name: str, infos: Sequence[FieldInfo], 
     """Add the flag of a field; of one that several models have, with their information in this order."""
     text = text.replace("%", "%%")  # argparse formats help with %
     if bool in settings.kinds(infos[0]) or (settings.section_models(infos[0]) and not settings.is_choice(infos[0])):
-        group.add_argument(f"--{name}", dest=name, nargs="?", const="true", metavar="true|false", help=text)
+        group.add_argument(f"--{name}", dest=name, nargs="?", const="true", metavar=_switch(infos[0]), help=text)
         group.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
         return
     metavar = "|".join(dict.fromkeys(map(_metavar, infos)))

@@ -390,6 +390,8 @@ def _explain(model: type[BaseModel], draft: Draft, error: ValidationError, misse
             needs = _needs(fault["type"], fault["msg"], fault["input"])
             # A field that refuses what may be a key or a password says so.
             found = "a value that is not shown" if fault["type"] == "secret" else _shown(fault["input"])
+            if key in problems and fault["type"] == "literal_error":
+                problems[key] += f", or {needs.removeprefix('must be ')}"
             problems.setdefault(key, f"{draft.label(key)}: found {found}; {needs}")
     lines = list(problems.values())
     missing = [name for name in missing if name not in missed]

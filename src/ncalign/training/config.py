@@ -87,7 +87,11 @@ class TrainConfig(Frozen):
     share_prompts: bool = Field(
         True, description="Compute each prompt once for all its completions, where the model's architecture allows it."
     )
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass to save memory; auto: where a step would not fit the device's "
+        "memory without.",
+    )
     seed: Seed = Field(
         0, description="Random seed of the order of the groups, the kernel's draws and the adapter's initial weights."
     )

@@ -41,6 +41,7 @@ from ncalign.training.finished import export_finished
 from ncalign.training.launch import compute_in, is_sharded, make_accelerator
 from ncalign.training.loading import open_policy, share_prompts_alike
 from ncalign.training.loop import Intervals, Loop
+from ncalign.training.memory import step_memory
 from ncalign.training.optimizer import make_optimizer
 from ncalign.training.peers import (
     another_process_named,
@@ -257,7 +258,7 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
         say_first(accelerator, f"note: {notice}")
     for warning in filter(None, warned):
         say_first(accelerator, warning)
-    engine, optimizer = make_engine(config, policy, method, accelerator)
+    engine, optimizer = make_engine(config, policy, method, accelerator, tokens=[group.num_tokens for group in train])
     plan = make_plan(
         len(train),
         groups_per_step=step_size,
@@ -272,10 +273,16 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
 
 
 def make_engine(
-    config: TrainConfig, policy: Policy, method: Method, accelerator: Accelerator
+    config: TrainConfig, policy: Policy, method: Method, accelerator: Accelerator, *, tokens: Sequence[int] = ()
 ) -> tuple[Engine, torch.optim.Optimizer]:
-    """The engine that runs the method on this policy, and the optimizer of what it trains."""
-    if config.activation_checkpointing:
+    """The engine that runs the method on this policy, and the optimizer of what it trains.
+
+    ``tokens`` are those of each group, where they are known before: passes may be smaller than they are allowed to be.
+    """
+    max_tokens = config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"]
+    longest = sorted(tokens, reverse=True)[: config.per_device_train_batch_size]
+    most = max(longest[0], min(max_tokens, sum(longest))) if longest else max_tokens
+    if _recomputes(config, policy, accelerator, most):
         recompute_activations(base_causal_model(policy.model))
     find_router = partial(router_loss_of, base_causal_model(policy.model), config.router_aux_loss_coef)
     router, notice = decided_by_first(accelerator, find_router)
@@ -302,13 +309,36 @@ def make_engine(
         pad_token_id=filler_id(policy.model, policy.tokenizer),
         seed=config.seed,
         max_groups=config.per_device_train_batch_size,
-        max_tokens=config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"],
+        max_tokens=max_tokens,
         token_cost=token_cost,
         scoring_dtype=None if config.scoring_dtype == config.dtype else DTYPES[config.scoring_dtype],
         prompts_once=once and shares_prompts(base_causal_model(policy.model)),
         router=router,
     )
     return engine, optimizer
+
+
+def _recomputes(config: TrainConfig, policy: Policy, accelerator: Accelerator, tokens: int) -> bool:
+    """Whether layers' activations are computed again in the backward pass, as configured or where a step would not fit."""
+    if config.activation_checkpointing != "auto":
+        return config.activation_checkpointing
+    need = step_memory(
+        policy.model,
+        tokens=tokens,
+        precision=DTYPES[config.dtype],
+        device=accelerator.device,
+        num_shards=accelerator.num_processes if is_sharded(accelerator) else 1,
+    )
+    able = bool(getattr(base_causal_model(policy.model), "supports_gradient_checkpointing", False))
+    # Devices of different nodes may differ.
+    recomputes, needed = decided_by_first(accelerator, lambda: (not need.fits(), "" if need.fits() else need.text()))
+    if recomputes and able:
+        say_first(
+            accelerator, f"note: activations are computed again in the backward pass (activation_checkpointing): {needed}"
+        )
+    elif recomputes:
+        say_first(accelerator, f"warning: this model can't compute its activations again in the backward pass: {needed}")
+    return recomputes and able
 
 
 def _may_share_once(config: TrainConfig, accelerator: Accelerator) -> bool:
