@@ -66,7 +66,7 @@ def test_values_derived_by_hand(a: float, b: float) -> None:
         "apo_zero": (apo_zero_loss(chosen, rejected), 1 - sigmoid(a) + sigmoid(b)),
         "apo_down": (apo_down_loss(chosen, rejected), sigmoid(a) + 1 - sigmoid(a - b)),
         "dpop": (dpop_loss(chosen, rejected, penalty=2.5), -math.log(sigmoid(a - b - shortfall))),
-        "cal_dpo": (cal_dpo_loss(chosen, rejected, beta=beta), -math.log(sigmoid(a - b)) + calibration),
+        "cal_dpo": (cal_dpo_loss(chosen, rejected, beta=beta), -math.log(sigmoid((a - b) / beta)) + calibration / 2),
     }
     for name, (found, value) in expected.items():
         assert found.item() == pytest.approx(value, abs=1e-12), name
@@ -113,8 +113,8 @@ def test_extremes_by_hand() -> None:
     assert apo_down_loss(one(-1e4), one(-3e4)).item() == 0.0
     assert dpop_loss(*right, penalty=50.0).item() == 0.0
     assert dpop_loss(*wrong, penalty=50.0).item() == 2e4 + 50 * 1e4
-    # Twice ((1e4 + 1/2) / beta)^2, and DPO's 2e4.
-    assert cal_dpo_loss(*wrong, beta=0.5).item() == 2 * (2e4 + 1) ** 2 + 2e4
+    # Half of twice ((1e4 + 1/2) / beta)^2, and the log-ratios' difference 2e4 / beta.
+    assert cal_dpo_loss(*wrong, beta=0.5).item() == (2e4 + 1) ** 2 + 4e4
 
 
 @losses
@@ -135,10 +135,21 @@ def test_apo_is_trls(config: type[APOZero] | type[APODown], pairing: Pairing) ->
     assert_trls(config(beta=0.3, pairing=pairing), dpo_trainer([name], pairing=pairing, beta=0.3), random_groups())
 
 
-def test_cal_dpo_is_trls_sigmoid_and_sppo_hard() -> None:
-    """Its calibration is SPPO's loss, so TRL's mixture of the two is Cal-DPO."""
-    theirs = dpo_trainer(["sigmoid", "sppo_hard"], weights=[1.0, 1.0], pairing="best_vs_each", beta=0.3)
-    assert_trls(CalDPO(beta=0.3, pairing="best_vs_each"), theirs, random_groups())
+def test_cal_dpo_at_beta_one_is_trls_sigmoid_and_half_of_sppo_hard() -> None:
+    """Its calibration is half of SPPO's loss; TRL has one beta for both terms, and Cal-DPO none in the first."""
+    theirs = dpo_trainer(["sigmoid", "sppo_hard"], weights=[1.0, 0.5], pairing="best_vs_each", beta=1.0)
+    assert_trls(CalDPO(beta=1.0, pairing="best_vs_each"), theirs, random_groups())
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.001])
+def test_cal_dpo_is_its_authors(beta: float) -> None:
+    """Their code at log-ratios 1 and -1: log(1 + e^-2) without beta, and half of two squares; 16.127 at beta = .1."""
+    expected = math.log1p(math.exp(-2)) + 0.5 * ((1 - 1 / (2 * beta)) ** 2 + (-1 + 1 / (2 * beta)) ** 2)
+    log_ratios = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    group = inputs_of_one_token(log_ratios, log_ratios, torch.ones(1, 2, dtype=torch.bool))
+    assert CalDPO(beta=beta).method().loss(group).item() == pytest.approx(expected, rel=1e-12)
+    if beta == 0.1:
+        assert expected == pytest.approx(16.127, abs=5e-4)
 
 
 # --- Reductions -------------------------------------------------------------------------------------------------------
@@ -153,9 +164,9 @@ def test_dpop_without_penalty_or_above_the_reference_is_dpo() -> None:
     close(DPOP(beta=0.3, penalty=0.0).method().loss(group), DPO(beta=0.3).method().loss(group))
 
 
-def test_cal_dpo_is_dpo_and_sppo() -> None:
+def test_cal_dpo_is_dpo_of_log_ratios_and_half_of_sppo() -> None:
     chosen, rejected = numbers(8), numbers(8, seed=1)
-    expected = dpo_loss(chosen, rejected) + sppo_hard_loss(chosen, rejected, beta=0.3)
+    expected = dpo_loss(chosen / 0.3, rejected / 0.3) + 0.5 * sppo_hard_loss(chosen, rejected, beta=0.3)
     close(cal_dpo_loss(chosen, rejected, beta=0.3), expected)
 
 

@@ -243,8 +243,7 @@ def test_every_kernel_is_reversible(scores: list[float], num_proposals: int, tem
     torch.testing.assert_close(model @ step, model, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_proposals", [None, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "num_proposals"), [*((strategy, None) for strategy in STRATEGIES), ("mc", 2)])
 def test_a_group_with_too_few_candidates_ends_in_minus_one(strategy: Strategy, num_proposals: int | None) -> None:
     mask = torch.tensor([[True, True, True, False], [True, True, False, False], [True, False, False, False], [False] * 4])
     scores = torch.where(mask, torch.tensor([0.0, 2.0, -1.0, 0.5]), math.nan)
@@ -256,8 +255,7 @@ def test_a_group_with_too_few_candidates_ends_in_minus_one(strategy: Strategy, n
     assert drawn[2:].tolist() == [[-1] * 5] * 2
 
 
-@pytest.mark.parametrize("num_proposals", [None, 1])
-@pytest.mark.parametrize("strategy", ["mc", "uniform"])
+@pytest.mark.parametrize(("strategy", "num_proposals"), [("uniform", None), ("mc", None), ("mc", 1)])
 def test_with_replacement_only_an_empty_group_has_minus_one(strategy: Strategy, num_proposals: int | None) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     drawn = draw(
@@ -282,16 +280,17 @@ def test_draws_are_always_eligible_and_distinct_without_replacement(data: st.Dat
     positive = torch.tensor(data.draw(st.lists(st.integers(-1, size - 1), min_size=groups, max_size=groups)))
     extremes = st.sampled_from([0.0, 1e4, -1e4, 1e38, -1e38, -math.inf])
     scores = torch.tensor(data.draw(st.lists(extremes, min_size=groups * size, max_size=groups * size))).reshape(groups, size)
-    included = data.draw(st.booleans())
+    included, strategy = data.draw(st.booleans()), data.draw(st.sampled_from(STRATEGIES))
+    num_proposals = data.draw(st.sampled_from([None, 1, 3])) if strategy == "mc" else None
     drawn = draw(
         torch.where(mask, scores, math.nan),
         positive,
         mask,
         num_negatives=data.draw(st.integers(1, 7)),
-        strategy=data.draw(st.sampled_from(STRATEGIES)),
+        strategy=strategy,
         include_positive=included,
-        num_proposals=data.draw(st.sampled_from([None, 1, 3])),
-        chain_steps=data.draw(st.integers(1, 3)),
+        num_proposals=num_proposals,
+        chain_steps=1 if num_proposals is None else data.draw(st.integers(1, 3)),
         temperature=data.draw(st.sampled_from([1e-3, 1.0])),
         generator=seeded(data.draw(st.integers(0, 100))),
     )
@@ -303,9 +302,8 @@ def test_draws_are_always_eligible_and_distinct_without_replacement(data: st.Dat
         assert row[len(taken) :] == [-1] * (len(row) - len(taken))
 
 
-@pytest.mark.parametrize("num_proposals", [None, 2])
 @pytest.mark.parametrize("replacement", [False, True])
-@pytest.mark.parametrize("strategy", ["mc", "uniform"])
+@pytest.mark.parametrize(("strategy", "num_proposals"), [("uniform", None), ("mc", None), ("mc", 2)])
 def test_draws_depend_on_the_generator_alone(strategy: Strategy, replacement: bool, num_proposals: int | None) -> None:
     scores = torch.randn(64, 6, generator=seeded(9))
 
@@ -352,6 +350,9 @@ def test_no_gradient_passes_through_the_draw() -> None:
         ({"num_negatives": 0}, "num_negatives is 0"),
         ({"chain_steps": 0}, "chain_steps is 0"),
         ({"num_proposals": 0}, "num_proposals is 0"),
+        ({"chain_steps": 3}, "chain_steps is 3 without num_proposals: one step proposes all candidates"),
+        ({"strategy": "uniform", "num_proposals": 2}, "strategy 'uniform' has no chain: leave out"),
+        ({"strategy": "max", "chain_steps": 2}, "strategy 'max' has no chain: leave out"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"generator": None}, "no generator was given"),

@@ -20,6 +20,7 @@ from ncalign.objectives.regression import (
     QRPO,
     REBEL,
     SPPOHard,
+    candidates_log_partition,
     ipo_loss,
     log_partition,
     qrpo_loss,
@@ -267,7 +268,7 @@ def test_what_each_method_compares_by_hand() -> None:
     # Log-ratios 0.6 and -0.8 of 3 and 4 tokens, the first one better by 1/4.
     group = LossInputs(row(0.6, -0.8), row(-6.0, -9.0), row(0.75, 0.5), row(3.0, 4.0), real(1, 2))
     aim = 1 / (2 * 0.4)
-    log_z = math.log(0.4 * (math.exp(1 / 0.4) - 1))
+    log_z, of_two = math.log(0.4 * (math.exp(1 / 0.4) - 1)), 0.4 * math.log((math.exp(1 / 0.4) + 1) / 2)
     expected: dict[Frozen, float] = {
         IPO(beta=0.4): (0.2 + 0.2 - aim) ** 2,
         IPO(beta=0.4, length_normalized=False): (0.6 + 0.8 - aim) ** 2,
@@ -275,7 +276,7 @@ def test_what_each_method_compares_by_hand() -> None:
         REBEL(beta=0.4): (0.4 * 1.4 - 0.25) ** 2,
         QRPO(beta=0.4): ((0.75 - 0.4 * log_z - 0.24) ** 2 + (0.5 - 0.4 * log_z + 0.32) ** 2) / 2,
         # The better of two is at quantile 1, the other at 0.
-        QRPO(beta=0.4, reference_rewards="candidates"): ((1 - 0.4 * log_z - 0.24) ** 2 + (0 - 0.4 * log_z + 0.32) ** 2) / 2,
+        QRPO(beta=0.4, reference_rewards="candidates"): ((1 - of_two - 0.24) ** 2 + (-of_two + 0.32) ** 2) / 2,
     }
     for config, value in expected.items():
         assert config.method().loss(group).item() == pytest.approx(value, abs=1e-12), config
@@ -297,13 +298,56 @@ def test_pairings_average_over_their_pairs(config: type[IPO] | type[SPPOHard]) -
 def test_qrpo_among_the_candidates_uses_their_quantiles() -> None:
     r, rewards = numbers(8, 4), 5 * numbers(8, 4, seed=1)
     found = QRPO(beta=1.0, reference_rewards="candidates").method()
+    log_z = torch.full((8, 1), math.log(sum(math.exp(k / 3) for k in range(4)) / 4), dtype=torch.float64)
     close(
         found.loss(inputs_of_one_token(r, rewards, real(8, 4))),
-        qrpo_loss(r, ranks(rewards, real(8, 4)), real(8, 4), beta=1.0),
+        qrpo_loss(r, ranks(rewards, real(8, 4)), real(8, 4), beta=1.0, log_z=log_z),
     )
     assert found.hooks.rewards_from is None
     assert found.refuse([0.5, 0.5]) == "all rewards equal"
     assert found.refuse([0.5]) == "only one candidate"
+
+
+@pytest.mark.parametrize("mask", [[True] * 4, [True, True, False, False], [True, False, True, True]])
+@pytest.mark.parametrize("rewards", [[3.0, 1.0, 2.0, 0.0], [1.0, 0.0, 0.0, 0.0]], ids=["distinct", "tied"])
+def test_qrpos_optimum_among_candidates_is_a_distribution_over_them(rewards: list[float], mask: list[bool]) -> None:
+    """The reference gave each of the K: the mean over them of policy / reference = e^(r / beta) is 1 at the optimum."""
+    beta, real_ones = 0.1, torch.tensor([mask])
+    quantiles = ranks(row(*rewards), real_ones)
+    optimum = (quantiles - beta * candidates_log_partition(quantiles, real_ones, beta=beta)).requires_grad_()
+    value = (
+        QRPO(beta=beta, reference_rewards="candidates")
+        .method()
+        .loss(inputs_of_one_token(optimum / beta, row(*rewards), real_ones))
+    )
+    assert value.item() == pytest.approx(0, abs=1e-24)
+    assert (optimum / beta).exp()[real_ones].mean().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_the_partition_function_of_k_candidates_tends_to_that_of_uniform_quantiles() -> None:
+    def of(size: int, beta: float) -> float:
+        quantiles = torch.arange(size, dtype=torch.float64).unsqueeze(0) / (size - 1)
+        return candidates_log_partition(quantiles, real(1, size), beta=beta).item()
+
+    # Four candidates, beta = .1: quantiles 0, 1/3, 2/3 and 1, against the integral.
+    assert of(4, 0.1) == pytest.approx(math.log(sum(math.exp(10 * k / 3) for k in range(4)) / 4), abs=1e-12)
+    assert (of(4, 0.1), log_partition(0.1)) == (pytest.approx(8.65, abs=5e-3), pytest.approx(7.70, abs=5e-3))
+    gaps = [of(size, 0.1) - log_partition(0.1) for size in (4, 40, 400, 4000)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert 0 < gaps[-1] < 2e-3
+
+
+def test_qrpo_is_its_authors_and_sppo_half_of_theirs() -> None:
+    """Their QRPO of two completions, whose log Z leaves out log(1 - e^(-1/beta)); their SPPO at certain preferences."""
+    rewards, reference_rewards, log_ratios, beta = [0.3, 0.9], [0.1, 0.3, 0.5], [0.6, -0.8], 0.1
+    group = {"reference_rewards": reference_rewards}
+    quantiles = QRPO(beta=beta).method().hooks.rewards_from(rewards, group)
+    shares = [sum(other <= reward for other in reference_rewards) / 3 for reward in rewards]
+    theirs = [(q - beta * (math.log(beta) + 1 / beta) - beta * x) ** 2 for q, x in zip(shares, log_ratios, strict=True)]
+    inputs = inputs_of_one_token(row(*log_ratios), row(*quantiles), real(1, 2))
+    assert QRPO(beta=beta).method().loss(inputs).item() == pytest.approx(sum(theirs) / 2, abs=2 * math.exp(-1 / beta) * beta)
+    chosen, rejected = (log_ratios[0] - (1 - 0.5) / beta) ** 2, (log_ratios[1] - (0 - 0.5) / beta) ** 2
+    assert SPPOHard(beta=beta).method().loss(inputs).item() == pytest.approx(2 * (chosen + rejected) / 2, abs=1e-12)
 
 
 def test_qrpo_with_reference_rewards_takes_any_group() -> None:

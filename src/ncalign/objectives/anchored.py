@@ -92,29 +92,29 @@ def dpop_loss(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], *, pen
 
 
 def cal_dpo_loss(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], *, beta: float) -> Float[Tensor, " P"]:
-    r"""Cal-DPO: DPO, and each log-ratio drawn to the level that a reward of plus or minus one half calls for.
+    r"""Cal-DPO: a logistic loss of log-ratios, each drawn to the level that a reward of plus or minus one half calls for.
 
-    $$\ell = -\log \sigma(r_w - r_l) + \left(\frac{r_w}{\beta} - \frac{1}{2\beta}\right)^2
-        + \left(\frac{r_l}{\beta} + \frac{1}{2\beta}\right)^2$$
+    $$\ell = -\log \sigma\left(\frac{r_w - r_l}{\beta}\right) + \frac12 \left(\frac{r_w}{\beta} - \frac{1}{2\beta}\right)^2
+        + \frac12 \left(\frac{r_l}{\beta} + \frac{1}{2\beta}\right)^2$$
 
     Args:
         chosen: Implicit reward $r_w$ of each pair's preferred completion, dimensionless.
         rejected: Implicit reward $r_l$ of the other.
-        beta: Scale of the log-ratio, which the calibration takes out again.
+        beta: Scale of the log-ratio, which is taken out again: it decides only where the log-ratios are drawn to.
 
     Returns:
         Loss of each pair; its calibration is 0 at $r_w = 1/2$ and $r_l = -1/2$.
 
     Example:
-        >>> cal_dpo_loss(torch.tensor([0.5]), torch.tensor([-0.5]), beta=0.1)  # log(1 + 1/e)
+        >>> cal_dpo_loss(torch.tensor([0.5]), torch.tensor([-0.5]), beta=1.0)  # log(1 + 1/e)
         tensor([0.3133])
 
     Source:
-        Cal-DPO, arXiv 2412.14516.
+        Cal-DPO, arXiv 2412.14516, as its authors' code has it: no beta in the logistic term, half of the squares.
     """
     preferred, other = working_precision(chosen), working_precision(rejected)
     calibration = ((preferred - 0.5) / beta).square() + ((other + 0.5) / beta).square()
-    return -F.logsigmoid(preferred - other) + calibration
+    return -F.logsigmoid((preferred - other) / beta) + 0.5 * calibration
 
 
 class APOZero(PairConfig):
@@ -147,7 +147,7 @@ class DPOP(PairConfig):
 
 
 class CalDPO(PairConfig):
-    """Cal-DPO: DPO with log-ratios calibrated to rewards of plus and minus one half (arXiv 2412.14516)."""
+    """Cal-DPO: a logistic loss of log-ratios calibrated to rewards of plus and minus one half (arXiv 2412.14516)."""
 
     name: Literal["cal_dpo"] = "cal_dpo"
 

@@ -83,12 +83,11 @@ class KernelSettings:
         include_positive: Whether the positive is itself a state of the kernel. Drawn, it makes a pair without gradient.
         replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. The others never do.
         temperature: Divides the scores of ``mc``.
-        chain_steps: Steps k of the ``mc`` chain; its last state is the draw.
-        num_proposals: L, the fresh candidates that a step of the ``mc`` chain chooses among beside its own state. None: all
-            of them; the next state then does not depend on the last, and more steps draw from the same distribution.
+        chain_steps: Steps k of the ``mc`` chain; its last state is the draw. More than one needs `num_proposals`.
+        num_proposals: L, the fresh candidates that a step of the ``mc`` chain chooses among beside its own state; None: all.
 
     Raises:
-        ValueError: A number out of range, or an unknown strategy.
+        ValueError: A number out of range, an unknown strategy, or settings of a chain where they would do nothing.
     """
 
     strategy: Strategy
@@ -106,11 +105,16 @@ class KernelSettings:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give a whole number of at least 1")
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}: it divides the scores and must be above 0 (1 leaves them as they are)"
-            )
+            raise ValueError(f"temperature is {self.temperature}: it divides the scores and must be above 0")
         if self.strategy not in _RULES:
             raise ValueError(f"strategy is {self.strategy!r}: choose one of {', '.join(_RULES)}")
+        if self.strategy != "mc" and (self.chain_steps > 1 or self.num_proposals is not None):
+            raise ValueError(f"strategy {self.strategy!r} has no chain: leave out chain_steps and num_proposals, or take mc")
+        if self.chain_steps > 1 and self.num_proposals is None:
+            raise ValueError(
+                f"chain_steps is {self.chain_steps} without num_proposals: one step proposes all candidates and draws from the "
+                "softmax itself, as more steps do: give num_proposals, or leave chain_steps out"
+            )
 
 
 @torch.no_grad()
@@ -159,9 +163,7 @@ def sample_negatives(
     """
     settings = KernelSettings(strategy, num_negatives, include_positive, replacement)
     if strategy == "sweet_spot":
-        raise ValueError(
-            "strategy 'sweet_spot' reads the rewards: draw with build_kernel(KernelSettings(...)).draw, which takes them"
-        )
+        raise ValueError("strategy 'sweet_spot' reads the rewards: draw with build_kernel(KernelSettings(...)).draw")
     return build_kernel(settings).draw(scores, torch.zeros_like(scores), positive, mask, mask, generator)
 
 
@@ -257,8 +259,7 @@ def build_kernel(settings: KernelSettings) -> Kernel:
             return _top(keys, available, settings.num_negatives)
         if generator is None:
             raise ValueError(
-                f"strategy {settings.strategy!r} draws at random and no generator was given: "
-                "pass generator=torch.Generator().manual_seed(0)"
+                f"strategy {settings.strategy!r} draws at random and no generator was given: pass a torch.Generator"
             )
         return random_pick(settings, keys, positive, available, generator)
 
@@ -393,8 +394,7 @@ def _softmax(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
 
 def _one_hot(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
     """All the probability on the candidate with the highest key."""
-    columns = torch.arange(keys.shape[1], device=keys.device)
-    return (columns == _top(keys, available, 1)).to(keys.dtype)
+    return (torch.arange(keys.shape[1], device=keys.device) == _top(keys, available, 1)).to(keys.dtype)
 
 
 class _Rule(NamedTuple):

@@ -240,7 +240,9 @@ class MCPO(Frozen):
     include_positive: bool = Field(False, description="Whether the preferred completion is itself a state of the kernel.")
     replacement: bool = Field(False, description="Whether the M negatives are drawn with replacement.")
     temperature: float = Field(1.0, gt=0, description="Divides the scores before the softmax of the kernel.")
-    chain_steps: int = Field(1, ge=1, description="Steps k of the kernel's chain; the last state is the draw.")
+    chain_steps: int = Field(
+        1, ge=1, description="Steps k of the kernel's chain, whose last state is the draw; above 1 with num_proposals alone."
+    )
     num_proposals: NumProposals = None
     log_q_correction: bool = Field(
         False, description="Whether each negative's score is corrected for the probability with which it was drawn."
@@ -284,8 +286,14 @@ class ContrastiveDivergence(Frozen):
     name: Literal["cd"] = "cd"
     beta: Beta = 0.1
     num_negatives: int = Field(1, ge=1, description="M, draws of the kernel, with replacement; they average its gradient.")
-    chain_steps: int = Field(1, ge=1, description="Steps k of the kernel's chain, which starts at the positive.")
+    chain_steps: int = Field(1, ge=1, description="Steps k of the chain from the positive; above 1 with num_proposals alone.")
     num_proposals: NumProposals = None
+
+    @model_validator(mode="after")
+    def _chain_is_possible(self) -> ContrastiveDivergence:
+        """Refuse, before any data is read, settings that the kernel refuses."""
+        self.method()
+        return self
 
     def method(self) -> Method:
         return compose(

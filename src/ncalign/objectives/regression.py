@@ -123,8 +123,32 @@ def log_partition(beta: float) -> float:
     return math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))
 
 
+def candidates_log_partition(
+    quantiles: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], *, beta: float
+) -> Float[Tensor, "B 1"]:
+    r"""$\log Z = \log \frac1K \sum_i e^{q_i/\beta}$ of candidates that the reference gave, with quantiles among each other.
+
+    Without ties the quantiles are $0, \frac{1}{K-1}, \dots, 1$, each as likely: this is exact for every K, and only a large K
+    brings it down to the `log_partition` of quantiles that take every value.
+
+    Example:
+        >>> quantiles, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> candidates_log_partition(quantiles, mask, beta=1.0).exp()  # (e + 1) / 2
+        tensor([[1.8591]])
+    """
+    present = mask.any(dim=1, keepdim=True)
+    exponents = torch.where(mask, working_precision(quantiles) / beta, -torch.inf)
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1).to(exponents.dtype)
+    return torch.where(present, exponents, 0.0).logsumexp(dim=1, keepdim=True) - count.log()
+
+
 def qrpo_loss(
-    implicit_rewards: Float[Tensor, "B K"], quantiles: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], *, beta: float
+    implicit_rewards: Float[Tensor, "B K"],
+    quantiles: Float[Tensor, "B K"],
+    mask: Bool[Tensor, "B K"],
+    *,
+    beta: float,
+    log_z: Float[Tensor, "B 1"] | None = None,
 ) -> Float[Tensor, " B"]:
     r"""QRPO: each implicit reward fitted to its completion's quantile reward, with the exact partition function.
 
@@ -135,6 +159,7 @@ def qrpo_loss(
         quantiles: Quantile $q$ of each completion's reward among the rewards of the reference's completions, in [0, 1].
         mask: True for the candidates that exist and have a quantile; K counts these.
         beta: Scale of the log-ratio.
+        log_z: $\log Z$ of each group, where quantiles are not uniform on [0, 1]: `candidates_log_partition`.
 
     Returns:
         Loss of each group, by itself for each candidate: K = 1 will do. 0 for a group without candidates.
@@ -148,7 +173,8 @@ def qrpo_loss(
         QRPO, arXiv 2507.08068: the pointwise objective with the identity as transformation of the quantile.
     """
     values = torch.where(mask, working_precision(implicit_rewards), 0.0)
-    aims = torch.where(mask, quantiles, 0.0).to(values.dtype) - beta * log_partition(beta)
+    partition = log_partition(beta) if log_z is None else log_z.to(values.dtype)
+    aims = torch.where(mask, quantiles, 0.0).to(values.dtype) - beta * partition
     errors = torch.where(mask, (aims - values).square(), 0.0)
     return errors.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
@@ -226,15 +252,22 @@ class QRPO(Frozen):
     )
 
     def method(self) -> Method:
-        loss = partial(qrpo_loss, beta=self.beta)
         given = self.reference_rewards == "data"
         return compose(
             self.name,
             beta=self.beta,
-            loss=loss if given else lambda values, rewards, mask: loss(values, ranks(rewards, mask), mask),
+            loss=partial(qrpo_loss, beta=self.beta) if given else self._among_candidates,
             refuse=(lambda rewards: None) if given else needs_preference,
             hooks=Hooks(rewards_from=reference_quantiles if given else None),
         )
+
+    def _among_candidates(
+        self, values: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, " B"]:
+        """The loss of quantiles among the group's own candidates, and their own partition function."""
+        quantiles = ranks(rewards, mask)
+        log_z = candidates_log_partition(quantiles, mask, beta=self.beta)
+        return qrpo_loss(values, quantiles, mask, beta=self.beta, log_z=log_z)
 
 
 Config = IPO | SPPOHard | REBEL | QRPO

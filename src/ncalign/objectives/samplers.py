@@ -94,10 +94,18 @@ def mc_sampler(
         select,
         scores if built.reads_scores else None,
         kernel,
-        accepting(settings.temperature) if acceptance else dividing(kernel) if log_q_correction else None,
+        _correction(settings, kernel, acceptance=acceptance, log_q=log_q_correction),
         1 + settings.num_negatives,
         None if settings.include_positive or acceptance else _below_best,
     )
+
+
+def _correction(settings: KernelSettings, kernel: Probabilities, *, acceptance: bool, log_q: bool) -> LogQ | None:
+    """The correction of the scores, where there is one."""
+    if acceptance:
+        # Blind proposals are as likely there as back, whatever the scores are: the log-ratio of the two is 0.
+        return accepting(settings.temperature) if settings.strategy == "mc" else None
+    return dividing(kernel) if log_q else None
 
 
 def dividing(kernel: Probabilities) -> LogQ:
@@ -113,7 +121,7 @@ def dividing(kernel: Probabilities) -> LogQ:
 
 
 def accepting(temperature: float) -> LogQ:
-    """The correction by which a logistic loss weighs a proposal with the probability that it is accepted."""
+    """The correction by which a logistic loss weighs a proposal of the ``mc`` kernel with its probability of acceptance."""
 
     def log_q(
         scores: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], columns: Int[Tensor, "B S"]
