@@ -580,6 +580,16 @@ def test_every_configuration_field_is_read() -> None:
         if isinstance(node, ast.MatchClass)
         for name in node.kwd_attrs
     }
+    # A property of a configuration that is read reads its fields.
+    read |= {
+        node.attr
+        for path in source.rglob("config.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and function.name in read
+        if any(isinstance(one, ast.Name) and one.id == "property" for one in function.decorator_list)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+    }
     methods = get_args(get_args(ObjectiveConfig)[0])
     verbs = [verb.config() for verb in VERBS]
     assert len(methods) > 20

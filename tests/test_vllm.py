@@ -27,6 +27,7 @@ from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.model.encoding import Encoder
 from ncalign.model.policy import load_policy
+from ncalign.online.artefacts import SAMPLES, read_artefact
 from ncalign.online.config import OnlineConfig
 from ncalign.online.online import run_online
 from ncalign.rewards.config import JudgeConfig
@@ -137,8 +138,8 @@ def on_server(folder: Path, output: Path, url: str, **changes: Any) -> OnlineCon
     return OnlineConfig.model_validate(config(folder, output, generator="server", server=server, **changes))
 
 
-def rounds(output: Path) -> list[dict[str, Any]]:
-    found = [json.loads(file.read_text()) for file in sorted(output.glob("rounds/*/generated-*.json"))]
+def rounds(output: Path) -> list[Any]:
+    found = [read_artefact(file, SAMPLES) for file in sorted(output.glob("rounds/*/generated-*.json"))]
     assert len(found) == 2
     assert all(len(row) == 4 for chunk in found for row in chunk)
     return found
@@ -202,8 +203,37 @@ def test_pushed_folders_and_stale_weights(folder: Path, tmp_path: Path) -> None:
         first, second = rounds(tmp_path / "folder")
         assert first != second
         # The server holds what the run above trained.
-        with pytest.raises(ValueError, match="round 1: generator and policy hold different weights"):
+        with pytest.raises(ValueError, match=r"round 1: server \S+ and policy hold different weights"):
             run_online(on_server(folder, tmp_path / "stale", url, push="none", server_prompts="token_ids"))
+
+
+def test_a_round_on_two_servers_of_which_one_is_killed(
+    url: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(i), "prompt": [{"role": "user", "content": f"What is {i} + {i + 2}?"}]} for i in range(48)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(folder / "model") as (other, process):
+        # The first chunk is scored while the next is sampled.
+        (tmp_path / "rewards.py").write_text(
+            "import contextlib, os\n"
+            "def brief(prompt, completions):\n"
+            "    with contextlib.suppress(ProcessLookupError):\n"
+            f"        os.killpg({process.pid}, 9)\n"
+            "    return [-len(text) for text in completions]\n"
+        )
+        changes = {"data": str(tmp_path / "prompts.jsonl"), "reward": f"{tmp_path / 'rewards.py'}:brief", "lora": {"r": 8}}
+        server = {"base_urls": [other, url], "model": "m", "max_concurrency": 2, "max_retries": 3}
+        given = config(folder, tmp_path / "run", generator="server", server=server, chunk_size=8, drift_prompts=0, **changes)
+        run_online(
+            OnlineConfig.model_validate({**given, "max_steps": 6, "regenerate_every": 6, "per_device_train_batch_size": 8})
+        )
+        assert process.wait() == -9
+    assert f"server {other}" in (said := capsys.readouterr().err)
+    assert "it is set aside, and what it was asked is asked elsewhere" in said
+    files = sorted((tmp_path / "run").glob("rounds/000/generated-*.json"))
+    answered = [row for file in files for row in read_artefact(file, SAMPLES)]
+    assert [len(row) for row in answered] == [4] * 48
+    assert len({tuple(one["token_ids"]) for row in answered for one in row}) == 4 * 48
 
 
 @pytest.mark.parametrize("push", ["lora", "folder"])

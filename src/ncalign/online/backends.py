@@ -174,7 +174,7 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
             config.server.model_copy(update={"max_concurrency": share}),
             store=Store(config.training.output_dir / ROUNDS / f"answers{own}.sqlite"),
             string_prompts=encoding.string_prompts,
-            tokens=tokens if config.sends_token_ids else None,
+            tokens=tokens if _sends_token_ids(config) else None,
             progress=False,
         )
     elif accelerator.num_processes > 1:
@@ -202,3 +202,18 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
             },
         )
     return Pushed(config, policy, engine, accelerator, remote)
+
+
+def _sends_token_ids(config: OnlineConfig) -> bool:
+    """Whether prompts reach the server as token ids: only vLLM takes weights, and it takes those too.
+
+    Raises:
+        ValueError: the server makes tokens itself, and is not to make control tokens of what is written out.
+    """
+    sends = config.push != "none" if config.server_prompts == "auto" else config.server_prompts == "token_ids"
+    if not sends and config.training.encoding.control_tokens_in_text == "escape":
+        raise ValueError(
+            "control_tokens_in_text: escape can't be had from a server that makes tokens of prompts itself: set "
+            "server_prompts: token_ids, for vLLM"
+        )
+    return sends

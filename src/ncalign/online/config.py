@@ -136,19 +136,9 @@ class OnlineConfig(Frozen):
                 "vLLM in this process holds the base model's own weights, and the policy those in 4 bits (quantization): "
                 "an adapter (push: lora) would sample from another model: set push: folder, which sends dequantized weights"
             )
-        if self.server is not None and self.training.encoding.control_tokens_in_text == "escape" and not self.sends_token_ids:
-            raise ValueError(
-                "control_tokens_in_text: escape can't be had from a server that makes tokens of prompts itself: set "
-                "server_prompts: token_ids, for vLLM"
-            )
         max_length = self.training.encoding.max_length
         if self.max_new_tokens >= max_length:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({max_length}): prompts need room"
             )
         return self
-
-    @property
-    def sends_token_ids(self) -> bool:
-        """Whether prompts reach the server as token ids: only vLLM takes weights, and it takes those too."""
-        return self.push != "none" if self.server_prompts == "auto" else self.server_prompts == "token_ids"
