@@ -47,7 +47,7 @@ def run(words, log, variables):
 
 print("ready", flush=True)
 for line in sys.stdin:
-    words, log, ranks, kill_after, victims = json.loads(line)
+    words, log, ranks, kill_after, victims, stop = json.loads(line)
     start, running, codes, doomed = time.monotonic(), [], [], set()
     for rank, variables in enumerate(ranks):
         child = os.fork()
@@ -65,7 +65,8 @@ for line in sys.stdin:
         # Who has not been waited for has its number still.
         if kill_after is not None and time.monotonic() - start >= kill_after:
             for child in doomed & set(running):
-                os.kill(child, signal.SIGKILL)
+                # One that is stopped is there still, and says nothing, until the others have ended.
+                os.kill(child, signal.SIGSTOP if stop and set(running) - doomed else signal.SIGKILL)
         time.sleep(0.002)
     print(json.dumps([codes, time.monotonic() - start]), flush=True)
 """
@@ -101,13 +102,22 @@ class Commands:
         return self._process.stdout.readline().strip()
 
     def run(
-        self, words: list[str], *, kill_after: float | None = None, processes: int = 1, victims: list[int] | None = None
+        self,
+        words: list[str],
+        *,
+        kill_after: float | None = None,
+        processes: int = 1,
+        victims: list[int] | None = None,
+        stop: bool = False,
     ) -> Done:
-        """Run a command to its end, or kill its processes (some, by rank), but not their children, after some seconds."""
+        """Run a command to its end, or kill its processes (some, by rank), but not their children, after some seconds.
+
+        With ``stop`` they are stopped then, and killed when the others have ended.
+        """
         assert self._process.stdin is not None
         self._log.write_text("")
         ranks = [{}] if processes == 1 else _ranks(processes)
-        self._process.stdin.write(json.dumps([words, str(self._log), ranks, kill_after, victims]) + "\n")
+        self._process.stdin.write(json.dumps([words, str(self._log), ranks, kill_after, victims, stop]) + "\n")
         codes, seconds = json.loads(self._read())
         return Done(min(codes) if min(codes) < 0 else max(codes), seconds, self._log.read_text())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,3 +144,49 @@ def test_killed_and_resumed_is_bitwise_the_same(
     last = launch(fields, kind=kind)
     assert last.code == 0, last.said
     assert outcome(fields["output_dir"]) == expected
+
+
+@pytest.mark.slow
+def test_a_process_that_says_nothing_is_waited_for_no_longer_than_the_timeout(
+    whole: tuple[str, dict[str, Any], float, dict[str, Any]], launch: Launch
+) -> None:
+    kind, undisturbed, seconds, _ = whole
+    place = undisturbed["output_dir"].with_name(f"stopped, {kind}")
+    fields = {**undisturbed, "output_dir": place, "ddp_timeout": 5, "max_steps": 60}
+    stopped = launch(fields, kind=kind, kill_after=seconds, victims=[1], stop=True)
+    assert stopped.code == -9
+    assert stopped.seconds < 2 * seconds + 30
+    assert "error: another process of this run has not answered within ddp_timeout" in stopped.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_on_another_number_of_processes(kind: str, folder: Path, launch: Launch, tiny_model_dir: Path) -> None:
+    changes: dict[str, Any] = {"reference": "ema", "save_total_limit": 9}
+    alone = run_of(folder, tiny_model_dir, f"alone, to resume {kind}", processes=1, **changes)
+    together = run_of(folder, tiny_model_dir, f"resumed {kind}", **changes)
+    for fields, processes in ((alone, 1), (together, 2)):
+        done = launch(fields, processes=processes, kind=kind if processes > 1 else "replicated")
+        assert done.code == 0, done.said
+    run = together["output_dir"]
+    # As it was after the third step of six, in the second round of three.
+    (run / "results.json").unlink()
+    (run / "rounds" / "evaluation.json").unlink()
+    for gone in (run / "model", run / "rounds" / "002", *sorted((run / "checkpoints").iterdir())[3:]):
+        shutil.rmtree(gone)
+    (run / "rounds" / "001" / "round.json").unlink()
+    done = launch(together, processes=1)
+    assert done.code == 0, done.said
+    assert "the run goes on with 4 groups in a step, as it began, now split over 1 process(es)" in done.said
+    assert_same_run(alone["output_dir"], run)
+
+
+@pytest.mark.slow
+def test_sharded_weights_in_bfloat16_sample_as_they_train(folder: Path, launch: Launch, tiny_model_dir: Path) -> None:
+    changes = {"dtype": "bfloat16", "scoring_dtype": "bfloat16", "probe_tolerance": 0.01, "objective": "dpo"}
+    fields = run_of(folder, tiny_model_dir, "bfloat16", reference="last_round", **changes)
+    # What is gathered for sampling is rounded as in training: the probe before each round finds them equal.
+    done = launch(fields, kind="sharded")
+    assert done.code == 0, done.said
+    rows = [json.loads(line) for line in (fields["output_dir"] / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows][::2] == pytest.approx([math.log(2)] * 3, abs=0.01)

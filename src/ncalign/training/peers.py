@@ -22,6 +22,7 @@ PATIENCE = 10.0
 """Seconds after which a file that another node wrote counts as not shared: network file systems may show it late."""
 
 _SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_SILENCE = "Timed out waiting"
 
 
 def say_first(accelerator: Accelerator, text: str) -> None:
@@ -32,7 +33,7 @@ def say_first(accelerator: Accelerator, text: str) -> None:
 
 @contextlib.contextmanager
 def another_process_named() -> Iterator[None]:
-    """Report a failure caused by another process's end as such: that process's message holds the cause.
+    """Report a failure caused by another process's end as such: that process's message holds the cause; or by its silence.
 
     Raises:
         ValueError: in place of the communication library's error.
@@ -40,6 +41,11 @@ def another_process_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if _SILENCE in str(error):
+            raise ValueError(
+                "another process of this run has not answered within ddp_timeout: it hangs, or has more to do, which a larger "
+                "ddp_timeout allows"
+            ) from error
         if not any(sign in str(error) for sign in _SIGNS):
             raise
         raise ValueError("another process of this run has stopped; its own message says why") from error
