@@ -488,10 +488,19 @@ def test_a_signal_ends_an_online_run_whose_server_hangs(
     write_inputs(tmp_path)
     double = ServerDouble(lambda body, number: f"answer {number} of {body['seed']}")
     double.slow_seconds = 60.0
-    double.fault_of = lambda body: "slow" if (body["model"] == "judge") == (hangs == "scoring") else None
+    hanging: list[str] = []
+
+    def fault(body: dict[str, Any]) -> str | None:
+        if (body["model"] == "judge") != (hangs == "scoring"):
+            return None
+        hanging.append(body["model"])
+        return "slow"
+
+    double.fault_of = fault
 
     def stop() -> None:
-        while double.under_way < 2:
+        # Two at a time are asked before the hanging ones too.
+        while len(hanging) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), sent)
 
