@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import LlamaForCausalLM
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.logprobs import LogprobModel
 from ncalign.model.sharing import share_prompts
-from ncalign.objectives import MCPO, build_method
+from ncalign.objectives import MCPO
 from ncalign.training.engine import Engine, Scoring
 from ncalign.training.metrics import PassResult
 
@@ -35,10 +36,11 @@ def groups() -> list[EncodedGroup]:
     ]
 
 
-def engine(model: LlamaForCausalLM, objective: MCPO) -> Engine:
+def engine(model: LlamaForCausalLM, objective: Any) -> Engine:
     assert share_prompts(model) is None
-    method = build_method(objective)
-    return Engine(LogprobModel(model), method, Accelerator(cpu=True), pad_token_id=0, seed=3, max_groups=8, max_tokens=4096)
+    return Engine(
+        LogprobModel(model), objective.method(), Accelerator(cpu=True), pad_token_id=0, seed=3, max_groups=8, max_tokens=4096
+    )
 
 
 def visit(engine: Engine, scoring: Scoring) -> tuple[PassResult, dict[str, torch.Tensor]]:

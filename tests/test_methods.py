@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,8 +17,15 @@ from ncalign.training.train import run_training
 
 CONFIGS: tuple[type[Frozen], ...] = get_args(get_args(ObjectiveConfig)[0])
 LABELLED = ("kto", "bco")
+MIXED: dict[str, Any] = {"parts": ["rpo", "nca", "nll"], "weights": [0.5, 1.0, 0.1]}
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "methods"
 methods = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_fields["name"].default)
+
+
+def made(config: type[Frozen]) -> Method:
+    """The method with its defaults; a mix has none of its parts."""
+    name = config.model_fields["name"].default
+    return build_method(config.model_validate(MIXED if name == "mix" else {}))
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -49,7 +56,7 @@ def loss_of(method: Method, log_ratios: Tensor, rewards: Tensor, mask: Tensor, *
 @methods
 def test_the_name_is_its_own_and_has_a_page(config: type[Frozen]) -> None:
     name = config.model_fields["name"].default
-    assert build_method(config()).name == name
+    assert made(config).name == name
     pages = [page for page in DOCS.glob("*.md") if f"name: {name}\n" in page.read_text(encoding="utf-8")]
     assert pages, f"no page in docs/methods shows how {name} is configured"
     assert sum(other.model_fields["name"].default == name for other in CONFIGS) == 1
@@ -57,7 +64,7 @@ def test_the_name_is_its_own_and_has_a_page(config: type[Frozen]) -> None:
 
 @methods
 def test_gradient(config: type[Frozen]) -> None:
-    method = build_method(config())
+    method = made(config)
     rewards, mask = rewards_for(method, 3, 4), torch.tensor([[True] * 4, [True, False, True, True], [False] * 4])
     assert torch.autograd.gradcheck(lambda x: loss_of(method, x, rewards, mask), (numbers(3, 4).requires_grad_(),), atol=1e-7)
 
@@ -65,7 +72,7 @@ def test_gradient(config: type[Frozen]) -> None:
 @methods
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -1e4])
 def test_padding_reaches_neither_value_nor_gradient(config: type[Frozen], junk: float) -> None:
-    method = build_method(config())
+    method = made(config)
     log_ratios, rewards = numbers(1, 3), rewards_for(method, 1, 3)
     plain = log_ratios.clone().requires_grad_()
     padded = torch.cat([log_ratios, torch.full((1, 2), junk)], dim=1).requires_grad_()
@@ -84,7 +91,7 @@ def test_padding_reaches_neither_value_nor_gradient(config: type[Frozen], junk: 
 
 @methods
 def test_order_of_the_candidates_does_not_matter(config: type[Frozen]) -> None:
-    method = build_method(config())
+    method = made(config)
     if method.name == "cd":
         pytest.skip("its kernel draws the positive too: what a seed draws depends on the columns, its distribution does not")
     log_ratios, rewards, mask = numbers(4, 2), rewards_for(method, 4, 2), torch.ones(4, 2, dtype=torch.bool)
@@ -98,7 +105,7 @@ def test_order_of_the_candidates_does_not_matter(config: type[Frozen]) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [1, 3])
 def test_extremes_stay_finite(config: type[Frozen], dtype: torch.dtype, tied: bool, size: int) -> None:
-    method = build_method(config())
+    method = made(config)
     rewards = rewards_for(method, 3, size).to(dtype)
     rewards = torch.ones_like(rewards) if tied else rewards
     signs = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], dtype=dtype)[:, :size]
@@ -111,7 +118,7 @@ def test_extremes_stay_finite(config: type[Frozen], dtype: torch.dtype, tied: bo
 
 @methods
 def test_a_group_without_candidates_gives_zero(config: type[Frozen]) -> None:
-    method = build_method(config())
+    method = made(config)
     nothing = torch.full((2, 3), math.nan, dtype=torch.float64, requires_grad=True)
     value = loss_of(method, nothing, nothing.detach(), torch.zeros(2, 3, dtype=torch.bool))
     (gradient,) = torch.autograd.grad(value.sum(), nothing, allow_unused=True)
@@ -123,7 +130,7 @@ def test_a_group_without_candidates_gives_zero(config: type[Frozen]) -> None:
 def test_one_step_of_training_raises_the_best_candidate_against_the_others(
     config: type[Frozen], tmp_path: Path, tiny_model_dir: Path, write_jsonl
 ) -> None:
-    method = build_method(config())
+    method = made(config)
     rows = [
         {
             "id": f"g{i}",
@@ -143,7 +150,7 @@ def test_one_step_of_training_raises_the_best_candidate_against_the_others(
             "data": write_jsonl(rows),
             "output_dir": tmp_path / "run",
             "cache_dir": tmp_path / "cache",
-            "objective": {"name": method.name},
+            "objective": {"name": method.name, **(MIXED if method.name == "mix" else {})},
             "report_to": (),
             "learning_rate": 5e-4,
             "lr_scheduler_type": "constant",

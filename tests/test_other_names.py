@@ -30,7 +30,7 @@ OTHERS = set(
     "train generate online score mean min vllm cosine linear constant tensorboard all-linear --debug --dry-run".split()
 )
 OTHERS |= set("owner/name:train owner/name:test file.py:function model:FOLDER tokens_per_second config.json".split())
-OTHERS |= {"accelerate launch", "hf upload", "hf download --revision", "dataset_info.json", "head -n 1000 data.jsonl"}
+OTHERS |= {"nll", "accelerate launch", "hf upload", "hf download --revision", "dataset_info.json", "head -n 1000 data.jsonl"}
 CONFIGS = {
     "trl": "DPOConfig KTOConfig GRPOConfig RLOOConfig ModelConfig ScriptArguments DatasetMixtureConfig".split(),
     "trl.experimental.cpo": ["CPOConfig"],
@@ -128,6 +128,8 @@ PASTED = [
     ("--loss_type sigmoid", "--objective dpo", "objective: dpo"),
     ("--loss-type ipo", "--objective ipo", None),
     ("--loss_type sigmoid sft", "--objective rpo", None),
+    ("--loss_type sigmoid bco_pair sft", "--objective mix", "objective: mix"),
+    ("--loss_weights 0.8 0.2 1.0", "--objective.weights", "objective.weights"),
     ("--label_smoothing 0.1", "--objective.label_smoothing", "objective.label_smoothing"),
     ("--cpo_alpha 0", "--objective.nll_weight", "objective.nll_weight"),
     ("--rpo_alpha 1", "--objective.nll_weight", "objective.nll_weight"),

@@ -17,7 +17,7 @@ from ncalign.core.errors import ConfigError
 from ncalign.data.config import ConvertConfig
 from ncalign.demo.config import DemoConfig
 from ncalign.model.config import EncodingConfig, LoRA
-from ncalign.objectives import DPO, MCPO, NCA, InfoNCA, ObjectiveConfig
+from ncalign.objectives import BCO, DPO, MCPO, NCA, NLL, InfoNCA, Mix, ObjectiveConfig
 from ncalign.online.config import OnlineConfig
 from ncalign.rewards.config import JudgeConfig
 from ncalign.training.config import TrainConfig
@@ -140,6 +140,38 @@ def test_another_method_by_flag_drops_the_fields_of_the_file(write) -> None:
     assert load(TrainConfig, file, {"objective": "nca", "objective.alpha": "2"}).objective == NCA(alpha=2.0)
     # Naming the file's own method again is no switch.
     assert load(TrainConfig, file, {"objective": "info_nca"}).objective == InfoNCA(beta=0.3, alpha=5.0)
+
+
+MIX = "objective:\n  name: mix\n  parts:\n    - dpo\n    - name: bco\n      beta: 2e-1\n      threshold: none\n    - nll\n"
+
+
+def test_a_list_of_sections_has_names_sections_and_flags(write) -> None:
+    mix = Mix(parts=(DPO(), BCO(beta=0.2), NLL()), weights=(0.8, 0.2, 1.0))
+    config = load(TrainConfig, write(MIX + "  weights: [0.8, 0.2, 1]\n"), {})
+    assert config.objective == mix
+    again = write(to_yaml(config), needed=False)
+    assert load(TrainConfig, again, {}) == config
+    by_flags = {"objective": "mix", "objective.parts": "dpo,nca", "objective.weights": "1,2"}
+    assert load(TrainConfig, None, NEEDED | by_flags).objective == Mix(parts=(DPO(), NCA()), weights=(1.0, 2.0))
+    assert load(TrainConfig, write(MIX), {"objective.weights": "0.8,0.2,1"}).objective == mix
+
+
+def test_mistakes_in_a_list_of_sections_are_placed(write) -> None:
+    assert problems(write(MIX.replace("- dpo", "- dpoo").replace("beta", "bta"))) == (
+        "run.yaml:6: objective.parts.0: found 'dpoo'; did you mean 'dpo'?",
+        "run.yaml:9: unknown key 'objective.parts.1.bta'; did you mean 'objective.parts.1.beta'?",
+    )
+    assert problems(write(MIX.replace("2e-1", "-1").replace("none", "high") + "  weights: [1, 0, 1]\n")) == (
+        "run.yaml:9: objective.parts.1.beta: found '-1'; must be greater than 0",
+        "run.yaml:10: objective.parts.1.threshold: found 'high'; must be a valid number",
+        "run.yaml:12: objective.weights: found '0'; must be greater than 0",
+    )
+    assert problems(write(MIX + "  weights: [1]\n")) == (
+        "run.yaml:4: objective: 1 weights for 3 parts: give one for each, in their order",
+    )
+    assert problems(None, {"objective": "mix"}, needed=True) == (
+        "missing: objective.parts; give --objective.parts ..., or the same keys in the --config file",
+    )
 
 
 def test_unknown_key_has_file_line_and_nearest_name(write) -> None:

@@ -23,6 +23,7 @@ class Entry(Frozen):
     note: str = Field("", description="What differs.")
     skip: str = Field("", description="Why there is nothing to set.")
     lacks: str = Field("", description="Why it can't be had.")
+    part: str = Field("", description="Which part of a mix it is, where it is no method by itself.")
 
     @model_validator(mode="before")
     @classmethod
@@ -112,7 +113,7 @@ def answer(name: str, value: str, fields: Collection[str], *, flag: bool) -> Ans
     entry = entries().get(name)
     if entry is None:
         return None
-    entry = entry.values.get(value.lower(), entry)
+    entry = _of_value(entry, value.lower())
     setting = next((use for use in entry.use if use.partition(":")[0] in fields), None)
     if setting is not None:
         return Answer(f"did you mean '{_shown(setting, flag)}'?{_plain(entry.note)}", setting.partition(":")[0])
@@ -124,6 +125,20 @@ def answer(name: str, value: str, fields: Collection[str], *, flag: bool) -> Ans
     if entry.skip:
         return Answer(f"leave it out{_plain(entry.skip)}")
     return Answer(f"there is no such setting here{_plain(entry.lacks)}")
+
+
+def _of_value(entry: Entry, value: str) -> Entry:
+    """The answer to a value of a setting, or to several losses as the parts of one mix."""
+    if value in entry.values or "," not in value:
+        return entry.values.get(value, entry)
+    parts = []
+    for loss in value.split(","):
+        known = entry.values.get(loss.strip())
+        if known is None or not (known.part or known.use):
+            return known or entry
+        parts.append(known.part or known.use[0].removeprefix("objective: "))
+    note = f"with `objective.parts` {','.join(parts)}, and loss_weights as `objective.weights`"
+    return Entry(use=("objective: mix",), note=note)
 
 
 def method(name: str) -> Answer | None:

@@ -133,6 +133,15 @@ def is_choice(info: FieldInfo) -> bool:
     return info.discriminator is not None
 
 
+def item_info(info: FieldInfo) -> FieldInfo | None:
+    """Return what a list's items are where these are sections; None for any other field."""
+    for kind in kinds(info):
+        if get_origin(kind) is tuple:
+            item = FieldInfo.from_annotation(get_args(kind)[0])
+            return item if section_models(item) else None
+    return None
+
+
 def model_name(model: type[BaseModel]) -> str:
     """Return the name that chooses this member of a tagged union."""
     return str(fields(model)["name"].default)
@@ -327,21 +336,41 @@ def _read_values(
         if info is None:
             guesses.add(_report_unknown(draft, key, value, model, choices))
             del values[name]
-        elif isinstance(value, str):
-            values[name] = _read_text(info, value)
-        elif isinstance(value, dict) and section_models(info):
-            chosen = _chosen(info, value)
-            if chosen is None:
-                known = [model_name(model) for model in section_models(info)]
-                theirs = other_names.method(str(value["name"]))
-                advice = theirs.text if theirs else hint(value["name"], known)
-                draft.problems.append(f"{draft.label(key)}: found {_shown(value['name'])}; {advice}")
-                del values[name]
-                continue
-            if is_choice(info):
-                value.setdefault("name", model_name(chosen))
-            guesses |= _read_values(chosen, draft, value, key, section_models(info) if is_choice(info) else ())
+            continue
+        value = values[name] = _read_text(info, value) if isinstance(value, str) else value
+        if isinstance(value, dict) and section_models(info):
+            found = _read_section(info, draft, value, key)
+        elif isinstance(value, list) and (item := item_info(info)) is not None:
+            value = values[name] = [_opened(item, one) for one in value]
+            found = _read_items(item, draft, value, key)
+        else:
+            continue
+        guesses |= found or set()
+        if found is None:
+            guesses.add(".".join(key))
+            del values[name]
     return guesses
+
+
+def _read_section(info: FieldInfo, draft: Draft, value: dict[str, Any], key: Key) -> set[str] | None:
+    """Read the values of a section in place, as `_read_values` does; None, and a problem, where no model has its name."""
+    chosen = _chosen(info, value)
+    if chosen is None:
+        known = [model_name(model) for model in section_models(info)]
+        written = value.get("name")
+        theirs = other_names.method(str(written))
+        advice = theirs.text if theirs else hint(written, known)
+        draft.problems.append(f"{draft.label(key)}: found {_shown(written)}; {advice}")
+        return None
+    if is_choice(info):
+        value.setdefault("name", model_name(chosen))
+    return _read_values(chosen, draft, value, key, section_models(info) if is_choice(info) else ())
+
+
+def _read_items(info: FieldInfo, draft: Draft, items: list[object], key: Key) -> set[str] | None:
+    """Read a list of sections, each as a section of its own; None where one of them has no model."""
+    found = [_read_section(info, draft, one, (*key, str(n))) for n, one in enumerate(items) if isinstance(one, dict)]
+    return None if None in found else set().union(*(guesses for guesses in found if guesses is not None))
 
 
 def _read_text(info: FieldInfo, text: str) -> object:
@@ -386,6 +415,8 @@ def _explain(model: type[BaseModel], draft: Draft, error: ValidationError, misse
             missing.append(".".join(key))
         elif not key:
             problems.setdefault(key, _explain_whole(model, draft, fault["msg"].removeprefix("Value error, ")))
+        elif fault["type"] == "value_error" and isinstance(fault["input"], dict):
+            problems.setdefault(key, f"{draft.label(key)}: {fault['msg'].removeprefix('Value error, ')}")
         else:
             needs = _needs(fault["type"], fault["msg"], fault["input"])
             # A field that refuses what may be a key or a password says so.
@@ -412,11 +443,15 @@ def _field_key(model: type[BaseModel], location: tuple[int | str, ...]) -> Key:
     """Drop from pydantic's location what is no key of ours: the names of union members."""
     key: list[str] = []
     models: tuple[type[BaseModel], ...] = (model,)
+    items: FieldInfo | None = None
     for part in location:
         info = next((fields(known)[part] for known in models if part in fields(known)), None)
         if isinstance(part, str) and info is not None:
             key.append(part)
-            models = section_models(info)
+            items = item_info(info)
+            models = section_models(info) if items is None else section_models(items)
+        elif isinstance(part, int) and key and items is not None:
+            key.append(str(part))
     return tuple(key)
 
 

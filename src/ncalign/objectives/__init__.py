@@ -7,11 +7,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ncalign.objectives import anchored, binary, lists, method, pairs, ranking, regression, samplers, targets
+from ncalign.objectives import anchored, binary, lists, method, mix, pairs, ranking, regression, samplers, targets
 from ncalign.objectives.anchored import *
 from ncalign.objectives.binary import *
 from ncalign.objectives.lists import *
 from ncalign.objectives.method import *
+from ncalign.objectives.mix import *
 from ncalign.objectives.pairs import *
 from ncalign.objectives.ranking import *
 from ncalign.objectives.regression import *
@@ -19,7 +20,7 @@ from ncalign.objectives.samplers import *
 from ncalign.objectives.targets import *
 
 ObjectiveConfig = Annotated[
-    ranking.Config | lists.Config | binary.Config | pairs.Config | anchored.Config | regression.Config,
+    ranking.Config | lists.Config | binary.Config | pairs.Config | anchored.Config | regression.Config | mix.Config,
     Field(discriminator="name"),
 ]
 
@@ -50,6 +51,7 @@ __all__ += binary.__all__
 __all__ += pairs.__all__
 __all__ += anchored.__all__
 __all__ += regression.__all__
+__all__ += mix.__all__
 __all__ += targets.__all__
 __all__ += samplers.__all__
 __all__ += method.__all__

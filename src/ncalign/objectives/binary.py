@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ncalign.objectives.config import Beta, Frozen
 from ncalign.objectives.method import (
+    MISMATCHED_KL,
+    RUNNING_MEAN,
     Hooks,
     Method,
     PairConfig,
     compose,
-    mismatched_kl,
     needs_candidates,
-    running_mean,
 )
 from ncalign.objectives.targets import TRANSFORMS, TargetConfig, Weights, target_weights, working_precision
 
@@ -400,7 +400,7 @@ class KTO(LabelConfig):
             beta=self.beta,
             loss=lambda values, rewards, mask: loss(values, self.labels(rewards), mask),
             refuse=self.refuse,
-            hooks=Hooks(baseline=mismatched_kl()),
+            hooks=Hooks(baseline=MISMATCHED_KL),
         )
 
 
@@ -415,7 +415,7 @@ class BCO(LabelConfig):
             beta=self.beta,
             loss=lambda values, rewards, mask: bco_loss(values, self.labels(rewards), mask, shift=0.0),
             refuse=self.refuse,
-            hooks=Hooks(baseline=running_mean()),
+            hooks=Hooks(baseline=RUNNING_MEAN),
         )
 
 

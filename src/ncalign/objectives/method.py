@@ -66,7 +66,8 @@ class Baseline:
     """The level that is subtracted from all scores of a step.
 
     Attributes:
-        level: ``(mean implicit reward of mismatched completions, that of all steps so far) -> baseline``.
+        level: ``(mean implicit reward of mismatched completions, that of all steps so far) -> baseline``, in proportion to
+            beta: a mix scales it to each part's.
         mismatched: whether `level` reads the first, for which each prompt is scored with another prompt's completion.
     """
 
@@ -83,12 +84,14 @@ class Hooks:
         baseline: Level subtracted from the scores.
         rewards_from: ``(rewards, metadata) -> rewards`` of a group, applied as it is loaded.
         fit: Makes the method again from the rewards ``[N, K]`` of the whole training set and their mask.
+        shares: ``inputs -> {part: [B]}``, what each part of a mix adds to the loss; for metrics. They sum to the loss.
     """
 
     target_weights: Weights | None = None
     baseline: Baseline | None = None
     rewards_from: Rewards | None = None
     fit: Callable[[Tensor, Tensor], Method] | None = None
+    shares: Callable[[LossInputs], dict[str, Tensor]] | None = None
 
 
 NO_HOOKS = Hooks()
@@ -275,14 +278,10 @@ def _mean(pair_loss: RewardedPairLoss, pairs: Bool[Tensor, "B ..."], sides: list
 # --- Baselines --------------------------------------------------------------------------------------------------------
 
 
-def mismatched_kl() -> Baseline:
-    """KTO's reference point: the mean implicit reward of each prompt with another prompt's completion, at least 0."""
-    return Baseline(lambda mismatched, seen: max(mismatched, 0.0), mismatched=True)
-
-
-def running_mean() -> Baseline:
-    """BCO's reward shift: the mean implicit reward of all steps before this one."""
-    return Baseline(lambda mismatched, seen: seen, mismatched=False)
+MISMATCHED_KL = Baseline(lambda mismatched, seen: max(mismatched, 0.0), mismatched=True)
+"""KTO's reference point: the mean implicit reward of each prompt with another prompt's completion, at least 0."""
+RUNNING_MEAN = Baseline(lambda mismatched, seen: seen, mismatched=False)
+"""BCO's reward shift: the mean implicit reward of all steps before this one."""
 
 
 # --- Groups that a method refuses -------------------------------------------------------------------------------------------

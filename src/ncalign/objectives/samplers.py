@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ncalign.objectives.kernels import KernelSettings, build_kernel, eligible_negatives, importance_log_weights, pick_positive
 
-__all__ = ["mc_sampler", "some_below", "one_below", "worst_below", "all_below", "Sampler"]
+__all__ = ["mc_sampler", "some_below", "one_below", "worst_below", "all_below", "best_alone", "everyone", "Sampler"]
 
 Select = Callable[[Tensor | None, Tensor, Tensor, torch.Generator], Tensor]
 Probabilities = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -33,6 +33,7 @@ class Sampler:
         log_q: ``(scores, rewards, mask, columns) -> [B, S]``, the log q correction of each score; None: no correction.
         size: most candidates that enter, the positive included, where that is known before the draw; None: it may be all.
         reads: ``(rewards, mask) -> [B, K]``, the candidates whose scores decide the draw; None: all.
+        blocks: equally wide blocks that the columns consist of, the positive first in each: those of a mix's parts.
     """
 
     select: Select
@@ -41,6 +42,7 @@ class Sampler:
     log_q: LogQ | None = None
     size: int | None = None
     reads: Callable[[Tensor, Tensor], Tensor] | None = None
+    blocks: int = 1
 
 
 def by_log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -222,6 +224,30 @@ def all_below() -> Sampler:
     """The positive and every candidate below it, in the group's order."""
     # At least one column for negatives: K may be 1.
     return _below(lambda rewards, below: (~below).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(below.shape[1] - 1, 1)])
+
+
+def best_alone() -> Sampler:
+    """The positive, without a negative."""
+    return Sampler(
+        lambda scores, rewards, mask, generator: pick_positive(rewards, mask, generator=generator).unsqueeze(1), size=1
+    )
+
+
+def everyone() -> Sampler:
+    """The positive and every other candidate, tied ones too, in the group's order."""
+
+    def select(
+        scores: Float[Tensor, "B K"] | None,
+        rewards: Float[Tensor, "B K"],
+        mask: Bool[Tensor, "B K"],
+        generator: torch.Generator,
+    ) -> Int[Tensor, "B K"]:
+        positive = pick_positive(rewards, mask, generator=generator).unsqueeze(1)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        order = torch.where(columns == positive, 0, torch.where(mask, 1, 2)).argsort(dim=1, stable=True)
+        return torch.where(mask.gather(1, order), order, -1)
+
+    return Sampler(select)
 
 
 def _below(order: Callable[[Tensor, Tensor], Tensor]) -> Sampler:

@@ -23,6 +23,7 @@ from ncalign.model.reference import ReferenceCache, candidate_key, missing_group
 from ncalign.model.routing import RouterLoss, load_balancing_loss
 from ncalign.objectives import LossInputs, Method, Sampler
 from ncalign.objectives.kernels import pick_positive
+from ncalign.objectives.mix import total
 from ncalign.training.metrics import NAN, PassResult
 from ncalign.training.peers import put_together
 
@@ -234,8 +235,11 @@ class Engine:
             own = (slice(b, b + 1), slice(0, int(mask[b].sum())))
             generator = group_generator(self.seed, epoch=epoch, index=index)
             drawn.append(sampler.select(None if read is None else read[own], rewards[own], mask[own], generator))
-        width = max(choice.shape[1] for choice in drawn)
-        return torch.cat([nn.functional.pad(choice, (0, width - choice.shape[1]), value=-1) for choice in drawn]), scores
+        # A mix's parts stay in blocks of one width.
+        drawn = [choice.unflatten(1, (sampler.blocks, -1)) for choice in drawn]
+        width = max(choice.shape[2] for choice in drawn)
+        padded = [nn.functional.pad(choice, (0, width - choice.shape[2]), value=-1) for choice in drawn]
+        return torch.cat(padded).flatten(1), scores
 
     def _account(
         self,
@@ -246,16 +250,20 @@ class Engine:
         select: Tensor | None,
         baseline: float,
     ) -> PassResult:
-        loss = self.method.loss(_loss_inputs(entering.logprobs, batch, self.method.sampler, select, scores, baseline))
+        method = self.method
+        inputs = _loss_inputs(entering.logprobs, batch, method.sampler, select, scores, baseline)
+        shares = None if method.hooks.shares is None else method.hooks.shares(inputs)
+        loss = method.loss(inputs) if shares is None else total(shares)
         logprobs = logprobs.detach()
-        if select is not None:
-            positive, negatives = select[:, 0], select[:, 1:]
+        if select is not None and method.sampler is not None:
+            first = select[:, : select.shape[1] // method.sampler.blocks]
+            positive, negatives = first[:, 0], first[:, 1:]
+            entering = _once(entering, select) if method.sampler.blocks > 1 else entering
         else:
             positive = pick_positive(batch.rewards, batch.candidate_mask, generator=None)
             candidates = torch.arange(batch.rewards.shape[1], device=positive.device).expand_as(batch.rewards)
             lower = batch.candidate_mask & (batch.rewards < batch.rewards.gather(1, positive.unsqueeze(1)))
             negatives = candidates.masked_fill(~lower, -1)
-        method = self.method
         kernel = None if method.sampler is None else method.sampler.kernel
         return PassResult(
             loss=loss,
@@ -272,6 +280,7 @@ class Engine:
             else method.hooks.target_weights(batch.rewards, batch.candidate_mask),
             beta=method.beta,
             aux_loss=self._aux_loss(entering),
+            shares=shares,
         )
 
     def _aux_loss(self, entering: Scored) -> Tensor | None:
@@ -374,6 +383,14 @@ def _chosen(found: Scored, select: Tensor | None) -> Scored:
         index = select.clamp(min=0)[:, :, None, None].expand(-1, -1, *use.shape[2:])
         use = use.gather(1, index).masked_fill((select < 0)[:, :, None, None], 0.0)
     return Scored(_gathered(found.logprobs, select), expert_use=use)
+
+
+def _once(found: Scored, select: Tensor) -> Scored:
+    """The same with what experts were used by a candidate that several parts chose counted once."""
+    if found.expert_use is None:
+        return found
+    again = (select.unsqueeze(2) == select.unsqueeze(1)).tril(-1).any(dim=2)
+    return found._replace(expert_use=found.expert_use.masked_fill(again[:, :, None, None], 0.0))
 
 
 def _moved(select: Tensor | None, device: torch.device) -> Tensor | None:

@@ -40,6 +40,7 @@ class PassResult:
         target_weights: of the objective, where it has them.
         beta: scale of the log-ratio.
         aux_loss: that balances the routers, over all that entered the loss in this pass; None without one.
+        shares: what each part of a mix adds to the loss, weighted; None for other methods.
     """
 
     loss: Float[Tensor, " B"]
@@ -54,6 +55,7 @@ class PassResult:
     target_weights: Float[Tensor, "B K"] | None
     beta: float
     aux_loss: Float[Tensor, ""] | None = None
+    shares: dict[str, Tensor] | None = None
 
 
 def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
@@ -86,6 +88,7 @@ def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
         metrics["kernel/effective_sample_size"] = effective_sample_size(result.kernel)
     if result.target_weights is not None:
         metrics["targets/entropy"] = kernel_entropy(result.target_weights)
+    metrics |= {f"loss/{part}": share for part, share in (result.shares or {}).items()}
     if result.aux_loss is not None:
         metrics["aux_loss"] = result.aux_loss.to(result.loss.dtype).expand_as(result.loss)
     return metrics
