@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
+from ncalign.model.fused_head import formula_of, fused_token_logprobs, precision_of
 from ncalign.model.layout import Layout, completions_layout, padded_layout, prompts_layout, shared_layout
 from ncalign.model.quantized import num_weights
 from ncalign.model.routing import expert_use
@@ -57,12 +58,16 @@ class LogprobModel(nn.Module):
     Args:
         model: the model.
         autocast: run in this precision while the weights keep their own.
+
+    Attributes:
+        fused_head: whether the head runs through Liger's kernel where it computes in bfloat16; set once it was found to apply.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.fused_head = False
         self._no_split_modules = list(base_causal_model(model)._no_split_modules or [])
 
     def forward(
@@ -83,10 +88,18 @@ class LogprobModel(nn.Module):
             with self._precision(batch, self.autocast):
                 scoring = self._precision(batch, dtype)
                 return chosen_logprobs(
-                    self.model, batch, choose, read=select, scoring=scoring, experts_per_token=experts_per_token
+                    self.model,
+                    batch,
+                    choose,
+                    read=select,
+                    scoring=scoring,
+                    experts_per_token=experts_per_token,
+                    fused_head=self.fused_head,
                 )
         with self._precision(batch, dtype or self.autocast):
-            return scored_completions(self.model, batch, select=select, experts_per_token=experts_per_token)
+            return scored_completions(
+                self.model, batch, select=select, experts_per_token=experts_per_token, fused_head=self.fused_head
+            )
 
     def prepare_parts(self) -> None:
         """Nothing; a sharded wrapper prepares the model's parts before it is called."""
@@ -142,8 +155,12 @@ def scored_completions(
     select: Int[Tensor, "B S"] | Cells | None = None,
     chunk_tokens: int | None = None,
     experts_per_token: int | None = None,
+    fused_head: bool = False,
 ) -> Scored:
-    """:func:`completion_logprobs`, and with ``experts_per_token``, a router's picks, what they used of the experts."""
+    """:func:`completion_logprobs`, and with ``experts_per_token``, a router's picks, what they used of the experts.
+
+    ``fused_head``: as :class:`LogprobModel` has it.
+    """
     causal = base_causal_model(model)
     wanted, places = _wanted(batch, select)
     if not any(wanted):
@@ -154,15 +171,27 @@ def scored_completions(
     else:
         layout = padded_layout(batch.tokens, batch.spans, wanted, pad_token_id=batch.pad_token_id)
     hidden, use = _body(causal, layout, experts_per_token=experts_per_token)
-    logprobs = _summed(causal, hidden.flatten(0, 1), layout, places, chunk_tokens)
+    logprobs = _summed(causal, hidden.flatten(0, 1), layout, places, chunk_tokens, fused_head=fused_head)
     return Scored(logprobs, expert_use=None if use is None else _used(use, layout, places))
 
 
 def _summed(
-    causal: PreTrainedModel, hidden: Float[Tensor, "N D"], layout: Layout, places: Tensor, chunk_tokens: int | None = None
+    causal: PreTrainedModel,
+    hidden: Float[Tensor, "N D"],
+    layout: Layout,
+    places: Tensor,
+    chunk_tokens: int | None = None,
+    *,
+    fused_head: bool = False,
 ) -> Float[Tensor, "B S"]:
-    chunk = chunk_tokens or _chunk_tokens(causal, hidden.device)
-    token_logprobs = _token_logprobs(head_of(causal), hidden[layout.predictors], layout.targets, chunk)
+    predicting = hidden[layout.predictors]
+    if fused_head and precision_of(predicting) == torch.bfloat16:
+        head = causal.get_output_embeddings()
+        assert head is not None
+        token_logprobs = fused_token_logprobs(head.weight, predicting, layout.targets, scale=formula_of(causal).scale)
+    else:
+        chunk = chunk_tokens or _chunk_tokens(causal, hidden.device)
+        token_logprobs = _token_logprobs(head_of(causal), predicting, layout.targets, chunk)
     # Summed in float64 and rounded once: float32 steps by 3e-5 at 300 nats. Metal has no float64.
     terms = token_logprobs if token_logprobs.device.type == "mps" else token_logprobs.double()
     # One more candidate than there are stands for those that are absent.
@@ -178,6 +207,7 @@ def chosen_logprobs(
     read: Int[Tensor, "B R"] | Cells | None = None,
     scoring: AbstractContextManager[None],
     experts_per_token: int | None = None,
+    fused_head: bool = False,
 ) -> Scored:
     """Log-probs with gradients of the candidates that are chosen by those of others, each prompt computed once.
 
@@ -193,6 +223,7 @@ def chosen_logprobs(
         read: the candidates whose log-probs it is given, likewise; all of them by default (R = K).
         scoring: context, such as a precision, in which they are scored.
         experts_per_token: experts that a router picks for a token, if what the wanted candidates used of them is wanted too.
+        fused_head: as :class:`LogprobModel` has it.
     """
     causal = base_causal_model(model)
     prompts = prompts_layout(batch.tokens, batch.spans)
@@ -213,7 +244,7 @@ def chosen_logprobs(
             return Scored(nothing, expert_use=None if prompts_use is None else _no_use(nothing))
         layout = completions_layout(batch.tokens, batch.spans, wanted, segments)
         hidden, use = _body(causal, layout, embedded, experts_per_token if prompts_use is not None else None)
-        logprobs = _summed(causal, torch.cat([ends, hidden[0]]), layout, places)
+        logprobs = _summed(causal, torch.cat([ends, hidden[0]]), layout, places, fused_head=fused_head)
         if prompts_use is None or use is None:
             return Scored(logprobs)
         return Scored(logprobs, expert_use=_used(torch.cat([prompts_use, use]), layout, places))
@@ -307,15 +338,12 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """The function from last hidden states to logits, with the soft-capping and scaling that some architectures add."""
     head = model.get_output_embeddings()
     assert head is not None
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scale, cap = formula_of(model)
 
     def logits(hidden: Tensor) -> Tensor:
         out: Tensor = head(hidden)
-        if factor != 1.0 or divisor != 1.0:
-            out = out * (factor / divisor)
+        if scale != 1.0:
+            out = out * scale
         return cap * torch.tanh(out / cap) if cap is not None else out
 
     return logits

@@ -74,12 +74,13 @@ def _digest(part: Path) -> str:
         return ""
 
 
-def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool, uncast: bool = False) -> Path:
+def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool, uncast: bool = False, fused: bool = False) -> Path:
     """The folder of a fingerprint's reference log-probs.
 
-    Shared prompts round differently, and so does bfloat16 without autocast: they have folders of their own.
+    Shared prompts round differently, and so do bfloat16 without autocast and Liger's head: they have folders of their own.
     """
-    return cache_dir / "reference" / (fingerprint[:32] + ("-shared" if shared else "") + ("-uncast" if uncast else ""))
+    kinds = {"-shared": shared, "-uncast": uncast, "-liger": fused}
+    return cache_dir / "reference" / (fingerprint[:32] + "".join(name for name, is_so in kinds.items() if is_so))
 
 
 def candidate_key(group: EncodedGroup, candidate: int) -> bytes:

@@ -1,7 +1,7 @@
-"""Whether prompts can be shared: values and gradients on the device that trains, against a row for each completion.
+"""Whether prompts can be shared, and whether the head is computed right: values and gradients on the device that trains.
 
-The rows are transformers' own forward pass with its own attention; shared prompts run as training runs them, on an accelerator
-through other kernels than on a processor.
+The rows that prompts are compared with are transformers' own forward pass with its own attention; shared prompts run as
+training runs them, on an accelerator through other kernels than on a processor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ncalign.model.attention import NAME as SHARED
@@ -104,6 +105,34 @@ def why_not_shared(model: LogprobModel, *, device: torch.device, prompts_once: b
             causal.set_attn_implementation(before)
 
 
+def why_head_differs(model: LogprobModel, *, device: torch.device) -> str | None:
+    """Compare Liger's head with ours: log-probs, and their gradients in the embedded tokens and in a head that is trained.
+
+    The model stays as it is, as in :func:`why_not_shared`.
+
+    Args:
+        model: as it trains, as for :func:`why_not_shared`. Where it is sharded, the head's own gradient is left out.
+        device: on which it computes.
+
+    Returns:
+        What sets them apart, or the kernel's error; None where they agree within rounding.
+    """
+    batch = _probe(base_causal_model(model.model), _LONG, device)
+    before = model.fused_head
+    with _evaluating(model):
+        try:
+            model.fused_head = False
+            own = _values_and_gradients(model, batch, of_head=True)
+            most = _tolerance(model, batch, own)
+            model.fused_head = True
+            return _difference(_values_and_gradients(model, batch, of_head=True), own, most, batch)
+        # What a kernel that is compiled on its first call raises is its own affair.
+        except Exception as failure:
+            return str(failure).strip().split("\n", 1)[0] or type(failure).__name__
+        finally:
+            model.fused_head = before
+
+
 class _Found(NamedTuple):
     """What a layout gives.
 
@@ -111,17 +140,24 @@ class _Found(NamedTuple):
         logprobs: nats, of all candidates; 0 where there is none.
         gradients: of a weighted sum of them in the embedded tokens, summed over the places of each of U tokens.
         exact: whether the model computes in float32 or better.
+        head: the sum's gradient in the head's weight, where it was asked for, is trained and not sharded.
     """
 
     logprobs: Float[Tensor, "B K"]
     gradients: Float[Tensor, "U D"]
     exact: bool
+    head: Float[Tensor, "V D"] | None = None
 
 
-def _values_and_gradients(model: LogprobModel, batch: GroupBatch, *, prompts_once: bool = False, noise: float = 0.0) -> _Found:
+def _values_and_gradients(
+    model: LogprobModel, batch: GroupBatch, *, prompts_once: bool = False, noise: float = 0.0, of_head: bool = False
+) -> _Found:
     """``noise``: the share of themselves by which embeddings are off."""
     causal = base_causal_model(model.model)
     looked_up: list[tuple[Tensor, Tensor]] = []
+    trained: list[Tensor] = []
+    if of_head and not isinstance(model, FSDPModule):
+        trained = [weight for weight in causal.get_output_embeddings().parameters() if weight.requires_grad]
 
     def as_leaf(module: nn.Module, given: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
         looked_up.append((given[0], embedded.detach().requires_grad_()))
@@ -138,34 +174,43 @@ def _values_and_gradients(model: LogprobModel, batch: GroupBatch, *, prompts_onc
             # Candidates weigh differently, so that errors of one do not make up for another's.
             weights = torch.linspace(0.5, 1.5, logprobs.numel(), dtype=logprobs.dtype, device=logprobs.device)
             # Weights accumulate nothing, and neither wrappers nor optimizers see a backward pass.
-            found = torch.autograd.grad((logprobs * weights.view_as(logprobs)).sum(), [leaf for _, leaf in looked_up])
+            wanted = [leaf for _, leaf in looked_up] + trained
+            found = torch.autograd.grad((logprobs * weights.view_as(logprobs)).sum(), wanted)
     finally:
         hook.remove()
     tokens = batch.tokens.unique()
     gradients = torch.zeros(len(tokens), found[0].shape[-1], dtype=torch.promote_types(logprobs.dtype, torch.float32))
     gradients = gradients.to(batch.tokens.device)
-    for (ids, _), gradient in zip(looked_up, found, strict=True):
+    for (ids, _), gradient in zip(looked_up, found[: len(looked_up)], strict=True):
         # Padding, which is no token of the batch, has a gradient of 0.
         places = torch.searchsorted(tokens, ids.flatten()).clamp(max=len(tokens) - 1)
         gradients = gradients.index_add(0, places, gradient.flatten(0, -2).to(gradients.dtype))
     precisions = {model.autocast, causal.dtype, found[0].dtype}
-    return _Found(logprobs.detach(), gradients, precisions <= {None, torch.float32, torch.float64})
+    exact = precisions <= {None, torch.float32, torch.float64}
+    return _Found(logprobs.detach(), gradients, exact, found[-1] if trained else None)
 
 
 def _tolerance(model: LogprobModel, batch: GroupBatch, rows: _Found) -> _Apart:
     """How far apart rounding may set two layouts of this model."""
     if rows.exact:
         return _EXACT
-    rounded = _apart(_values_and_gradients(model, batch, noise=_HALF_DIGIT), rows)
+    rounded = _apart(_values_and_gradients(model, batch, noise=_HALF_DIGIT, of_head=rows.head is not None), rows)
     values, gradients = (_TIMES * found + least for found, least in zip(rounded, _LEAST, strict=True))
     return _Apart(values, min(gradients, _MOST))
 
 
 def _apart(found: _Found, expected: _Found) -> _Apart:
     values = (found.logprobs - expected.logprobs).abs().max() / expected.logprobs.abs().max().clamp(min=1.0)
-    # A model of zeros has no gradients.
-    gradients = (found.gradients - expected.gradients).norm() / expected.gradients.norm().clamp(min=1e-30)
+    gradients = _share(found.gradients, expected.gradients)
+    if found.head is not None and expected.head is not None:
+        gradients = torch.maximum(gradients, _share(found.head, expected.head))
     return _Apart(float(values), float(gradients))
+
+
+def _share(found: Tensor, expected: Tensor) -> Tensor:
+    """How far gradients are apart as a share of their norm; a model of zeros has none."""
+    share: Tensor = (found - expected).float().norm() / expected.float().norm().clamp(min=1e-30)
+    return share
 
 
 def _difference(found: _Found, expected: _Found, most: _Apart, batch: GroupBatch) -> str | None:

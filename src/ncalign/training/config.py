@@ -87,6 +87,11 @@ class TrainConfig(Frozen):
     share_prompts: bool = Field(
         True, description="Compute each prompt once for all its completions, where the model's architecture allows it."
     )
+    head: Literal["auto", "liger", "own"] = Field(
+        "auto",
+        description="Code of the vocabulary head: liger (Liger's kernel, from the extra gpu), on Hopper GPUs in bfloat16; own; "
+        "auto: Liger's where it applies and computes the same, else our own.",
+    )
     activation_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations in the backward pass to save memory; auto: where a step would not fit the device's "

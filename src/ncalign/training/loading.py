@@ -7,6 +7,7 @@ weights when the model is sharded: there is room needed for one copy of the mode
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, init_empty_weights
@@ -17,14 +18,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ncalign.model.adapters import with_adapter
 from ncalign.model.attention import NAME as SHARED
 from ncalign.model.encoding import Encoder, make_encoder
+from ncalign.model.fused_head import why_not_fused
 from ncalign.model.limits import limits_of
 from ncalign.model.logprobs import LogprobModel, base_causal_model, check_head
 from ncalign.model.noise import disable_dropout
 from ncalign.model.policy import DTYPES, Policy, load_config, load_policy, load_tokenizer, quiet_transformers
-from ncalign.model.sharing import why_not_shared
+from ncalign.model.sharing import why_head_differs, why_not_shared
 from ncalign.training.config import TrainConfig
 from ncalign.training.launch import is_sharded
-from ncalign.training.peers import decided_by_first
+from ncalign.training.peers import decided_by_first, say_first
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,47 @@ def share_prompts_alike(model: LogprobModel, accelerator: Accelerator, *, prompt
     Returns:
         Why prompts can't be shared, the same on all processes; None where they are from now on.
     """
-    reasons = [why_not_shared(model, device=accelerator.device, prompts_once=prompts_once)]
-    if accelerator.num_processes > 1:
-        reasons = gather_object(reasons)
-    reason = next(filter(None, reasons), None)
+    reason = _any_process(why_not_shared(model, device=accelerator.device, prompts_once=prompts_once), accelerator)
     if reason is None:
         base_causal_model(model.model).set_attn_implementation(SHARED)
     return reason
+
+
+def choose_head(
+    setting: Literal["auto", "liger", "own"], model: LogprobModel, accelerator: Accelerator, *, dtype: torch.dtype
+) -> None:
+    """Have the vocabulary head run through Liger's kernel, where it applies and every process finds that it computes the same.
+
+    Says once which head it is, where there is a choice.
+
+    Args:
+        setting: the run's.
+        model: as accelerate prepared it, without its wrapper; all processes call this together.
+        accelerator: this process's.
+        dtype: in which the model computes.
+
+    Raises:
+        ValueError: Liger's was asked for and can't be used.
+    """
+    if setting == "own":
+        return
+    device = accelerator.device
+    reason = _any_process(why_not_fused(base_causal_model(model.model), device=device, dtype=dtype), accelerator)
+    if reason is None:
+        reason = _any_process(why_head_differs(model, device=device), accelerator)
+    if reason is None:
+        model.fused_head = True
+        say_first(accelerator, f"Vocabulary head: Liger's kernel (head: {setting})")
+    elif setting == "liger":
+        raise ValueError(f"head: liger asks for Liger's kernel, which can't be used here: {reason}; set head: auto, or own")
+    elif device.type == "cuda":
+        say_first(accelerator, f"Vocabulary head: ncalign's own (head: auto); Liger's can't be used: {reason}")
+
+
+def _any_process(reason: str | None, accelerator: Accelerator) -> str | None:
+    """The first reason that any process found, the same on all of them."""
+    reasons = gather_object([reason]) if accelerator.num_processes > 1 else [reason]
+    return next(filter(None, reasons), None)
 
 
 def _loaded(config: TrainConfig) -> Policy:

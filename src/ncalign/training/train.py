@@ -39,7 +39,7 @@ from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model
 from ncalign.training.finished import export_finished
 from ncalign.training.launch import compute_in, is_sharded, make_accelerator
-from ncalign.training.loading import open_policy, share_prompts_alike
+from ncalign.training.loading import choose_head, open_policy, share_prompts_alike
 from ncalign.training.loop import Intervals, Loop
 from ncalign.training.memory import step_memory
 from ncalign.training.optimizer import make_optimizer
@@ -302,6 +302,7 @@ def make_engine(
     reason = share_prompts_alike(model, accelerator, prompts_once=once) if config.share_prompts else None
     if reason is not None:
         say_first(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
+    choose_head(config.head, model, accelerator, dtype=DTYPES[config.dtype])
     engine = Engine(
         model=wrapped,
         method=method,
@@ -488,4 +489,5 @@ def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
         prepared.policy.fingerprint,
         shared=shares_prompts(base_causal_model(prepared.policy.model)),
         uncast=config.dtype == "bfloat16" and is_sharded(prepared.engine.accelerator),
+        fused=prepared.engine.inner.fused_head,
     )
