@@ -28,7 +28,7 @@ from ncalign.model.logprobs import LogprobModel, Scored, chosen_logprobs, comple
 from ncalign.model.policy import load_policy, reference_mode
 from ncalign.model.routing import RouterLoss, expert_use, load_balancing_loss, router_loss_of
 from ncalign.model.sharing import share_prompts
-from ncalign.objectives import MCPO, build_method
+from ncalign.objectives import MCPO, NLL, Mix, build_method
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Scoring
@@ -145,7 +145,7 @@ def test_the_router_loss_is_that_of_padded_rows_in_every_layout(name: str, selec
     torch.testing.assert_close(split.expert_use, together.expert_use, rtol=1e-6, atol=1e-6)
 
 
-def engine(model: PreTrainedModel, objective: MCPO | None = None) -> Engine:
+def engine(model: PreTrainedModel, objective: MCPO | Mix | None = None) -> Engine:
     return Engine(
         LogprobModel(model),
         build_method(objective or MCPO()),
@@ -189,6 +189,13 @@ def test_what_enters_the_loss_counts_for_the_routers_however_it_was_scored(name:
         found_aux, *found = visit(other, scoring)
         assert found_aux == pytest.approx(aux, rel=1e-6)
         assert_same((found[0], found[1]), (expected[0], expected[1]), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("scoring", [Scoring.APART, Scoring.TOGETHER])
+def test_what_several_parts_of_a_mix_chose_counts_for_the_routers_once(scoring: Scoring) -> None:
+    alone, *_ = visit(engine(shared("mixtral"), MCPO()), scoring)
+    mixed, *_ = visit(engine(shared("mixtral"), Mix(parts=(MCPO(), MCPO(beta=0.1, temperature=1.0), NLL()))), scoring)
+    assert mixed == pytest.approx(alone, rel=1e-6)
 
 
 def test_a_pass_in_which_nothing_enters_has_no_router_loss() -> None:

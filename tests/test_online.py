@@ -159,9 +159,10 @@ def test_rewards_rise(run: Run) -> None:
     assert means[-1] > means[0] + 0.1
 
 
-@pytest.mark.parametrize("name", ["dpo", "nca", "simpo", "hps", "ipo"])
+@pytest.mark.parametrize("name", ["dpo", "nca", "simpo", "hps", "ipo", "mix"])
 def test_any_method(run: Run, name: str) -> None:
-    assert run(objective={"name": name})["steps"] == 6
+    parts = {"parts": ["mc_po", "nca", "nll"]} if name == "mix" else {}
+    assert run(objective={"name": name, **parts})["steps"] == 6
 
 
 def test_one_chunk_is_scored_while_the_next_is_sampled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo of each": {"name": "dpo", "pairing": "best_vs_each"},
     "dpo of all pairs": {"name": "dpo", "pairing": "all_pairs"},
 }
+MIX: dict[str, Any] = {"name": "mix", "parts": ["mc_po", "nca", "nll"], "weights": [1.0, 0.5, 0.1]}
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ class TestEquivalences:
     SPLITS = ((8, 1), (4, 2), (2, 4), (1, 8))
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
-    @pytest.mark.parametrize("name", ["mc_po", "nca", "dpo of each"])
+    @pytest.mark.parametrize("name", ["mc_po", "nca", "dpo of each", "mix"])
     def test_gradient_accumulation(self, config: Config, name: str, dtype: str) -> None:
         # In float32 a sum of some 25 token log-probs carries rounding of about 1e-5 nats, which the loss shows.
         tolerance = {"float32": 1e-5, "float64": 1e-9}[dtype]
@@ -120,7 +121,7 @@ class TestEquivalences:
             run = config(
                 f"{size}x{accumulation}",
                 dtype=dtype,
-                objective=OBJECTIVES[name],
+                objective=MIX if name == "mix" else OBJECTIVES[name],
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=accumulation,
                 num_train_epochs=3,
