@@ -74,12 +74,15 @@ def _digest(part: Path) -> str:
         return ""
 
 
-def reference_folder(cache_dir: Path, fingerprint: str, *, shared: bool, uncast: bool = False, fused: bool = False) -> Path:
+def reference_folder(
+    cache_dir: Path, fingerprint: str, *, shared: bool, uncast: bool = False, fused: bool = False, compiled: bool = False
+) -> Path:
     """The folder of a fingerprint's reference log-probs.
 
-    Shared prompts round differently, and so do bfloat16 without autocast and Liger's head: they have folders of their own.
+    Shared prompts round differently, and so do bfloat16 without autocast, Liger's head and compiled norms and MLPs: they have
+    folders of their own.
     """
-    kinds = {"-shared": shared, "-uncast": uncast, "-liger": fused}
+    kinds = {"-shared": shared, "-uncast": uncast, "-liger": fused, "-compiled": compiled}
     return cache_dir / "reference" / (fingerprint[:32] + "".join(name for name, is_so in kinds.items() if is_so))
 
 

@@ -92,6 +92,9 @@ class TrainConfig(Frozen):
         description="Code of the vocabulary head: liger (Liger's kernel, from the extra gpu), on Hopper GPUs in bfloat16; own; "
         "auto: Liger's where it applies and computes the same, else our own.",
     )
+    compile_norms_and_mlps: bool = Field(
+        False, description="Compile norms and MLPs (torch.compile), so that a device has fewer kernels to launch."
+    )
     activation_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations in the backward pass to save memory; auto: where a step would not fit the device's "
@@ -127,4 +130,9 @@ class TrainConfig(Frozen):
     @model_validator(mode="after")
     def _trainable(self) -> TrainConfig:
         check_quantization(self.quantization, self.lora, self.dtype)
+        if self.compile_norms_and_mlps and self.quantization is not None:
+            raise ValueError(
+                "compile_norms_and_mlps can't be had with quantization: bitsandbytes' layers of 4 bits are not compiled; leave "
+                "one of them out"
+            )
         return self

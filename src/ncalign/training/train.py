@@ -23,6 +23,7 @@ from ncalign.core.code_digest import value_digest
 from ncalign.core.store import Store
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
+from ncalign.model.compiled import compile_norms_and_mlps
 from ncalign.model.encoding import EncodedGroup, Encoder
 from ncalign.model.limits import filler_id
 from ncalign.model.logprobs import LogprobModel, base_causal_model, completion_token_cost
@@ -284,6 +285,8 @@ def make_engine(
     most = max(longest[0], min(max_tokens, sum(longest))) if longest else max_tokens
     if _recomputes(config, policy, accelerator, most):
         recompute_activations(base_causal_model(policy.model))
+    if config.compile_norms_and_mlps:
+        compile_norms_and_mlps(policy.model, device=accelerator.device)
     find_router = partial(router_loss_of, base_causal_model(policy.model), config.router_aux_loss_coef)
     router, notice = decided_by_first(accelerator, find_router)
     if notice:
@@ -490,4 +493,5 @@ def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
         shared=shares_prompts(base_causal_model(prepared.policy.model)),
         uncast=config.dtype == "bfloat16" and is_sharded(prepared.engine.accelerator),
         fused=prepared.engine.inner.fused_head,
+        compiled=config.compile_norms_and_mlps,
     )
