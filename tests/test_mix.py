@@ -133,6 +133,29 @@ def test_a_level_is_scaled_to_the_beta_of_the_part_that_measures_from_it() -> No
         close(mix.loss(inputs), expected)
 
 
+def test_metrics_and_beta_are_those_of_the_first_part_with_negatives_and_no_more_is_scored_than_parts_read() -> None:
+    rewards, mask = torch.tensor([[0.9, 0.9, 0.1, 0.4]]), torch.ones(1, 4, dtype=torch.bool)
+    mix = weighted_sum("m", [NLL().method(), DPO(beta=0.3).method(), MCPO(beta=0.6, num_negatives=2).method()])
+    assert mix.beta == 0.3
+    assert mix.sampler is not None
+    assert mix.sampler.reads is not None
+    assert mix.sampler.size == 1 + 1 + 2
+    assert mix.sampler.reads(rewards, mask).tolist() == [[False, False, True, True]]
+    columns = mix.sampler.select(torch.zeros(1, 4), rewards, mask, torch.Generator().manual_seed(0))
+    pair, drawn, chosen = columns.view(3, 3).tolist()
+    assert len({pair[0], drawn[0], chosen[0]}) == 1
+    assert pair[2] == -1
+    assert pair[1] in (2, 3)
+    assert sorted(drawn[1:]) == [2, 3]
+    assert chosen[1:] == [-1, -1]
+    # NCA takes all, the positive first and the tied one too.
+    whole = weighted_sum("m", [NCA().method(), DPO().method()]).sampler
+    assert whole is not None
+    assert (whole.size, whole.reads, whole.scores) == (None, None, None)
+    every = whole.select(None, rewards, mask, torch.Generator().manual_seed(0)).view(2, 4).tolist()
+    assert every[0] == [every[1][0], 1 - every[1][0], 2, 3]
+
+
 def test_what_is_fitted_to_the_data_is_fitted_in_a_mix() -> None:
     rewards, mask = numbers(8, 4, seed=1), torch.ones(8, 4, dtype=torch.bool)
     parts = [NCA(target_entropy=0.5).method(), DPO().method()]
