@@ -2,7 +2,8 @@
 
 Each script takes ``--json FILE`` and writes a list of ``{name, value, goal, holds, spread, conditions}``; each row is given its
 script's name here, the processor's kind (by what `dtype: auto` picks on it), date and commit. Rows of scripts that are not
-run, and of processors of the other kind, are kept as they are.
+run, and of processors of the other kind, are kept as they are. ``gpu.py`` is left out where there is no GPU; its rows are of
+the kind gpu.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from _steps import processor
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("bf16", "fp32-only")
+GPU, ON_GPU = "gpu", "gpu.py"
+"""The kind of rows that come from a GPU, and the script that makes them."""
 Row = dict[str, Any]
 
 
@@ -40,13 +43,17 @@ def main() -> int:
         parser.error(f"no such script: {', '.join(sorted(wanted - scripts))}; there are {', '.join(sorted(scripts))}")
     worst = 0
     if not arguments.page_only:
-        stamp = {"processor": processor(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "note": arguments.note}
+        if not wanted and not has_gpu():
+            print(f"== {ON_GPU} is left out: there is no GPU", flush=True)
+            scripts.discard(ON_GPU)
+        stamp = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "note": arguments.note}
         for name in sorted(wanted or scripts):
+            kind = GPU if name == ON_GPU else processor()
             code, found = run(name, arguments.repeats)
             worst = max(worst, code)
-            rows = [row for row in rows if (row["script"], row["processor"]) != (name, stamp["processor"])]
-            rows += [{"script": name, **row, **stamp} for row in found]
-    rows.sort(key=lambda row: (row["script"], KINDS.index(row["processor"])))
+            rows = [row for row in rows if (row["script"], row["processor"]) != (name, kind)]
+            rows += [{"script": name, **row, "processor": kind, **stamp} for row in found]
+    rows.sort(key=lambda row: (row["script"], (*KINDS, GPU).index(row["processor"])))
     write(results, json.dumps(rows, indent=2) + "\n")
     write(HERE / "RESULTS.md", page(rows))
     print(f"== {len(rows)} rows in benchmarks/results.json and benchmarks/RESULTS.md")
@@ -61,6 +68,12 @@ def run(name: str, repeats: int) -> tuple[int, list[Row]]:
         command = [sys.executable, str(HERE / name), "--repeats", str(repeats), "--json", str(output)]
         code = abs(subprocess.call(command))
         return code, json.loads(output.read_text()) if output.is_file() else []
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU that gpu.py can use."""
+    program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.call([sys.executable, "-c", program]) == 0
 
 
 def commit() -> str:
@@ -78,12 +91,12 @@ def page(rows: Sequence[Row]) -> str:
         "goal is bold. The kind of processor is what `dtype: auto` picks: bf16 where that multiplies faster, else fp32-only.",
     ]
     for script in dict.fromkeys(row["script"] for row in rows):
-        own = [row for row in rows if row["script"] == script]
-        lines += ["", f"## {script}", "", f"| what | goal | {' | '.join(KINDS)} |", f"|---|---|{'---|' * len(KINDS)}"]
+        own, kinds = [row for row in rows if row["script"] == script], (GPU,) if script == ON_GPU else KINDS
+        lines += ["", f"## {script}", "", f"| what | goal | {' | '.join(kinds)} |", f"|---|---|{'---|' * len(kinds)}"]
         for name in dict.fromkeys(row["name"] for row in own):
             same = {row["processor"]: row for row in own if row["name"] == name}
             goal = next(iter(same.values()))["goal"]
-            cells = [cell(same[kind]) if kind in same else "not measured" for kind in KINDS]
+            cells = [cell(same[kind]) if kind in same else "not measured" for kind in kinds]
             lines.append(f"| {name} | {'–' if goal is None else goal} | {' | '.join(cells)} |")
         lines += ["", *dict.fromkeys(origin(row) for row in own)]
     return "\n".join(lines) + "\n"
