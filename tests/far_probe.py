@@ -121,7 +121,7 @@ def probed(accelerator: Accelerator) -> dict[str, Any]:
     config = TrainConfig.model_validate(
         {"model": "tiny", "data": "-", "output_dir": "run", "dtype": "float32", "scoring_dtype": "float32", "report_to": ()}
     )
-    with mock.patch("ncalign.training.train.say", said.append):
+    with mock.patch("ncalign.training.peers.say", said.append):
         engine, _ = make_engine(config, policy, build_method(MCPO()), accelerator)
     return {
         "rows": list(rows),
