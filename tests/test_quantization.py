@@ -30,6 +30,7 @@ from ncalign.model.policy import Policy, load_policy, reference_mode
 from ncalign.model.quantized import estimated_bytes, held_bytes, shapes_of
 from ncalign.model.sharing import _SHORT, _probe, share_prompts
 from ncalign.online.config import OnlineConfig
+from ncalign.online.online import run_online
 from ncalign.tasks.lm_backend import Backend, backend_arguments
 from ncalign.training import loop
 from ncalign.training.config import TrainConfig
@@ -173,6 +174,21 @@ def test_what_saves_memory_changes_no_number(config: Config) -> None:
         for expected, found in zip(logged(plain), logged(saving), strict=True):
             for name in ("loss", "grad_norm"):
                 assert found[name] == pytest.approx(expected[name], rel=1e-3), fields
+
+
+def test_two_rounds_online(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("def brief(prompt, completions):\n    return [-len(text) for text in completions]\n")
+    given = config("online", max_steps=4).model_dump(mode="json", exclude_unset=True)
+    given |= {"reward": f"{tmp_path / 'rewards.py'}:brief", "num_samples": 4, "max_new_tokens": 8, "regenerate_every": 2}
+    run_online(OnlineConfig.model_validate({**given, "per_device_train_batch_size": 4, "drift_prompts": 0, "on_model": "none"}))
+    rounds = sorted((tmp_path / "online" / "rounds").glob("*/generated-*.json"))
+    assert len({file.parent for file in rounds}) == 2
+    assert len({file.read_text() for file in rounds}) == 2
+    lines = [json.loads(line) for line in (tmp_path / "online" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    # Of a round's first step, whose reference is the adapter's absence.
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(losses) == 4
 
 
 def test_stopped_and_resumed_is_bitwise_the_same(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
