@@ -85,6 +85,9 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    if "attn_logit_softcapping" in values:
+        # Before 5.21 transformers chooses sdpa, which leaves the cap out.
+        model.set_attn_implementation("eager")
     return model.to(dtype).eval()
 
 

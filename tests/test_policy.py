@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2ForCausalLM, Gemma2PreTrainedModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from conftest import build_model
@@ -21,6 +21,7 @@ from ncalign.model.logprobs import completion_logprobs
 from ncalign.model.noise import disable_dropout
 from ncalign.model.policy import (
     Policy,
+    compute_as_configured,
     load_model,
     load_policy,
     load_tokenizer,
@@ -28,6 +29,7 @@ from ncalign.model.policy import (
     reference_mode,
     weights_fingerprint,
 )
+from test_logprobs import build
 
 # peft asks transformers for an attribute by its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -285,3 +287,17 @@ def test_eos_pads_where_there_is_no_padding_token(tiny_model_dir: Path, tmp_path
     file.write_text(json.dumps({name: value for name, value in settings.items() if name != "pad_token"}))
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_caps_on_attention_scores_are_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("gemma2").save_pretrained(tmp_path)
+    ids = torch.arange(3, 20)[None]
+    expected = Gemma2ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")(input_ids=ids).logits
+    # As in transformers before 5.21, whose sdpa computes no cap and says nothing.
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    assert Gemma2ForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    loaded = load_model(str(tmp_path), dtype=torch.float32, trust_remote_code=False)
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    uncapped = LlamaForCausalLM(build("llama").config)
+    compute_as_configured(uncapped, torch.float32)
+    assert uncapped.config._attn_implementation == "sdpa"

@@ -281,9 +281,7 @@ def _load_whole(
         raise ValueError(f"{what} {model!r} can't be loaded as {made_as}: {_why_not_loaded(model, error)}") from error
     loaded, report = found
     assert isinstance(loaded, PreTrainedModel)
-    if dtype == torch.float64:
-        # torch multiplies all experts at once in lower precisions only.
-        loaded.set_experts_implementation("eager")
+    compute_as_configured(loaded, dtype)
     missing = set(report["missing_keys"]) - supplied.keys()
     if missing:
         raise ValueError(
@@ -293,6 +291,17 @@ def _load_whole(
     if task == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
         _refuse_bidirectional(loaded, model)
     return loaded
+
+
+def compute_as_configured(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Choose code for experts and attention that computes what the configuration says, in this precision."""
+    if dtype == torch.float64:
+        # torch multiplies all experts at once in lower precisions only.
+        model.set_experts_implementation("eager")
+    text = model.config.get_text_config()
+    # Before 5.21 transformers chooses sdpa for Gemma 2, which leaves the cap on scores out without a word.
+    if getattr(text, "attn_logit_softcapping", None) is not None and text._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 @torch.no_grad()

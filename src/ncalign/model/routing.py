@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -107,10 +108,14 @@ def router_loss_of(causal: PreTrainedModel, coefficient: float | None) -> tuple[
     expected = _own_loss(causal) if hasattr(config, "output_router_logits") else None
     if expected is None:
         if coefficient is None:
-            return None, f"{type(causal).__name__} has no router loss, although its config.json declares a weight for one"
+            return None, (
+                f"{type(causal).__name__} of transformers {transformers.__version__} has no router loss, although its "
+                "config.json declares a weight for one"
+            )
         raise ValueError(
-            f"router_aux_loss_coef is {coefficient:g}, and {type(causal).__name__} (model_type {config.model_type}) has no "
-            "router loss: only mixture-of-experts models whose routers are balanced by one have it; leave it out"
+            f"router_aux_loss_coef is {coefficient:g}, and {type(causal).__name__} (model_type {config.model_type}) of transformers "
+            f"{transformers.__version__} has no router loss: only mixture-of-experts models whose routers are balanced by one "
+            "have it; leave it out"
         )
     number = getattr(causal, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", None)
     if isinstance(number, int):
@@ -126,10 +131,13 @@ def router_loss_of(causal: PreTrainedModel, coefficient: float | None) -> tuple[
 
 
 def _own_loss(causal: PreTrainedModel) -> float | None:
-    """The router loss by the model itself on a few tokens; None where it computes none."""
+    """The router loss by the model itself on a few tokens; None where it computes none.
+
+    That is also so where transformers does not record the routers' logits, as of Granite before 5.18: the loss is then 0.
+    """
     found = torch.nn.Module.__call__(causal, input_ids=_tokens(causal), use_cache=False, output_router_logits=True)
     loss = getattr(found, "aux_loss", None)
-    return None if loss is None else float(loss)
+    return None if loss is None or getattr(found, "router_logits", None) is None else float(loss)
 
 
 def _tokens(causal: PreTrainedModel) -> Tensor:

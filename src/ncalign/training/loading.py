@@ -22,7 +22,15 @@ from ncalign.model.fused_head import why_not_fused
 from ncalign.model.limits import limits_of
 from ncalign.model.logprobs import LogprobModel, base_causal_model, check_head
 from ncalign.model.noise import disable_dropout
-from ncalign.model.policy import DTYPES, Policy, load_config, load_policy, load_tokenizer, quiet_transformers
+from ncalign.model.policy import (
+    DTYPES,
+    Policy,
+    compute_as_configured,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    quiet_transformers,
+)
 from ncalign.model.sharing import why_head_differs, why_not_shared
 from ncalign.training.config import TrainConfig
 from ncalign.training.launch import is_sharded
@@ -145,8 +153,7 @@ def _without_weights(config: TrainConfig) -> Policy:
             described, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
         )
     assert isinstance(model, PreTrainedModel)
-    if config.dtype == "float64":
-        model.set_experts_implementation("eager")
+    compute_as_configured(model, DTYPES[config.dtype])
     model.tie_weights()
     model.requires_grad_(True)
     model.eval()
