@@ -113,9 +113,9 @@ def router_loss_of(causal: PreTrainedModel, coefficient: float | None) -> tuple[
                 "config.json declares a weight for one"
             )
         raise ValueError(
-            f"router_aux_loss_coef is {coefficient:g}, and {type(causal).__name__} (model_type {config.model_type}) of transformers "
-            f"{transformers.__version__} has no router loss: only mixture-of-experts models whose routers are balanced by one "
-            "have it; leave it out"
+            f"router_aux_loss_coef is {coefficient:g}, and {type(causal).__name__} (model_type {config.model_type}) of "
+            f"transformers {transformers.__version__} has no router loss: only mixture-of-experts models whose routers are "
+            "balanced by one have it; leave it out"
         )
     number = getattr(causal, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", None)
     if isinstance(number, int):
