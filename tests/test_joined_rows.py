@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -306,8 +307,8 @@ def test_verbs_read_joined_groups(
 
 def test_online_reads_joined_groups(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given_config = {"model": "m", "data": pairs, "output_dir": tmp_path / "run", "reward": "math_verify"}
-    prompts, _ = load_prompts(OnlineConfig.model_validate(given_config))
+    prompts, _ = load_prompts(OnlineConfig.model_validate(given_config), Accelerator(cpu=True))
     assert [len(group.candidates) for group in prompts] == [6] * 4
     assert SAID in capsys.readouterr().err
-    prompts, _ = load_prompts(OnlineConfig.model_validate({**given_config, "join_rows": False}))
+    prompts, _ = load_prompts(OnlineConfig.model_validate({**given_config, "join_rows": False}), Accelerator(cpu=True))
     assert len(prompts) == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,7 +225,10 @@ def test_the_probe_asks_prompts_with_tools_first(monkeypatch: pytest.MonkeyPatch
     groups = [Group(str(n), "Q", [], {"tools": [TOOL]} if n > 6 else {}) for n in range(9)]
     training = SimpleNamespace(seed=0)
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(probe_tolerance=0.1, training=training), generator=SimpleNamespace(get=lambda: None)
+        config=SimpleNamespace(probe_tolerance=0.1, training=training),
+        generator=SimpleNamespace(sampling=nullcontext, each=lambda: {"generator": None}),
+        engine=SimpleNamespace(logprobs=lambda groups: []),
+        say=lambda text: None,
     )
     probe.check_same_weights(run, groups, 0)
     assert seen == ["7", "8", "0", "1"]
