@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
-from ncalign.model import attention
+from ncalign.model import attention, sharing
 from ncalign.model.attention import _causal_mask, shares_prompts
 from ncalign.model.batching import GroupBatch, collate
 from ncalign.model.layout import Span, padded_layout, shared_layout
@@ -371,3 +371,12 @@ def test_layouts_by_hand() -> None:
     assert rows.input_ids.tolist() == [[10, 11, 12, 9, 9], [10, 11, 13, 14, 15]]
     assert rows.predictors.tolist() == [1, 6, 7, 8]
     assert rows.targets.tolist() == [12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
+def test_rounding_to_bfloat16_is_measured_however_weights_are_held(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    model = LogprobModel(build("llama", dtype=dtype), autocast=autocast)
+    batch = sharing._probe(model.model, sharing._SHORT, CPU)
+    most = sharing._tolerance(model, batch, sharing._values_and_gradients(model, batch))
+    assert most.values > sharing._LEAST.values
+    assert most.gradients > sharing._LEAST.gradients
