@@ -21,6 +21,7 @@ from ncalign.model.policy import Policy
 from ncalign.objectives import MCPO, build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.train import make_engine
+from test_sharing import HalfBackward
 
 # PyTorch can't compute a part again in the backward pass of such a device.
 logprobs.checkpoint = lambda function, *given, **options: function(*given)
@@ -70,18 +71,6 @@ def without_the_first_block(*given: Any) -> Any:
     some, whole = plain_blocks(*given)
     some[2:, 0] = whole[2:, 0] = False
     return some, whole
-
-
-class HalfBackward(torch.autograd.Function):
-    """The same values, and half of the gradients."""
-
-    @staticmethod
-    def forward(context: Any, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return 0.5 * gradients[0]
 
 
 def half_backward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
