@@ -15,7 +15,8 @@ from ncalign.model.compiled import compile_norms_and_mlps
 from ncalign.model.logprobs import LogprobModel
 from ncalign.model.sharing import share_prompts
 from ncalign.training.config import TrainConfig
-from ncalign.training.train import recompute_activations, run_training
+from ncalign.training.memory import recompute_activations
+from ncalign.training.train import run_training
 from test_logprobs import adapted, build
 from test_sharing import Sizes, assert_same, batch_of, values_and_gradients
 

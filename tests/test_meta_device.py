@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from ncalign.model.logprobs import completion_logprobs
 from ncalign.model.sharing import share_prompts
-from ncalign.training.train import recompute_activations
+from ncalign.training.memory import recompute_activations
 from test_logprobs import ARCHITECTURES, build
 from test_sharing import batch_of
 

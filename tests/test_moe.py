@@ -34,7 +34,8 @@ from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Scoring
 from ncalign.training.loop import training_loss
-from ncalign.training.train import recompute_activations, run_training
+from ncalign.training.memory import recompute_activations
+from ncalign.training.train import run_training
 from test_engine import groups
 from test_logprobs import build
 from test_sharing import RAGGED, batch_of

@@ -17,7 +17,7 @@ from ncalign.model.blockwise import block_mask
 from ncalign.model.layout import Segments, Span
 from ncalign.model.logprobs import chosen_logprobs, completion_logprobs
 from ncalign.model.sharing import share_prompts
-from ncalign.training.train import recompute_activations
+from ncalign.training.memory import recompute_activations
 from test_logprobs import VOCABULARY, group
 from test_sharing import Sizes, assert_same, values_and_gradients
 

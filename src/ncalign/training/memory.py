@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ncalign.model.quantized import held_bytes
 from ncalign.training.space import in_words
@@ -93,3 +95,11 @@ def device_memory(device: torch.device) -> int | None:
     if device.type != "cpu" or not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= getattr(os, "sysconf_names", {}).keys():
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass."""
+    with warnings.catch_warnings():
+        # transformers 5.23 renamed this; the old name is the one that every 5.x has.
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated", category=FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from accelerate.utils import gather_object
 
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.cache import cache_folder
@@ -42,7 +41,7 @@ from ncalign.training.finished import export_finished
 from ncalign.training.launch import compute_in, is_sharded, make_accelerator
 from ncalign.training.loading import choose_head, open_policy, share_prompts_alike
 from ncalign.training.loop import Intervals, Loop
-from ncalign.training.memory import step_memory
+from ncalign.training.memory import recompute_activations, step_memory
 from ncalign.training.optimizer import make_optimizer
 from ncalign.training.peers import (
     another_process_named,
@@ -365,14 +364,6 @@ def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, 
     return method, warn_if_degenerate(method.hooks.target_weights(rewards, mask), mask) or ""
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for the backward pass."""
-    with warnings.catch_warnings():
-        # transformers 5.23 renamed this; the old name is the one that every 5.x has.
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated", category=FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def self_check(config: TrainConfig, prepared: Prepared) -> None:
     """Run :func:`check_first_step` on the first step's groups, and with references from the data, on others too."""
     engine = prepared.engine
@@ -386,12 +377,19 @@ def self_check(config: TrainConfig, prepared: Prepared) -> None:
     for part in engine.passes(indices, [prepared.train[index] for index in indices]):
         batch = engine.batch(part)
 
-        def fresh(batch: GroupBatch = batch) -> torch.Tensor:
+        def fresh(read: torch.Tensor | None, batch: GroupBatch = batch) -> torch.Tensor:
             with reference_mode(engine.inner.model):
-                return engine.score(batch)
+                return engine.score(batch, read=read)
 
-        policy = engine.training_logprobs(batch)
-        check_first_step(engine.method, batch, policy=policy, fresh_reference=fresh, dtype=config.dtype, source=source)
+        check_first_step(
+            engine.method,
+            batch,
+            policy=engine.training_logprobs(batch),
+            fresh_reference=fresh,
+            dtype=config.dtype,
+            source=source,
+            agreed=lambda off: any(gather_object([off])) if engine.accelerator.num_processes > 1 else off,
+        )
 
 
 def _fill_reference(config: TrainConfig, prepared: Prepared) -> None:
