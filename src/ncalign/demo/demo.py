@@ -38,7 +38,8 @@ from ncalign.rewards.base import completion_texts
 from ncalign.stats.paired import paired_comparison
 from ncalign.training import run_folder
 from ncalign.training.config import TrainConfig
-from ncalign.training.train import run_training, versions
+from ncalign.training.export import versions
+from ncalign.training.train import run_training
 
 Rewards = Float[NDArray[np.float64], " prompts"]
 

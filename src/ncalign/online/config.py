@@ -23,6 +23,9 @@ class OnlineConfig(Frozen):
                 "data": "Prompts to answer; their own scored candidates may be mixed in.",
                 "eval_data": "Held-out prompts, answered greedily and scored before each round and at the end.",
                 "eval_fraction": "Fraction of the prompts held out when there is no eval_data.",
+                "max_candidates": "Maximum number of the data's own candidates that are mixed into a group: the best and "
+                "others drawn by the seed; none: all.",
+                "corrupt": "Spoil the data's own candidates that are mixed in, or their rewards, on purpose.",
                 "cache_dir": "Folder for the scores of judges and reward models; default: the user's cache folder.",
                 "eval_steps": "Not used: held-out prompts are evaluated before each round and at the end.",
                 "resume": "Continue the run that output_dir holds; --no_resume refuses to, --overwrite replaces it.",
@@ -119,6 +122,12 @@ class OnlineConfig(Frozen):
     def _consistent(self) -> OnlineConfig:
         if self.preferred == "best_offline" and self.candidates == "fresh":
             raise ValueError("preferred: best_offline needs candidates: fresh_and_offline")
+        for name in ("max_candidates", "corrupt"):
+            if self.candidates == "fresh" and getattr(self.training, name) is not None:
+                raise ValueError(
+                    f"{name} is for the data's own candidates, and candidates: fresh trains on new ones alone: set candidates: "
+                    "fresh_and_offline, or leave it out (num_samples is the number of new ones)"
+                )
         if list(self.regenerate_at) != sorted(set(self.regenerate_at)) or not all(0 < at < 1 for at in self.regenerate_at):
             raise ValueError(f"regenerate_at must rise between 0 and 1, and is {list(self.regenerate_at)}")
         if self.drift_prompts == 1:

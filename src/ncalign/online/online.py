@@ -47,7 +47,7 @@ from ncalign.rewards.sources import source_record
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
-from ncalign.training.export import merges, model_card, save_model
+from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
 from ncalign.training.launch import make_accelerator
 from ncalign.training.loading import open_policy
@@ -67,7 +67,7 @@ from ncalign.training.saved import LoopState
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
 from ncalign.training.trackers import start_trackers
-from ncalign.training.train import fit_method, versions
+from ncalign.training.train import fit_method
 
 _ROUNDS = ("[0-9][0-9][0-9]", "evaluation.json", "answers*.sqlite*", "weights")
 """What the folder ``rounds/`` holds, as patterns."""
@@ -218,7 +218,7 @@ def make_pool(run: Run, position: Position) -> Pool:
 
 def _ranked(run: Run, answered: Sequence[ScoredSamples], *, kept_out: bool = False) -> list[Ranked]:
     """What of it can be encoded."""
-    ranked = (rank(one, run.encoder, run.method, run.config, kept_out=kept_out) for one in answered)
+    ranked = (rank(one, run.encoder, run.method, run.config, kept_out=kept_out, variants=run.offline) for one in answered)
     return [found for found in ranked if found is not None]
 
 
@@ -451,6 +451,7 @@ def finish(run: Run, position: Position) -> dict[str, Any]:
         "candidates_used": sum(count["completions"] for count in counts),
         "tokens_generated": sum(count["tokens"] for count in counts),
         "tokens_for_drift": sum(count["tokens_kept_out"] for count in counts),
+        **run.offline.counts,
     }
     page = decided_by_first(run.accelerator, partial(report, run))
     results = {

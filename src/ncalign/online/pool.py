@@ -22,6 +22,7 @@ from ncalign.objectives import Method
 from ncalign.online.artefacts import LOGPROBS, Logprobs, read_artefact, write_artefact
 from ncalign.online.config import OnlineConfig
 from ncalign.online.drift import pool_health
+from ncalign.online.offline import Offline
 from ncalign.online.sampling import FRESH, ScoredSamples
 from ncalign.training.data import scored_candidates
 from ncalign.training.peers import decided_by_first
@@ -79,11 +80,18 @@ class Pool:
 
 
 def rank(
-    answered: ScoredSamples, encoder: Encoder, method: Method, config: OnlineConfig, *, kept_out: bool = False
+    answered: ScoredSamples,
+    encoder: Encoder,
+    method: Method,
+    config: OnlineConfig,
+    *,
+    kept_out: bool = False,
+    variants: Offline | None = None,
 ) -> Ranked | None:
     """Encode a prompt's candidates and choose those for training; None where nothing can be encoded.
 
-    A group that is ``kept_out`` has its fresh candidates, and none for training.
+    A group that is ``kept_out`` has its fresh candidates, and none for training. ``variants`` are what settings made of the
+    data's own candidates.
     """
     prompt, completions = answered.prompt, answered.completions
     written = [k for k, completion in enumerate(completions) if completion.text.strip()]
@@ -99,6 +107,7 @@ def rank(
         return None
     whole = encoder.report.prompts_truncated == cut
     encoded, exact = as_sampled(encoded, completions, encoder.max_length if whole else 0, num_written=len(fresh))
+    encoded, offline = (variants or Offline()).mixed_in(encoded, offline)
     # What was sampled without text is the policy's too: drift is measured on it, and no reward lets training see it.
     kept = list(range(len(completions))) if exact else written
     candidates = [*(fresh.get(k) for k in kept), *offline]

@@ -24,6 +24,7 @@ from ncalign.objectives import Method
 from ncalign.online.backends import GeneratorOf, make_generator
 from ncalign.online.clock import Clock
 from ncalign.online.config import OnlineConfig
+from ncalign.online.offline import Offline, offline_variants
 from ncalign.online.rounds import num_steps
 from ncalign.online.weights import ReferenceWeights
 from ncalign.rewards.base import RewardSource
@@ -73,7 +74,8 @@ class Run:
     """What lasts for the whole run.
 
     Of the prompts, ``prompts`` are trained on; ``kept_out`` are answered in every round too, and the drift is measured on their
-    completions; ``held_out`` are for evaluation. ``groups_per_step`` counts the groups of all processes in an optimizer step.
+    completions; ``held_out`` are for evaluation. ``offline`` is what settings made of the prompts' own candidates.
+    ``groups_per_step`` counts the groups of all processes in an optimizer step.
     """
 
     config: OnlineConfig
@@ -92,6 +94,7 @@ class Run:
     total: int
     groups_per_step: int
     inputs: dict[str, str]
+    offline: Offline = field(default_factory=Offline)
     clock: Clock = field(default_factory=Clock)
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
@@ -144,11 +147,10 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, *, 
     )
     reference = ReferenceWeights(engine.inner, kind=config.reference, decay=config.reference_decay)
     generator = make_generator(config, policy, engine, accelerator)
-    groups = {"data": [*prompts, *kept_out], "eval_data": held_out}
     inputs = {
         "weights": policy.fingerprint,
         "tokenizer": reading_fingerprint(policy.model, policy.tokenizer),
-        **{name: _groups_digest(some) for name, some in groups.items() if some},
+        **{name: _groups_digest(some) for name, some in (("data", [*prompts, *kept_out]), ("eval_data", held_out)) if some},
         **source_digests(config.rewards, source),
         **own,
     }
@@ -169,6 +171,7 @@ def open_run(config: OnlineConfig, accelerator: Accelerator, method: Method, *, 
         total=total,
         groups_per_step=step_size,
         inputs=inputs,
+        offline=offline_variants(prompts, encoder, config.training),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,19 @@ from ncalign.core.config import Flat, Frozen, Seed
 from ncalign.data.config import JoinRows, OnBadRow, SchemaChoice
 from ncalign.model.config import DType, EncodingConfig, LoRA, Quantization, check_quantization
 from ncalign.objectives import MCPO, ObjectiveConfig
+
+CorruptKind: TypeAlias = Literal["swap_tokens", "truncate", "other_prompt", "flip_rewards"]
+
+
+class Corrupt(Frozen):
+    """Candidates or rewards of the training groups that are spoilt on purpose, to see what a method makes of it."""
+
+    kind: CorruptKind = Field(
+        description="What takes the place of a candidate that is not the best: the best one with tokens exchanged "
+        "(swap_tokens), its own first half (truncate), or a completion of another prompt (other_prompt); flip_rewards turns a "
+        "group's rewards round."
+    )
+    share: float = Field(1.0, gt=0, le=1, description="Probability with which a candidate, or a group's rewards, is spoilt.")
 
 
 class TrainConfig(Frozen):
@@ -30,6 +43,14 @@ class TrainConfig(Frozen):
         lt=1,
         description="Fraction of the training groups held out when there is no eval_data: the nearest whole number of groups, "
         "and at least one; groups with the same prompt stay together.",
+    )
+    max_candidates: int | None = Field(
+        None,
+        ge=2,
+        description="Maximum number of candidates of a training group: the best and others drawn by the seed; none: all.",
+    )
+    corrupt: Corrupt | None = Field(
+        None, description="Spoil candidates or rewards of the training groups on purpose; never those of held-out ones."
     )
     objective: ObjectiveConfig = Field(default_factory=MCPO, description="Training method, by its name.")
     lora: LoRA | None = Field(None, description="Train a LoRA adapter instead of all weights.")
@@ -130,6 +151,11 @@ class TrainConfig(Frozen):
     @model_validator(mode="after")
     def _trainable(self) -> TrainConfig:
         check_quantization(self.quantization, self.lora, self.dtype)
+        if self.reference == "data" and self.corrupt is not None and self.corrupt.kind != "flip_rewards":
+            raise ValueError(
+                f"corrupt: {self.corrupt.kind} changes completions, and reference: data has log-probs of those that were there "
+                "before: set reference: compute"
+            )
         if self.compile_norms_and_mlps and self.quantization is not None:
             raise ValueError(
                 "compile_norms_and_mlps can't be had with quantization: bitsandbytes' layers of 4 bits are not compiled; leave "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +215,9 @@ def _weights_line(policy: Policy, *, merged: bool) -> str:
 
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    packages = ("ncalign", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

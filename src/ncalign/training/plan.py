@@ -37,11 +37,9 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
         check_data_files(config)
         return plan_from_shapes(config, num_processes=accelerator.num_processes)
     prepared = prepare_training(config, accelerator, method, groups_per_step(config, accelerator, None))
-    facts = prepared.loaded.counts() | {
+    facts = prepared.counts() | {
         "dtype": config.dtype,
         "scoring_dtype": config.scoring_dtype,
-        "groups_trained_on": len(prepared.train),
-        "groups_held_out": len(prepared.held_out),
         "longest_tokens": prepared.encoder.report.longest,
         "scored_tokens": prepared.encoder.report.scored_tokens,
         "steps": prepared.plan.num_steps,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, refus
 from ncalign.training.config import TrainConfig
 from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, load_groups, made_otherwise, mismatched_groups
 from ncalign.training.engine import Engine
-from ncalign.training.export import merges, model_card, save_model
+from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
 from ncalign.training.launch import compute_in, is_sharded, make_accelerator
 from ncalign.training.loading import choose_head, open_policy, share_prompts_alike
@@ -59,6 +57,7 @@ from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
 from ncalign.training.space import DiskNeed, check_space, disk_need
 from ncalign.training.trackers import log_to_trackers, start_trackers
+from ncalign.training.variants import vary_groups
 
 _NUM_CHECKED = 64
 """Groups whose references are checked when they come with the data."""
@@ -80,6 +79,13 @@ class Prepared:
     encoder: Encoder
     mismatched: list[EncodedGroup]
     eval_mismatched: list[EncodedGroup]
+    variants: dict[str, Any]
+
+    def counts(self) -> dict[str, Any]:
+        """Of groups and candidates, for results.json and the dry run."""
+        found = self.loaded.counts()
+        found["candidates_used"] -= self.variants.get("candidates_left_out", 0)
+        return found | {"groups_trained_on": len(self.train), "groups_held_out": len(self.held_out)} | self.variants
 
 
 def run_training(config: TrainConfig, *, method: Method | None = None) -> dict[str, Any]:
@@ -169,8 +175,7 @@ def _results(
     return {
         "method": prepared.engine.method.name,
         "steps": prepared.plan.num_steps,
-        "data": prepared.loaded.counts()
-        | {"groups_trained_on": len(prepared.train), "groups_held_out": len(prepared.held_out)},
+        "data": prepared.counts(),
         "reward_steps": listed_steps(prepared.loaded.reward_steps),
         "before": before,
         "after": after,
@@ -252,6 +257,15 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
         held_out = [group for place, group in enumerate(loaded.groups) if place in out]
     if config.eval_fraction and not held_out:
         notices.append(f"eval_fraction={config.eval_fraction} holds out no group: all {len(train)} have the same prompt")
+    varied = vary_groups(
+        train,
+        max_candidates=config.max_candidates,
+        corrupt=config.corrupt,
+        seed=config.seed,
+        max_length=config.encoding.max_length,
+        refuse=method.refuse,
+    )
+    train, variants = varied.groups, varied.counts(config.max_candidates, config.corrupt)
     method, notice = fit_method(method, train)
     notices.append(notice)
     for notice in filter(None, (*notices, *encoder.report.notices())):
@@ -269,7 +283,7 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     mismatched: list[list[EncodedGroup]] = [[], []]
     if method.hooks.baseline is not None and method.hooks.baseline.mismatched:
         mismatched = [mismatched_groups(groups, max_length=config.encoding.max_length) for groups in (train, held_out)]
-    return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, *mismatched)
+    return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, mismatched[0], mismatched[1], variants)
 
 
 def make_engine(
@@ -476,12 +490,6 @@ def _save(config: TrainConfig, prepared: Prepared, state: dict[str, Any], starte
         | {"groups_per_step": prepared.plan.groups_per_step},
         keep=config.save_total_limit,
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    packages = ("ncalign", "torch", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
