@@ -46,7 +46,7 @@ from ncalign.report.online_page import write_rounds_report
 from ncalign.rewards.sources import source_record
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints
-from ncalign.training.data import count_steps, listed_steps, mismatched_groups, steps_of
+from ncalign.training.data import count_steps, fit_method, listed_steps, mismatched_groups, steps_of
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
 from ncalign.training.launch import make_accelerator
@@ -67,7 +67,6 @@ from ncalign.training.saved import LoopState
 from ncalign.training.schedule import learning_rate_at, make_plan
 from ncalign.training.space import check_space
 from ncalign.training.trackers import start_trackers
-from ncalign.training.train import fit_method
 
 _ROUNDS = ("[0-9][0-9][0-9]", "evaluation.json", "answers*.sqlite*", "weights")
 """What the folder ``rounds/`` holds, as patterns."""

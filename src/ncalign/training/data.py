@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
@@ -22,6 +23,7 @@ from ncalign.data.rendering import Rendering, recorded_renderings, rendering_war
 from ncalign.model.chat import as_messages
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport
 from ncalign.objectives import Method
+from ncalign.objectives.targets import warn_if_degenerate
 
 _MAX_WAYS = 20
 
@@ -185,6 +187,20 @@ def scored_candidates(group: Group, method: Method) -> tuple[Group, str | None]:
         return group, reason + (" with a reward" if len(candidates) == 1 < len(group.candidates) else "")
     same = len(candidates) == len(group.candidates) and method.hooks.rewards_from is None
     return (group if same else replace(group, candidates=candidates)), None
+
+
+def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
+    """The method fitted to the training set's rewards, and a notice about its target weights (or "")."""
+    size = max(len(group.rewards) for group in groups)
+    rewards = torch.full((len(groups), size), float("nan"), dtype=torch.float64)
+    for row, group in zip(rewards, groups, strict=True):
+        row[: len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
+    mask = ~rewards.isnan()
+    if method.hooks.fit is not None:
+        method = method.hooks.fit(rewards, mask)
+    if method.hooks.target_weights is None:
+        return method, ""
+    return method, warn_if_degenerate(method.hooks.target_weights(rewards, mask), mask) or ""
 
 
 def mismatched_groups(groups: Sequence[EncodedGroup], *, max_length: int) -> list[EncodedGroup]:

@@ -28,11 +28,18 @@ from ncalign.model.policy import DTYPES, Policy, reference_mode
 from ncalign.model.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
 from ncalign.model.routing import router_loss_of
 from ncalign.objectives import Method, build_method
-from ncalign.objectives.targets import warn_if_degenerate
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.config import TrainConfig
-from ncalign.training.data import LoadedGroups, held_out_places, listed_steps, load_groups, made_otherwise, mismatched_groups
+from ncalign.training.data import (
+    LoadedGroups,
+    fit_method,
+    held_out_places,
+    listed_steps,
+    load_groups,
+    made_otherwise,
+    mismatched_groups,
+)
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
@@ -362,20 +369,6 @@ def _may_share_once(config: TrainConfig, accelerator: Accelerator) -> bool:
     """Whether one pass over prompts may serve scoring and training: not with an adapter's dropout, nor with sharded weights."""
     noisy = config.lora is not None and config.lora.dropout > 0
     return not noisy and not is_sharded(accelerator)
-
-
-def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
-    """The method fitted to the training set's rewards, and a notice about its target weights (or "")."""
-    size = max(len(group.rewards) for group in groups)
-    rewards = torch.full((len(groups), size), float("nan"), dtype=torch.float64)
-    for row, group in zip(rewards, groups, strict=True):
-        row[: len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
-    mask = ~rewards.isnan()
-    if method.hooks.fit is not None:
-        method = method.hooks.fit(rewards, mask)
-    if method.hooks.target_weights is None:
-        return method, ""
-    return method, warn_if_degenerate(method.hooks.target_weights(rewards, mask), mask) or ""
 
 
 def self_check(config: TrainConfig, prepared: Prepared) -> None:
