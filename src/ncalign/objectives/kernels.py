@@ -7,16 +7,16 @@ numbers are drawn on the generator's device, so that a CPU generator gives the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ncalign.objectives.config import Strategy
+from ncalign.objectives.draws import RULES, chains, finite, first_true, gumbel_top, independent, top, uniform, without
 from ncalign.objectives.targets import working_precision
 
 __all__ = ["pick_positive", "eligible_negatives", "sample_negatives", "kernel_probabilities", "importance_log_weights"]
@@ -44,8 +44,8 @@ def pick_positive(
     rated = mask & ~rewards.isnan()
     values = torch.where(rated, rewards, -torch.inf)
     best = rated & (values == values.amax(dim=1, keepdim=True))
-    order = torch.ones_like(values, dtype=torch.float32) if generator is None else _uniform(values, generator)
-    return _first_true(torch.where(best, order, -1.0), best)
+    order = torch.ones_like(values, dtype=torch.float32) if generator is None else uniform(values, generator)
+    return first_true(torch.where(best, order, -1.0), best)
 
 
 def eligible_negatives(
@@ -106,8 +106,8 @@ class KernelSettings:
                 raise ValueError(f"{name} is {value}: give a whole number of at least 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: it divides the scores and must be above 0")
-        if self.strategy not in _RULES:
-            raise ValueError(f"strategy is {self.strategy!r}: choose one of {', '.join(_RULES)}")
+        if self.strategy not in RULES:
+            raise ValueError(f"strategy is {self.strategy!r}: choose one of {', '.join(RULES)}")
         if self.strategy != "mc" and (self.chain_steps > 1 or self.num_proposals is not None):
             raise ValueError(f"strategy {self.strategy!r} has no chain: leave out chain_steps and num_proposals, or take mc")
         if self.chain_steps > 1 and self.num_proposals is None:
@@ -238,30 +238,43 @@ def build_kernel(settings: KernelSettings) -> Kernel:
         ``mc``: MC-PO, arXiv 2502.04567, Algorithm 1. ``sweet_spot``: arXiv 2502.16825, the rejected completion at the mean
         minus two standard deviations.
     """
-    rule = _RULES[settings.strategy]
-    chained = settings.strategy == "mc" and settings.num_proposals is not None
-    random_pick = _chains if chained else _draws if settings.replacement else _gumbel_top
+    rule = RULES[settings.strategy]
+    num = settings.num_negatives
+
+    def random_pick(keys: Tensor, start: Tensor, available: Tensor, generator: torch.Generator) -> Int[Tensor, "B M"]:
+        if settings.num_proposals is not None:
+            return chains(
+                keys,
+                start,
+                available,
+                generator,
+                num=num,
+                replacement=settings.replacement,
+                chain_steps=settings.chain_steps,
+                num_proposals=settings.num_proposals,
+            )
+        return (independent if settings.replacement else gumbel_top)(keys, available, generator, num=num)
 
     def prepared(
         scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor
     ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
-        available = visible if settings.include_positive else _without(visible, positive)
+        available = visible if settings.include_positive else without(visible, positive)
         if rule.reads == "rewards":
             available = available & mask & rewards.isfinite()
         keys = rule.keys(working_precision(scores.detach()), rewards, mask, settings.temperature)
-        return _finite(keys, available), available
+        return finite(keys, available), available
 
     def draw(
         scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor, generator: torch.Generator | None
     ) -> Int[Tensor, "B M"]:
         keys, available = prepared(scores, rewards, positive, visible, mask)
         if not rule.is_random:
-            return _top(keys, available, settings.num_negatives)
+            return top(keys, available, num)
         if generator is None:
             raise ValueError(
                 f"strategy {settings.strategy!r} draws at random and no generator was given: pass a torch.Generator"
             )
-        return random_pick(settings, keys, positive, available, generator)
+        return random_pick(keys, positive, available, generator)
 
     def probabilities(scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Float[Tensor, "B K"]:
         return rule.share(*prepared(scores, rewards, positive, visible, mask))
@@ -373,127 +386,3 @@ def transition_matrix(
             columns = torch.tensor([state, *chosen], device=scores.device)
             matrix[state, columns] += logits[columns].softmax(dim=0) / len(sets)
     return matrix
-
-
-def _near_sweet_spot(scores: Tensor, rewards: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """The nearer a reward to two standard deviations below the group's mean, the higher the key."""
-    rated = mask & rewards.isfinite()
-    values = torch.where(rated, working_precision(rewards), 0.0)
-    # In units of the largest reward, so that squares don't overflow.
-    values = values / values.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    count = rated.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = values.sum(dim=1, keepdim=True) / count
-    deviation = (torch.where(rated, values - mean, 0.0).square().sum(dim=1, keepdim=True) / count).sqrt()
-    return -(values - (mean - 2 * deviation)).abs()
-
-
-def _softmax(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
-    """Probabilities over the available candidates; all 0 where there is none."""
-    return torch.where(available, keys.softmax(dim=1), 0.0)
-
-
-def _one_hot(keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
-    """All the probability on the candidate with the highest key."""
-    return (torch.arange(keys.shape[1], device=keys.device) == _top(keys, available, 1)).to(keys.dtype)
-
-
-class _Rule(NamedTuple):
-    """What distinguishes a strategy: a new one is an entry of `_RULES`, and a name in `Strategy`.
-
-    Attributes:
-        keys: ``(scores, rewards, mask, temperature) -> [B, K]``, by which candidates are drawn or taken.
-        share: ``(keys, available) -> [B, K]``, the probabilities of the first draw.
-        is_random: whether candidates are drawn from the softmax of the keys; otherwise the highest keys are taken.
-        reads: what the keys are made of.
-    """
-
-    keys: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    share: Callable[[Tensor, Tensor], Tensor]
-    is_random: bool
-    reads: Literal["scores", "rewards", "nothing"]
-
-
-_RULES: Mapping[str, _Rule] = {
-    "mc": _Rule(lambda scores, rewards, mask, temperature: scores / temperature, _softmax, True, "scores"),
-    "max": _Rule(lambda scores, rewards, mask, temperature: scores, _one_hot, False, "scores"),
-    "min": _Rule(lambda scores, rewards, mask, temperature: -scores, _one_hot, False, "scores"),
-    "uniform": _Rule(lambda scores, rewards, mask, temperature: torch.zeros_like(scores), _softmax, True, "nothing"),
-    "sweet_spot": _Rule(_near_sweet_spot, _one_hot, False, "rewards"),
-    # Each candidate in turn: as probabilities, every one is as likely as another.
-    "all": _Rule(lambda scores, rewards, mask, temperature: torch.zeros_like(scores), _softmax, False, "nothing"),
-}
-
-
-def _finite(values: Tensor, available: Tensor) -> Tensor:
-    """Keys to sort by: real candidates keep a finite key, so that even one scored -inf stays above those left out."""
-    values = working_precision(values)
-    bound = torch.finfo(values.dtype).max / 4
-    return torch.where(available, values.clamp(min=-bound, max=bound), -torch.inf)
-
-
-def _without(mask: Tensor, column: Tensor) -> Tensor:
-    """The mask with one column a group switched off; a column of -1 switches off none."""
-    return mask & (torch.arange(mask.shape[1], device=mask.device) != column.unsqueeze(1))
-
-
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent uniform numbers in [0, 1) in this tensor's shape."""
-    return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
-
-
-def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise in this tensor's shape and type: minus the log of exponential numbers."""
-    noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device).exponential_(generator=generator)
-    return -noise.clamp_(min=torch.finfo(like.dtype).tiny).log_().to(like.device)
-
-
-def _first_true(keys: Tensor, allowed: Tensor) -> Tensor:
-    """Column of the highest key along the last dimension (the first of tied ones); -1 where nothing is allowed."""
-    return torch.where(allowed.any(dim=-1), torch.where(allowed, keys, -torch.inf).argmax(dim=-1), -1)
-
-
-def _top(keys: Tensor, available: Tensor, num: int) -> Tensor:
-    """Columns of the ``num`` highest keys, highest first, the first of tied ones first; -1 past the available ones."""
-    order = keys.argsort(dim=1, descending=True, stable=True)[:, :num]
-    order = torch.nn.functional.pad(order, (0, num - order.shape[1]), value=-1)
-    places = torch.arange(num, device=keys.device)
-    return torch.where(places < available.sum(dim=1, keepdim=True), order, -1)
-
-
-def _draws(
-    settings: KernelSettings, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator
-) -> Int[Tensor, "B M"]:
-    """M independent draws from the softmax over the available candidates."""
-    noise = _gumbel(logits.unsqueeze(1).expand(-1, settings.num_negatives, -1), generator)
-    return _first_true(logits.unsqueeze(1) + noise, available.unsqueeze(1).expand_as(noise))
-
-
-def _gumbel_top(
-    settings: KernelSettings, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator
-) -> Int[Tensor, "B M"]:
-    """M draws from the softmax over the available candidates without replacement: the Gumbel top M."""
-    return _top(_finite(logits + _gumbel(logits, generator), available), available, settings.num_negatives)
-
-
-def _chains(
-    settings: KernelSettings, logits: Tensor, start: Tensor, available: Tensor, generator: torch.Generator
-) -> Int[Tensor, "B M"]:
-    """Last states of M chains of conditional importance sampling that propose some of the candidates at each step.
-
-    A chain without a state (its start is not available, or an earlier chain ended there) draws its first one from the proposals
-    alone. Without replacement the chains run one after the other, each on the candidates where none before it ended.
-    """
-    assert settings.num_proposals is not None
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    drawn = []
-    for _ in range(settings.num_negatives):
-        reachable = available.gather(1, start.clamp(min=0).unsqueeze(1)).squeeze(1)
-        state = torch.where(reachable, start, -1)
-        for _ in range(settings.chain_steps):
-            others = _without(available, state)
-            order = _top(torch.where(others, _uniform(logits, generator), -1.0), others, settings.num_proposals)
-            proposed = (columns == order.unsqueeze(2)).any(dim=1) | (columns == state.unsqueeze(1))
-            state = _first_true(logits + _gumbel(logits, generator), proposed)
-        drawn.append(state)
-        available = available if settings.replacement else _without(available, state)
-    return torch.stack(drawn, dim=1)
