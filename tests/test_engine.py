@@ -15,6 +15,7 @@ from ncalign.model.encoding import EncodedGroup
 from ncalign.model.logprobs import LogprobModel
 from ncalign.model.sharing import share_prompts
 from ncalign.objectives import MCPO
+from ncalign.objectives.kernels import effective_sample_size
 from ncalign.training.engine import Engine, Scoring
 from ncalign.training.metrics import PassResult
 
@@ -116,3 +117,28 @@ def test_blind_proposals_need_no_scores_and_are_dpo(tiny_model: LlamaForCausalLM
 def test_acceptance_is_of_one_proposal(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="acceptance needs one proposal"):
         MCPO(acceptance=True, **fields)
+
+
+def test_the_probability_of_acceptance_is_told_and_weighs_the_gradient(tiny_model: LlamaForCausalLM) -> None:
+    for objective in (MCPO(acceptance=True, target_ess=0.6), MCPO(strategy="uniform", acceptance=True)):
+        accepting = engine(tiny_model, objective)
+        assert visit(engine(tiny_model, MCPO()), Scoring.TOGETHER)[0].acceptance is None
+        found, _ = visit(accepting, Scoring.TOGETHER)
+        # Of -log sigmoid(r_0 - r_z + c), a is the factor: the loss is -log(1 - a).
+        assert found.acceptance is not None
+        torch.testing.assert_close(-(1 - found.acceptance).log(), found.loss)
+
+
+def test_the_temperature_found_is_told(tiny_model: LlamaForCausalLM) -> None:
+    found, _ = visit(engine(tiny_model, MCPO(target_ess=0.6, num_negatives=2, log_q_correction=True)), Scoring.TOGETHER)
+    assert found.kernel is not None
+    assert found.temperature is not None
+    count = (found.kernel > 0).sum(dim=1).double()
+    assert sorted(count.tolist()) == [2, 3, 3]
+    torch.testing.assert_close(effective_sample_size(found.kernel), 0.6 * count, rtol=0, atol=1e-9)
+    for row, (positive, mask) in enumerate(zip(found.positive, found.mask, strict=True)):
+        rewards = found.rewards[row].masked_fill(~mask, -torch.inf)
+        below = rewards < rewards[positive]
+        r = (0.1 * found.log_ratios[row]).double().masked_fill(~below, -torch.inf)
+        torch.testing.assert_close((r / found.temperature[row]).softmax(0), found.kernel[row], rtol=0, atol=1e-6)
+    assert visit(engine(tiny_model, MCPO()), Scoring.TOGETHER)[0].temperature is None

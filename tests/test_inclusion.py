@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, permutations
-
 import pytest
 import torch
-from torch import Tensor
 
 from ncalign.objectives.inclusion import inclusion_probabilities, systematic, systematic_from
+from systematic_draws import outcomes
 
 MASKS = torch.tensor([[True] * 5, [True, True, True, False, False], [True, False, True, True, True], [True] + [False] * 4])
 WEIGHTS = torch.tensor(
     [[5.0, 1.0, 1.0, 2.0, 0.5], [0.2, 0.2, 0.2, 9.0, 9.0], [1e-3, torch.nan, 7.0, 7.0, 0.0], [3.0, 1.0, 1.0, 1.0, 1.0]],
     dtype=torch.float64,
 )
-
-
-def outcomes(expected: Tensor) -> list[tuple[float, Tensor]]:
-    """Every result of a systematic draw for one row, with its probability: all orders, and the starts where one changes."""
-    found = []
-    orders = list(permutations(range(len(expected))))
-    for order in orders:
-        laid = expected[list(order)]
-        edges = (laid - laid.floor()).cumsum(0)
-        cuts = torch.cat([torch.zeros(1), (edges - edges.floor()), torch.ones(1)]).unique()
-        for low, high in pairwise(cuts):
-            if high - low < 1e-12:
-                continue
-            counts = torch.zeros(len(expected), dtype=torch.long)
-            counts[list(order)] = systematic_from(laid.unsqueeze(0), ((low + high) / 2).unsqueeze(0))[0]
-            found.append((float(high - low) / len(orders), counts))
-    return found
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -140,19 +140,25 @@ def test_draws_without_replacement_have_the_exact_probabilities(num_proposals: i
         assert (drawn == column).any(dim=1).double().mean().item() == pytest.approx(entering, abs=4 * deviation)
 
 
-def test_draws_with_replacement_are_independent() -> None:
-    scores = (0.4, -0.7, 1.1)
+@pytest.mark.parametrize(("num_negatives", "strategy"), [(1, "mc"), (2, "mc"), (5, "mc"), (2, "uniform")])
+def test_draws_with_replacement_come_as_often_as_expected_rounded(num_negatives: int, strategy: Strategy) -> None:
+    scores = (0.4, -0.7, 1.1, 9.0)
     drawn = sample_negatives(
         repeated(*scores),
-        torch.full((DRAWS,), -1),
-        real(DRAWS, 3),
-        num_negatives=2,
-        strategy="mc",
+        torch.full((DRAWS,), 3),
+        real(DRAWS, 4),
+        num_negatives=num_negatives,
+        strategy=strategy,
         replacement=True,
         generator=seeded(),
     )
-    weights = weights_of(scores)
-    assert_drawn_from(drawn[:, 0] * 3 + drawn[:, 1], [one * other for one in weights for other in weights])
+    weights = [*(weights_of(scores[:3]) if strategy == "mc" else [1 / 3] * 3), 0.0]
+    for column, weight in enumerate(weights):
+        counts, expected = (drawn == column).sum(dim=1), num_negatives * weight
+        assert set(counts.tolist()) <= {math.floor(expected), math.ceil(expected)}
+        part = expected - math.floor(expected)
+        scatter = 4 * math.sqrt(part * (1 - part) / DRAWS)
+        assert counts.double().mean().item() == pytest.approx(expected, abs=scatter + 1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["mc", "max", "min", "uniform", "all"])
@@ -291,7 +297,7 @@ def test_draws_are_always_eligible_and_distinct_without_replacement(data: st.Dat
         include_positive=included,
         num_proposals=num_proposals,
         chain_steps=1 if num_proposals is None else data.draw(st.integers(1, 3)),
-        temperature=data.draw(st.sampled_from([1e-3, 1.0])),
+        temperature=data.draw(st.sampled_from([1e-3, 1.0])) if strategy == "mc" else 1.0,
         generator=seeded(data.draw(st.integers(0, 100))),
     )
     for row, usable, best in zip(drawn.tolist(), mask.tolist(), positive.tolist(), strict=True):
@@ -355,6 +361,14 @@ def test_no_gradient_passes_through_the_draw() -> None:
         ({"strategy": "max", "chain_steps": 2}, "strategy 'max' has no chain: leave out"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"strategy": "uniform", "temperature": 2.0}, "temperature does nothing with strategy 'uniform', which draws from no"),
+        ({"strategy": "max", "target_ess": 0.5}, "target_ess does nothing with strategy 'max'"),
+        ({"target_ess": 0.0}, "target_ess is 0.0: it is a share"),
+        ({"target_ess": 1.5}, "target_ess is 1.5: it is a share"),
+        ({"target_ess": 0.5, "temperature": 2.0}, "temperature is 2.0 and target_ess 0.5: target_ess finds the temperature"),
+        ({"target_ess": 0.5, "num_proposals": 2}, "target_ess is for kernels that propose every candidate"),
+        ({"proportional": True, "replacement": True}, "proportional is for draws of strategy mc without replacement"),
+        ({"proportional": True, "strategy": "uniform"}, "proportional is for draws of strategy mc without replacement"),
         ({"generator": None}, "no generator was given"),
     ],
 )

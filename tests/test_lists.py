@@ -492,7 +492,7 @@ def test_mc_po_refuses_a_correction_whose_probability_is_not_known() -> None:
     sampler = MCPO(log_q_correction=True).method().sampler
     assert sampler is not None
     assert sampler.log_q is not None
-    for settings in ({"strategy": "max"}, {"include_positive": True}, {"num_proposals": 2}, {"num_negatives": 2}):
+    for settings in ({"strategy": "max"}, {"include_positive": True}, {"num_proposals": 2}):
         with pytest.raises(ValidationError, match="log_q_correction needs"):
             MCPO.model_validate({"log_q_correction": True, **settings})
 

@@ -94,6 +94,12 @@ class TestGroupMetrics:
         assert_values(found["kernel/effective_sample_size"], 1 / (1 / 4 + 1 / 16 + 1 / 16), 1.0)
         assert_values(found["targets/entropy"], 2 * LN2, LN2)
 
+    def test_temperature_and_acceptance_are_there_where_they_are_found(self) -> None:
+        assert not {"kernel/temperature", "kernel/acceptance"} & group_metrics(visit()).keys()
+        found = group_metrics(visit(temperature=torch.tensor([0.25, NAN]), acceptance=torch.tensor([NAN, 0.5])))
+        assert_values(found["kernel/temperature"], 0.25, NAN)
+        assert_values(found["kernel/acceptance"], NAN, 0.5)
+
     def test_a_group_without_negatives_defines_none_of_theirs(self) -> None:
         found = group_metrics(visit(negatives=torch.tensor([[-1, -1], [0, -1]])))
         for name in ("rewards/rejected", "rewards/margins", "negatives/reward", "negatives/rank", "negatives/above_positive"):

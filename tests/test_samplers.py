@@ -43,11 +43,19 @@ def step_of(sampler: Sampler, r: Tensor, scores: Tensor) -> Tensor:
     return matrix
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("strategy", ["mc", "uniform"])
-def test_accepted_proposals_leave_the_model_invariant_whatever_the_scores(strategy: str, temperature: float) -> None:
-    settings = KernelSettings(strategy, temperature=temperature if strategy == "mc" else 1.0)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        KernelSettings("mc"),
+        KernelSettings("mc", temperature=3.0),
+        KernelSettings("mc", target_ess=0.5),
+        KernelSettings("uniform"),
+    ],
+    ids=["mc", "flatter", "target_ess", "uniform"],
+)
+def test_accepted_proposals_leave_the_model_invariant_whatever_the_scores(settings: KernelSettings) -> None:
     sampler = mc_sampler(settings, acceptance=True)
+    assert sampler.accepts
     r = numbers(SIZE)
     for scores in (r, 2 * numbers(SIZE, seed=1)):
         step, model = step_of(sampler, r, scores), r.softmax(dim=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ncalign.objectives.targets import working_precision
 
 
-def near_sweet_spot(scores: Tensor, rewards: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def near_sweet_spot(scores: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
     """The nearer a reward to two standard deviations below the group's mean, the higher the key."""
     rated = mask & rewards.isfinite()
     values = torch.where(rated, working_precision(rewards), 0.0)
@@ -41,26 +41,26 @@ class Rule(NamedTuple):
     """What distinguishes a strategy: a new one is an entry of `RULES`, and a name in `Strategy`.
 
     Attributes:
-        keys: ``(scores, rewards, mask, temperature) -> [B, K]``, by which candidates are drawn or taken.
+        keys: ``(scores, rewards, mask) -> [B, K]``, by which candidates are drawn or taken; the scores are tempered.
         share: ``(keys, available) -> [B, K]``, the probabilities of the first draw.
         is_random: whether candidates are drawn from the softmax of the keys; otherwise the highest keys are taken.
         reads: what the keys are made of.
     """
 
-    keys: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    keys: Callable[[Tensor, Tensor, Tensor], Tensor]
     share: Callable[[Tensor, Tensor], Tensor]
     is_random: bool
     reads: Literal["scores", "rewards", "nothing"]
 
 
 RULES: Mapping[str, Rule] = {
-    "mc": Rule(lambda scores, rewards, mask, temperature: scores / temperature, softmax, True, "scores"),
-    "max": Rule(lambda scores, rewards, mask, temperature: scores, one_hot, False, "scores"),
-    "min": Rule(lambda scores, rewards, mask, temperature: -scores, one_hot, False, "scores"),
-    "uniform": Rule(lambda scores, rewards, mask, temperature: torch.zeros_like(scores), softmax, True, "nothing"),
+    "mc": Rule(lambda scores, rewards, mask: scores, softmax, True, "scores"),
+    "max": Rule(lambda scores, rewards, mask: scores, one_hot, False, "scores"),
+    "min": Rule(lambda scores, rewards, mask: -scores, one_hot, False, "scores"),
+    "uniform": Rule(lambda scores, rewards, mask: torch.zeros_like(scores), softmax, True, "nothing"),
     "sweet_spot": Rule(near_sweet_spot, one_hot, False, "rewards"),
     # Each candidate in turn: as probabilities, every one is as likely as another.
-    "all": Rule(lambda scores, rewards, mask, temperature: torch.zeros_like(scores), softmax, False, "nothing"),
+    "all": Rule(lambda scores, rewards, mask: torch.zeros_like(scores), softmax, False, "nothing"),
 }
 
 
@@ -109,6 +109,14 @@ def independent(logits: Tensor, available: Tensor, generator: torch.Generator, *
 def gumbel_top(logits: Tensor, available: Tensor, generator: torch.Generator, *, num: int) -> Int[Tensor, "B M"]:
     """M draws from the softmax over the available candidates without replacement: the Gumbel top M."""
     return top(finite(logits + gumbel(logits, generator), available), available, num)
+
+
+def as_often(counts: Int[Tensor, "B K"], num: int) -> Int[Tensor, "B M"]:
+    """Columns in which each candidate is as often as it is counted, in the group's order; -1 past the last."""
+    ends = counts.cumsum(dim=1)
+    places = torch.arange(num, device=counts.device).expand(len(counts), -1).contiguous()
+    columns = torch.searchsorted(ends, places, right=True)
+    return torch.where(columns < counts.shape[1], columns, -1)
 
 
 def chains(

@@ -7,6 +7,7 @@ numbers are drawn on the generator's device, so that a CPU generator gives the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,8 +17,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ncalign.objectives.config import Strategy
-from ncalign.objectives.draws import RULES, chains, finite, first_true, gumbel_top, independent, top, uniform, without
+from ncalign.objectives.draws import (
+    RULES,
+    as_often,
+    chains,
+    first_true,
+    gumbel_top,
+    independent,
+    softmax,
+    top,
+    uniform,
+    without,
+)
+from ncalign.objectives.inclusion import inclusion_probabilities, systematic
 from ncalign.objectives.targets import working_precision
+from ncalign.objectives.tempering import temperature_for_ess, tempered
 
 __all__ = ["pick_positive", "eligible_negatives", "sample_negatives", "kernel_probabilities", "importance_log_weights"]
 __all__ += ["kernel_entropy", "effective_sample_size", "transition_matrix", "build_kernel", "Kernel", "KernelSettings"]
@@ -81,13 +95,18 @@ class KernelSettings:
             first of tied ones each), and ``all`` takes the candidates in the group's order.
         num_negatives: M.
         include_positive: Whether the positive is itself a state of the kernel. Drawn, it makes a pair without gradient.
-        replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. The others never do.
+        replacement: Whether ``mc`` and ``uniform`` may draw a candidate more than once. The others never do. Several draws are
+            `systematic`: each candidate comes $M p_i$ times, rounded down or up at random.
         temperature: Divides the scores of ``mc``.
+        target_ess: Share of its L candidates at which each group's kernel holds its effective sample size, by the temperature
+            that `temperature_for_ess` finds; in place of `temperature`.
+        proportional: Whether several draws of ``mc`` without replacement are `systematic` with `inclusion_probabilities`,
+            which are then known; otherwise each next one is drawn from the softmax over those that remain.
         chain_steps: Steps k of the ``mc`` chain; its last state is the draw. More than one needs `num_proposals`.
         num_proposals: L, the fresh candidates that a step of the ``mc`` chain chooses among beside its own state; None: all.
 
     Raises:
-        ValueError: A number out of range, an unknown strategy, or settings of a chain where they would do nothing.
+        ValueError: A number out of range, an unknown strategy, or settings where they would do nothing.
     """
 
     strategy: Strategy
@@ -97,6 +116,8 @@ class KernelSettings:
     temperature: float = 1.0
     chain_steps: int = 1
     num_proposals: int | None = None
+    target_ess: float | None = None
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range, saying what is needed."""
@@ -114,6 +135,32 @@ class KernelSettings:
             raise ValueError(
                 f"chain_steps is {self.chain_steps} without num_proposals: one step proposes all candidates and draws from the "
                 "softmax itself, as more steps do: give num_proposals, or leave chain_steps out"
+            )
+        self._check_tempering()
+        if self.proportional and (self.strategy != "mc" or self.replacement or self.num_proposals is not None):
+            raise ValueError("proportional is for draws of strategy mc without replacement and num_proposals")
+
+    def _check_tempering(self) -> None:
+        """Refuse a temperature that nothing reads, and two ways to set one."""
+        if self.strategy != "mc" and (self.temperature != 1 or self.target_ess is not None):
+            name = "temperature" if self.temperature != 1 else "target_ess"
+            raise ValueError(
+                f"{name} does nothing with strategy {self.strategy!r}, which draws from no softmax of the scores: leave it "
+                "out, or take mc"
+            )
+        if self.target_ess is None:
+            return
+        if not 0 < self.target_ess <= 1:
+            raise ValueError(f"target_ess is {self.target_ess}: it is a share of the candidates, above 0 and at most 1")
+        if self.temperature != 1:
+            raise ValueError(
+                f"temperature is {self.temperature} and target_ess {self.target_ess}: target_ess finds the temperature of each "
+                "group, which leaves nothing to set: give one of them"
+            )
+        if self.num_proposals is not None:
+            raise ValueError(
+                "target_ess is for kernels that propose every candidate: with num_proposals a draw is spread otherwise than "
+                "the softmax whose effective sample size is held: leave one of them out"
             )
 
 
@@ -176,6 +223,7 @@ def kernel_probabilities(
     include_positive: bool = False,
     temperature: float = 1.0,
     rewards: Float[Tensor, "B K"] | None = None,
+    target_ess: float | None = None,
 ) -> Float[Tensor, "B K"]:
     """Distribution of the first draw of `sample_negatives` when every candidate is proposed.
 
@@ -188,12 +236,13 @@ def kernel_probabilities(
         include_positive: As in `KernelSettings`.
         temperature: As in `KernelSettings`.
         rewards: Rewards, which ``sweet_spot`` needs and the others don't read.
+        target_ess: As in `KernelSettings`.
 
     Returns:
         Probabilities that sum to 1 over a group; all 0 in a group without eligible candidates.
 
     Raises:
-        ValueError: The temperature is not above 0, the strategy is unknown, or ``sweet_spot`` has no rewards.
+        ValueError: Settings that `KernelSettings` refuses, or ``sweet_spot`` without rewards.
 
     Example:
         >>> import math
@@ -203,7 +252,8 @@ def kernel_probabilities(
     """
     if strategy == "sweet_spot" and rewards is None:
         raise ValueError("strategy 'sweet_spot' reads the rewards and got none: pass rewards=")
-    kernel = build_kernel(KernelSettings(strategy, include_positive=include_positive, temperature=temperature))
+    settings = KernelSettings(strategy, include_positive=include_positive, temperature=temperature, target_ess=target_ess)
+    kernel = build_kernel(settings)
     return kernel.probabilities(scores, torch.zeros_like(scores) if rewards is None else rewards, positive, mask, mask)
 
 
@@ -218,11 +268,17 @@ class Kernel:
             one. ``mc`` and ``uniform`` raise ValueError without a generator. Columns are -1 as in `sample_negatives`.
         probabilities: ``(scores, rewards, positive, visible, mask) -> [B, K]``, as `kernel_probabilities`.
         reads_scores: whether the scores decide the draw.
+        expected: ``(scores, rewards, positive, visible, mask) -> [B, K]``, how often each candidate is among the M draws on
+            average; None where that is not known: of chains, and of several draws from the softmax over those that remain.
+        temperature: ``(scores, rewards, positive, visible, mask) -> [B]``, the one found for each group, NaN for a group
+            without candidates; None without `target_ess`.
     """
 
     draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, torch.Generator | None], Tensor]
     probabilities: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     reads_scores: bool
+    expected: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    temperature: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def build_kernel(settings: KernelSettings) -> Kernel:
@@ -238,31 +294,18 @@ def build_kernel(settings: KernelSettings) -> Kernel:
         ``mc``: MC-PO, arXiv 2502.04567, Algorithm 1. ``sweet_spot``: arXiv 2502.16825, the rejected completion at the mean
         minus two standard deviations.
     """
-    rule = RULES[settings.strategy]
-    num = settings.num_negatives
+    rule, num = RULES[settings.strategy], settings.num_negatives
 
-    def random_pick(keys: Tensor, start: Tensor, available: Tensor, generator: torch.Generator) -> Int[Tensor, "B M"]:
-        if settings.num_proposals is not None:
-            return chains(
-                keys,
-                start,
-                available,
-                generator,
-                num=num,
-                replacement=settings.replacement,
-                chain_steps=settings.chain_steps,
-                num_proposals=settings.num_proposals,
-            )
-        return (independent if settings.replacement else gumbel_top)(keys, available, generator, num=num)
+    def available_of(rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Bool[Tensor, "B K"]:
+        available = visible if settings.include_positive else without(visible, positive)
+        return available & mask & rewards.isfinite() if rule.reads == "rewards" else available
 
     def prepared(
         scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor
     ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
-        available = visible if settings.include_positive else without(visible, positive)
-        if rule.reads == "rewards":
-            available = available & mask & rewards.isfinite()
-        keys = rule.keys(working_precision(scores.detach()), rewards, mask, settings.temperature)
-        return finite(keys, available), available
+        available = available_of(rewards, positive, visible, mask)
+        keys = rule.keys(working_precision(scores.detach()), rewards, mask)
+        return tempered(keys, available, settings.temperature, settings.target_ess), available
 
     def draw(
         scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor, generator: torch.Generator | None
@@ -274,12 +317,63 @@ def build_kernel(settings: KernelSettings) -> Kernel:
             raise ValueError(
                 f"strategy {settings.strategy!r} draws at random and no generator was given: pass a torch.Generator"
             )
-        return random_pick(keys, positive, available, generator)
+        return _random_draws(settings, keys, positive, available, generator)
 
     def probabilities(scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Float[Tensor, "B K"]:
         return rule.share(*prepared(scores, rewards, positive, visible, mask))
 
-    return Kernel(draw, probabilities, rule.reads == "scores")
+    def expected(scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Float[Tensor, "B K"]:
+        return _expected_counts(settings, *prepared(scores, rewards, positive, visible, mask))
+
+    def temperature(scores: Tensor, rewards: Tensor, positive: Tensor, visible: Tensor, mask: Tensor) -> Float[Tensor, " B"]:
+        assert settings.target_ess is not None
+        available = available_of(rewards, positive, visible, mask)
+        found = temperature_for_ess(scores.detach(), available, settings.target_ess)
+        return found.masked_fill(~available.any(dim=1), math.nan)
+
+    known = rule.is_random and settings.num_proposals is None and (_counted(settings) or num == 1)
+    return Kernel(
+        draw,
+        probabilities,
+        rule.reads == "scores",
+        expected if known else None,
+        None if settings.target_ess is None else temperature,
+    )
+
+
+def _counted(settings: KernelSettings) -> bool:
+    """Whether the draws are systematic."""
+    return settings.num_negatives > 1 and settings.num_proposals is None and (settings.replacement or settings.proportional)
+
+
+def _expected_counts(settings: KernelSettings, keys: Tensor, available: Tensor) -> Float[Tensor, "B K"]:
+    """How often each candidate is among the draws on average; float64, so that they add up to a whole number."""
+    shares = softmax(keys.double(), available)
+    if settings.replacement or settings.num_negatives == 1:
+        return settings.num_negatives * shares
+    # One whose share vanishes in rounding can still be drawn, and fills a place that no other can.
+    return inclusion_probabilities(shares.clamp(min=torch.finfo(shares.dtype).tiny), available, settings.num_negatives)
+
+
+def _random_draws(
+    settings: KernelSettings, keys: Tensor, start: Tensor, available: Tensor, generator: torch.Generator
+) -> Int[Tensor, "B M"]:
+    """M draws from the softmax of the keys over the available candidates."""
+    num = settings.num_negatives
+    if settings.num_proposals is not None:
+        return chains(
+            keys,
+            start,
+            available,
+            generator,
+            num=num,
+            replacement=settings.replacement,
+            chain_steps=settings.chain_steps,
+            num_proposals=settings.num_proposals,
+        )
+    if _counted(settings):
+        return as_often(systematic(_expected_counts(settings, keys, available), generator), num)
+    return (independent if settings.replacement else gumbel_top)(keys, available, generator, num=num)
 
 
 @torch.no_grad()
@@ -291,7 +385,7 @@ def importance_log_weights(probabilities: Float[Tensor, "B K"], negatives: Int[T
 
     Args:
         probabilities: Rows from `kernel_probabilities`, with the arguments of the draw.
-        negatives: Columns from `sample_negatives`, drawn independently: one a group, or with replacement.
+        negatives: Columns from `sample_negatives`, one a group or with replacement.
 
     Returns:
         One number a draw; 0 where the column is -1.

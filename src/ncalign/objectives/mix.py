@@ -183,6 +183,11 @@ def _sampler(parts: Sequence[_Part]) -> Sampler:
         assert first.sampler.kernel is not None
         return first.sampler.kernel(first.scale * scores, positive, rewards, mask)
 
+    def temperature(scores: Tensor, positive: Tensor, rewards: Tensor, mask: Tensor) -> Float[Tensor, " B"]:
+        first = drawing[0]
+        assert first.sampler.temperature is not None
+        return first.sampler.temperature(first.scale * scores, positive, rewards, mask)
+
     def log_q(scores: Tensor, rewards: Tensor, mask: Tensor, columns: Int[Tensor, "B S"]) -> Float[Tensor, "B S"]:
         corrections = []
         for part, own in zip(parts, columns.unflatten(1, (len(parts), -1)).unbind(dim=1), strict=True):
@@ -205,6 +210,8 @@ def _sampler(parts: Sequence[_Part]) -> Sampler:
         None if None in sizes else 1 + sum(size - 1 for size in sizes if size is not None),
         reads if reading else None,
         len(parts),
+        temperature if drawing and drawing[0].sampler.temperature is not None else None,
+        parts[0].sampler.accepts,
     )
 
 

@@ -240,6 +240,12 @@ class MCPO(Frozen):
     include_positive: bool = Field(False, description="Whether the preferred completion is itself a state of the kernel.")
     replacement: bool = Field(False, description="Whether the M negatives are drawn with replacement.")
     temperature: float = Field(1.0, gt=0, description="Divides the scores before the softmax of the kernel.")
+    target_ess: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="In place of temperature: share of a group's candidates that the kernel's effective sample size has.",
+    )
     chain_steps: int = Field(
         1, ge=1, description="Steps k of the kernel's chain, whose last state is the draw; above 1 with num_proposals alone."
     )
@@ -272,6 +278,7 @@ class MCPO(Frozen):
                     temperature=self.temperature,
                     chain_steps=self.chain_steps,
                     num_proposals=self.num_proposals,
+                    target_ess=self.target_ess,
                 ),
                 scores=by_logprob if self.kernel_score == "policy_logprob" else by_log_ratio,
                 log_q_correction=self.log_q_correction,

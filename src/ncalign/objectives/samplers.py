@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ncalign.objectives.kernels import KernelSettings, build_kernel, eligible_negatives, importance_log_weights, pick_positive
+from ncalign.objectives.draws import without
+from ncalign.objectives.kernels import Kernel, KernelSettings, build_kernel, eligible_negatives, pick_positive
+from ncalign.objectives.tempering import tempered
 
 __all__ = ["mc_sampler", "some_below", "one_below", "worst_below", "all_below", "best_alone", "everyone", "Sampler"]
 
@@ -34,6 +36,8 @@ class Sampler:
         size: most candidates that enter, the positive included, where that is known before the draw; None: it may be all.
         reads: ``(rewards, mask) -> [B, K]``, the candidates whose scores decide the draw; None: all.
         blocks: equally wide blocks that the columns consist of, the positive first in each: those of a mix's parts.
+        temperature: ``(scores, positive, rewards, mask) -> [B]``, the kernel's where it is found for each group; for metrics.
+        accepts: whether column 1 is a proposal, which the loss weighs with the probability that it is accepted; for metrics.
     """
 
     select: Select
@@ -43,6 +47,8 @@ class Sampler:
     size: int | None = None
     reads: Callable[[Tensor, Tensor], Tensor] | None = None
     blocks: int = 1
+    temperature: Probabilities | None = None
+    accepts: bool = False
 
 
 def by_log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -72,6 +78,7 @@ def mc_sampler(
     """
     if log_q_correction:
         _check_correction(settings)
+        settings = replace(settings, proportional=not settings.replacement)
     if acceptance:
         _check_acceptance(settings, log_q_correction)
     built = build_kernel(settings)
@@ -92,55 +99,76 @@ def mc_sampler(
     ) -> Float[Tensor, "B K"]:
         return built.probabilities(scores, rewards, positive, _visible(rewards, positive, mask), mask)
 
+    def temperature(
+        scores: Float[Tensor, "B K"], positive: Int[Tensor, " B"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, " B"]:
+        assert built.temperature is not None
+        return built.temperature(scores, rewards, positive, _visible(rewards, positive, mask), mask)
+
     return Sampler(
         select,
         scores if built.reads_scores else None,
         kernel,
-        _correction(settings, kernel, acceptance=acceptance, log_q=log_q_correction),
+        _correction(settings, built, acceptance=acceptance, log_q=log_q_correction),
         1 + settings.num_negatives,
         None if settings.include_positive or acceptance else _below_best,
+        temperature=None if built.temperature is None else temperature,
+        accepts=acceptance,
     )
 
 
-def _correction(settings: KernelSettings, kernel: Probabilities, *, acceptance: bool, log_q: bool) -> LogQ | None:
+def _correction(settings: KernelSettings, kernel: Kernel, *, acceptance: bool, log_q: bool) -> LogQ | None:
     """The correction of the scores, where there is one."""
     if acceptance:
         # Blind proposals are as likely there as back, whatever the scores are: the log-ratio of the two is 0.
-        return accepting(settings.temperature) if settings.strategy == "mc" else None
+        return accepting(settings.temperature, settings.target_ess) if settings.strategy == "mc" else None
     return dividing(kernel) if log_q else None
 
 
-def dividing(kernel: Probabilities) -> LogQ:
-    """The log q correction by which each negative is divided by the probability of its draw."""
+def dividing(kernel: Kernel) -> LogQ:
+    """The log q correction by which each negative is divided by the number of times that it is drawn on average."""
+    assert kernel.expected is not None
+    expected = kernel.expected
 
     def log_q(
         scores: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], columns: Int[Tensor, "B S"]
     ) -> Float[Tensor, "B S"]:
-        probabilities = kernel(scores, columns[:, 0], rewards, mask)
-        return F.pad(-importance_log_weights(probabilities, columns[:, 1:]), (1, 0))
+        positive, negatives = columns[:, 0], columns[:, 1:]
+        counts = expected(scores, rewards, positive, _visible(rewards, positive, mask), mask)
+        # A draw whose probability underflows still has a finite logarithm.
+        logs = counts.gather(1, negatives.clamp(min=0)).clamp(min=torch.finfo(counts.dtype).tiny).log()
+        return F.pad(torch.where(negatives >= 0, logs, 0.0), (1, 0))
 
     return log_q
 
 
-def accepting(temperature: float) -> LogQ:
+def accepting(temperature: float, target_ess: float | None = None) -> LogQ:
     """The correction by which a logistic loss weighs a proposal of the ``mc`` kernel with its probability of acceptance."""
 
     def log_q(
         scores: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], columns: Int[Tensor, "B S"]
     ) -> Float[Tensor, "B S"]:
         positive, proposals = columns[:, 0], columns[:, 1:]
-        return F.pad(proposal_log_ratio(scores / temperature, positive, proposals, _visible(rewards, positive, mask)), (1, 0))
+        visible = _visible(rewards, positive, mask)
+        ratio = proposal_log_ratio(scores, positive, proposals, visible, temperature=temperature, target_ess=target_ess)
+        return F.pad(ratio, (1, 0))
 
     return log_q
 
 
 @torch.no_grad()
 def proposal_log_ratio(
-    scores: Float[Tensor, "B K"], positive: Int[Tensor, " B"], negatives: Int[Tensor, "B M"], mask: Bool[Tensor, "B K"]
+    scores: Float[Tensor, "B K"],
+    positive: Int[Tensor, " B"],
+    negatives: Int[Tensor, "B M"],
+    mask: Bool[Tensor, "B K"],
+    *,
+    temperature: float = 1.0,
+    target_ess: float | None = None,
 ) -> Float[Tensor, "B M"]:
     r"""Log-ratio $\log q(z|0) - \log q(0|z)$ of proposing the negative from the positive, and of the way back.
 
-    From state $i$ another state $j$ is proposed with $q(j|i) = e^{s_j} / \sum_{k \ne i} e^{s_k}$. Accepted with the
+    From state $i$ another state $j$ is proposed with $q(j|i) = e^{s_j/T_i} / \sum_{k \ne i} e^{s_k/T_i}$. Accepted with the
     probability $a = \sigma(r_z - r_0 - \text{log-ratio})$, it makes a step that leaves $\mathrm{softmax}(r)$ invariant whatever
     the scores $s$ are: rounded, stale, tempered. $a$ is the factor of $\nabla(r_z - r_0)$ in the gradient of `rnce_loss` with
     one negative whose implicit reward is $r_z - \text{log-ratio}$.
@@ -150,9 +178,12 @@ def proposal_log_ratio(
         positive: Column of each group's positive.
         negatives: Columns of the proposals; -1 for none.
         mask: True for the states, the positive's included.
+        temperature: $T_i$ of every state.
+        target_ess: In its place, the share of the other states that the effective sample size of each state's proposals is
+            held at: $T_i$ is then `temperature_for_ess` of the scores without $s_i$, there and on the way back.
 
     Returns:
-        One number a proposal; 0 where the column is -1, and where all scores are equal.
+        One number a proposal; 0 where the column is -1 or the positive's, and where all scores are equal.
 
     Example:
         >>> import math
@@ -163,14 +194,17 @@ def proposal_log_ratio(
     Source:
         Barker's acceptance (1965) for independence proposals that leave out the current state.
     """
-    logits = torch.where(mask, scores, -torch.inf)
-    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    # The log of the sum that each state's proposals are divided by; a state without others is never read.
-    totals = logits.unsqueeze(1).expand(-1, mask.shape[1], -1).masked_fill(itself, -torch.inf).logsumexp(dim=2)
-    odds = logits + totals
-    drawn = (negatives >= 0) & (positive >= 0).unsqueeze(1)
-    ratio = odds.gather(1, negatives.clamp(min=0)) - odds.gather(1, positive.clamp(min=0).unsqueeze(1))
-    return torch.where(drawn, ratio, 0.0)
+
+    def proposed(state: Int[Tensor, " B"]) -> Float[Tensor, "B K"]:
+        others = without(mask, state)
+        return tempered(scores, others, temperature, target_ess).log_softmax(dim=1)
+
+    drawn = (negatives >= 0) & (positive >= 0).unsqueeze(1) & (negatives != positive.unsqueeze(1))
+    there = proposed(positive).gather(1, negatives.clamp(min=0))
+    home = positive.clamp(min=0).unsqueeze(1)
+    back = [proposed(column).gather(1, home) for column in negatives.unbind(dim=1)]
+    # A state without others is never read.
+    return torch.where(drawn, there - torch.cat(back, dim=1), 0.0) if back else there
 
 
 def _check_acceptance(settings: KernelSettings, log_q_correction: bool) -> None:
@@ -185,11 +219,10 @@ def _check_acceptance(settings: KernelSettings, log_q_correction: bool) -> None:
 
 def _check_correction(settings: KernelSettings) -> None:
     """Refuse the log q correction for draws whose probability is not the kernel's."""
-    chained = settings.include_positive or settings.num_proposals is not None
-    if settings.strategy != "mc" or chained or (settings.num_negatives > 1 and not settings.replacement):
+    if settings.strategy != "mc" or settings.include_positive or settings.num_proposals is not None:
         raise ValueError(
             "log_q_correction needs negatives whose probability is known: strategy mc without include_positive and "
-            "num_proposals, and replacement: true where num_negatives is above 1"
+            "num_proposals"
         )
 
 

@@ -265,6 +265,8 @@ class Engine:
             lower = batch.candidate_mask & (batch.rewards < batch.rewards.gather(1, positive.unsqueeze(1)))
             negatives = candidates.masked_fill(~lower, -1)
         kernel = None if method.sampler is None else method.sampler.kernel
+        temperature = None if method.sampler is None else method.sampler.temperature
+        read = None if scores is None else (scores, positive, batch.rewards, batch.candidate_mask)
         return PassResult(
             loss=loss,
             log_ratios=logprobs - batch.reference_logprobs.to(logprobs.dtype),
@@ -274,13 +276,15 @@ class Engine:
             mask=batch.candidate_mask,
             positive=positive,
             negatives=negatives,
-            kernel=None if kernel is None or scores is None else kernel(scores, positive, batch.rewards, batch.candidate_mask),
+            kernel=None if kernel is None or read is None else kernel(*read),
             target_weights=None
             if method.hooks.target_weights is None
             else method.hooks.target_weights(batch.rewards, batch.candidate_mask),
             beta=method.beta,
             aux_loss=self._aux_loss(entering),
             shares=shares,
+            temperature=None if temperature is None or read is None else temperature(*read),
+            acceptance=_acceptance(inputs, method) if method.sampler is not None and method.sampler.accepts else None,
         )
 
     def _aux_loss(self, entering: Scored) -> Tensor | None:
@@ -368,6 +372,12 @@ def _loss_inputs(
         log_q=log_q,
         baseline=baseline,
     )
+
+
+def _acceptance(inputs: LossInputs, method: Method) -> Tensor:
+    """The probability with which each group's proposal is accepted; NaN where there is none."""
+    pair = method.beta * inputs.log_ratios.detach() - (0.0 if inputs.log_q is None else inputs.log_q)
+    return (pair[:, 1] - pair[:, 0]).sigmoid().masked_fill(~inputs.mask[:, :2].all(dim=1), NAN)
 
 
 def _gathered(values: Tensor, select: Tensor | None) -> Tensor:

@@ -41,6 +41,8 @@ class PassResult:
         beta: scale of the log-ratio.
         aux_loss: that balances the routers, over all that entered the loss in this pass; None without one.
         shares: what each part of a mix adds to the loss, weighted; None for other methods.
+        temperature: of the kernel, where it is found for each group.
+        acceptance: probability that each group's proposal is accepted, where the method proposes; NaN without a proposal.
     """
 
     loss: Float[Tensor, " B"]
@@ -56,6 +58,8 @@ class PassResult:
     beta: float
     aux_loss: Float[Tensor, ""] | None = None
     shares: dict[str, Tensor] | None = None
+    temperature: Float[Tensor, " B"] | None = None
+    acceptance: Float[Tensor, " B"] | None = None
 
 
 def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
@@ -86,6 +90,10 @@ def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
     if result.kernel is not None:
         metrics["kernel/entropy"] = kernel_entropy(result.kernel)
         metrics["kernel/effective_sample_size"] = effective_sample_size(result.kernel)
+    if result.temperature is not None:
+        metrics["kernel/temperature"] = result.temperature
+    if result.acceptance is not None:
+        metrics["kernel/acceptance"] = result.acceptance
     if result.target_weights is not None:
         metrics["targets/entropy"] = kernel_entropy(result.target_weights)
     metrics |= {f"loss/{part}": share for part, share in (result.shares or {}).items()}
