@@ -137,8 +137,7 @@ def test_the_temperature_found_is_told(tiny_model: LlamaForCausalLM) -> None:
     assert sorted(count.tolist()) == [2, 3, 3]
     torch.testing.assert_close(effective_sample_size(found.kernel), 0.6 * count, rtol=0, atol=1e-9)
     for row, (positive, mask) in enumerate(zip(found.positive, found.mask, strict=True)):
-        rewards = found.rewards[row].masked_fill(~mask, -torch.inf)
-        below = rewards < rewards[positive]
+        below = mask & (found.rewards[row] < found.rewards[row, positive])
         r = (0.1 * found.log_ratios[row]).double().masked_fill(~below, -torch.inf)
         torch.testing.assert_close((r / found.temperature[row]).softmax(0), found.kernel[row], rtol=0, atol=1e-6)
     assert visit(engine(tiny_model, MCPO()), Scoring.TOGETHER)[0].temperature is None
