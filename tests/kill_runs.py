@@ -47,7 +47,7 @@ def run(words, log, variables):
 
 print("ready", flush=True)
 for line in sys.stdin:
-    words, log, ranks, kill_after, victims, stop = json.loads(line)
+    words, log, ranks, kill_after, victims, stop, begun = json.loads(line)
     start, running, codes, doomed = time.monotonic(), [], [], set()
     for rank, variables in enumerate(ranks):
         child = os.fork()
@@ -62,8 +62,10 @@ for line in sys.stdin:
             if ended:
                 running.remove(child)
                 codes.append(os.waitstatus_to_exitcode(status))
+        if begun and os.path.exists(begun):
+            kill_after, begun = kill_after + time.monotonic() - start, None
         # Who has not been waited for has its number still.
-        if kill_after is not None and time.monotonic() - start >= kill_after:
+        if kill_after is not None and not begun and time.monotonic() - start >= kill_after:
             for child in doomed & set(running):
                 # One that is stopped is there still, and says nothing, until the others have ended.
                 os.kill(child, signal.SIGSTOP if stop and set(running) - doomed else signal.SIGKILL)
@@ -109,15 +111,19 @@ class Commands:
         processes: int = 1,
         victims: list[int] | None = None,
         stop: bool = False,
+        begun: Path | None = None,
     ) -> Done:
         """Run a command to its end, or kill its processes (some, by rank), but not their children, after some seconds.
 
-        With ``stop`` they are stopped then, and killed when the others have ended.
+        With ``stop`` they are stopped then, and killed when the others have ended. With ``begun`` the seconds count from when
+        that path is there.
         """
         assert self._process.stdin is not None
         self._log.write_text("")
         ranks = [{}] if processes == 1 else _ranks(processes)
-        self._process.stdin.write(json.dumps([words, str(self._log), ranks, kill_after, victims, stop]) + "\n")
+        self._process.stdin.write(
+            json.dumps([words, str(self._log), ranks, kill_after, victims, stop, str(begun) if begun else None]) + "\n"
+        )
         codes, seconds = json.loads(self._read())
         return Done(min(codes) if min(codes) < 0 else max(codes), seconds, self._log.read_text())
 

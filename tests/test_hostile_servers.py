@@ -20,8 +20,9 @@ import pytest
 
 from ncalign.cli.app import main
 from ncalign.core.store import Store
-from ncalign.generation.client import Server, ServerError
+from ncalign.generation.client import Server
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.failures import ServerError
 from ncalign.generation.hosts import Order
 from ncalign.generation.questions import Request
 from ncalign.generation.wire import Choice

@@ -21,7 +21,8 @@ import pytest
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
-from ncalign.generation.client import ServerError, Usage
+from ncalign.generation.client import Usage
+from ncalign.generation.failures import ServerError
 from ncalign.judging.config import EvalJudgeConfig
 from ncalign.judging.judges import RewardJudge, ServerJudge
 from ncalign.judging.records import Answer, Answers, Question

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from conftest import relative_distance, weights
 from kill_runs import Commands, Done
+from ncalign.training.config import TrainConfig
+from ncalign.training.launch import make_accelerator
 from online_runs import outcome, settings, words_of, write_inputs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
@@ -131,7 +134,8 @@ def test_killed_and_resumed_is_bitwise_the_same(
         # A run that is over before it is killed is killed sooner.
         place = undisturbed["output_dir"].with_name(f"killed {number}-{attempt}, {kind}")
         fields = {**undisturbed, "output_dir": place, "ddp_timeout": 60}
-        killed = launch(fields, kind=kind, kill_after=after * 0.7**attempt, victims=victims)
+        # Of processes that have not met, none can be told of another's end: the run folder is made once they have.
+        killed = launch(fields, kind=kind, kill_after=after * 0.7**attempt, victims=victims, begun=place)
         if killed.code != 0:
             break
     assert killed.code == -9, killed.said
@@ -144,6 +148,34 @@ def test_killed_and_resumed_is_bitwise_the_same(
     last = launch(fields, kind=kind)
     assert last.code == 0, last.said
     assert outcome(fields["output_dir"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DistNetworkError("The client socket has timed out"), r"^the first process of this run is not reached at there:1: .*"),
+        (DistNetworkError("recvValue: Connection reset by peer"), "^another process of this run has stopped"),
+    ],
+)
+def test_a_process_that_can_not_join_says_so(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ncalign.training.launch.Accelerator", refuse)
+    monkeypatch.setenv("MASTER_ADDR", "there")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(TrainConfig(model="m", data=tmp_path / "data", output_dir=tmp_path / "run", report_to=()))
+
+
+@pytest.mark.slow
+def test_a_first_process_that_is_not_there_is_told(folder: Path, launch: Launch, tiny_model_dir: Path) -> None:
+    fields = run_of(folder, tiny_model_dir, "alone at the start", ddp_timeout=1)
+    done = launch(fields, kill_after=0.0, victims=[0])
+    assert done.code == -9
+    assert "[rank 1] error: the first process of this run is not reached at 127.0.0.1:" in done.said
 
 
 @pytest.mark.slow

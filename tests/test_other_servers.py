@@ -11,8 +11,9 @@ import pytest
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group
 from ncalign.generation.base import SamplingParams
-from ncalign.generation.client import Server, ServerError
+from ncalign.generation.client import Server
 from ncalign.generation.config import GenerateConfig, ServerConfig
+from ncalign.generation.failures import ServerError
 from ncalign.generation.generate import run_generate
 from ncalign.generation.questions import Request
 from ncalign.generation.refusals import reason_of, refused_field

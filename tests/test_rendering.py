@@ -29,8 +29,8 @@ from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group, Message, ReadReport
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, LeftOutPrompts, PromptError, SamplingParams, tell_refused
-from ncalign.generation.client import ServerError
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.failures import ServerError
 from ncalign.generation.generate import sample_groups
 from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.remote import ServerGenerator

@@ -26,8 +26,9 @@ from ncalign.cli.app import main
 from ncalign.core.store import Store
 from ncalign.data.groups import read_groups
 from ncalign.generation.base import PromptError, SamplingParams
-from ncalign.generation.client import Server, ServerError
+from ncalign.generation.client import Server
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.failures import ServerError
 from ncalign.generation.questions import Request
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.token_prompts import TokenPrompts

@@ -16,8 +16,9 @@ import torch
 from conftest import build_tokenizer
 from kill_runs import Commands
 from ncalign.generation.base import SamplingParams
-from ncalign.generation.client import Server, ServerError
+from ncalign.generation.client import Server
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.failures import ServerError
 from ncalign.generation.hosts import Order
 from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.questions import Request

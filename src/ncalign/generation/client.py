@@ -22,14 +22,15 @@ from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.failures import DOWN, ServerError, is_elsewhere, server_error
 from ncalign.generation.hosts import Host, Hosts, Order, root_of
 from ncalign.generation.questions import Request, distinct_questions
-from ncalign.generation.refusals import Changes, changed, kept_changes, name_instead, reason_of, refused_field, what_changes
-from ncalign.generation.transport import LONGEST_WAIT, ApiKey, asked_to_wait, check_host, connect
+from ncalign.generation.refusals import Changes, changed, kept_changes, name_instead, refused_field, what_changes
+from ncalign.generation.transport import ApiKey, check_host, connect
 from ncalign.generation.wire import CHOICES, Choice, Malformed, read_answer
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI, OpenAIError
+    from openai import AsyncOpenAI
 
 Result = TypeVar("Result")
 Clients: TypeAlias = "Mapping[str, AsyncOpenAI]"
@@ -38,9 +39,6 @@ Clients: TypeAlias = "Mapping[str, AsyncOpenAI]"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 # Seconds between looks for an answer that another process is asking for.
 _LOOK_AGAIN = 0.1
-_ABOUT_THE_REQUEST = frozenset({400, 404, 413, 422})
-# A proxy or a server without its model says so; another server may do better on the others, as on any above.
-_DOWN, _ELSEWHERE = frozenset({502, 503, 504}), frozenset({408, 409, 429})
 # Of several servers: how often one is asked again before another, and how long it may take to say that it is healthy.
 _RETRIES_OF_ONE, _HEALTHY_WITHIN = 1, 5.0
 # What vLLM says to an adapter that it has.
@@ -78,24 +76,6 @@ class Usage:
     remembered: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-
-
-class ServerError(RuntimeError):
-    """A server that gave no answer after all retries; what it answered before is kept.
-
-    Attributes:
-        refused: whether it said that it does not take this very request (a status of 400 and the like), so that others may
-            fare better, or answered it with what can't be used; false where it is down, overloaded, or wants another key.
-        unusable: whether its answers can't be used.
-        status: of its answer; None where there was none.
-        body: what it answered, as it came; never shown.
-    """
-
-    def __init__(
-        self, message: str, *, refused: bool = False, unusable: bool = False, status: int | None = None, body: str = ""
-    ) -> None:
-        super().__init__(message)
-        self.refused, self.unusable, self.status, self.body = refused or unusable, unusable, status, body
 
 
 class Server:
@@ -211,7 +191,7 @@ class Server:
                     await self._ordered(clients, host)
                     host.look_at = None
                 except ServerError as error:
-                    if len(clients) == 1 or not _is_elsewhere(error):
+                    if len(clients) == 1 or not is_elsewhere(error):
                         raise
                     self._set_aside(host, last := error)
             if last is not None and not self._hosts.in_service():
@@ -421,10 +401,10 @@ class Server:
                 except ServerError as error:
                     # A server that was started anew has no adapter: it is given its orders again when it comes back.
                     forgot = error.status == 404 and bool(self._orders)
-                    if len(clients) == 1 or failures >= retries or not (forgot or _is_elsewhere(error)):
+                    if len(clients) == 1 or failures >= retries or not (forgot or is_elsewhere(error)):
                         raise
                     failures += 1
-                    if forgot or error.status is None or error.status in _DOWN:
+                    if forgot or error.status is None or error.status in DOWN:
                         self._set_aside(host, error)
             if not self._hosts.in_service():
                 await sleep(min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE))
@@ -467,32 +447,4 @@ class Server:
         try:
             return await clients[host.url].post(path, body=dict(body), cast_to=str, options={"max_retries": retries})
         except OpenAIError as error:
-            raise self._refusal(error, host.url) from None
-
-    def _refusal(self, error: OpenAIError, url: str) -> ServerError:
-        from openai import APIStatusError
-
-        if not isinstance(error, APIStatusError):
-            cause = f"{error} {error.__cause__ or ''}".strip()
-            return ServerError(f"server {url}: {reason_of(self._key.hidden(cause))}")
-        status, response = error.status_code, error.response
-        said = reason_of(self._key.hidden(response.text) or self._key.hidden(str(error)))
-        advice = {
-            401: f"; is the key in {self.config.api_key_env} right?",
-            404: f"; does it serve the model {self.model!r}?",
-            429: "; lower max_concurrency or set requests_per_minute",
-        }.get(status, "")
-        if 300 <= status < 400:
-            place = reason_of(self._key.hidden(response.headers.get("location", "")))
-            said = f"it redirects to {place!r}, and no redirect is followed; set base_url to where it really is"
-        elif (wait := asked_to_wait(response)) > LONGEST_WAIT:
-            advice += (
-                f"; it asks to wait {wait:.0f} s (Retry-After), and no more than {LONGEST_WAIT:.0f} s are waited: rerun then"
-            )
-        message = f"server {url}: status {status}: {said}{advice}"
-        return ServerError(message, refused=status in _ABOUT_THE_REQUEST, status=status, body=response.text)
-
-
-def _is_elsewhere(error: ServerError) -> bool:
-    """Whether another server of the same model may answer what this one did not."""
-    return error.status is None or error.status >= 500 or error.status in _ELSEWHERE
+            raise server_error(error, host.url, key=self._key, model=self.model) from None

@@ -12,8 +12,9 @@ from ncalign.data.formats.group import TOOLS, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, sample_seed, tell_refused
-from ncalign.generation.client import Server, ServerError
+from ncalign.generation.client import Server
 from ncalign.generation.config import ServerConfig
+from ncalign.generation.failures import ServerError
 from ncalign.generation.questions import Request
 from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.wire import Choice

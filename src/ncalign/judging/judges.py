@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 from ncalign.core.progress import Bar, say
 from ncalign.core.store import Store
 from ncalign.data.groups import Candidate, Group
-from ncalign.generation.client import Server, ServerError
+from ncalign.generation.client import Server
+from ncalign.generation.failures import ServerError
 from ncalign.generation.wire import Choice
 from ncalign.judging.config import EvalJudgeConfig
 from ncalign.judging.judge_prompts import judge_templates, pair_prompts, rating_prompts

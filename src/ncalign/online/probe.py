@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from ncalign.core.progress import say
 from ncalign.data.groups import Group
 from ncalign.generation.base import Completion, Generator, SamplingParams
-from ncalign.generation.client import ServerError
+from ncalign.generation.failures import ServerError
 from ncalign.generation.generate import completion_as_candidate
 from ncalign.model.encoding import EncodedGroup
 from ncalign.online.pool import as_sampled

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
+from ncalign.training.peers import another_process_named
 from ncalign.training.trackers import check_trackers
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -36,12 +38,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ConfigError: a tracker that accelerate does not know, or whose package is not installed.
-        ValueError: it was launched with a way to distribute that ncalign does not support.
+        ValueError: it was launched with a way to distribute that ncalign does not support, or the first process is not there.
     """
     check_trackers(config.report_to)
     # Under it transformers itself leaves weights out in all processes but a node's first; `loading` does so where it can.
     disable_fsdp_ram_efficient_loading()
-    accelerator = Accelerator(
+    accelerator = _joined(
         # Without an accelerator, torchrun's processes are joined (over gloo) only when the CPU is asked for.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",
@@ -69,6 +71,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if not fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.is_main_process:
         say("note: accelerate shards only on an accelerator: every process holds the whole model (DDP)")
     return accelerator
+
+
+def _joined(**options: Any) -> Accelerator:
+    """The accelerator, once this process has joined the others.
+
+    Raises:
+        ValueError: the first process is not there; torchrun ends the others itself where it fails.
+    """
+    try:
+        with another_process_named():
+            return Accelerator(**options)
+    except torch.distributed.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"the first process of this run is not reached at {place}: it was not started there, or has stopped, and its own "
+            f"message says why ({error})"
+        ) from error
 
 
 def keep_freed_memory() -> None:
