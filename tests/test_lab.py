@@ -32,6 +32,7 @@ CURVES = [
     "fisher_consistency",
     "kernel_temperature",
     "cd_bias",
+    "drift",
     "optimal_policies",
     "nca_ceiling",
     "pair_gradient",
@@ -210,6 +211,41 @@ def test_one_completion_estimates_the_normaliser_by_its_own_implicit_reward() ->
     assert first["true value; any draw by the kernel, log q correction"][1] == pytest.approx(
         float(r.exp().mean().log()), abs=1e-12
     )
+
+
+def test_the_tables_of_the_page_are_those_of_a_run(whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    monkeypatch.setattr(sys, "path", [str(docs / "extensions"), *sys.path])
+    tables = importlib.import_module("lab_tables")
+    page = (docs / "lab.md").read_text(encoding="utf-8")
+    rows = whole[1]["statements"]
+    written = [line for line in page.splitlines() if line.startswith("| ") and line.endswith((" holds |", "HOLD |"))]
+    found = [tables.row(Statement(*(row[key] for key in KEYS[:-1]))) for row in rows]
+    hint = "run python docs/extensions/lab_tables.py"
+    assert len(written) == len(found), hint
+    assert f"\nThe {len(found)} rows below" in page, hint
+    assert [line.count("| Statement |") for line in page.splitlines()].count(1) == len(run.EXPERIMENTS), hint
+    for one, other in zip(written, found, strict=True):
+        # Words, predicted number, tolerance and verdict; what was measured may be rounded otherwise.
+        kept, made = (re.split(r"(?<!\\) \| ", line) for line in (one, other))
+        assert (*kept[:3], *kept[4:]) == (*made[:3], *made[4:]), hint
+        assert float(kept[3]) == pytest.approx(float(made[3]), rel=1e-4, abs=1e-9), hint
+    curves = set(re.findall(r"^\| `(\w+)\.png`", page, re.MULTILINE))
+    assert curves == set(CURVES)
+
+
+def test_a_page_without_a_table_for_each_experiment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    monkeypatch.setattr(sys, "path", [str(docs / "extensions"), *sys.path])
+    tables = importlib.import_module("lab_tables")
+    found = [Findings("", [WRONG])]
+    page = "The 7 rows below.\n\n| Statement | old |\n|---|---|\n| a | b |\n\nEnd.\n"
+    written = tables.filled(page, found)
+    assert written.startswith(
+        f"The 1 rows below.\n\n{tables.HEADER}\n| 2 is 3 | <nowhere> | 3 | 2 | 0.5 | DOES NOT HOLD |\n\nEnd."
+    )
+    with pytest.raises(ValueError, match="1 tables of statements and there are 2 experiments"):
+        tables.filled(page, found * 2)
 
 
 def test_a_kernel_at_temperature_1_draws_by_the_softmax_of_the_negatives() -> None:

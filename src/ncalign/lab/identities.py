@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from torch import Tensor
 from ncalign.lab.policies import Loss, RewardLoss, every, firsts, info_nca, nca, numbers, value_and_gradient
 from ncalign.lab.results import Findings, largest
 from ncalign.objectives import (
+    MCPO,
+    RNCE,
+    LossInputs,
+    ObjectiveConfig,
+    build_method,
     dpo_loss,
     info_nca_loss,
     info_nca_weighted_loss,
@@ -22,6 +28,9 @@ from ncalign.objectives import (
 )
 
 ALPHAS = (0.1, 1.0, 50.0)
+
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+"""``(chosen [B], rejected [B]) -> [B]``, such as `dpo_loss`."""
 
 
 def _rnce(values: Tensor) -> Tensor:
@@ -85,6 +94,57 @@ def info_nca_of_two_is_smoothed_dpo() -> Findings:
     statement = "InfoNCA with K = 2 is DPO with label smoothing sigmoid(-|R1 - R2| / alpha)"
     _same(found, statement, lambda r: info_nca(alpha)(r, rewards), smoothed, numbers(16, 2, seed=5, scale=2.0))
     return found
+
+
+def limits_of_two() -> Findings:
+    """As alpha falls to 0 the targets of two candidates become a label: InfoNCA becomes DPO, and NCA the NCA of a pair."""
+    found, rewards = Findings("InfoNCA sections 3 and 4"), numbers(16, 2, seed=12)
+    # At least a tenth apart: the other weight is below exp(-50).
+    rewards = rewards + 0.1 * (rewards - rewards.mean(dim=1, keepdim=True)).sign()
+    better = rewards.argmax(dim=1, keepdim=True)
+
+    def by_label(loss: PairLoss) -> Loss:
+        return lambda r: loss(r.gather(1, better).squeeze(1), r.gather(1, 1 - better).squeeze(1))
+
+    at = numbers(16, 2, seed=13, scale=2.0)
+    statement = "InfoNCA with K = 2 is DPO as alpha falls to 0.002"
+    _same(found, statement, lambda r: info_nca(0.002)(r, rewards), by_label(dpo_loss), at)
+    statement = "NCA with K = 2 is the NCA of a pair as alpha falls to 0.002"
+    _same(found, statement, lambda r: nca(0.002)(r, rewards), by_label(nca_pair_loss), at)
+    return found
+
+
+def ties() -> Findings:
+    """Candidates tied with the positive are no negatives, and the tied best share a target weight."""
+    found = Findings("our choice; see the kernels' page")
+    rewards = torch.tensor([[0.5, 1.0, 0.0, 1.0, 0.5]], dtype=torch.float64)
+    logprobs, zeros = numbers(1, 5, seed=14, scale=3.0), torch.zeros_like(rewards)
+    mask, below = every(rewards), rewards < 1.0
+    # Whichever of the two best is drawn as the positive.
+    at_reference = [_sampled_loss(RNCE(), zeros, rewards, seed=seed) for seed in range(8)]
+    statement = "RNCE at the reference, two best of five: log(1 + 3), the candidates strictly below and the positive"
+    found.equal(statement, math.log(4), torch.cat(at_reference))
+    method = build_method(MCPO(beta=1.0))
+    assert method.sampler is not None
+    assert method.sampler.kernel is not None
+    scores = method.kernel_scores(logprobs, zeros)
+    assert scores is not None
+    drawn = torch.cat([method.sampler.kernel(scores, torch.tensor([best]), rewards, mask) for best in (1, 3)])
+    found.zero("MC-PO's kernel: probability of the positive and of candidates tied with it", drawn[:, ~below[0]])
+    expected = torch.where(below, logprobs, -torch.inf).softmax(dim=1)
+    found.zero("MC-PO's kernel: softmax of the scores strictly below, largest distance", drawn - expected)
+    shares = target_weights(rewards, mask, alpha=0.001)[~below]
+    found.equal("target weights of two tied best candidates as alpha falls to 0.001: one half each", 0.5, shares)
+    return found
+
+
+def _sampled_loss(objective: ObjectiveConfig, log_ratios: Tensor, rewards: Tensor, *, seed: int) -> Tensor:
+    """A method's loss of the candidates that its sampler selects, where it needs no scores."""
+    method, mask = build_method(objective), every(rewards)
+    assert method.sampler is not None
+    columns = method.sampler.select(None, rewards, mask, torch.Generator().manual_seed(seed))
+    ratios, chosen = (values.gather(1, columns.clamp(min=0)) for values in (log_ratios, rewards))
+    return method.loss(LossInputs(ratios, ratios, chosen, torch.ones_like(ratios), columns >= 0))
 
 
 def values_at_the_reference() -> Findings:

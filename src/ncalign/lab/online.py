@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ncalign.lab.policies import (
     Loss,
     RewardLoss,
     every,
+    firsts,
     info_nca,
     mean_gradient,
     nca,
@@ -20,7 +21,7 @@ from ncalign.lab.policies import (
     value_and_gradient,
 )
 from ncalign.lab.results import Curve, Findings, Line, fitted_exponent
-from ncalign.objectives import DPO, RPO, LossInputs, NCAPair, ObjectiveConfig, build_method, dpo_loss, rnce_loss
+from ncalign.objectives import DPO, MCPO, RPO, LossInputs, NCAPair, ObjectiveConfig, build_method, dpo_loss, rnce_loss
 from ncalign.objectives.kernels import eligible_negatives, pick_positive
 
 
@@ -45,26 +46,37 @@ def pair_gradient() -> Findings:
     return found
 
 
+COPIES = (3, 1, 2, 2)
+"""How often each completion is in a group of 8: the reference of `beta_mismatch` draws it as often."""
+
+
 def beta_mismatch() -> Findings:
     """Completions of the policy follow the model only at beta = 1, which is what Proposition 3.3 needs of the positive."""
     found, assumption = Findings("definition of the model"), "MC-PO Proposition 3.3"
-    reference, policy = numbers(4, seed=60).log_softmax(dim=0), numbers(4, seed=61, scale=2.0).log_softmax(dim=0)
+    copies = torch.tensor(COPIES)
+    reference, policy = (copies.double() / copies.sum()).log(), numbers(4, seed=61, scale=2.0).log_softmax(dim=0)
     betas = (1.0, 0.5, 0.1, 0.01)
-    distances, biases, mixtures = [], [], []
+    distances, biases, mixtures, slopes = [], [], [], []
     for beta in betas:
-        r = beta * (policy - reference)
-        model = (reference + r).softmax(dim=0)
+        r, model = _kernels_model(reference, policy, copies, beta)
         mixture = reference.exp() ** (1 - beta) * policy.exp() ** beta
-        mixtures.append(model - mixture / mixture.sum())
+        mixture = mixture / mixture.sum()
+        mixtures.append(model - mixture)
+        slopes.append(mean_gradient(rnce_loss, r, mixture, reference.exp(), 1))
         distances.append(float(total_variation(model, policy.exp())))
         estimate = mean_gradient(rnce_loss, r, policy.exp(), reference.exp(), 1) + policy.exp()
-        biases.append(float((estimate - model).norm()))
+        biases.append(float((estimate - mixture).norm()))
     # At beta = 0 the model is the reference.
     limit = float(total_variation(reference.exp(), policy.exp()))
-    found.zero("the model is reference^(1-beta) policy^beta, normalised: largest distance", torch.stack(mixtures))
+    statement = (
+        "the kernel over completions of the reference draws reference^(1-beta) policy^beta, normalised: largest distance"
+    )
+    found.zero(statement, torch.stack(mixtures))
+    statement = "RNCE's expected gradient with positives from reference^(1-beta) policy^beta, every beta: largest entry"
+    found.zero(statement, torch.stack(slopes), source=assumption)
     found.zero("total variation of policy and model at beta = 1", distances[0])
     statement = "total variation of policy and model at beta = 0.01: that of policy and reference"
-    found.equal(statement, limit, distances[-1], 0.02)
+    found.equal(statement, limit, distances[-1], 0.005)
     statement = "bias of the gradient of log Z, M = 1 and positive from the policy, at beta = 1"
     found.zero(statement, biases[0], source=assumption)
     statement = "positive from the policy at beta = 0.5, 0.1 and 0.01: share with a bias above 0.01"
@@ -85,6 +97,25 @@ def beta_mismatch() -> Findings:
         )
     )
     return found
+
+
+def _kernels_model(
+    reference: Float[Tensor, " V"], policy: Float[Tensor, " V"], copies: Int[Tensor, " V"], beta: float
+) -> tuple[Float[Tensor, " V"], Float[Tensor, " V"]]:
+    """Implicit rewards, and the model as MC-PO's kernel draws it from a group with copies of each completion."""
+    method = build_method(MCPO(beta=beta, include_positive=True))
+    assert method.sampler is not None
+    assert method.sampler.kernel is not None
+    group = torch.arange(len(copies)).repeat_interleave(copies)
+    scores = method.kernel_scores(policy[group].unsqueeze(0), reference[group].unsqueeze(0))
+    assert scores is not None
+    # The first candidate is the positive, and all the others are below it.
+    rewards = torch.zeros_like(scores)
+    rewards[0, 0] = 1.0
+    drawn = method.sampler.kernel(scores, firsts(scores), rewards, every(scores))[0]
+    # One of each completion's copies has its implicit reward.
+    r = scores[0][copies.cumsum(dim=0) - 1]
+    return r, torch.zeros_like(policy).index_add(0, group, drawn)
 
 
 # --- Rounds of best-of-n ----------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def _optimum(
     loss: RewardLoss, rewards: Float[Tensor, " V"], proposal: Float[Tensor, " V"], size: int, start: Float[Tensor, " V"]
 ) -> Float[Tensor, " V"]:
     """The implicit rewards with the smallest expected loss over all groups of a size that the proposal can draw."""
-    columns = tuples(SIZE, size)
-    weights, groups = sequence_probabilities(columns, proposal), rewards[columns]
+    columns, counts, log_orders = multisets(SIZE, size)
+    weights, groups = multiset_probabilities(counts, log_orders, proposal), rewards[columns]
     return minimum(lambda r: (weights * loss(r[columns], groups)).sum(), start)
 
 
@@ -115,16 +115,25 @@ def nca_ceiling() -> Findings:
     best = int(rewards.argmax())
     sizes, alphas = (2, 3, 4, 6, 8, 12, 16, 24, 32), (1.0, 0.5, 0.2, 0.05)
     heights = [[math.log(k * mean_weight(rewards, proposal, best, k, a)) for k in sizes] for a in alphas]
-    ceiling = [math.log(size) for size in sizes]
+    start, few = torch.zeros_like(rewards), (2, 4, 8)
+    reached = [[float(_optimum(nca(a), rewards, proposal, k, start)[best]) for k in few] for a in alphas]
+    off = [
+        value - line[sizes.index(k)]
+        for values, line in zip(reached, heights, strict=True)
+        for value, k in zip(values, few, strict=True)
+    ]
+    statement = "NCA's best completion at its optimum is at log(K E[w|y]), K = 2 to 8, alpha = 1 to 0.05: largest distance"
+    found.zero(statement, off, FOUND)
+    # Weights that are one-hot up to copies: 1 / (1 + n) with n further copies, a binomial number of them.
+    p = float(proposal[best])
+    sharp = [float(_optimum(nca(0.002), rewards, proposal, k, start)[best]) - math.log((1 - (1 - p) ** k) / p) for k in few]
+    statement = "as alpha falls to 0 it is at log((1 - (1 - p)^K) / p) with p the proposal's probability: largest distance"
+    found.zero(statement, sharp, FOUND)
     exact = float(rewards[best]) - float((proposal.log() + rewards).logsumexp(dim=0))
-    below = [min(0.0, height) for line in heights for height in line]
-    above = [max(0.0, height - top) for line in heights for height, top in zip(line, ceiling, strict=True)]
     gap = [(float(size), exact - height) for size, height in zip(sizes, heights[0], strict=True)]
-    found.zero("NCA's best completion at its optimum is at 0 or above: lowest below 0", below, source="NCA section 4")
-    found.zero("NCA's best completion at its optimum is at log K or below: highest above log K", above)
     statement = "a group's own weights, alpha = 1: exponent of K from 12 to 32 in the distance to R/alpha - log Z"
     found.equal(statement, -1.0, fitted_exponent(gap, start=12), 0.1)
-    names = [*(f"alpha = {alpha}" for alpha in alphas), "ceiling log K"]
+    names, ceiling = [*(f"alpha = {alpha}" for alpha in alphas), "ceiling log K"], [math.log(size) for size in sizes]
     found.curves.append(
         Curve(
             "nca_ceiling",
@@ -145,14 +154,27 @@ def _of_one_group(loss: RewardLoss, rewards: Float[Tensor, " K"], start: Float[T
 
 
 def nca_never_lowers_the_best() -> Findings:
-    """At NCA's optimum the best candidate of a group is at least as likely as under the reference."""
+    """At NCA's optimum the best candidate of a group is at least as likely as under the reference, and at most K times."""
     found, rewards = Findings(SOURCE_FINITE), numbers(50, 4, seed=49)
-    optima = torch.stack([_of_one_group(nca(0.8), group, torch.zeros_like(group)) for group in rewards])
-    best = optima.gather(1, rewards.argmax(dim=1, keepdim=True))
-    statement = "NCA never lowers the best candidate at its optimum: share of 50 groups in which it does"
-    found.share(statement, 0.0, best < 0, source="NCA section 4")
-    found.share("nor raises it above log K: share of 50 groups", 0.0, best > math.log(4))
+    # Rewards a twentieth apart at least, so that the smallest alpha tells every group's best from the next.
+    apart = rewards[(rewards.sort(dim=1).values.diff(dim=1) > 0.05).all(dim=1)][:4]
+    groups = {math.inf: rewards[:10], 0.8: rewards, 0.002: apart}
+    heights = {alpha: _best_of_one_group(alpha, of) for alpha, of in groups.items()}
+    weights = target_weights(rewards, every(rewards), alpha=0.8).amax(dim=1)
+    statement = "NCA's best candidate at the optimum of its group is at log(K w), 50 groups: largest distance"
+    found.zero(statement, heights[0.8] - (4 * weights).log(), FOUND)
+    every_height = torch.cat(list(heights.values()))
+    statement = "NCA never lowers the best candidate at its optimum: lowest over alpha, reached at infinity"
+    found.equal(statement, 0.0, float(every_height.min()), FOUND, source="NCA section 4")
+    statement = "nor raises it above log K: highest over alpha, reached as alpha falls to 0"
+    found.equal(statement, math.log(4), float(every_height.max()), FOUND)
     return found
+
+
+def _best_of_one_group(alpha: float, rewards: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
+    """The best candidate's implicit reward where each group's NCA loss is smallest."""
+    optima = torch.stack([_of_one_group(nca(alpha), group, torch.zeros_like(group)) for group in rewards])
+    return optima.gather(1, rewards.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
 def pair_cap() -> Findings:

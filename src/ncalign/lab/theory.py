@@ -8,7 +8,7 @@ from pathlib import Path
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic, write_text_atomic
 from ncalign.core.outputs import claim, renew
 from ncalign.core.progress import Bar
-from ncalign.lab import concepts, fixed_points, identities, normalizer, online, optima
+from ncalign.lab import concepts, fixed_points, identities, mismatch, normalizer, online, optima
 from ncalign.lab.report import page, plot, table
 from ncalign.lab.results import Curve, Findings, Statement
 
@@ -16,9 +16,11 @@ EXPERIMENTS: tuple[Callable[[], Findings], ...] = (
     identities.rnce_is_dpo,
     identities.rnce_is_one_hot_info_nca,
     identities.info_nca_of_two_is_smoothed_dpo,
+    identities.limits_of_two,
     identities.values_at_the_reference,
     identities.gradient_coefficients,
     identities.invariances,
+    identities.ties,
     concepts.normalizer_estimate,
     normalizer.proposition_3_3,
     normalizer.bias_and_variance,
@@ -28,6 +30,9 @@ EXPERIMENTS: tuple[Callable[[], Findings], ...] = (
     fixed_points.kernel_is_reversible,
     fixed_points.accepted_proposals,
     fixed_points.chain_bias,
+    mismatch.random_starts,
+    mismatch.drift,
+    mismatch.coverage,
     optima.info_nca_optimum,
     optima.info_nca_depends_on_alpha_times_beta,
     concepts.optimal_policies,
@@ -49,6 +54,7 @@ CURVES = (
     "normalizer_bias",
     "fisher_consistency",
     "cd_bias",
+    "drift",
     "nca_ceiling",
     "pair_gradient",
     "beta_mismatch",
