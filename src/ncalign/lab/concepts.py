@@ -21,6 +21,7 @@ from ncalign.lab.policies import (
     tuples,
 )
 from ncalign.lab.results import Curve, Findings, Line, fitted_exponent
+from ncalign.objectives import rnce_loss
 from ncalign.objectives.kernels import importance_log_weights, kernel_probabilities
 
 SIZE, GROUP = 5, 3
@@ -40,7 +41,9 @@ def normalizer_estimate() -> Findings:
     means, corrected_off = [], []
     for num in COUNTS:
         columns, counts, log_orders = multisets(SIZE, num)
-        estimates = r[columns].logsumexp(dim=1) - torch.full((), num, dtype=torch.float64).log()
+        # RNCE is -r_0 plus the log of the sum over the group.
+        sums = rnce_loss(r[columns], firsts(columns), every(columns)) + r[columns[:, 0]]
+        estimates = sums - torch.full((), num, dtype=torch.float64).log()
         log_q = importance_log_weights(kernel.expand(len(columns), -1), columns)
         corrected = (reference.log()[columns] + r[columns] + log_q).logsumexp(dim=1)
         by_reference, by_kernel = (multiset_probabilities(counts, log_orders, q) for q in (reference, kernel[0]))
