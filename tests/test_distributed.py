@@ -278,8 +278,9 @@ class TestSharded:
             {"activation_checkpointing": True, "objective": {"name": "nca"}},
             {"lora": {"r": 4}},
             {"lora": {"r": 4}, "merge": True},
+            {"objective": {"name": "mc_po", "proposals": "last_visit", "acceptance": True}},
         ],
-        ids=["all weights", "accumulation", "activation checkpointing", "adapter", "merged adapter"],
+        ids=["all weights", "accumulation", "activation checkpointing", "adapter", "merged adapter", "last visits"],
     )
     def test_equals_one_process(self, config: Config, launch: Callable[..., Done], fields: dict[str, Any]) -> None:
         alone = config("alone", processes=1, **{k: v for k, v in fields.items() if k in ("objective", "lora", "merge")})

@@ -35,8 +35,11 @@ def row(*values: float) -> Tensor:
     return torch.tensor([values], dtype=torch.float64)
 
 
-def corrected(sampler: Sampler, settings: KernelSettings, rewards: Tensor, r: Tensor) -> list[tuple[float, Tensor, Tensor]]:
+def corrected(
+    sampler: Sampler, settings: KernelSettings, rewards: Tensor, r: Tensor, drawn_by: Tensor | None = None
+) -> list[tuple[float, Tensor, Tensor]]:
     """Every draw of the positive's negatives: its probability, its columns, and the corrected implicit rewards."""
+    scores = r.detach() if drawn_by is None else drawn_by
     mask = ~rewards.isnan()
     below = mask & (rewards < 1.0)
     visible = below.clone()
@@ -44,11 +47,11 @@ def corrected(sampler: Sampler, settings: KernelSettings, rewards: Tensor, r: Te
     kernel = build_kernel(settings)
     assert kernel.expected is not None
     assert sampler.log_q is not None
-    expected = kernel.expected(r, rewards, torch.tensor([0]), visible, mask)
+    expected = kernel.expected(scores, rewards, torch.tensor([0]), visible, mask)
     found = []
     for share, counts in outcomes(expected[0]):
         columns = pad(as_often(counts.unsqueeze(0), settings.num_negatives), (1, 0), value=0)
-        log_q = sampler.log_q(r.detach(), rewards, mask, columns)
+        log_q = sampler.log_q(scores, rewards, mask, columns)
         found.append((share, columns, r.gather(1, columns.clamp(min=0)) - log_q))
     return found
 
@@ -79,6 +82,37 @@ def test_several_corrected_draws_estimate_the_normaliser_and_the_gradient(
         full = (r.exp()[below].sum() + r[0, 0].exp()).log() - r[0, 0]
         assert values == pytest.approx([float(full.detach())] * len(values), abs=1e-12)
         torch.testing.assert_close(gradient, torch.autograd.grad(full, r)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("num_negatives", "replacement"), [(1, False), *DRAWN[:1], *DRAWN[3:4]])
+def test_draws_by_outdated_scores_estimate_the_current_normaliser(group: str, num_negatives: int, replacement: bool) -> None:
+    rewards, r = row(*GROUPS[group][0]), row(*GROUPS[group][1])
+    outdated = row(3.0, 0.1, 1.3, -0.5, 0.4)
+    settings = KernelSettings("mc", num_negatives, replacement=replacement)
+    sampler = mc_sampler(settings, log_q_correction=True, last_visit=True)
+    settings = KernelSettings("mc", num_negatives, replacement=replacement, proportional=not replacement)
+    mean = sum(
+        share * float(logits[:, 1:].exp()[columns[:, 1:] >= 0].sum())
+        for share, columns, logits in corrected(sampler, settings, rewards, r, outdated)
+    )
+    below = (rewards < 1.0) & ~rewards.isnan()
+    assert mean == pytest.approx(float(r.exp()[below].sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("tempering", [{}, {"target_ess": 0.7}])
+def test_permuting_and_padding_change_no_correction(replacement: bool, tempering: dict[str, float]) -> None:
+    settings = KernelSettings("mc", 2, replacement=replacement, **tempering)  # type: ignore[arg-type]
+    sampler = mc_sampler(settings, log_q_correction=True)
+    assert sampler.log_q is not None
+    rewards, r, mask = row(1.0, 0.0, 0.2, 0.0, 0.5), row(0.3, 1.2, -0.4, 0.8, 0.1), torch.ones(1, 5, dtype=torch.bool)
+    found = sampler.log_q(r, rewards, mask, torch.tensor([[0, 3, 1]]))
+    order = [3, 0, 4, 1, 2]
+    moved = torch.tensor([[order.index(column) for column in (0, 3, 1)]])
+    torch.testing.assert_close(sampler.log_q(r[:, order], rewards[:, order], mask, moved), found, rtol=0, atol=1e-12)
+    padded = (pad(r, (0, 2), value=math.nan), pad(rewards, (0, 2), value=math.nan), pad(mask, (0, 2), value=False))
+    torch.testing.assert_close(sampler.log_q(*padded, torch.tensor([[0, 3, 1]])), found, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("group", GROUPS)

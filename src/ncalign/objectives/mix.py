@@ -152,7 +152,10 @@ def _refuse_what_does_not_mix(name: str, methods: Mapping[str, Method]) -> None:
                 "(qrpo can be mixed with reference_rewards: candidates)"
             )
     levels = {label: method.hooks.baseline for label, method in methods.items()}
-    scores = {label: None if method.sampler is None else method.sampler.scores for label, method in methods.items()}
+    scores = {
+        label: None if (own := method.sampler) is None or own.scores is None else (own.scores, own.last_visit)
+        for label, method in methods.items()
+    }
     for what, found in (("measure scores from different levels", levels), ("draw negatives by different scores", scores)):
         known = {label: value for label, value in found.items() if value is not None}
         if len(set(known.values())) > 1:
@@ -212,6 +215,7 @@ def _sampler(parts: Sequence[_Part]) -> Sampler:
         len(parts),
         temperature if drawing and drawing[0].sampler.temperature is not None else None,
         parts[0].sampler.accepts,
+        any(part.sampler.last_visit for part in reading),
     )
 
 

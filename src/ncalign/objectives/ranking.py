@@ -256,6 +256,11 @@ class MCPO(Frozen):
     acceptance: bool = Field(
         False, description="Whether a draw is a proposal, which the loss weighs with the probability that it is accepted."
     )
+    proposals: Literal["current", "last_visit"] = Field(
+        "current",
+        description="Whose scores mc draws by: the current policy's, of a pass over all candidates; or without that pass, "
+        "each candidate's as it last entered the loss, which needs acceptance or log_q_correction.",
+    )
 
     @model_validator(mode="after")
     def _correction_is_possible(self) -> MCPO:
@@ -283,6 +288,7 @@ class MCPO(Frozen):
                 scores=by_logprob if self.kernel_score == "policy_logprob" else by_log_ratio,
                 log_q_correction=self.log_q_correction,
                 acceptance=self.acceptance,
+                last_visit=self.proposals == "last_visit",
             ),
         )
 

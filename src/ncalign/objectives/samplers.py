@@ -38,6 +38,8 @@ class Sampler:
         blocks: equally wide blocks that the columns consist of, the positive first in each: those of a mix's parts.
         temperature: ``(scores, positive, rewards, mask) -> [B]``, the kernel's where it is found for each group; for metrics.
         accepts: whether column 1 is a proposal, which the loss weighs with the probability that it is accepted; for metrics.
+        last_visit: whether `select` and `log_q` read, in training, each candidate's score as it was when the candidate last
+            entered the loss (before that, the starting one), so that nothing is scored for them.
     """
 
     select: Select
@@ -49,6 +51,7 @@ class Sampler:
     blocks: int = 1
     temperature: Probabilities | None = None
     accepts: bool = False
+    last_visit: bool = False
 
 
 def by_log_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -62,7 +65,12 @@ def by_logprob(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def mc_sampler(
-    settings: KernelSettings, *, scores: Scores = by_log_ratio, log_q_correction: bool = False, acceptance: bool = False
+    settings: KernelSettings,
+    *,
+    scores: Scores = by_log_ratio,
+    log_q_correction: bool = False,
+    acceptance: bool = False,
+    last_visit: bool = False,
 ) -> Sampler:
     """The positive, and M negatives that a kernel chooses among the candidates below it.
 
@@ -72,16 +80,14 @@ def mc_sampler(
         log_q_correction: Whether each negative's score is corrected for the probability with which it was drawn.
         acceptance: Whether the draw is a proposal that moves on from the positive, and its score is corrected by
             `proposal_log_ratio`: a logistic loss then weighs it with the probability that it is accepted.
+        last_visit: Whether the kernel draws by the scores of each candidate's last visit, which one of the corrections must
+            make up for.
 
     Raises:
-        ValueError: A correction is asked for where the draw's probability is not known, or both are.
+        ValueError: A correction is asked for where the draw's probability is not known, or both are, or none is where outdated
+            scores are drawn by.
     """
-    if log_q_correction:
-        _check_correction(settings)
-        settings = replace(settings, proportional=not settings.replacement)
-    if acceptance:
-        _check_acceptance(settings, log_q_correction)
-    built = build_kernel(settings)
+    built, correct = _with_correction(settings, log_q_correction, acceptance, last_visit)
 
     def select(
         scores: Float[Tensor, "B K"] | None,
@@ -109,20 +115,28 @@ def mc_sampler(
         select,
         scores if built.reads_scores else None,
         kernel,
-        _correction(settings, built, acceptance=acceptance, log_q=log_q_correction),
+        correct,
         1 + settings.num_negatives,
         None if settings.include_positive or acceptance else _below_best,
         temperature=None if built.temperature is None else temperature,
         accepts=acceptance,
+        last_visit=last_visit,
     )
 
 
-def _correction(settings: KernelSettings, kernel: Kernel, *, acceptance: bool, log_q: bool) -> LogQ | None:
-    """The correction of the scores, where there is one."""
+def _with_correction(settings: KernelSettings, log_q: bool, acceptance: bool, last_visit: bool) -> tuple[Kernel, LogQ | None]:
+    """The kernel, and the correction of its scores where there is one; refuses what can't be corrected."""
+    if log_q:
+        _check_correction(settings)
+    if acceptance:
+        _check_acceptance(settings, log_q)
+    if last_visit:
+        _check_last_visit(settings, corrected=acceptance or log_q)
+    kernel = build_kernel(replace(settings, proportional=not settings.replacement) if log_q else settings)
     if acceptance:
         # Blind proposals are as likely there as back, whatever the scores are: the log-ratio of the two is 0.
-        return accepting(settings.temperature, settings.target_ess) if settings.strategy == "mc" else None
-    return dividing(kernel) if log_q else None
+        return kernel, accepting(settings.temperature, settings.target_ess) if settings.strategy == "mc" else None
+    return kernel, dividing(kernel) if log_q else None
 
 
 def dividing(kernel: Kernel) -> LogQ:
@@ -223,6 +237,21 @@ def _check_correction(settings: KernelSettings) -> None:
         raise ValueError(
             "log_q_correction needs negatives whose probability is known: strategy mc without include_positive and "
             "num_proposals"
+        )
+
+
+def _check_last_visit(settings: KernelSettings, *, corrected: bool) -> None:
+    """Refuse outdated scores where none are read, or where nothing makes up for them."""
+    if settings.strategy != "mc":
+        raise ValueError(
+            f"proposals: last_visit is for strategy mc: {settings.strategy!r} does not draw from a softmax of scores, whose "
+            "age could be made up for; leave proposals out, or take mc"
+        )
+    if not corrected:
+        raise ValueError(
+            "proposals: last_visit draws by outdated scores, and nothing here makes up for that: add acceptance: true (the "
+            "pair that the loss computes decides by exact scores), or log_q_correction: true (each negative is divided by the "
+            "probability with which the outdated scores drew it)"
         )
 
 

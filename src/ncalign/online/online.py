@@ -49,6 +49,7 @@ from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.data import count_steps, fit_method, listed_steps, mismatched_groups, steps_of
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
+from ncalign.training.last_visits import LastVisits, draws_by_last_visits
 from ncalign.training.launch import make_accelerator
 from ncalign.training.loading import open_policy
 from ncalign.training.loop import Intervals, Loop
@@ -276,6 +277,9 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         log=lambda row: run.track(metrics, {**row, "round": number + 1}),
         mismatched=_mismatched(run, method, pool, number),
         reference_step=position.start if at_reference else -1,
+        last_visits=LastVisits.of(pool.groups, start=position.start, known=pool.known)
+        if draws_by_last_visits(method)
+        else None,
     )
     if position.loop is not None:
         loop.restore(position.loop)
@@ -296,6 +300,8 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         loop.run(position.step, save=checkpoint, ends=ends)
     # A run that goes on logs what it logged last: which step that was, the metrics say.
     position.step, position.loop, position.ended = int(loop.last["step"]), loop.state(), True
+    # The next round has other candidates.
+    position.loop.pop("last_visits", None)
     save(run, position)
 
 

@@ -63,6 +63,7 @@ class Pool:
 
     Attributes:
         groups: to train on, with reference log-probs.
+        known: of each group to train on, the log-probs under the policy that generated it, where they are known.
         measured: the prompts that are kept out of training, with their fresh completions and what these earned.
         generating: their log-probs under the policy that generated them.
         health: numbers of the fresh completions.
@@ -74,6 +75,7 @@ class Pool:
     generating: list[tuple[float, ...]]
     health: dict[str, float] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
+    known: list[tuple[float, ...] | None] = field(default_factory=list)
 
 
 # --- Rank and encode --------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def build_pool(
     kept_out: Sequence[ScoredSamples],
 ) -> Pool:
     """The pool from its phases' artefacts: of what was answered to train on, and of what was for the drift (``kept_out``)."""
-    groups, shares = [], []
+    groups, known, shares = [], list[tuple[float, ...] | None](), []
     for group, before, base in zip(ranked, generating, reference, strict=True):
         if not group.columns:
             continue
@@ -249,6 +251,7 @@ def build_pool(
             )
             shares.append(share)
         groups.append(_selected(group, base, weights))
+        known.append(None if before is None else tuple(before[k] for k in group.columns))
     told = [(group, before[: group.num_fresh]) for group, before in zip(ranked, generating, strict=True) if before is not None]
     health = pool_health(
         [[c.text for c in one.completions] for one in answered],
@@ -276,7 +279,7 @@ def build_pool(
         ),
     }
     measured = [(group.encoded, before) for group, before in told if group.kept_out]
-    return Pool(groups, [group for group, _ in measured], [before for _, before in measured], health, counts)
+    return Pool(groups, [group for group, _ in measured], [before for _, before in measured], health, counts, known)
 
 
 def importance_weights(

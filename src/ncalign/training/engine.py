@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from ncalign.model.routing import RouterLoss, load_balancing_loss
 from ncalign.objectives import LossInputs, Method, Sampler
 from ncalign.objectives.kernels import pick_positive
 from ncalign.objectives.mix import total
+from ncalign.training.last_visits import LastVisits
 from ncalign.training.metrics import NAN, PassResult
 from ncalign.training.peers import put_together
 
@@ -37,10 +39,18 @@ class Pass:
     counted: bool
 
 
+class Last(NamedTuple):
+    """What a step draws by: the candidates' last visits, and the number of steps taken before it."""
+
+    visits: LastVisits
+    step: int
+
+
 class Scoring(Enum):
     """Where the scores come from that a sampler reads in training."""
 
     NONE = "the sampler reads none"
+    LAST = "each candidate's last visit"
     KNOWN = "the policy is the reference still, whose log-probs are in hand"
     APART = "a pass over all candidates without gradients"
     TOGETHER = "the pass with gradients, which all candidates go through"
@@ -107,6 +117,8 @@ class Engine:
         ``at_reference``: the policy is known to be the reference still.
         """
         sampler = self.method.sampler
+        if sampler is not None and sampler.last_visit:
+            return Scoring.LAST
         if at_reference:
             return Scoring.KNOWN
         if sampler is None or sampler.scores is None:
@@ -122,11 +134,17 @@ class Engine:
         cheaper = passed * self.token_cost < (0.0 if self.prompts_once else prompts)
         return Scoring.TOGETHER if cheaper else Scoring.APART
 
-    def train_pass(self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0) -> PassResult:
+    def train_pass(
+        self, part: Pass, *, epoch: int, scoring: Scoring, baseline: float = 0.0, last: Last | None = None
+    ) -> PassResult:
         """Score, draw, and evaluate the objective on what was drawn, with gradients.
 
-        The sampler's random numbers depend on ``epoch``; ``baseline`` is the level that the method measures scores from.
+        The sampler's random numbers depend on ``epoch``; ``baseline`` is the level that the method measures scores from, and
+        ``last`` what it draws by where scores are those of the last visit.
         """
+        if scoring is Scoring.LAST:
+            assert last is not None
+            return self._train_pass_on_last_visit(part, epoch, baseline, last)
         batch = self.batch(part)
         mask = batch.candidate_mask
         if scoring is Scoring.APART and self.prompts_once:
@@ -144,6 +162,20 @@ class Engine:
         entering = self._train(batch, select) if trained is None else _chosen(trained, entered)
         logprobs = _placed(logprobs.to(entering.logprobs.dtype), entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
         return self._account(batch, entering, logprobs, scores, entered, baseline)
+
+    def _train_pass_on_last_visit(self, part: Pass, epoch: int, baseline: float, last: Last) -> PassResult:
+        """Draw by what was seen of the candidates last, and compute nothing but what was drawn."""
+        batch = self.batch(part)
+        mask, width = batch.candidate_mask, batch.candidate_mask.shape[1]
+        seen = last.visits.rows(part.indices, width).to(mask.device, non_blocking=True)
+        select, scores = self._select(batch, seen, part, epoch)
+        entered = _moved(select, mask.device)
+        entering = self._train(batch, select)
+        unknown = torch.full(mask.shape, NAN, dtype=entering.logprobs.dtype, device=mask.device)
+        logprobs = _placed(unknown, entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
+        ages = last.visits.ages(part.indices, width, step=last.step).masked_fill(self._read(part) < 0, NAN).nanmean(dim=1)
+        found = self._account(batch, entering, logprobs, scores, entered, baseline)
+        return replace(found, score_age=ages.to(mask.device, non_blocking=True))
 
     def _train_pass_on_shared_prompts(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> PassResult:
         """Scores without gradients and the chosen candidates with, on the same prompts."""

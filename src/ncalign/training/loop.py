@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from ncalign.core.progress import Bar, say
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.routing import RouterLoss
-from ncalign.training.engine import Engine, Pass
+from ncalign.training.engine import Engine, Last, Pass
+from ncalign.training.last_visits import LastVisits
 from ncalign.training.metrics import (
     ChosenAlarm,
     MetricMeans,
@@ -59,6 +60,7 @@ class Loop:
         mismatched: for methods that measure from them, each training group's prompt with a completion of another.
         eval_mismatched: the same of the groups held out.
         reference_step: the step before which the policy is the reference still; -1 for none.
+        last_visits: of the groups' candidates, where the method draws by them.
         seen: sum and number of the trained groups' mean implicit rewards.
     """
 
@@ -74,6 +76,7 @@ class Loop:
     mismatched: Sequence[EncodedGroup] = ()
     eval_mismatched: Sequence[EncodedGroup] = ()
     reference_step: int = 0
+    last_visits: LastVisits | None = None
     seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     alarm: ChosenAlarm = field(default_factory=ChosenAlarm)
     means: MetricMeans = field(default_factory=MetricMeans)
@@ -129,7 +132,11 @@ class Loop:
         """What a resumed run needs to log what this one would have logged; JSON values."""
         sums, counts = self.gathered(self.means)
         alarm: Alarm = {"history": self.alarm.history, "rung": self.alarm.rung}
-        return {"sums": sums, "counts": counts, "alarm": alarm, "last": self.last, "seen": self.seen}
+        state: LoopState = {"sums": sums, "counts": counts, "alarm": alarm, "last": self.last, "seen": self.seen}
+        if self.last_visits is not None:
+            self.last_visits.exchange(self.engine.accelerator)
+            state["last_visits"] = self.last_visits.state()
+        return state
 
     def restore(self, state: LoopState) -> None:
         """Take over from :meth:`state`; the sums of all processes lie with the first one."""
@@ -137,6 +144,8 @@ class Loop:
             self.means = MetricMeans(state["sums"], state["counts"])
         self.alarm.history, self.alarm.rung = state["alarm"]["history"], state["alarm"]["rung"]
         self.last, self.seen = state["last"], state["seen"]
+        if self.last_visits is not None and "last_visits" in state:
+            self.last_visits.restore(state["last_visits"])
 
     def step(self, step: int) -> tuple[float, int]:
         """One optimizer step over the step's groups; returns the gradient norm and the tokens this process ran."""
@@ -147,12 +156,17 @@ class Loop:
         # Gradients are averaged over processes; each adds its groups' share of the step's mean.
         scale = accelerator.num_processes / len(indices)
         tokens, counted, names, found = 0, list[tuple[Pass, Tensor]](), list[list[str]](), list[Tensor]()
+        if self.last_visits is not None:
+            self.last_visits.begin(indices, accelerator)
         baseline = self.baseline([self.mismatched[index] for index in indices] if self.mismatched else ())
         for number, part in enumerate(parts):
             with engine.no_sync_but_last(number, len(parts)):
-                result = engine.train_pass(part, epoch=epoch, scoring=scoring, baseline=baseline)
+                last = None if self.last_visits is None else Last(self.last_visits, step)
+                result = engine.train_pass(part, epoch=epoch, scoring=scoring, baseline=baseline, last=last)
                 accelerator.backward(training_loss(result, part, engine.router) * (scale if part.counted else 0.0))
             if part.counted:
+                if self.last_visits is not None:
+                    self.last_visits.visit(part.indices, result.logprobs, step=step)
                 metrics = group_metrics(result)
                 names.append(list(metrics))
                 found.append(torch.cat([sums_and_counts(metrics), mean_implicit_reward(result).unsqueeze(1)], dim=1))

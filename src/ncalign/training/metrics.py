@@ -43,6 +43,7 @@ class PassResult:
         shares: what each part of a mix adds to the loss, weighted; None for other methods.
         temperature: of the kernel, where it is found for each group.
         acceptance: probability that each group's proposal is accepted, where the method proposes; NaN without a proposal.
+        score_age: steps since the scores that the kernel drew by were computed, a mean over each group's candidates.
     """
 
     loss: Float[Tensor, " B"]
@@ -60,6 +61,7 @@ class PassResult:
     shares: dict[str, Tensor] | None = None
     temperature: Float[Tensor, " B"] | None = None
     acceptance: Float[Tensor, " B"] | None = None
+    score_age: Float[Tensor, " B"] | None = None
 
 
 def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
@@ -94,6 +96,8 @@ def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
         metrics["kernel/temperature"] = result.temperature
     if result.acceptance is not None:
         metrics["kernel/acceptance"] = result.acceptance
+    if result.score_age is not None:
+        metrics["kernel/score_age"] = result.score_age
     if result.target_weights is not None:
         metrics["targets/entropy"] = kernel_entropy(result.target_weights)
     metrics |= {f"loss/{part}": share for part, share in (result.shares or {}).items()}

@@ -20,6 +20,15 @@ class Alarm(TypedDict):
     rung: bool
 
 
+class LastVisitsState(TypedDict):
+    """:meth:`ncalign.training.last_visits.LastVisits.state`: lists of one length."""
+
+    rows: list[Count]
+    columns: list[Count]
+    steps: list[Count]
+    logprobs: list[Number]
+
+
 class LoopState(TypedDict):
     """:meth:`ncalign.training.loop.Loop.state`."""
 
@@ -28,6 +37,7 @@ class LoopState(TypedDict):
     alarm: Alarm
     last: Numbers
     seen: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    last_visits: NotRequired[LastVisitsState]
 
 
 class SavedState(TypedDict):
