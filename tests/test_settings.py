@@ -145,6 +145,33 @@ def test_another_method_by_flag_drops_the_fields_of_the_file(write) -> None:
 MIX = "objective:\n  name: mix\n  parts:\n    - dpo\n    - name: bco\n      beta: 2e-1\n      threshold: none\n    - nll\n"
 
 
+def test_a_section_within_a_section(write) -> None:
+    written = write("objective:\n  name: nca\n  estimator: {candidates: 3}\n")
+    assert load(TrainConfig, written, {}).objective == NCA(estimator={"candidates": 3})
+    flags = {"objective.estimator.candidates": "2", "objective.beta": "0.2"}
+    assert load(TrainConfig, written, flags).objective == NCA(beta=0.2, estimator={"candidates": 2})
+    assert load(TrainConfig, None, NEEDED | {"objective": "nca"} | flags).objective.estimator.candidates == 2
+    on = NEEDED | {"objective": "nca", "objective.estimator": "true"}
+    assert load(TrainConfig, None, on).objective.estimator.candidates == "auto"
+    assert load(TrainConfig, None, on | {"objective.estimator.candidates": "4"}).objective.estimator.candidates == 4
+    assert load(TrainConfig, written, {"objective.estimator": "false"}).objective == NCA()
+    assert load(TrainConfig, write("objective: {name: nca, estimator: true}\n"), {}).objective == NCA(estimator={})
+
+
+def test_mistakes_in_a_section_within_a_section_are_placed(write) -> None:
+    (problem,) = problems(write("objective:\n  name: nca\n  estimator:\n    candidates: 0\n"))
+    assert problem.startswith("run.yaml:7: objective.estimator.candidates: found '0'; must be greater than or equal to 1")
+    (problem,) = problems(None, {"objective": "nca", "objective.estimator.candidate": "2"}, needed=True)
+    assert problem == "unknown flag '--objective.estimator.candidate'; did you mean '--objective.estimator.candidates'?"
+    (problem,) = problems(write("objective:\n  name: dpo\n  estimator: true\n"))
+    assert problem.startswith("run.yaml:4: objective: dpo: an estimator replaces the gradients of a whole group's candidates")
+    (problem,) = problems(None, {"objective": "mc_po", "objective.estimator.candidates": "2"}, needed=True)
+    assert problem.startswith("unknown flag '--objective.estimator' (a field of ")
+    off = {"objective": "nca", "objective.estimator": "false", "objective.estimator.candidates": "2"}
+    (problem,) = problems(None, off, needed=True)
+    assert "switches it off" in problem
+
+
 def test_a_list_of_sections_has_names_sections_and_flags(write) -> None:
     mix = Mix(parts=(DPO(), BCO(beta=0.2), NLL()), weights=(0.8, 0.2, 1.0))
     config = load(TrainConfig, write(MIX + "  weights: [0.8, 0.2, 1]\n"), {})
@@ -186,11 +213,14 @@ def test_unknown_nested_key(write) -> None:
 
 def test_unknown_nested_key_without_a_near_name_lists_the_methods_fields(write) -> None:
     (problem,) = problems(write("objective:\n  name: nca\n  zzz: 0.1\n"))
-    assert problem == "run.yaml:6: unknown key 'objective.zzz'; 'nca' has beta, alpha, target_entropy, transform, normalizer"
+    assert (
+        problem
+        == "run.yaml:6: unknown key 'objective.zzz'; 'nca' has beta, estimator, alpha, target_entropy, transform, normalizer"
+    )
 
 
 def test_a_field_of_another_method_names_its_owners(write) -> None:
-    known = "(a field of info_nca, exo, swepo, nca); 'dpo' has beta, pairing, label_smoothing"
+    known = "(a field of info_nca, exo, swepo, nca); 'dpo' has beta, estimator, pairing, label_smoothing"
     (problem,) = problems(write("objective:\n  name: dpo\n  alpha: 1\n"))
     assert problem == f"run.yaml:6: unknown key 'objective.alpha' {known}"
     (problem,) = problems(None, {"objective": "dpo", "objective.alpha": "1"}, needed=True)

@@ -45,6 +45,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rnce": {"name": "rnce"},
     "info_nca": {"name": "info_nca"},
     "nca": {"name": "nca"},
+    "nca of two": {"name": "nca", "estimator": {"candidates": 2}},
     "nca_pair": {"name": "nca_pair"},
     "dpo": {"name": "dpo"},
     "dpo of each": {"name": "dpo", "pairing": "best_vs_each"},
@@ -89,6 +90,7 @@ class TestFirstLoss:
         "rnce": (math.log(2) + math.log(3) + math.log(4)) / 3,
         "info_nca": (math.log(2) + math.log(3) + math.log(4)) / 3,
         "nca": 2 * math.log(2),
+        "nca of two": 2 * math.log(2),
         "nca_pair": 2 * math.log(2),
         "dpo": math.log(2),
         "dpo of each": math.log(2),
@@ -114,7 +116,7 @@ class TestEquivalences:
     SPLITS = ((8, 1), (4, 2), (2, 4), (1, 8))
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
-    @pytest.mark.parametrize("name", ["mc_po", "nca", "dpo of each", "mix"])
+    @pytest.mark.parametrize("name", ["mc_po", "nca", "nca of two", "dpo of each", "mix"])
     def test_gradient_accumulation(self, config: Config, name: str, dtype: str) -> None:
         # In float32 a sum of some 25 token log-probs carries rounding of about 1e-5 nats, which the loss shows.
         tolerance = {"float32": 1e-5, "float64": 1e-9}[dtype]
@@ -156,7 +158,7 @@ class TestEquivalences:
         run_training(recomputed)
         assert relative_distance(weights(plain.output_dir), weights(recomputed.output_dir)) <= 1e-6
 
-    @pytest.mark.parametrize("name", ["mc_po", "mc_po of last visits"])
+    @pytest.mark.parametrize("name", ["mc_po", "mc_po of last visits", "nca of two"])
     def test_two_processes(self, config: Config, start: Callable[..., Any], name: str) -> None:
         fields = {"num_train_epochs": 4, "eval_fraction": 0.3, "dtype": "float64", "objective": OBJECTIVES[name]}
         if name != "mc_po":
@@ -178,7 +180,16 @@ class TestEquivalences:
 class TestCheckpoints:
     """A run that was killed ends as if it had not been."""
 
-    @pytest.mark.parametrize("fields", [{}, {"lora": {"r": 4, "dropout": 0.1}}], ids=["all weights", "adapter with dropout"])
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"lora": {"r": 4, "dropout": 0.1}},
+            {"objective": OBJECTIVES["nca of two"]},
+            {"objective": {"name": "nca", "estimator": {"candidates": "auto"}}, "lora": {"r": 4, "dropout": 0.1}},
+        ],
+        ids=["all weights", "adapter with dropout", "estimator", "estimator that chooses, with dropout"],
+    )
     def test_killed_and_resumed_is_bitwise_the_same(
         self, config: Config, start: Callable[..., Any], fields: dict[str, Any]
     ) -> None:

@@ -117,6 +117,9 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
         for inner in dict.fromkeys(inner for model in models for inner in settings.own_fields(model)):
             owners = {settings.model_name(model): fields(model)[inner] for model in models if inner in fields(model)}
             _add(group, f"{name}.{inner}", list(owners.values()), _explained_by_method(owners, len(models)))
+            for section in settings.section_models(next(iter(owners.values()))):
+                for deep, deep_info in fields(section).items():
+                    _add(group, f"{name}.{inner}.{deep}", [deep_info], _explained({deep: deep_info}))
     elif models:
         _add(group, name, [info], f"{info.description} (default: false; any flag below switches it on)")
         for inner, inner_info in fields(models[0]).items():

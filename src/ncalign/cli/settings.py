@@ -156,7 +156,7 @@ def field_names(model: type[BaseModel]) -> list[str]:
     """List the dotted names of all fields, those of every method included."""
     names = []
     for key, info in fields(model).items():
-        inner = (name for section in section_models(info) for name in fields(section))
+        inner = (name for section in section_models(info) for name in field_names(section))
         names += [key, *(f"{key}.{name}" for name in inner if not (is_choice(info) and name == "name"))]
     return list(dict.fromkeys(names))
 
@@ -286,15 +286,24 @@ def _apply_flags(known: Mapping[str, FieldInfo], draft: Draft, flags: Mapping[st
     """Lay flags over the file's values; the switch of a section goes before the fields in it."""
     for name in sorted(flags, key=lambda name: name.count(".")):
         head, _, inner = name.partition(".")
-        section = draft.values.get(head)
-        if inner and section is None and head in flags:
-            draft.problems.append(f"--{name}: can't be used with --{head} {flags[head]}, which switches it off")
+        section, around = draft.values.get(head), name.rpartition(".")[0]
+        off = section is None if around == head else flags.get(around, "on").lower() in _OFF | _NULLS
+        if inner and off and around in flags:
+            draft.problems.append(f"--{name}: can't be used with --{around} {flags[around]}, which switches it off")
         elif not inner and section_models(known[head]):
             _switch_section(known[head], draft, head, flags[head])
         else:
-            fields_so_far = section if isinstance(section, dict) else {}
-            draft.values[head] = {**fields_so_far, inner: flags[name]} if inner else flags[name]
+            draft.values[head] = _with_flag(section, inner, flags[name])
             draft.where[tuple(name.split("."))] = f"--{name}"
+
+
+def _with_flag(section: object, inner: str, text: str) -> object:
+    """Lay a flag over the value of a section, or of a section in it: ``objective.estimator.candidates``."""
+    if not inner:
+        return text
+    so_far = section if isinstance(section, dict) else {}
+    head, _, rest = inner.partition(".")
+    return {**so_far, head: _with_flag(so_far.get(head), rest, text)}
 
 
 def _switch_section(info: FieldInfo, draft: Draft, head: str, text: str) -> None:
@@ -337,7 +346,7 @@ def _read_values(
             guesses.add(_report_unknown(draft, key, value, model, choices))
             del values[name]
             continue
-        value = values[name] = _read_text(info, value) if isinstance(value, str) else value
+        value = values[name] = _read_text(info, _opened(info, value)) if isinstance(value, str) else value
         if isinstance(value, dict) and section_models(info):
             found = _read_section(info, draft, value, key)
         elif isinstance(value, list) and (item := item_info(info)) is not None:
@@ -373,8 +382,10 @@ def _read_items(info: FieldInfo, draft: Draft, items: list[object], key: Key) ->
     return None if None in found else set().union(*(guesses for guesses in found if guesses is not None))
 
 
-def _read_text(info: FieldInfo, text: str) -> object:
+def _read_text(info: FieldInfo, text: object) -> object:
     """Read ``null`` as nothing, and ``a,b`` and ``[a, b]`` as lists, where the field takes them."""
+    if not isinstance(text, str):
+        return text
     if NoneType in kinds(info) and text.strip().lower() in _NULLS:
         return None
     if not is_list(info) or (str in kinds(info) and not re.search(r"^\[.*\]$|,", text.strip())):

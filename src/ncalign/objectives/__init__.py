@@ -7,9 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ncalign.objectives import anchored, binary, lists, method, mix, pairs, ranking, regression, samplers, targets
+from ncalign.objectives import anchored, binary, estimators, lists, method, mix, pairs, ranking, regression, samplers, targets
 from ncalign.objectives.anchored import *
 from ncalign.objectives.binary import *
+from ncalign.objectives.config import WholeGroup
+from ncalign.objectives.estimators import *
 from ncalign.objectives.lists import *
 from ncalign.objectives.method import *
 from ncalign.objectives.mix import *
@@ -41,7 +43,9 @@ def build_method(config: ObjectiveConfig) -> method.Method:
         >>> method.sampler.select(torch.zeros(1, 3), rewards, mask, torch.Generator().manual_seed(0))
         tensor([[1, 0]])
     """
-    return config.method()
+    estimator = config.estimator if isinstance(config, WholeGroup | mix.Mix) else None
+    made = config.method()
+    return made if estimator is None else made.estimated(estimator.number)
 
 
 __all__ = ["ObjectiveConfig", "build_method"]
@@ -54,4 +58,5 @@ __all__ += regression.__all__
 __all__ += mix.__all__
 __all__ += targets.__all__
 __all__ += samplers.__all__
+__all__ += estimators.__all__
 __all__ += method.__all__

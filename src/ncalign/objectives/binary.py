@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.objectives.config import Beta, Frozen
+from ncalign.objectives.config import Beta, WholeGroup
 from ncalign.objectives.method import (
     MISMATCHED_KL,
     RUNNING_MEAN,
@@ -361,10 +361,9 @@ class BiasedNCA(PairConfig):
         return self.pairs(biased_nca_loss)
 
 
-class LabelConfig(Frozen):
+class LabelConfig(WholeGroup):
     """Fields of the methods that read whether each candidate is desirable."""
 
-    beta: Beta = 0.1
     threshold: float | None = Field(
         None, description="A candidate with a reward above this is desirable; none: rewards are labels, 1 desirable and 0 not."
     )

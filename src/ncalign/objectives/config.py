@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from ncalign.objectives.method import Method
 
 
 class Frozen(BaseModel):
@@ -32,3 +35,43 @@ Beta = Annotated[float, Field(gt=0, description="Scale of the log-ratio: implici
 Alpha = Annotated[
     float, Field(gt=0, description="Reward temperature: target weights are softmax(reward / alpha) within a group.")
 ]
+
+
+class EstimatorConfig(Frozen):
+    """How a whole group's gradient is estimated from a few of its candidates."""
+
+    candidates: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="S, how many of a group pass through the model with gradients; auto: that at which variance times time is "
+        "least, by the training set's coefficients at the start.",
+    )
+
+    @property
+    def number(self) -> int | None:
+        """S; None where it is found from the training set."""
+        return None if self.candidates == "auto" else self.candidates
+
+
+Estimate = Annotated[
+    EstimatorConfig | None,
+    Field(description="Estimate the gradient from a few of a group's candidates, drawn and weighted to be exact on average."),
+]
+
+
+class WholeGroup(Frozen):
+    """Base of the methods whose loss may read every candidate of a group."""
+
+    name: str = ""
+    beta: Beta = 0.1
+    estimator: Estimate = None
+
+    if TYPE_CHECKING:
+
+        def method(self) -> Method: ...
+
+    @model_validator(mode="after")
+    def _estimator_is_possible(self) -> WholeGroup:
+        """Refuse, before any data is read, an estimator of what is drawn already."""
+        if self.estimator is not None:
+            self.method().estimated(self.estimator.number)
+        return self

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from ncalign.objectives.config import Alpha, Beta, Frozen
+from ncalign.objectives.config import Alpha, Beta, WholeGroup
 from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, needs_few_to_pair, needs_preference
 from ncalign.objectives.samplers import all_below
 from ncalign.objectives.targets import target_weights, working_precision
@@ -216,7 +216,7 @@ def _refuse_for_lipo(rewards: Sequence[float]) -> str | None:
     return reason
 
 
-class EXO(Frozen):
+class EXO(WholeGroup):
     """EXO: reverse KL divergence from the softmax of implicit rewards to softmax(reward/alpha) (arXiv 2402.00856)."""
 
     name: Literal["exo"] = "exo"
@@ -228,7 +228,7 @@ class EXO(Frozen):
         return compose(self.name, beta=self.beta, loss=loss, refuse=needs_candidates, hooks=hooks)
 
 
-class LiPOLambda(Frozen):
+class LiPOLambda(WholeGroup):
     """LiPO-λ: logistic loss of all pairs, weighted by what their order means for DCG (arXiv 2402.01878)."""
 
     name: Literal["lipo_lambda"] = "lipo_lambda"
@@ -238,7 +238,7 @@ class LiPOLambda(Frozen):
         return compose(self.name, beta=self.beta, loss=lipo_lambda_loss, refuse=_refuse_for_lipo)
 
 
-class HPS(Frozen):
+class HPS(WholeGroup):
     """HPS: RNCE whose negatives count by their reward, the hard ones most (arXiv 2502.14400)."""
 
     name: Literal["hps"] = "hps"
@@ -252,7 +252,7 @@ class HPS(Frozen):
         return compose(self.name, beta=self.beta, loss=loss, refuse=needs_preference, sampler=all_below())
 
 
-class SWEPO(Frozen):
+class SWEPO(WholeGroup):
     """SWEPO: candidates above the group's mean reward against the others, weighted by distance from it (arXiv 2412.04628)."""
 
     name: Literal["swepo"] = "swepo"

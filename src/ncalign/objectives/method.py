@@ -7,20 +7,20 @@ of its loss names the parts that a published method consists of, and a user's ow
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ncalign.objectives.config import Beta, Frozen, Pairing
+from ncalign.objectives.config import Pairing, WholeGroup
 from ncalign.objectives.samplers import PAIRINGS, Sampler
 from ncalign.objectives.targets import working_precision
 
 __all__ = ["log_ratio", "mean_log_ratio", "policy_logprob", "mean_logprob"]
 __all__ += ["compose", "mean_over_negatives", "mean_over_pairs", "chosen_nll", "needs_candidates", "needs_preference"]
-__all__ += ["LossInputs", "Baseline", "Hooks", "Method", "PairConfig"]
+__all__ += ["LossInputs", "Baseline", "Hooks", "Estimator", "Method", "PairConfig"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,23 @@ NO_HOOKS = Hooks()
 
 
 @dataclass(frozen=True)
+class Estimator:
+    """An estimate of a group's gradient from a few of its candidates, as :mod:`ncalign.objectives.estimators` draws them.
+
+    Attributes:
+        candidates: S, how many of a group enter; None: to be found from the training set.
+    """
+
+    candidates: int | None
+
+    @property
+    def number(self) -> int:
+        """S, once it is known."""
+        assert self.candidates is not None
+        return self.candidates
+
+
+@dataclass(frozen=True)
 class Method:
     """What a training loop needs to know of a method.
 
@@ -108,6 +125,7 @@ class Method:
         sampler: Chooses the candidates that enter; None: all of them, in the group's order.
         refuse: A group's rewards -> why it can't be used, or None.
         hooks: What the loop does besides.
+        estimator: How the gradient is estimated in training; None: it is computed in full.
     """
 
     name: str
@@ -116,6 +134,41 @@ class Method:
     sampler: Sampler | None
     refuse: Refuse
     hooks: Hooks = NO_HOOKS
+    estimator: Estimator | None = None
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether candidates are scored without gradients before those that enter are known."""
+        sampler = self.sampler
+        # Scores of the last visit come from training itself.
+        drawn = sampler is not None and sampler.scores is not None and not sampler.last_visit
+        return drawn or self.estimator is not None
+
+    def estimated(self, candidates: int | None) -> Method:
+        """The same method with its gradient estimated in training.
+
+        Args:
+            candidates: S, how many candidates of a group enter; None: as many as pay, found from the training set.
+
+        Returns:
+            The method. Its loss, and evaluation, stay those of the whole group.
+
+        Raises:
+            ValueError: The method's sampler chooses a few candidates already.
+
+        Example:
+            >>> from ncalign.objectives.binary import NCA
+            >>> NCA().method().estimated(2).estimator
+            Estimator(candidates=2)
+        """
+        if self.sampler is not None and (self.sampler.scores is not None or self.sampler.size is not None):
+            chosen = "draws by their scores" if self.sampler.scores is not None else "chooses"
+            raise ValueError(
+                f"{self.name}: an estimator replaces the gradients of a whole group's candidates, and this method {chosen} "
+                "a few of them already: leave estimator out, or take a loss of the whole group (rnce without num_negatives, "
+                "info_nca, nca, pairing best_vs_each or all_pairs)"
+            )
+        return replace(self, estimator=Estimator(candidates))
 
     def kernel_scores(self, logprobs: Float[Tensor, "B K"], reference: Float[Tensor, "B K"]) -> Float[Tensor, "B K"] | None:
         """What the sampler reads, beta included; None where it reads no scores."""
@@ -316,11 +369,9 @@ def needs_few_to_pair(rewards: Sequence[float]) -> str | None:
 # --- Methods of pairs -------------------------------------------------------------------------------------------------
 
 
-class PairConfig(Frozen):
+class PairConfig(WholeGroup):
     """Fields that all methods of pairs share."""
 
-    name: str
-    beta: Beta = 0.1
     pairing: Pairing = "best_vs_one"
 
     def pairs(self, loss: PairLoss, *, score: Score = log_ratio, anchors: Sequence[Anchor] = ()) -> Method:

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ncalign.objectives import anchored, binary, lists, pairs, ranking, regression
-from ncalign.objectives.config import Frozen
+from ncalign.objectives.config import Estimate, Frozen, WholeGroup
 from ncalign.objectives.method import Hooks, LossInputs, Method, chosen_nll
 from ncalign.objectives.samplers import Sampler, best_alone, everyone
 
@@ -250,6 +250,7 @@ class Mix(Frozen):
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None, description="Weight of each part's loss, in their order; none: 1 each."
     )
+    estimator: Estimate = None
 
     @field_validator("parts", mode="before")
     @classmethod
@@ -264,7 +265,15 @@ class Mix(Frozen):
         """Refuse, before any data is read, parts that can't be trained together."""
         if self.weights is not None and len(self.weights) != len(self.parts):
             raise ValueError(f"{len(self.weights)} weights for {len(self.parts)} parts: give one for each, in their order")
-        self.method()
+        own = [part.name for part in self.parts if isinstance(part, WholeGroup) and part.estimator is not None]
+        if own:
+            raise ValueError(
+                f"{', '.join(own)}: an estimator within a mix, whose candidates are drawn by what they count in the whole sum: "
+                "set the mix's own estimator instead"
+            )
+        method = self.method()
+        if self.estimator is not None:
+            method.estimated(self.estimator.number)
         return self
 
     def method(self) -> Method:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.objectives.config import Beta, DrawnStrategy, Frozen
+from ncalign.objectives.config import Beta, DrawnStrategy, Frozen, WholeGroup
 from ncalign.objectives.kernels import KernelSettings
 from ncalign.objectives.method import Hooks, Method, compose, needs_candidates, needs_preference
 from ncalign.objectives.samplers import all_below, by_log_ratio, by_logprob, mc_sampler, some_below
@@ -173,7 +173,7 @@ NumProposals = Annotated[
 ]
 
 
-class RNCE(Frozen):
+class RNCE(WholeGroup):
     """RNCE: the best completion against lower-scored ones, all of them or a random few (S-DPO, arXiv 2406.09215)."""
 
     name: Literal["rnce"] = "rnce"

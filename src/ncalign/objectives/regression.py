@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from ncalign.objectives.config import Beta, Frozen
+from ncalign.objectives.config import Beta, WholeGroup
 from ncalign.objectives.method import (
     Hooks,
     Method,
@@ -230,7 +230,7 @@ class SPPOHard(PairConfig):
         return self.pairs(partial(sppo_hard_loss, beta=self.beta))
 
 
-class REBEL(Frozen):
+class REBEL(WholeGroup):
     """REBEL: differences of implicit rewards fitted to those of rewards, over all pairs (arXiv 2404.16767)."""
 
     name: Literal["rebel"] = "rebel"
@@ -240,7 +240,7 @@ class REBEL(Frozen):
         return compose(self.name, beta=self.beta, loss=rebel_loss, refuse=needs_few_to_pair)
 
 
-class QRPO(Frozen):
+class QRPO(WholeGroup):
     """QRPO: implicit rewards fitted to quantile rewards with the exact partition function (arXiv 2507.08068)."""
 
     name: Literal["qrpo"] = "qrpo"

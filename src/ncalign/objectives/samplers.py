@@ -279,7 +279,9 @@ def one_below() -> Sampler:
 
 def worst_below() -> Sampler:
     """The positive and the candidate with the lowest reward."""
-    return _below(lambda rewards, below: torch.where(below, rewards, torch.inf).argsort(dim=1, stable=True)[:, :1])
+    return replace(
+        _below(lambda rewards, below: torch.where(below, rewards, torch.inf).argsort(dim=1, stable=True)[:, :1]), size=2
+    )
 
 
 def all_below() -> Sampler:

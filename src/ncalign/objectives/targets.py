@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ncalign.objectives.config import Alpha, Beta, Frozen
+from ncalign.objectives.config import Alpha, WholeGroup
 
 __all__ = ["target_weights"]
 
@@ -358,11 +358,9 @@ WEIGHTS: Mapping[str, Callable[[float], Weights]] = {
 }
 
 
-class TargetConfig(Frozen):
+class TargetConfig(WholeGroup):
     """How rewards become target weights."""
 
-    name: str = ""
-    beta: Beta = 0.1
     alpha: Alpha = 0.1
     target_entropy: float | None = Field(
         None,

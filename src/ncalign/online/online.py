@@ -47,6 +47,7 @@ from ncalign.rewards.sources import source_record
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints
 from ncalign.training.data import count_steps, fit_method, listed_steps, mismatched_groups, steps_of
+from ncalign.training.estimate import with_candidates
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
 from ncalign.training.last_visits import LastVisits, draws_by_last_visits
@@ -253,6 +254,7 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
     if notice:
         run.say(f"note: {notice}")
     engine = replace(run.engine, method=method, seed=seed_of(config.training.seed, "draws", number))
+    engine = with_candidates(engine, pool.groups)
     end = planned_end(run, position)
     plan = make_plan(
         len(pool.groups),

@@ -197,7 +197,7 @@ def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, 
         row[: len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
     mask = ~rewards.isnan()
     if method.hooks.fit is not None:
-        method = method.hooks.fit(rewards, mask)
+        method = replace(method.hooks.fit(rewards, mask), estimator=method.estimator)
     if method.hooks.target_weights is None:
         return method, ""
     return method, warn_if_degenerate(method.hooks.target_weights(rewards, mask), mask) or ""

@@ -23,6 +23,7 @@ from ncalign.model.policy import reference_mode
 from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups
 from ncalign.model.routing import RouterLoss, load_balancing_loss
 from ncalign.objectives import LossInputs, Method, Sampler
+from ncalign.objectives.estimators import Draw, coefficients, draw_candidates, surrogate_loss
 from ncalign.objectives.kernels import pick_positive
 from ncalign.objectives.mix import total
 from ncalign.training.last_visits import LastVisits
@@ -47,13 +48,30 @@ class Last(NamedTuple):
 
 
 class Scoring(Enum):
-    """Where the scores come from that a sampler reads in training."""
+    """Where the scores come from that a sampler or an estimator reads in training."""
 
-    NONE = "the sampler reads none"
+    NONE = "nothing reads any"
     LAST = "each candidate's last visit"
     KNOWN = "the policy is the reference still, whose log-probs are in hand"
     APART = "a pass over all candidates without gradients"
     TOGETHER = "the pass with gradients, which all candidates go through"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which candidates of a pass's groups enter, as columns on the host; None: all.
+
+    Attributes:
+        compared: those that the loss is computed from.
+        trained: those that pass through the model with gradients.
+        scores: what the sampler read; None: none.
+        draw: where the second stand for the first, how they were drawn.
+    """
+
+    compared: Tensor | None
+    trained: Tensor | None
+    scores: Tensor | None = None
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ class Engine:
 
         Gradients through all candidates cost `3P + 3KcT` forward passes of a token, a pass to score R of them and another
         through the chosen ones `4P + (R + 3S)cT`, or `3P + (R + 3S)cT` where they share the prompts: a group's prompt has P
-        tokens, each of its K candidates T, the sampler reads R of them, S enter the loss, and a completion token costs c.
+        tokens, each of its K candidates T, the sampler reads R of them, S enter, and a completion token costs c.
         ``at_reference``: the policy is known to be the reference still.
         """
         sampler = self.method.sampler
@@ -121,16 +139,19 @@ class Engine:
             return Scoring.LAST
         if at_reference:
             return Scoring.KNOWN
-        if sampler is None or sampler.scores is None:
+        if not self.method.reads_scores:
             return Scoring.NONE
+        size = sampler.size if sampler is not None else None
+        if self.method.estimator is not None:
+            size = self.method.estimator.number
         prompts = passed = 0.0
         for group in groups:
             lengths = torch.tensor([float(len(completion)) for completion in group.completions])
             number, tokens = len(lengths), float(lengths.sum())
             rewards, mask = torch.tensor([group.rewards], dtype=torch.float64), torch.ones(1, number, dtype=torch.bool)
-            read = mask if sampler.reads is None else sampler.reads(rewards, mask)
+            read = mask if sampler is None or sampler.reads is None else sampler.reads(rewards, mask)
             prompts += len(group.prompt)
-            passed += 3 * tokens - float(lengths[read[0]].sum()) - 3 * tokens * min(sampler.size or number, number) / number
+            passed += 3 * tokens - float(lengths[read[0]].sum()) - 3 * tokens * min(size or number, number) / number
         cheaper = passed * self.token_cost < (0.0 if self.prompts_once else prompts)
         return Scoring.TOGETHER if cheaper else Scoring.APART
 
@@ -157,57 +178,61 @@ class Engine:
             logprobs = trained.logprobs.detach().masked_fill(~mask, NAN)
         elif scoring is Scoring.APART:
             logprobs = self.score(batch, read=self._read(part), dtype=self.scoring_dtype)
-        select, scores = self._select(batch, logprobs, part, epoch)
-        entered = _moved(select, mask.device)
-        entering = self._train(batch, select) if trained is None else _chosen(trained, entered)
+        choice = self._choose(batch, logprobs, part, epoch, baseline=baseline, estimated=trained is None)
+        entered = _moved(choice.trained, mask.device)
+        entering = self._train(batch, choice.trained) if trained is None else _chosen(trained, entered)
         logprobs = _placed(logprobs.to(entering.logprobs.dtype), entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
-        return self._account(batch, entering, logprobs, scores, entered, baseline)
+        result = self._account(batch, entering, logprobs, choice, baseline)
+        if self.method.estimator is None or trained is None:
+            return result
+        number = (mask if entered is None else entered >= 0).sum(dim=1)
+        return replace(result, estimate=_estimate(number, torch.zeros_like(number), result.loss))
 
     def _train_pass_on_last_visit(self, part: Pass, epoch: int, baseline: float, last: Last) -> PassResult:
         """Draw by what was seen of the candidates last, and compute nothing but what was drawn."""
         batch = self.batch(part)
         mask, width = batch.candidate_mask, batch.candidate_mask.shape[1]
         seen = last.visits.rows(part.indices, width).to(mask.device, non_blocking=True)
-        select, scores = self._select(batch, seen, part, epoch)
-        entered = _moved(select, mask.device)
-        entering = self._train(batch, select)
+        choice = self._choose(batch, seen, part, epoch, baseline=baseline, estimated=False)
+        entered = _moved(choice.trained, mask.device)
+        entering = self._train(batch, choice.trained)
         unknown = torch.full(mask.shape, NAN, dtype=entering.logprobs.dtype, device=mask.device)
         logprobs = _placed(unknown, entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
         ages = last.visits.ages(part.indices, width, step=last.step).masked_fill(self._read(part) < 0, NAN).nanmean(dim=1)
-        found = self._account(batch, entering, logprobs, scores, entered, baseline)
+        found = self._account(batch, entering, logprobs, choice, baseline)
         return replace(found, score_age=ages.to(mask.device, non_blocking=True))
 
     def _train_pass_on_shared_prompts(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> PassResult:
         """Scores without gradients and the chosen candidates with, on the same prompts."""
-        mask, drawn, read = batch.candidate_mask, [], self._read(part)
+        mask, chosen, read = batch.candidate_mask, list[Choice](), self._read(part)
         unread = (read < 0).to(mask.device, non_blocking=True)
 
         def choose(logprobs: Tensor) -> Tensor:
-            drawn.append(self._select(batch, logprobs.masked_fill(unread, NAN), part, epoch))
-            select = drawn[0][0]
-            assert select is not None
-            return select
+            known = logprobs.masked_fill(unread, NAN)
+            chosen.append(self._choose(batch, known, part, epoch, baseline=baseline, estimated=True))
+            assert chosen[0].trained is not None
+            return chosen[0].trained
 
         self.model.train()
         entering: Scored = self.model(
             batch, read.tolist(), choose=choose, dtype=self.scoring_dtype, experts_per_token=self._experts_per_token
         )
         assert entering.scores is not None
-        select, scores = _moved(drawn[0][0], mask.device), drawn[0][1]
         known = entering.scores.to(entering.logprobs.dtype).masked_fill(unread, NAN)
-        logprobs = _placed(known, entering.logprobs.detach(), select).masked_fill(~mask, NAN)
-        return self._account(batch, entering, logprobs, scores, select, baseline)
+        trained = _moved(chosen[0].trained, mask.device)
+        logprobs = _placed(known, entering.logprobs.detach(), trained).masked_fill(~mask, NAN)
+        return self._account(batch, entering, logprobs, chosen[0], baseline)
 
     @torch.no_grad()
     def eval_pass(self, part: Pass, *, epoch: int, baseline: float = 0.0) -> PassResult:
-        """As `train_pass`, without gradients and with the log-probs of all candidates."""
+        """As `train_pass`, without gradients and with the log-probs of all candidates; the loss is the whole group's."""
         batch = self.batch(part)
         self.model.eval()
         found: Scored = self.model(batch, experts_per_token=self._experts_per_token)
         logprobs = found.logprobs.masked_fill(~batch.candidate_mask, NAN)
-        select, scores = self._select(batch, logprobs, part, epoch)
-        select = _moved(select, logprobs.device)
-        return self._account(batch, _chosen(found._replace(logprobs=logprobs), select), logprobs, scores, select, baseline)
+        choice = self._choose(batch, logprobs, part, epoch, baseline=baseline, estimated=False)
+        entering = _chosen(found._replace(logprobs=logprobs), _moved(choice.compared, logprobs.device))
+        return self._account(batch, entering, logprobs, choice, baseline)
 
     @property
     def _experts_per_token(self) -> int | None:
@@ -253,19 +278,51 @@ class Engine:
         logprobs: Tensor = self.model(batch).logprobs
         return logprobs.masked_fill(~batch.candidate_mask, NAN)
 
-    def _select(self, batch: GroupBatch, logprobs: Tensor, part: Pass, epoch: int) -> tuple[Tensor | None, Tensor | None]:
-        """The columns that enter the loss (None: all), on the host, and the scores that the sampler read (None: none)."""
+    def _choose(
+        self, batch: GroupBatch, logprobs: Tensor, part: Pass, epoch: int, *, baseline: float, estimated: bool
+    ) -> Choice:
+        """What enters by the candidates' log-probs; ``estimated``: whether a method's estimator draws."""
+        # Each group draws with random numbers of its own, so that the split over passes and processes changes nothing.
+        generators = [group_generator(self.seed, epoch=epoch, index=index) for index in part.indices]
+        compared, scores = self._select(batch, logprobs, part, generators)
+        if self.method.estimator is None or not estimated:
+            return Choice(compared, compared, scores)
+        found = self._coefficients(logprobs, compared, part, baseline)
+        sizes = [len(group.completions) for group in part.groups]
+        draw = draw_candidates(found, sizes, candidates=self.method.estimator.number, generators=generators)
+        return Choice(compared, draw.columns, None, draw)
+
+    def _coefficients(self, logprobs: Tensor, compared: Tensor | None, part: Pass, baseline: float) -> Tensor:
+        """What each candidate counts in the gradient of the loss of those compared, ``[B, K]``."""
+        # On the host and in float64: a few numbers, of which small differences may be what counts.
+        whole, sampler = collate(part.groups, pad_token_id=self.pad_token_id), self.method.sampler
+        known = logprobs.detach().cpu().double().masked_fill(~whole.candidate_mask, 0.0)
+
+        def loss(values: Tensor) -> Tensor:
+            return self.method.loss(_loss_inputs(_gathered(values, compared), whole, sampler, compared, None, baseline))
+
+        return coefficients(loss, known)
+
+    def reference_coefficients(self, groups: Sequence[EncodedGroup]) -> Tensor:
+        """What each candidate counts while the policy is the reference: float64, ``[B, K]`` on the host."""
+        part, batch = Pass(list(range(len(groups))), list(groups), True), collate(groups, pad_token_id=self.pad_token_id)
+        generators = [group_generator(self.seed, epoch=0, index=index) for index in part.indices]
+        compared, _ = self._select(batch, batch.reference_logprobs, part, generators)
+        return self._coefficients(batch.reference_logprobs, compared, part, 0.0)
+
+    def _select(
+        self, batch: GroupBatch, logprobs: Tensor, part: Pass, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The columns that the sampler chooses (None: all), on the host, and the scores that it read (None: none)."""
         sampler, (rewards, mask) = self.method.sampler, rewards_and_mask(part.groups)
         if sampler is None:
             return None, None
         scores = self.method.kernel_scores(logprobs, batch.reference_logprobs.to(logprobs.dtype))
         read = None if scores is None else scores.cpu()
         drawn = []
-        # Each group draws with random numbers of its own, so that the split over passes and processes changes nothing.
-        for b, index in enumerate(part.indices):
+        for b, generator in enumerate(generators):
             # The group's own columns only: padding would change how many random numbers a draw takes.
             own = (slice(b, b + 1), slice(0, int(mask[b].sum())))
-            generator = group_generator(self.seed, epoch=epoch, index=index)
             drawn.append(sampler.select(None if read is None else read[own], rewards[own], mask[own], generator))
         # A mix's parts stay in blocks of one width.
         drawn = [choice.unflatten(1, (sampler.blocks, -1)) for choice in drawn]
@@ -273,24 +330,19 @@ class Engine:
         padded = [nn.functional.pad(choice, (0, width - choice.shape[2]), value=-1) for choice in drawn]
         return torch.cat(padded).flatten(1), scores
 
-    def _account(
-        self,
-        batch: GroupBatch,
-        entering: Scored,
-        logprobs: Tensor,
-        scores: Tensor | None,
-        select: Tensor | None,
-        baseline: float,
-    ) -> PassResult:
-        method = self.method
-        inputs = _loss_inputs(entering.logprobs, batch, method.sampler, select, scores, baseline)
+    def _account(self, batch: GroupBatch, entering: Scored, logprobs: Tensor, choice: Choice, baseline: float) -> PassResult:
+        method, logprobs, scores = self.method, logprobs.detach(), choice.scores
+        select, draw = _moved(choice.compared, logprobs.device), choice.draw
+        compared = entering.logprobs if draw is None else _gathered(logprobs, select)
+        inputs = _loss_inputs(compared, batch, method.sampler, select, scores, baseline)
         shares = None if method.hooks.shares is None else method.hooks.shares(inputs)
         loss = method.loss(inputs) if shares is None else total(shares)
-        logprobs = logprobs.detach()
+        if draw is not None:
+            loss = surrogate_loss(loss, entering.logprobs, draw.weights.to(loss.device, loss.dtype))
         if select is not None and method.sampler is not None:
             first = select[:, : select.shape[1] // method.sampler.blocks]
             positive, negatives = first[:, 0], first[:, 1:]
-            entering = _once(entering, select) if method.sampler.blocks > 1 else entering
+            entering = _once(entering, select) if draw is None and method.sampler.blocks > 1 else entering
         else:
             positive = pick_positive(batch.rewards, batch.candidate_mask, generator=None)
             candidates = torch.arange(batch.rewards.shape[1], device=positive.device).expand_as(batch.rewards)
@@ -317,6 +369,7 @@ class Engine:
             shares=shares,
             temperature=None if temperature is None or read is None else temperature(*read),
             acceptance=_acceptance(inputs, method) if method.sampler is not None and method.sampler.accepts else None,
+            estimate=None if draw is None else _estimate(draw.num_candidates, draw.relative_variance, loss),
         )
 
     def _aux_loss(self, entering: Scored) -> Tensor | None:
@@ -410,6 +463,11 @@ def _acceptance(inputs: LossInputs, method: Method) -> Tensor:
     """The probability with which each group's proposal is accepted; NaN where there is none."""
     pair = method.beta * inputs.log_ratios.detach() - (0.0 if inputs.log_q is None else inputs.log_q)
     return (pair[:, 1] - pair[:, 0]).sigmoid().masked_fill(~inputs.mask[:, :2].all(dim=1), NAN)
+
+
+def _estimate(number: Tensor, variance: Tensor, like: Tensor) -> dict[str, Tensor]:
+    """How many candidates of each group passed with gradients, and the variance that this adds; for metrics."""
+    return {"candidates": number.to(like), "relative_variance": variance.to(like)}
 
 
 def _gathered(values: Tensor, select: Tensor | None) -> Tensor:

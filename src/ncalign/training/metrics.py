@@ -44,6 +44,8 @@ class PassResult:
         temperature: of the kernel, where it is found for each group.
         acceptance: probability that each group's proposal is accepted, where the method proposes; NaN without a proposal.
         score_age: steps since the scores that the kernel drew by were computed, a mean over each group's candidates.
+        estimate: how each group's gradient was estimated, where it was: how many candidates passed with gradients, and the
+            variance that drawing them adds over the squared length of the group's gradient, as far as coefficients tell it.
     """
 
     loss: Float[Tensor, " B"]
@@ -62,6 +64,7 @@ class PassResult:
     temperature: Float[Tensor, " B"] | None = None
     acceptance: Float[Tensor, " B"] | None = None
     score_age: Float[Tensor, " B"] | None = None
+    estimate: dict[str, Tensor] | None = None
 
 
 def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
@@ -101,6 +104,7 @@ def group_metrics(result: PassResult) -> dict[str, Float[Tensor, " B"]]:
     if result.target_weights is not None:
         metrics["targets/entropy"] = kernel_entropy(result.target_weights)
     metrics |= {f"loss/{part}": share for part, share in (result.shares or {}).items()}
+    metrics |= {f"estimator/{name}": value for name, value in (result.estimate or {}).items()}
     if result.aux_loss is not None:
         metrics["aux_loss"] = result.aux_loss.to(result.loss.dtype).expand_as(result.loss)
     return metrics

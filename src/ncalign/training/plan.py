@@ -14,6 +14,7 @@ from ncalign.model.quantized import held_bytes
 from ncalign.objectives import build_method
 from ncalign.training.config import TrainConfig
 from ncalign.training.engine import Engine, Pass
+from ncalign.training.estimate import with_candidates
 from ncalign.training.launch import make_accelerator
 from ncalign.training.loop import training_loss
 from ncalign.training.precision import with_precision
@@ -101,6 +102,7 @@ def _estimate(config: TrainConfig, prepared: Prepared) -> dict[str, float]:
     part = engine.passes(range(len(longest)), longest)[0]
     filled = [_with_zero_reference(group) for group in part.groups]
     _, indices = prepared.plan.step_groups(0)
+    engine = with_candidates(engine, filled)
     passes = len(engine.passes(indices, [prepared.train[index] for index in indices]))
     started = time.monotonic()
     activations = _measure(engine, part.indices, filled)

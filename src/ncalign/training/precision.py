@@ -35,9 +35,7 @@ def with_precision(config: TrainConfig, accelerator: Accelerator, method: Method
 def _decided(config: TrainConfig, accelerator: Accelerator, method: Method) -> dict[str, Precision]:
     """Both precisions; what `auto` came to is said."""
     recorded, device = _recorded(config), accelerator.device.type
-    # Scores of the last visit come from training itself.
-    sampler = method.sampler
-    scores = sampler is not None and sampler.scores is not None and not sampler.last_visit
+    scores = method.reads_scores
     dtype, scoring, reason = config.dtype, config.scoring_dtype, "as the run was begun"
     if dtype == "auto" and "dtype" in recorded:
         dtype = recorded["dtype"]

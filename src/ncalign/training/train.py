@@ -41,6 +41,7 @@ from ncalign.training.data import (
     mismatched_groups,
 )
 from ncalign.training.engine import Engine
+from ncalign.training.estimate import with_candidates
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
 from ncalign.training.last_visits import LastVisits, draws_by_last_visits
@@ -138,6 +139,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
     engine, held_out, inputs = prepared.engine, prepared.held_out, _inputs(config, prepared) | own
     refuse_unlike_inputs(inputs, accelerator)
     _fill_reference(config, prepared)
+    prepared.engine = with_candidates(prepared.engine, prepared.train)
     torch.manual_seed(config.seed + accelerator.process_index)  # an adapter's dropout differs between processes
     state: Any = {"step": 0, "before": None, "seconds": 0.0, "weights": inputs["weights"], "data": inputs["data"]}
     if checkpoints:
