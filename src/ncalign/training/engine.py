@@ -22,10 +22,11 @@ from ncalign.model.logprobs import LogprobModel, Scored, base_causal_model
 from ncalign.model.policy import reference_mode
 from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups
 from ncalign.model.routing import RouterLoss, load_balancing_loss
-from ncalign.objectives import LossInputs, Method, Sampler
+from ncalign.objectives import Method
 from ncalign.objectives.estimators import Draw, coefficients, draw_candidates, surrogate_loss
 from ncalign.objectives.kernels import pick_positive
 from ncalign.objectives.mix import total
+from ncalign.training.entering import acceptance, chosen, estimate, gathered, loss_inputs, moved, once, placed
 from ncalign.training.last_visits import LastVisits
 from ncalign.training.metrics import NAN, PassResult
 from ncalign.training.peers import put_together
@@ -179,14 +180,14 @@ class Engine:
         elif scoring is Scoring.APART:
             logprobs = self.score(batch, read=self._read(part), dtype=self.scoring_dtype)
         choice = self._choose(batch, logprobs, part, epoch, baseline=baseline, estimated=trained is None)
-        entered = _moved(choice.trained, mask.device)
-        entering = self._train(batch, choice.trained) if trained is None else _chosen(trained, entered)
-        logprobs = _placed(logprobs.to(entering.logprobs.dtype), entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
+        entered = moved(choice.trained, mask.device)
+        entering = self._train(batch, choice.trained) if trained is None else chosen(trained, entered)
+        logprobs = placed(logprobs.to(entering.logprobs.dtype), entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
         result = self._account(batch, entering, logprobs, choice, baseline)
         if self.method.estimator is None or trained is None:
             return result
         number = (mask if entered is None else entered >= 0).sum(dim=1)
-        return replace(result, estimate=_estimate(number, torch.zeros_like(number), result.loss))
+        return replace(result, estimate=estimate(number, torch.zeros_like(number), result.loss))
 
     def _train_pass_on_last_visit(self, part: Pass, epoch: int, baseline: float, last: Last) -> PassResult:
         """Draw by what was seen of the candidates last, and compute nothing but what was drawn."""
@@ -194,24 +195,24 @@ class Engine:
         mask, width = batch.candidate_mask, batch.candidate_mask.shape[1]
         seen = last.visits.rows(part.indices, width).to(mask.device, non_blocking=True)
         choice = self._choose(batch, seen, part, epoch, baseline=baseline, estimated=False)
-        entered = _moved(choice.trained, mask.device)
+        entered = moved(choice.trained, mask.device)
         entering = self._train(batch, choice.trained)
         unknown = torch.full(mask.shape, NAN, dtype=entering.logprobs.dtype, device=mask.device)
-        logprobs = _placed(unknown, entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
+        logprobs = placed(unknown, entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
         ages = last.visits.ages(part.indices, width, step=last.step).masked_fill(self._read(part) < 0, NAN).nanmean(dim=1)
         found = self._account(batch, entering, logprobs, choice, baseline)
         return replace(found, score_age=ages.to(mask.device, non_blocking=True))
 
     def _train_pass_on_shared_prompts(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> PassResult:
         """Scores without gradients and the chosen candidates with, on the same prompts."""
-        mask, chosen, read = batch.candidate_mask, list[Choice](), self._read(part)
+        mask, choices, read = batch.candidate_mask, list[Choice](), self._read(part)
         unread = (read < 0).to(mask.device, non_blocking=True)
 
         def choose(logprobs: Tensor) -> Tensor:
             known = logprobs.masked_fill(unread, NAN)
-            chosen.append(self._choose(batch, known, part, epoch, baseline=baseline, estimated=True))
-            assert chosen[0].trained is not None
-            return chosen[0].trained
+            choices.append(self._choose(batch, known, part, epoch, baseline=baseline, estimated=True))
+            assert choices[0].trained is not None
+            return choices[0].trained
 
         self.model.train()
         entering: Scored = self.model(
@@ -219,9 +220,9 @@ class Engine:
         )
         assert entering.scores is not None
         known = entering.scores.to(entering.logprobs.dtype).masked_fill(unread, NAN)
-        trained = _moved(chosen[0].trained, mask.device)
-        logprobs = _placed(known, entering.logprobs.detach(), trained).masked_fill(~mask, NAN)
-        return self._account(batch, entering, logprobs, chosen[0], baseline)
+        trained = moved(choices[0].trained, mask.device)
+        logprobs = placed(known, entering.logprobs.detach(), trained).masked_fill(~mask, NAN)
+        return self._account(batch, entering, logprobs, choices[0], baseline)
 
     @torch.no_grad()
     def eval_pass(self, part: Pass, *, epoch: int, baseline: float = 0.0) -> PassResult:
@@ -231,7 +232,7 @@ class Engine:
         found: Scored = self.model(batch, experts_per_token=self._experts_per_token)
         logprobs = found.logprobs.masked_fill(~batch.candidate_mask, NAN)
         choice = self._choose(batch, logprobs, part, epoch, baseline=baseline, estimated=False)
-        entering = _chosen(found._replace(logprobs=logprobs), _moved(choice.compared, logprobs.device))
+        entering = chosen(found._replace(logprobs=logprobs), moved(choice.compared, logprobs.device))
         return self._account(batch, entering, logprobs, choice, baseline)
 
     @property
@@ -299,7 +300,7 @@ class Engine:
         known = logprobs.detach().cpu().double().masked_fill(~whole.candidate_mask, 0.0)
 
         def loss(values: Tensor) -> Tensor:
-            return self.method.loss(_loss_inputs(_gathered(values, compared), whole, sampler, compared, None, baseline))
+            return self.method.loss(loss_inputs(gathered(values, compared), whole, sampler, compared, None, baseline))
 
         return coefficients(loss, known)
 
@@ -332,9 +333,9 @@ class Engine:
 
     def _account(self, batch: GroupBatch, entering: Scored, logprobs: Tensor, choice: Choice, baseline: float) -> PassResult:
         method, logprobs, scores = self.method, logprobs.detach(), choice.scores
-        select, draw = _moved(choice.compared, logprobs.device), choice.draw
-        compared = entering.logprobs if draw is None else _gathered(logprobs, select)
-        inputs = _loss_inputs(compared, batch, method.sampler, select, scores, baseline)
+        select, draw = moved(choice.compared, logprobs.device), choice.draw
+        compared = entering.logprobs if draw is None else gathered(logprobs, select)
+        inputs = loss_inputs(compared, batch, method.sampler, select, scores, baseline)
         shares = None if method.hooks.shares is None else method.hooks.shares(inputs)
         loss = method.loss(inputs) if shares is None else total(shares)
         if draw is not None:
@@ -342,7 +343,7 @@ class Engine:
         if select is not None and method.sampler is not None:
             first = select[:, : select.shape[1] // method.sampler.blocks]
             positive, negatives = first[:, 0], first[:, 1:]
-            entering = _once(entering, select) if draw is None and method.sampler.blocks > 1 else entering
+            entering = once(entering, select) if draw is None and method.sampler.blocks > 1 else entering
         else:
             positive = pick_positive(batch.rewards, batch.candidate_mask, generator=None)
             candidates = torch.arange(batch.rewards.shape[1], device=positive.device).expand_as(batch.rewards)
@@ -368,8 +369,8 @@ class Engine:
             aux_loss=self._aux_loss(entering),
             shares=shares,
             temperature=None if temperature is None or read is None else temperature(*read),
-            acceptance=_acceptance(inputs, method) if method.sampler is not None and method.sampler.accepts else None,
-            estimate=None if draw is None else _estimate(draw.num_candidates, draw.relative_variance, loss),
+            acceptance=acceptance(inputs, method) if method.sampler is not None and method.sampler.accepts else None,
+            estimate=None if draw is None else estimate(draw.num_candidates, draw.relative_variance, loss),
         )
 
     def _aux_loss(self, entering: Scored) -> Tensor | None:
@@ -436,72 +437,3 @@ class Engine:
 def _no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     with accelerator.no_sync(model):
         yield
-
-
-def _loss_inputs(
-    logprobs: Tensor, batch: GroupBatch, sampler: Sampler | None, select: Tensor | None, scores: Tensor | None, baseline: float
-) -> LossInputs:
-    """What the loss sees, with 0 for the model's numbers where a group has nothing."""
-    present = batch.candidate_mask if select is None else select >= 0
-    reference = batch.reference_logprobs if select is None else _gathered(batch.reference_logprobs, select)
-    lengths = batch.completion_lengths.to(logprobs.dtype)
-    log_q = None
-    if sampler is not None and sampler.log_q is not None and scores is not None and select is not None:
-        log_q = sampler.log_q(scores.detach(), batch.rewards, batch.candidate_mask, select)
-    return LossInputs(
-        log_ratios=torch.where(present, logprobs - reference.to(logprobs.dtype), 0.0),
-        logprobs=torch.where(present, logprobs, 0.0),
-        rewards=batch.rewards if select is None else _gathered(batch.rewards, select),
-        lengths=lengths if select is None else _gathered(lengths, select).masked_fill(~present, 0.0),
-        mask=present,
-        log_q=log_q,
-        baseline=baseline,
-    )
-
-
-def _acceptance(inputs: LossInputs, method: Method) -> Tensor:
-    """The probability with which each group's proposal is accepted; NaN where there is none."""
-    pair = method.beta * inputs.log_ratios.detach() - (0.0 if inputs.log_q is None else inputs.log_q)
-    return (pair[:, 1] - pair[:, 0]).sigmoid().masked_fill(~inputs.mask[:, :2].all(dim=1), NAN)
-
-
-def _estimate(number: Tensor, variance: Tensor, like: Tensor) -> dict[str, Tensor]:
-    """How many candidates of each group passed with gradients, and the variance that this adds; for metrics."""
-    return {"candidates": number.to(like), "relative_variance": variance.to(like)}
-
-
-def _gathered(values: Tensor, select: Tensor | None) -> Tensor:
-    return values if select is None else values.gather(1, select.clamp(min=0)).masked_fill(select < 0, NAN)
-
-
-def _chosen(found: Scored, select: Tensor | None) -> Scored:
-    """What a pass over all candidates gives for some of them."""
-    if select is None:
-        return found
-    use = found.expert_use
-    if use is not None:
-        index = select.clamp(min=0)[:, :, None, None].expand(-1, -1, *use.shape[2:])
-        use = use.gather(1, index).masked_fill((select < 0)[:, :, None, None], 0.0)
-    return Scored(_gathered(found.logprobs, select), expert_use=use)
-
-
-def _once(found: Scored, select: Tensor) -> Scored:
-    """The same with what experts were used by a candidate that several parts chose counted once."""
-    if found.expert_use is None:
-        return found
-    again = (select.unsqueeze(2) == select.unsqueeze(1)).tril(-1).any(dim=2)
-    return found._replace(expert_use=found.expert_use.masked_fill(again[:, :, None, None], 0.0))
-
-
-def _moved(select: Tensor | None, device: torch.device) -> Tensor | None:
-    """What was chosen on the host, on a device, without waiting for it."""
-    return None if select is None else select.to(device, non_blocking=True)
-
-
-def _placed(values: Tensor, entering: Tensor, select: Tensor | None) -> Tensor:
-    """``values``, with those of the candidates in the loss replaced by fresh ones."""
-    if select is None:
-        return entering
-    # Absent entries are written to a spare last column, which is dropped.
-    spare = torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
-    return spare.scatter(1, select.masked_fill(select < 0, values.shape[1]), entering)[:, :-1]
