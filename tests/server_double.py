@@ -43,6 +43,14 @@ class ServerDouble:
         self.down = False
         self.fault_of: Callable[[dict[str, Any]], Fault] = lambda body: None
 
+    def got(self, path: str) -> dict[str, Any]:
+        """What it answers to something that is got."""
+        return {}
+
+    def ordered(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """What it does with an order, such as to load weights: a status, and what it answers."""
+        return 200, {}
+
     def choices(self, path: str, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
         found = []
         for number in range(n):
@@ -71,7 +79,7 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.shutdown(2)
                 return
-            self.send({}, 200)
+            self.send(double.got(self.path), 200)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -115,8 +123,9 @@ def _handler(double: ServerDouble) -> type[BaseHTTPRequestHandler]:
                 return
             if fault == "slow":
                 time.sleep(double.slow_seconds)
-            if "prompt" not in body and "messages" not in body:  # an order, such as to load weights
-                self.send({}, 200)
+            if "prompt" not in body and "messages" not in body:
+                status, answer = double.ordered(self.path, body)
+                self.send(answer, status)
                 return
             n = body.get("n", 1)
             n = {"few": 1, "many": n + 2}.get(str(fault), n)

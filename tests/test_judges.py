@@ -21,8 +21,8 @@ import pytest
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
-from ncalign.generation.client import Usage
 from ncalign.generation.failures import ServerError
+from ncalign.generation.wire import Usage
 from ncalign.judging.config import EvalJudgeConfig
 from ncalign.judging.judges import RewardJudge, ServerJudge
 from ncalign.judging.records import Answer, Answers, Question

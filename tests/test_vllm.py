@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,18 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def serving(model: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(
+    model: Path, options: Sequence[str] = ("--enable-lora", "--max-lora-rank", "32"), path: str = ""
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora", "--max-lora-rank", "32"]
+    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", *options]
     served = ["--model", str(model), "--served-model-name", "m", "--port", str(port)]
     with (model.parent / f"server-{port}.log").open("wb") as log:
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *served, *options]
-        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        variables = environment() | ({"PYTHONPATH": path} if path else {})
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
         try:
             until = time.monotonic() + STARTS_WITHIN
             while process.poll() is None and time.monotonic() < until:
@@ -205,6 +208,39 @@ def test_pushed_folders_and_stale_weights(folder: Path, tmp_path: Path) -> None:
         # The server holds what the run above trained.
         with pytest.raises(ValueError, match=r"round 1: server \S+ and policy hold different weights"):
             run_online(on_server(folder, tmp_path / "stale", url, push="none", server_prompts="token_ids"))
+
+
+def test_weights_are_sent_to_two_servers_by_vllm_s_own_transfer(folder: Path, tmp_path: Path) -> None:
+    # There is no GPU for NCCL: a plugin has vLLM's own engines send over TCP, from and to CPUs.
+    about = tmp_path / "plugin" / "over_tcp-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: over-tcp\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nover_tcp = vllm_over_tcp:register\n")
+    path = f"{about.parent}:{Path(__file__).parent}"
+    options = ("--weight-transfer-config.backend", "nccl")
+    with serving(folder / "model", options, path) as (one, _), serving(folder / "model", options, path) as (two, _):
+        server = {"base_urls": [one, two], "model": "m"}
+        given = config(folder, tmp_path / "run", generator="server", server=server, push="nccl", ddp_timeout=120)
+        (tmp_path / "run.json").write_text(json.dumps(given))
+        command = [PYTHON, str(Path(__file__).with_name("vllm_over_tcp.py")), "online", "--config", str(tmp_path / "run.json")]
+        done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = [urlopen(url.replace("/v1", "/weight_info")).read() for url in (one, two)]
+    assert said[0] == said[1]
+    assert b"run-rounds-" in said[0]
+    first, second = rounds(tmp_path / "run")
+    assert first != second
+
+
+def test_a_server_that_takes_no_weights_is_told_at_once(url: str, folder: Path, tmp_path: Path) -> None:
+    given = config(folder, tmp_path / "run", generator="server", server={"base_url": url, "model": "m"}, push="nccl")
+    (tmp_path / "run.json").write_text(json.dumps(given))
+    command = [PYTHON, str(Path(__file__).with_name("vllm_over_tcp.py")), "online", "--config", str(tmp_path / "run.json")]
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=environment() | path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"push: nccl: server {url}: status 500" in done.stderr
+    assert "--weight-transfer-config" in done.stderr
 
 
 def test_a_round_on_two_servers_of_which_one_is_killed(

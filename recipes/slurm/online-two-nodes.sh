@@ -17,7 +17,8 @@ export vllm=${VLLM:-vllm}
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 trainer=${nodes%%$'\n'*} sampler=${nodes##*$'\n'}
 
-# push: lora loads adapters, push: folder reloads weights; both read them from output_dir, which the nodes share.
+# push: lora loads adapters, push: folder reloads weights; both read them from output_dir, which the nodes share. For push: nccl,
+# which has no files, give --weight-transfer-config.backend nccl below in place of --enable-lora and --max-lora-rank.
 export VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_SERVER_DEV_MODE=1
 srun --nodes=1 --ntasks=1 --nodelist="$sampler" bash -c 'for gpu in {0..7}; do
   CUDA_VISIBLE_DEVICES=$gpu "$vllm" serve "$model" --served-model-name policy --port 800$gpu --enable-lora --max-lora-rank 64 &

@@ -15,7 +15,7 @@ from asyncio import gather, sleep
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ncalign.core.install import install_hint
@@ -23,11 +23,11 @@ from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.generation.config import ServerConfig
 from ncalign.generation.failures import DOWN, ServerError, is_elsewhere, server_error
-from ncalign.generation.hosts import Host, Hosts, Order, root_of
+from ncalign.generation.hosts import WEIGHT_INFO, Host, Hosts, Order, version_said
 from ncalign.generation.questions import Request, distinct_questions
 from ncalign.generation.refusals import Changes, changed, kept_changes, name_instead, refused_field, what_changes
-from ncalign.generation.transport import ApiKey, check_host, connect
-from ncalign.generation.wire import CHOICES, Choice, Malformed, read_answer
+from ncalign.generation.transport import ApiKey, check_host, connect, is_healthy
+from ncalign.generation.wire import CHOICES, Choice, Malformed, Usage, read_answer
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -39,8 +39,8 @@ Clients: TypeAlias = "Mapping[str, AsyncOpenAI]"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 # Seconds between looks for an answer that another process is asking for.
 _LOOK_AGAIN = 0.1
-# Of several servers: how often one is asked again before another, and how long it may take to say that it is healthy.
-_RETRIES_OF_ONE, _HEALTHY_WITHIN = 1, 5.0
+# Of several servers: how often one is asked again before another.
+_RETRIES_OF_ONE = 1
 # What vLLM says to an adapter that it has.
 _ALREADY = 400
 # Requests in a row without an answer after which no more are sent, as a multiple of those under way at a time.
@@ -61,23 +61,6 @@ def cancel_requests() -> None:
         future.cancel()
 
 
-@dataclass
-class Usage:
-    """What this process asked and was answered; tokens as the server counted them.
-
-    Attributes:
-        requests: HTTP requests that were answered.
-        malformed: answers that could not be used, and were asked for again.
-        remembered: requests whose answers were on disk.
-    """
-
-    requests: int = 0
-    malformed: int = 0
-    remembered: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 class Server:
     """A client of one model on one server, or on several that are asked in turn.
 
@@ -94,6 +77,8 @@ class Server:
     Attributes:
         model: the model asked for by name; may change while nothing is under way.
         version: of the weights behind that name; answers of another version are not remembered.
+        weights: the version that a server must say it holds (vLLM's `/weight_info`), or its answers don't count: one that was
+            started anew has others. None: it is not asked.
         usage: what was asked and answered.
         changes: fields that the server said it does not take; they are renamed or left out.
 
@@ -120,6 +105,7 @@ class Server:
         self._name = f"server {config.urls[0]}" if len(config.urls) == 1 else f"servers {', '.join(config.urls)}"
         self._next_start = 0.0
         self.model, self.version = config.model, ""
+        self.weights: str | None = None
         self._changes_key = Store.key(config.urls[0], config.model, "fields")
         self.changes: Changes = {} if store is None else kept_changes(store.get(self._changes_key))
         self._said: set[str] = set()
@@ -167,6 +153,7 @@ class Server:
         """A client of one of the servers as it is now, which remembers nothing."""
         found = Server(self.config.model_copy(update={"base_url": url, "base_urls": ()}))
         found.model, found.version, found.changes = self.model, self.version, dict(self.changes)
+        found.weights = self.weights
         return found
 
     def order(self, orders: Sequence[Order], *, told: bool = False) -> None:
@@ -198,6 +185,53 @@ class Server:
                 raise last
 
         self._run(tell)
+
+    def at_once(
+        self, orders: Mapping[str, Order], *, retries: int = 0, failed: Callable[[ServerError], None] = lambda error: None
+    ) -> dict[str, str | ServerError]:
+        """Ask servers something of each at the same time, such as what none of them answers before all are asked.
+
+        Args:
+            orders: by the servers' URLs.
+            retries: how often one is asked again that can't be reached.
+            failed: told at once of one that fails, from another thread; the others are waited for.
+
+        Returns:
+            What each answers, or how it fails.
+        """
+
+        async def ask(clients: Clients) -> dict[str, str | ServerError]:
+            async def one(url: str, order: Order) -> str | ServerError:
+                try:
+                    return await self._posted(clients, Host(url), order.url(url), order.body, retries)
+                except (ServerError, Malformed) as error:
+                    told = error if isinstance(error, ServerError) else ServerError(f"server {url}: {error}")
+                    failed(told)
+                    return told
+
+            return dict(zip(orders, await gather(*(one(*item) for item in orders.items())), strict=True))
+
+        return self._run(ask)
+
+    def ask_all(self, order: Order) -> dict[str, str]:
+        """What all servers answer, by URL; of several, those that can't be reached are set aside, and others back in service.
+
+        Raises:
+            ServerError: one refuses, or none answers.
+        """
+        one = len(self._hosts.all) == 1
+        retries = self.config.max_retries if one else _RETRIES_OF_ONE
+        found = self.at_once(dict.fromkeys(self.config.urls, order), retries=retries)
+        failed = {url: answer for url, answer in found.items() if isinstance(answer, ServerError)}
+        for error in failed.values():
+            if one or len(failed) == len(found) or not is_elsewhere(error):
+                raise error
+        for host in self._hosts.all:
+            if host.url in failed:
+                self._set_aside(host, failed[host.url])
+            else:
+                host.look_at = None
+        return {url: answer for url, answer in found.items() if not isinstance(answer, ServerError)}
 
     async def _ordered(self, clients: Clients, host: Host, *, again: bool = False) -> None:
         """Give a server the orders; ``again`` those alone that it needs, of which another process may have been sooner."""
@@ -397,7 +431,9 @@ class Server:
             with self._hosts.next() as host:
                 try:
                     own = retries if len(clients) == 1 else min(retries, _RETRIES_OF_ONE)
-                    return await self._posted(clients, host, path, body, own)
+                    text = await self._posted(clients, host, path, body, own)
+                    await self._refuse_other_weights(clients, host)
+                    return text
                 except ServerError as error:
                     # A server that was started anew has no adapter: it is given its orders again when it comes back.
                     forgot = error.status == 404 and bool(self._orders)
@@ -417,34 +453,37 @@ class Server:
     async def _look_again(self, clients: Clients) -> None:
         """Take servers that are healthy again back into service, once they have the last orders."""
         for host in self._hosts.due():
-            if not await self._is_healthy(clients[host.url], host):
+            if not await is_healthy(clients[host.url], host.url):
                 continue
             try:
                 await self._ordered(clients, host, again=True)
+                await self._refuse_other_weights(clients, host)
             except ServerError:
                 continue
             host.look_at = None
             say(f"note: server {host.url} is healthy again, and asked again")
 
-    async def _is_healthy(self, client: AsyncOpenAI, host: Host) -> bool:
-        """Whether a server says so at ``/health``, as those of models do, or says anything there but that it is down."""
-        from anyio import move_on_after
-        from openai import APIStatusError, OpenAIError
+    async def _refuse_other_weights(self, clients: Clients, host: Host) -> None:
+        """Raise where a server must hold certain weights, and says that it holds others.
 
-        with move_on_after(_HEALTHY_WITHIN):
-            try:
-                await client.get(f"{root_of(host.url)}/health", cast_to=str, options={"max_retries": 0})
-            except APIStatusError as error:
-                return error.status_code < 500
-            except (OpenAIError, Malformed):
-                return False
-            return True
-        return False
+        Asked after an answer: a server that was started anew, also while nobody looked, says so from then on.
+        """
+        if self.weights is None:
+            return
+        said = await self._posted(clients, host, Order(WEIGHT_INFO, None).url(host.url), None, _RETRIES_OF_ONE)
+        if version_said(said) != self.weights:
+            raise ServerError(
+                f"server {host.url} has lost the weights of {self.weights}: it was started anew, or something else gave it "
+                "others; it gets them before the next round, or where the same command goes on"
+            )
 
-    async def _posted(self, clients: Clients, host: Host, path: str, body: Mapping[str, Any], retries: int) -> str:
+    async def _posted(self, clients: Clients, host: Host, path: str, body: Mapping[str, Any] | None, retries: int) -> str:
         from openai import OpenAIError
 
+        client = clients[host.url]
         try:
-            return await clients[host.url].post(path, body=dict(body), cast_to=str, options={"max_retries": retries})
+            if body is None:
+                return await client.get(path, cast_to=str, options={"max_retries": retries})
+            return await client.post(path, body=dict(body), cast_to=str, options={"max_retries": retries})
         except OpenAIError as error:
             raise server_error(error, host.url, key=self._key, model=self.model) from None

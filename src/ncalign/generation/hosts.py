@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+WEIGHT_INFO = "//weight_info"
+"""Where vLLM's server says the version of its weights."""
 
 LOOK_EVERY = 5.0
 """Seconds between looks at a server that was set aside."""
@@ -19,12 +23,12 @@ class Order:
 
     Attributes:
         path: under the server's root where it begins with ``//``, else under its ``base_url``.
-        body: the JSON.
+        body: the JSON; None: something is got and not posted.
         needed: whether a server that refuses it can't be used.
     """
 
     path: str
-    body: Mapping[str, Any]
+    body: Mapping[str, Any] | None
     needed: bool = True
 
     def url(self, base_url: str) -> str:
@@ -34,6 +38,20 @@ class Order:
         ('http://a/reset', '/load')
         """
         return root_of(base_url) + self.path[1:] if self.path.startswith("//") else self.path
+
+
+def version_said(text: str) -> str | None:
+    """The version of its weights that vLLM's server answers with; None where it is another answer.
+
+    >>> version_said('{"weight_version": "run-001"}')
+    'run-001'
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    version = found.get("weight_version") if isinstance(found, dict) else None
+    return version if isinstance(version, str) else None
 
 
 def root_of(base_url: str) -> str:

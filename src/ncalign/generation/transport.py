@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from ncalign.core.progress import say
+from ncalign.generation.hosts import root_of
 from ncalign.generation.wire import Malformed
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ LONGEST_WAIT = 120.0
 """Seconds that are waited where a server asks for it (Retry-After); one that asks for more is not asked again."""
 
 _MOST_BYTES_OF_AN_ERROR = 2**16
+# Seconds that a server may take to say that it is healthy.
+_HEALTHY_WITHIN = 5.0
 # Seconds that a server may ask for without that being said.
 _SHORT_WAIT = 10.0
 # Of an answer, what the library reads to decide on a retry, and we to say why there is none.
@@ -127,6 +130,22 @@ def connect(
         max_retries=retries,
         http_client=Bounded(follow_redirects=False),
     )
+
+
+async def is_healthy(client: AsyncOpenAI, url: str) -> bool:
+    """Whether a server says so at ``/health``, as those of models do, or says anything there but that it is down."""
+    from anyio import move_on_after
+    from openai import APIStatusError, OpenAIError
+
+    with move_on_after(_HEALTHY_WITHIN):
+        try:
+            await client.get(f"{root_of(url)}/health", cast_to=str, options={"max_retries": 0})
+        except APIStatusError as error:
+            return error.status_code < 500
+        except (OpenAIError, Malformed):
+            return False
+        return True
+    return False
 
 
 def asked_to_wait(response: Any) -> float:

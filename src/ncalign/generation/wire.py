@@ -44,6 +44,23 @@ class Malformed(ValueError):
     """An answer that can't be used."""
 
 
+@dataclass
+class Usage:
+    """What this process asked and was answered; tokens as the server counted them.
+
+    Attributes:
+        requests: HTTP requests that were answered.
+        malformed: answers that could not be used, and were asked for again.
+        remembered: requests whose answers were on disk.
+    """
+
+    requests: int = 0
+    malformed: int = 0
+    remembered: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 @dataclass(frozen=True)
 class Choice:
     """One answer.

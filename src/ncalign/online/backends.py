@@ -23,6 +23,7 @@ from ncalign.generation.vllm import VLLMGenerator
 from ncalign.model.limits import limits_of
 from ncalign.model.policy import Policy
 from ncalign.online.config import OnlineConfig
+from ncalign.online.transfer import Transfer
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
 from ncalign.training.launch import is_sharded
@@ -84,7 +85,7 @@ class InProcess:
 
 
 class Pushed:
-    """A generator outside this process, which loads the policy's weights from files; the first process hands them over."""
+    """A generator outside this process, which is given the policy's weights; the first process hands them over."""
 
     def __init__(
         self,
@@ -96,14 +97,20 @@ class Pushed:
     ) -> None:
         self._config, self._policy, self._engine, self._accelerator = config, policy, engine, accelerator
         self._generator = generator
+        self._transfer: Transfer | None = None
+        if config.push == "nccl":
+            assert isinstance(generator, ServerGenerator)
+            self._transfer = Transfer(policy, engine, accelerator, generator.server, seconds=config.training.ddp_timeout)
 
     def update(self, folder: Path) -> None:
-        """Write the weights and have the generator load them."""
+        """Send the weights, or write them and have the generator load them."""
         version = f"{self._config.training.output_dir.name}-{folder.name}"
         generator, adapter = self._generator, self._config.push == "lora"
         if isinstance(generator, ServerGenerator):
             generator.server.version = version
-        if self._config.push == "none":
+        if self._transfer is not None:
+            self._transfer.send(version)
+        if self._config.push in ("none", "nccl"):
             return
         target = (folder / _WEIGHTS).resolve()
         # An adapter goes as one, and a folder holds whole weights, whatever the run's model is to become at its end.

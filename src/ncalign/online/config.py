@@ -88,10 +88,10 @@ class OnlineConfig(Frozen):
         "(token_ids, for vLLM), or as messages, to which it applies its own chat template (text); auto: token_ids unless push "
         "is none.",
     )
-    push: Literal["lora", "folder", "none"] = Field(
+    push: Literal["lora", "folder", "nccl", "none"] = Field(
         "lora",
-        description="How a round's weights reach a server or vLLM: as an adapter that it loads, as a model folder that it "
-        "reloads, or not at all.",
+        description="How a round's weights reach a server or vLLM: as an adapter that it loads (lora), as a model folder that "
+        "it reloads (folder), all of them from GPU to GPU by vLLM's weight transfer (nccl), or not at all (none).",
     )
     vllm_memory: float = Field(0.4, gt=0, le=1, description="Fraction of the GPU's memory that vLLM in this process takes.")
     num_samples: int = Field(8, ge=1, description="K, the number of new completions for each prompt.")
@@ -140,6 +140,8 @@ class OnlineConfig(Frozen):
             raise ValueError("generator: server and the section server go together: give both or neither")
         if self.generator != "transformers" and self.push == "lora" and self.training.lora is None:
             raise ValueError("push: lora needs lora; push: folder sends all weights")
+        if self.push == "nccl":
+            self._sends_all_weights()
         if self.generator == "vllm" and self.push == "lora" and self.training.quantization is not None:
             raise ValueError(
                 "vLLM in this process holds the base model's own weights, and the policy those in 4 bits (quantization): "
@@ -151,3 +153,13 @@ class OnlineConfig(Frozen):
                 f"max_new_tokens ({self.max_new_tokens}) must be less than max_length ({max_length}): prompts need room"
             )
         return self
+
+    def _sends_all_weights(self) -> None:
+        """Raise where ``push: nccl`` has nobody to send to, or the policy is an adapter, which is less to send."""
+        if self.generator != "server":
+            raise ValueError(
+                f"push: nccl sends weights to servers, and generator is {self.generator}: "
+                + ("leave push out" if self.generator == "transformers" else "set push: folder")
+            )
+        if self.training.lora is not None or self.training.quantization is not None:
+            raise ValueError("push: nccl sends all weights as they are trained, and lora trains an adapter: set push: lora")

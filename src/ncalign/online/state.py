@@ -197,7 +197,7 @@ def needed_space(run: Run) -> DiskNeed:
         kept_tensors=moved,
         samples=_BYTES_PER_TOKEN * tokens,
     )
-    if config.push == "none" or config.generator == "transformers":
+    if config.push in ("none", "nccl") or config.generator == "transformers":
         return need
     # A round's weights are written while the last round's are there.
     return replace(need, others=need.others + 2 * (need.checkpoint // 3 if config.push == "lora" else need.model))

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 from ncalign.data.formats.group import Tools
 from ncalign.data.groups import Message
-from ncalign.generation.client import Server, Usage
+from ncalign.generation.client import Server
 from ncalign.generation.failures import ServerError
 from ncalign.generation.questions import Request
 from ncalign.generation.refusals import TOO_LONG, Changes
-from ncalign.generation.wire import Choice
+from ncalign.generation.wire import Choice, Usage
 
 Verdict = TypeVar("Verdict")
 

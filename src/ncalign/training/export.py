@@ -29,7 +29,9 @@ from ncalign.model.precision import announce
 from ncalign.model.quantized import dequantized, write_record
 from ncalign.training.config import TrainConfig
 
-_PREFIX = "model."
+PREFIX = "model."
+"""Of a policy's weights in the module that accelerate prepares."""
+
 _CARD = """---
 library_name: {library}
 base_model: {base}
@@ -92,8 +94,8 @@ def _write_model(policy: Policy, state: dict[str, Any], *, merge: bool, card: st
     stranger = foreign(target)
     if stranger is not None:
         raise FileExistsError(f"{stranger} was put there by something else since this run began: it is left alone. Move it")
-    named: dict[str, Any] = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-    weights = {name: named[name] for name in named.keys() - _aliases(policy.model)}
+    named: dict[str, Any] = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    weights = {name: named[name] for name in named.keys() - aliases(policy.model)}
     with atomic_folder(target) as temporary:
         with quiet_transformers(str(temporary)), as_stated(policy.dropout):
             _write_weights(policy, weights, temporary, merge=merge)
@@ -129,7 +131,7 @@ def dequantized_line(policy: Policy) -> str:
     )
 
 
-def _aliases(model: nn.Module) -> set[str]:
+def aliases(model: nn.Module) -> set[str]:
     """Further names of tied weights, which gathering gave memory of their own: one name is enough in the file."""
     once = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
