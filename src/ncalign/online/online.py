@@ -50,7 +50,6 @@ from ncalign.training.data import count_steps, fit_method, listed_steps, mismatc
 from ncalign.training.estimate import with_candidates
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
-from ncalign.training.last_visits import LastVisits, draws_by_last_visits
 from ncalign.training.launch import make_accelerator
 from ncalign.training.loading import open_policy
 from ncalign.training.loop import Intervals, Loop
@@ -279,9 +278,7 @@ def train_round(run: Run, position: Position, pool: Pool) -> None:
         log=lambda row: run.track(metrics, {**row, "round": number + 1}),
         mismatched=_mismatched(run, method, pool, number),
         reference_step=position.start if at_reference else -1,
-        last_visits=LastVisits.of(pool.groups, start=position.start, known=pool.known)
-        if draws_by_last_visits(method)
-        else None,
+        known=pool.known,
     )
     if position.loop is not None:
         loop.restore(position.loop)

@@ -12,15 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ncalign.model.encoding import EncodedGroup
-from ncalign.objectives import Method
 from ncalign.training.saved import LastVisitsState
 
 _NEVER = -1
-
-
-def draws_by_last_visits(method: Method) -> bool:
-    """Whether the method's sampler reads the scores of the candidates' last visits."""
-    return method.sampler is not None and method.sampler.last_visit
 
 
 @dataclass

@@ -60,6 +60,7 @@ class Loop:
         mismatched: for methods that measure from them, each training group's prompt with a completion of another.
         eval_mismatched: the same of the groups held out.
         reference_step: the step before which the policy is the reference still; -1 for none.
+        known: of each group, log-probs under the policy that training starts from, where they are known; none: the reference's.
         last_visits: of the groups' candidates, where the method draws by them.
         seen: sum and number of the trained groups' mean implicit rewards.
     """
@@ -76,13 +77,20 @@ class Loop:
     mismatched: Sequence[EncodedGroup] = ()
     eval_mismatched: Sequence[EncodedGroup] = ()
     reference_step: int = 0
-    last_visits: LastVisits | None = None
+    known: Sequence[Sequence[float] | None] = ()
+    last_visits: LastVisits | None = field(init=False, default=None)
     seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     alarm: ChosenAlarm = field(default_factory=ChosenAlarm)
     means: MetricMeans = field(default_factory=MetricMeans)
     last: dict[str, float] = field(default_factory=dict)
     done: int = 0
     """Steps taken."""
+
+    def __post_init__(self) -> None:
+        """Begin with what is known of the candidates."""
+        sampler = self.engine.method.sampler
+        if sampler is not None and sampler.last_visit:
+            self.last_visits = LastVisits.of(self.groups, start=self.plan.first_step, known=self.known or None)
 
     def run(
         self, start: int, *, save: Callable[[int, LoopState], None], ends: Callable[[int], bool] = lambda step: False

@@ -44,7 +44,6 @@ from ncalign.training.engine import Engine
 from ncalign.training.estimate import with_candidates
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
-from ncalign.training.last_visits import LastVisits, draws_by_last_visits
 from ncalign.training.launch import compute_in, is_sharded, make_accelerator
 from ncalign.training.loading import choose_head, open_policy, share_prompts_alike
 from ncalign.training.loop import Intervals, Loop
@@ -461,7 +460,6 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
         log=log,
         mismatched=prepared.mismatched,
         eval_mismatched=prepared.eval_mismatched,
-        last_visits=LastVisits.of(prepared.train) if draws_by_last_visits(prepared.engine.method) else None,
     )
 
 
