@@ -71,11 +71,12 @@ def steps(
 
 found = {}
 for shared, prompts_once in ((True, True), (True, False), (False, False)):
-    for objective in (MCPO(), DPO(), NCA()):
+    for objective in (MCPO(), MCPO(proposals="last_visit", acceptance=True, target_ess=0.6), DPO(), NCA()):
         for lora, parallel in ((False, False), (False, True), (True, False)):
             if lora and not isinstance(objective, MCPO):
                 continue
-            name = f"{objective.name} {shared} {prompts_once} {lora} {parallel}"
+            kind = f"{objective.name} {getattr(objective, 'proposals', '')}"
+            name = f"{kind} {shared} {prompts_once} {lora} {parallel}"
             options = {"shared": shared, "prompts_once": prompts_once, "lora": lora, "parallel": parallel}
             (near, _), (far, waits) = (
                 steps(device, objective, **options) for device in (torch.device("cpu"), far_device.DEVICE)

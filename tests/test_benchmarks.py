@@ -53,3 +53,16 @@ def test_rows_of_a_gpu_have_a_column_of_their_own(monkeypatch: pytest.MonkeyPatc
     section = page([*rows, made]).partition("## gpu.py")[2]
     assert "| what | goal | gpu |" in section
     assert "| GPU, DPO: tokens/s | – | 1234 (1200 to 1300) |" in section
+
+
+@pytest.mark.slow
+def test_estimators_run_at_a_tiny_size(tmp_path: Path) -> None:
+    done = run("estimators.py", "--tiny", "--repeats", "1", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    turns = [line for line in done.stdout.splitlines() if line.startswith("  1/1")]
+    losses = [float(turn.rpartition(" ")[2]) for turn in turns]
+    # DPO and NCA as ever; the whole loss of what is estimated: ln 8, 2 ln 2; an accepted pair begins as DPO.
+    assert losses == pytest.approx([0.6931, 0.6931, 1.3863, 2.0794, 1.3863, 0.6931], abs=2e-4)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 12
+    assert all(row["value"] > 0 and row["goal"] is None for row in rows)

@@ -191,10 +191,12 @@ class Engine:
 
     def _train_pass_on_last_visit(self, part: Pass, epoch: int, baseline: float, last: Last) -> PassResult:
         """Draw by what was seen of the candidates last, and compute nothing but what was drawn."""
-        batch = self.batch(part)
-        mask, width = batch.candidate_mask, batch.candidate_mask.shape[1]
-        seen = last.visits.rows(part.indices, width).to(mask.device, non_blocking=True)
-        choice = self._choose(batch, seen, part, epoch, baseline=baseline, estimated=False)
+        # On the host, where the visits are kept: a device is not waited for.
+        whole = collate(part.groups, pad_token_id=self.pad_token_id)
+        batch, width = whole.to(self.accelerator.device), whole.candidate_mask.shape[1]
+        mask, seen = batch.candidate_mask, last.visits.rows(part.indices, width)
+        choice = self._choose(whole, seen, part, epoch, baseline=baseline, estimated=False)
+        choice = replace(choice, scores=moved(choice.scores, mask.device))
         entered = moved(choice.trained, mask.device)
         entering = self._train(batch, choice.trained)
         unknown = torch.full(mask.shape, NAN, dtype=entering.logprobs.dtype, device=mask.device)
