@@ -256,15 +256,12 @@ class TestMessages:
         assert encoder.encode(message).completions[0].tolist() == encoder.encode(chat_group("12")).completions[0].tolist()
 
     @pytest.mark.parametrize(
-        ("turns", "roles"),
-        [
-            ([{"role": "user", "content": "12"}], r"\[user\]"),
-            ([{"role": "assistant", "content": "12"}, {"role": "user", "content": "Sure?"}], r"\[assistant, user\]"),
-        ],
+        "turns",
+        [[{"role": "user", "content": "12"}], [{"role": "assistant", "content": "12"}, {"role": "user", "content": "Sure?"}]],
     )
-    def test_other_turns_are_refused_by_name(self, turns: list[Message], roles: str) -> None:
+    def test_a_completion_ends_with_an_answer(self, turns: list[Message]) -> None:
         group = Group("g7", QUESTION, [Candidate(turns)], origin="data.jsonl:7")
-        with pytest.raises(ValueError, match=rf"data\.jsonl:7: group 'g7': .*turns {roles}; it must be one assistant message"):
+        with pytest.raises(ValueError, match=r"data\.jsonl:7: group 'g7': a completion ends with a turn of 'user'"):
             Encoder(build_tokenizer()).encode(group)
 
     def test_earlier_turns_of_the_prompt_are_not_scored(self) -> None:

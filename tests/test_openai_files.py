@@ -114,7 +114,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"messages": [user("Q"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
         "messages[1].tool_calls[0] is an object with keys `id`: an object with the function's `name` and `arguments` is needed",
     ),
-    ({"messages": [{**user("Q"), "loss": "no"}, assistant("a")]}, "messages[0] has an unknown key `loss`"),
+    ({"messages": [{**user("Q"), "contents": "no"}, {"role": "assistant", "contents": "a"}]}, "messages[1] has an unknown key"),
     (
         {"messages": [user([{"type": "image_url", "image_url": {"url": "u"}}]), assistant("a")]},  # type: ignore[arg-type]
         "messages[0].content[0] is 'image_url' (a string): only parts of the type `text` can be used",

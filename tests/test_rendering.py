@@ -449,19 +449,21 @@ class TestSkip:
     def test_groups_that_can_t_be_scored(self, skip: bool) -> None:
         class Length:
             def score(self, group: Group) -> list[float | None]:
+                if group.id == "bad":
+                    raise DroppedGroupError(group, "too odd", "it is too odd")
                 return [float(len(text)) for text in completion_texts(group)]
 
         several: list[Message] = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
         groups = [asked("5.", "It is 5."), Group("bad", QUESTION, [Candidate(several)], origin="a.jsonl:8"), asked("6")]
         left_out = ReadReport() if skip else None
         if not skip:
-            with pytest.raises(ValueError, match=r"a\.jsonl:8: group 'bad': a completion has the turns"):
+            with pytest.raises(ValueError, match=r"a\.jsonl:8: group 'bad': it is too odd"):
                 list(score_groups(groups, Length(), left_out))
             return
         found = list(score_groups(groups, Length(), left_out))
         assert [[candidate.reward for candidate in group.candidates] for group in found] == [[2.0, 8.0], [1.0]]
         assert left_out is not None
-        assert left_out.reasons == {"a completion of several turns": 1}
+        assert left_out.reasons == {"too odd": 1}
         assert "a.jsonl:8" in left_out.listed()
 
     def test_groups_whose_samples_are_refused(self) -> None:

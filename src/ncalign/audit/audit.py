@@ -37,8 +37,7 @@ from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar, say
 from ncalign.data.formats.seen import Seen
 from ncalign.data.groups import Candidate, Group, ReadReport, read_groups
-from ncalign.data.rendering import Rendering, recorded_renderings
-from ncalign.model.encoding import completion_text
+from ncalign.data.rendering import Rendering, completion_text, recorded_renderings
 from ncalign.model.precision import resolve_dtype
 
 ENTRIES = ("audit.json", "audit.html")
@@ -131,7 +130,7 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     _check(config)
     totals, rows_skipped = _totals(config)
     sample, measured = totals.sample, _measured(totals.sample)
-    texts = [words(completion_text(candidate, group)) for group in sample for candidate in group.candidates]
+    texts = [words(completion_text(candidate.completion)) for group in sample for candidate in group.candidates]
     across = clusters_across(texts, [number for number, group in enumerate(sample) for _ in group.candidates])
     numbers = _numbers(totals, measured, across, seed=config.seed)
     meanings = _meanings(sample, config.embedder, config.bertscore, seed=config.seed)

@@ -20,9 +20,10 @@ from ncalign.core.parallel import map_chunks, num_workers
 from ncalign.core.progress import Bar
 from ncalign.data.formats.seen import Seen, digest
 from ncalign.data.groups import Group, ReadReport, read_groups
-from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
+from ncalign.data.rendering import Rendering, completion_text, recorded_renderings, rendering_warning
 from ncalign.model.chat import ChatTemplate, RefusedError
-from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, completion_text, make_encoder
+from ncalign.model.conversations import is_plain
+from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder, EncodingReport, make_encoder
 from ncalign.model.limits import limits_of_folder
 from ncalign.model.policy import load_tokenizer
 from ncalign.training.plan import token_layout
@@ -230,7 +231,7 @@ def _encoded(encoder: Encoder, group: Group, account: Account) -> EncodedGroup |
 
 def _count_copies(group: Group, account: Account) -> None:
     """Count copies within a group, and keep one digest of each text for those across groups."""
-    texts = [completion_text(candidate, group) for candidate in group.candidates]
+    texts = [completion_text(candidate.completion) for candidate in group.candidates]
     exact = set(texts)
     near = {" ".join(words(text)) or text for text in exact}
     account.count("copies", len(texts) - len(exact), group)
@@ -244,7 +245,8 @@ def _count_tokens(encoder: Encoder, marks: Marks, group: Group, encoded: Encoded
         both = len(encoded.prompt) + len(completion)
         found = {"prompt": len(encoded.prompt), "completion": len(completion), "both": both}
         found["bos"] = marks.count_bos(encoded.prompt, completion)
-        if candidate.finished and both < encoder.max_length:
+        # A completion of several turns has an end token in each.
+        if candidate.finished and both < encoder.max_length and is_plain(candidate.completion):
             found["end"] = int(np.isin(completion, marks.ends).sum())
         for name, number in found.items():
             account.tokens[name][number] += 1

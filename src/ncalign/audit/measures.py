@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ncalign.audit.copies import clusters_of
 from ncalign.audit.texts import Likeness, likeness, words
 from ncalign.data.groups import Group
-from ncalign.model.encoding import completion_text
+from ncalign.data.rendering import completion_text
 
 _RANDOM_PAIRS = 500
 
@@ -80,7 +80,7 @@ class GroupMeasures:
 
 def measure_group(group: Group) -> GroupMeasures:
     """A group's numbers; comparing its texts takes most of the time."""
-    completions = [completion_text(candidate, group) for candidate in group.candidates]
+    completions = [completion_text(candidate.completion) for candidate in group.candidates]
     texts = [words(text) for text in completions]
     known = [k for k, candidate in enumerate(group.candidates) if candidate.reward is not None]
     rewards = [group.candidates[k].reward or 0.0 for k in known]
@@ -181,7 +181,7 @@ def random_baseline(groups: Sequence[Group], *, seed: int) -> list[Likeness]:
     found = []
     for _ in range(min(_RANDOM_PAIRS, 4 * len(usable))):
         one, other = chance.sample(usable, 2)
-        first, second = (words(completion_text(chance.choice(group.candidates), group)) for group in (one, other))
+        first, second = (words(completion_text(chance.choice(group.candidates).completion)) for group in (one, other))
         found.append(likeness(first, second))
     return found
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from ncalign.audit.measures import GroupMeasures, within_groups
 from ncalign.core.atomic import write_text_atomic
 from ncalign.data.groups import Group
+from ncalign.data.rendering import completion_text
 from ncalign.model.chat import as_messages
-from ncalign.model.encoding import completion_text
 from ncalign.report.html import label_axes, png, render
 
 _EXAMPLES, _SHOWN = 4, 600
@@ -113,7 +113,7 @@ def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> lis
         group, places = sample[number], measured[number].order
         assert places is not None
         shown = [group.candidates[k] for k in (places.best, *places.lower[:2])]
-        candidates = [{"text": completion_text(c, group)[:_SHOWN], "reward": c.reward} for c in shown]
+        candidates = [{"text": completion_text(c.completion)[:_SHOWN], "reward": c.reward} for c in shown]
         prompt = as_messages(group.prompt)[-1]["content"][:_SHOWN]
         rows.append({"id": group.id, "prompt": prompt, "candidates": candidates})
     return rows

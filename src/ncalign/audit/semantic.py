@@ -15,7 +15,7 @@ from ncalign.audit.measures import ranked
 from ncalign.core.install import install_hint
 from ncalign.core.progress import say
 from ncalign.data.groups import Group
-from ncalign.model.encoding import completion_text
+from ncalign.data.rendering import completion_text
 from ncalign.model.pickles import without_pickles
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
@@ -44,12 +44,12 @@ def measure_meaning(groups: Sequence[Group], score: Score, *, seed: int) -> Mean
     orders = [ranked(group) for group in groups]
     usable = [(group, order) for group, order in zip(groups, orders, strict=True) if order is not None]
     for group, order in usable:
-        best = completion_text(group.candidates[order.best], group)
-        pairs += [(best, completion_text(group.candidates[k], group)) for k in order.lower]
+        best = completion_text(group.candidates[order.best].completion)
+        pairs += [(best, completion_text(group.candidates[k].completion)) for k in order.lower]
         others = [other for other, _ in usable if other is not group]
         if others:
             other = chance.choice(others)
-            across.append((best, completion_text(chance.choice(other.candidates), other)))
+            across.append((best, completion_text(chance.choice(other.candidates).completion)))
     scores = score([*pairs, *across])
     left = iter(scores)
     to_best = [[] if order is None else [next(left) for _ in order.lower] for order in orders]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -41,8 +42,14 @@ def prompt_words(group: Group, *, user_only: bool = False) -> list[str]:
 
 
 def prompt_key(group: Group) -> str:
-    """The same for two prompts that differ only in case, punctuation or white space."""
-    return " ".join(prompt_words(group))
+    """The same for two prompts that differ only in case, punctuation or white space.
+
+    What else a model is given belongs to it: tools, calls in earlier turns, and values for the chat template.
+    """
+    calls = [call for message in as_messages(group.prompt) for call in message.get("tool_calls") or ()]
+    given = [group.tools, calls, dict(group.template_kwargs)]
+    more = f"\n{json.dumps(given, sort_keys=True)}" if any(given) else ""
+    return " ".join(prompt_words(group)) + more
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""How prompts that are plain strings were put to the model: the record in the groups, and what is said where a run differs."""
+"""How prompts that are plain strings were put to the model; and conversations as plain text, for readers that are no model."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from ncalign.data.formats.group import JSON, STRING_PROMPTS, Group, Text
+from ncalign.data.formats.group import JSON, STRING_PROMPTS, Candidate, Group, Message, Text
 
 Rendering: TypeAlias = Literal["raw", "user_turn"]
 """A plain string as text that the model continues, or as a user's turn of the chat template."""
@@ -70,3 +71,50 @@ def rendering_warning(
         f"warning: {what}: {made[other]} {unit} were made with string_prompts {other} ({_MEANING[other]}), and {does} with "
         f"string_prompts {used} ({_MEANING[used]}); {remedy}"
     )
+
+
+def message_text(message: Message) -> str:
+    r"""What a message says, as plain text: its content, and a line for each call; thoughts beside the content are left out.
+
+    >>> call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    >>> message_text({"role": "assistant", "content": "I look.", "tool_calls": [call]})
+    'I look.\n[call weather {"city": "Oslo"}]'
+    """
+    lines = [str(message["content"])] if message["content"] or not message.get("tool_calls") else []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        written = function.get("arguments", {})
+        arguments = written if isinstance(written, str) else json.dumps(written, ensure_ascii=False)
+        lines.append(f"[call {function.get('name')} {arguments}]")
+    return "\n".join(lines)
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    r"""A conversation as plain text, each turn after who said it.
+
+    >>> transcript([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    'User: Hi\n\nAssistant: Hello'
+    """
+    return "\n\n".join(f"{message['role'].capitalize()}: {message_text(message)}" for message in messages)
+
+
+def completion_text(completion: Text) -> str:
+    """A completion as plain text: what one turn says, or the transcript of several.
+
+    >>> completion_text([{"role": "assistant", "content": "Four."}])
+    'Four.'
+    """
+    if isinstance(completion, str):
+        return completion
+    return message_text(completion[0]) if len(completion) == 1 else transcript(completion)
+
+
+def last_answer(candidate: Candidate) -> str:
+    """The text of a completion's last turn, which is the answer where there are several.
+
+    >>> turns = [{"role": "assistant", "content": "How many?"}, {"role": "user", "content": "2"}]
+    >>> last_answer(Candidate([*turns, {"role": "assistant", "content": "Two, then."}]))
+    'Two, then.'
+    """
+    completion = candidate.completion
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from ncalign.data.formats.group import Tools
+from ncalign.data.formats.group import TemplateKwargs, Tools
 from ncalign.data.groups import Group, Message
 from ncalign.data.rendering import Rendering
 
@@ -148,6 +148,7 @@ class Generator(Protocol):
         params: SamplingParams,
         seed: int,
         tools: Sequence[Tools] | None = None,
+        template_kwargs: Sequence[TemplateKwargs] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions.
@@ -158,6 +159,7 @@ class Generator(Protocol):
             params: how they are sampled.
             seed: the same seed, prompts and settings give the same completions.
             tools: what the model may call, for each prompt; one that is put to it as plain text is put without. None: nothing.
+            template_kwargs: further values for the chat template, for each prompt; None: none.
             refuse: is told of each prompt that can't be answered, which has no completions then; None raises at the first.
 
         Returns:

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from ncalign.core.config import Frozen, Overwrite, Seed
 from ncalign.data.config import JoinRows, OnBadRow
-from ncalign.model.config import ControlTokensInText, DType, StringPrompts, TemplateDate
+from ncalign.model.config import ChatTemplateKwargs, ControlTokensInText, DType, StringPrompts, TemplateDate
 
 
 class ServerConfig(Frozen):
@@ -93,6 +93,7 @@ class GenerateConfig(Frozen):
     string_prompts: StringPrompts = "auto"
     control_tokens_in_text: ControlTokensInText = "keep"
     template_date: TemplateDate = None
+    chat_template_kwargs: ChatTemplateKwargs = ()
     dtype: DType = "auto"
     seed: Seed = Field(0, description="Random seed of the sampling.")
     on_bad_row: OnBadRow = "error"

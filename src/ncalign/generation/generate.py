@@ -19,7 +19,7 @@ from ncalign.generation.incomplete import incomplete_warning, remedies
 from ncalign.generation.local import TransformersGenerator, load_for_generation, prompts_notice
 from ncalign.generation.remote import ServerGenerator
 from ncalign.model.chat import ChatTemplate, template_date
-from ncalign.model.config import Precision
+from ncalign.model.config import Precision, template_kwargs
 from ncalign.model.precision import resolve_dtype
 from ncalign.model.untold import left_out, untold_notices
 
@@ -114,9 +114,10 @@ def sample_prompts(
     """
     texts, names = [group.prompt for group in groups], [group_name(group, index) for index, group in enumerate(groups)]
     refuse = None if left_out is None else left_out.among(names)
-    tools = [group.tools for group in groups]
+    tools, kwargs = [group.tools for group in groups], [group.template_kwargs for group in groups]
+    given = {"template_kwargs": kwargs} if any(kwargs) else {}
     try:
-        return generator.generate(texts, num_samples=num_samples, params=params, seed=seed, tools=tools, refuse=refuse)
+        return generator.generate(texts, num_samples=num_samples, params=params, seed=seed, tools=tools, refuse=refuse, **given)
     except PromptError as error:
         raise ValueError(f"{names[error.index]}: {error.detail}") from error
 
@@ -136,7 +137,11 @@ def _say_how_prompts_are_given(
     if strings and config.string_prompts == "auto":
         say(f"note: string_prompts auto: {strings} prompts that are plain strings are given as {used}")
     if template is not None:
-        untold = Counter(name for group in prompts for name in left_out(template, group.prompt, group.tools, used))
+        untold = Counter(
+            name
+            for group in prompts
+            for name in left_out(template, group.prompt, used, tools=group.tools, kwargs=group.template_kwargs)
+        )
         for notice in untold_notices(untold):
             say(f"note: {notice}")
     if warning := rendering_warning(count_renderings(prompts), used, what=str(config.prompts), does="this run samples"):
@@ -147,26 +152,27 @@ def _generator(
     config: GenerateConfig, answers: Store | None, prompts: Sequence[Group]
 ) -> tuple[Generator, str, Precision | None, ChatTemplate | None]:
     """The generator and its model's name; a local model's precision, and its chat template."""
+    kwargs = template_kwargs(config.chat_template_kwargs)
     if config.server is not None:
-        server = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts)
+        server = ServerGenerator(config.server, store=answers, string_prompts=config.string_prompts, template_kwargs=kwargs)
         return server, config.server.model, None, None
     assert config.model is not None
     dtype = resolve_dtype(config.dtype)
     model, tokenizer = load_for_generation(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     today = template_date(tokenizer, config.template_date)
-    control = config.control_tokens_in_text
+    template, control = ChatTemplate(tokenizer, today, kwargs), config.control_tokens_in_text
     local = TransformersGenerator(
         model,
         tokenizer,
         string_prompts=config.string_prompts,
         batch_size=config.batch_size,
         control_tokens=control,
-        today=today,
+        template=template,
     )
     asked = ((group.prompt, group.tools) for group in prompts)
     if notice := prompts_notice(tokenizer, asked, local.string_prompts, control):
         say(f"note: {notice}")
-    return local, config.model, dtype, ChatTemplate(tokenizer, today)
+    return local, config.model, dtype, template
 
 
 def _answers_file(config: GenerateConfig) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from datetime import date
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from ncalign.core.errors import names
 from ncalign.core.progress import Bar
-from ncalign.data.formats.group import Tools
+from ncalign.data.formats.group import TemplateKwargs, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, tell_refused
@@ -54,7 +53,7 @@ class TransformersGenerator:
         autocast: precision to compute in, where it is not that of the weights.
         progress: whether to show a progress bar on stderr.
         control_tokens: what is done with control tokens that are written out in prompts.
-        today: the date for chat templates that write it; None for that of the call.
+        template: the chat template, with the date and the values that it is given; None for the tokenizer's as it is.
     """
 
     def __init__(
@@ -67,12 +66,12 @@ class TransformersGenerator:
         autocast: torch.dtype | None = None,
         progress: bool = True,
         control_tokens: ControlTokensInText = "keep",
-        today: date | None = None,
+        template: ChatTemplate | None = None,
     ) -> None:
         self._model, self._tokenizer, self._control_tokens = model, tokenizer, control_tokens
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self._batch_size, self._autocast, self._progress = batch_size, autocast, progress
-        self._template, self._limits = ChatTemplate(tokenizer, today), limits_of(model)
+        self._template, self._limits = template or ChatTemplate(tokenizer), limits_of(model)
         self._turn = self._template.example()
         self._eos_ids = _eos_ids(model, tokenizer) | {self._template.end_id(self._turn)}
 
@@ -85,6 +84,7 @@ class TransformersGenerator:
         params: SamplingParams,
         seed: int,
         tools: Sequence[Tools] | None = None,
+        template_kwargs: Sequence[TemplateKwargs] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample ``num_samples`` completions for each prompt; see :class:`ncalign.generation.base.Generator`.
@@ -92,7 +92,14 @@ class TransformersGenerator:
         Raises:
             PromptError: a prompt does not fit the model's context, or needs a chat template that is missing.
         """
-        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools, control_tokens=self._control_tokens)
+        found = encode_prompts(
+            self._template,
+            prompts,
+            self.string_prompts,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            control_tokens=self._control_tokens,
+        )
         found = [self._fitting(index, ids, params.max_new_tokens) for index, ids in enumerate(found)]
         tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
         places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
@@ -211,15 +218,18 @@ def encode_prompts(
     string_prompts: Rendering,
     *,
     tools: Sequence[Tools] | None = None,
+    template_kwargs: Sequence[TemplateKwargs] | None = None,
     control_tokens: ControlTokensInText = "keep",
 ) -> list[list[int] | PromptError]:
-    """Each prompt's tokens, as the model reads them before it answers; ``tools`` is what it may call, for each prompt.
+    """Each prompt's tokens, as the model reads them before it answers.
 
-    In the place of a prompt that has no tokens, needs a chat template that is missing, or is refused by it, is what to say.
+    ``tools`` is what it may call, for each prompt, and ``template_kwargs`` has further values for the chat template. In the
+    place of a prompt that has no tokens, needs a chat template that is missing, or is refused by it, is what to say.
     """
     encoded: list[list[int] | PromptError] = []
     tokenizer, control = template.tokenizer, ControlTokens(template.tokenizer)
-    for index, (prompt, own) in enumerate(zip(prompts, tools or [None] * len(prompts), strict=True)):
+    kwargs = template_kwargs or [{}] * len(prompts)
+    for index, (prompt, own, given) in enumerate(zip(prompts, tools or [None] * len(prompts), kwargs, strict=True)):
         try:
             if isinstance(prompt, str) and string_prompts == "raw":
                 ids = list(tokenizer(prompt, verbose=False)["input_ids"])
@@ -234,7 +244,7 @@ def encode_prompts(
                         f"it is written with the control tokens {names(sorted(written))} (control_tokens_in_text)"
                     )
                 messages, described = control.stood_in(texts) if written else texts
-                (ids,) = control.encode([template.prompt(messages, tools=described)])
+                (ids,) = control.encode([template.prompt(messages, tools=described, kwargs=given)])
         except RefusedError as error:
             encoded.append(PromptError(index, str(error)))
             continue

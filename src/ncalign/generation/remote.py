@@ -8,7 +8,7 @@ from typing import Any
 
 from ncalign.core.progress import Bar, say
 from ncalign.core.store import Store
-from ncalign.data.formats.group import TOOLS, Tools
+from ncalign.data.formats.group import TEMPLATE_KWARGS, TOOLS, TemplateKwargs, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, sample_seed, tell_refused
@@ -20,6 +20,7 @@ from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.wire import Choice
 from ncalign.model.chat import as_messages, is_half_written
 from ncalign.model.config import StringPrompts
+from ncalign.model.thoughts import without_thoughts
 
 _CONTINUES = (
     "note: {count} prompts end with a half-written assistant's turn: the server is asked to go on with it "
@@ -29,7 +30,13 @@ _TOOLS = (
     f"note: {{count}} prompts have `{TOOLS}`: the server is sent them, and asked for text and no calls (tool_choice none). "
     "vLLM and llama.cpp show them to the model then; SGLang, and vLLM with --exclude-tools-when-tool-choice-none, do not"
 )
+_KWARGS = (
+    f"note: {{count}} prompts have `{TEMPLATE_KWARGS}`: the server is sent them, as vLLM, SGLang and llama.cpp take them for "
+    "their chat template"
+)
 _UNTOLD = f"note: `{TOOLS}` of {{count}} prompts that are plain text are not sent to the server: only a chat has them"
+_UNTOLD_KWARGS = _UNTOLD.replace(TOOLS, TEMPLATE_KWARGS)
+_NOTHING: TemplateKwargs = {}
 
 
 class ServerGenerator:
@@ -46,6 +53,8 @@ class ServerGenerator:
             nothing tells here whether the server has a chat template.
         tokens: makes tokens of prompts and text of tokens; None: the server does both.
         progress: whether to show a progress bar on stderr.
+        template_kwargs: further values for the server's chat template; those of a prompt take their place.
+        strip_thoughts: whether turns before a prompt's last question are sent without their thoughts.
     """
 
     def __init__(
@@ -56,8 +65,11 @@ class ServerGenerator:
         string_prompts: StringPrompts = "auto",
         tokens: TokenPrompts | None = None,
         progress: bool = True,
+        template_kwargs: TemplateKwargs = _NOTHING,
+        strip_thoughts: bool = False,
     ) -> None:
         self.server, self._tokens = Server(config, store), tokens
+        self._kwargs, self._strips = dict(template_kwargs), strip_thoughts
         self.string_prompts: Rendering = "user_turn" if string_prompts == "auto" else string_prompts
         if tokens is not None:
             self.string_prompts = tokens.string_prompts
@@ -84,6 +96,7 @@ class ServerGenerator:
         params: SamplingParams,
         seed: int,
         tools: Sequence[Tools] | None = None,
+        template_kwargs: Sequence[TemplateKwargs] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see :class:`ncalign.generation.base.Generator`.
@@ -95,14 +108,14 @@ class ServerGenerator:
             ServerError: the server fails; what it answered is kept, and the same call goes on from there.
         """
         if self._tokens is None:
-            given = list(zip(prompts, tools or [None] * len(prompts), strict=True))
+            given = list(zip(prompts, tools or [None] * len(prompts), template_kwargs or [{}] * len(prompts), strict=True))
             self._say_what_is_sent(given)
             requests = {
-                index: self._request(*one, num_samples, params, sample_seed(seed, index, num_samples))
+                index: self._request(*one, num_samples, _sampling(params, sample_seed(seed, index, num_samples)))
                 for index, one in enumerate(given)
             }
         else:
-            encoded = self._tokens.encode(prompts, tools, params.max_new_tokens)
+            encoded = self._tokens.encode(prompts, tools, params.max_new_tokens, template_kwargs=template_kwargs)
             tell_refused([one for one in encoded if isinstance(one, PromptError)], refuse)
             requests = {
                 index: self._of_tokens(one, self._tokens, num_samples, params, sample_seed(seed, index, num_samples))
@@ -137,6 +150,8 @@ class ServerGenerator:
             hint = "; string prompts were sent as a user's turn: for a model without chat template, --string_prompts raw"
         if first.refused and self._tokens is None and tools and tools[place]:
             hint += f"; `{TOOLS}` were sent with tool_choice none: leave them out for a server that takes neither"
+        if first.refused and TEMPLATE_KWARGS in str(first):
+            hint += f"; leave `{TEMPLATE_KWARGS}` out for a server that does not take them"
         others = f"{len(failed)} of {len(prompts)} prompts have no completion; the others' are kept: rerun to go on"
         message = f"{first} ({others}{hint})"
         # Where nothing at all is answered, it is not the prompts.
@@ -147,12 +162,14 @@ class ServerGenerator:
         for index, answer in failed.items():
             refuse(PromptError(index, str(answer), reason="refused by the server"))
 
-    def _say_what_is_sent(self, given: Sequence[tuple[str | list[Message], Tools]]) -> None:
+    def _say_what_is_sent(self, given: Sequence[tuple[str | list[Message], Tools, TemplateKwargs]]) -> None:
         """Say, once of each, what of these prompts and their tools a server may do otherwise than a model in this process."""
         counts = {
-            _CONTINUES: sum(isinstance(prompt, list) and is_half_written(prompt) for prompt, _ in given),
-            _TOOLS: sum(bool(tools) and not self._is_raw(prompt) for prompt, tools in given),
-            _UNTOLD: sum(bool(tools) and self._is_raw(prompt) for prompt, tools in given),
+            _CONTINUES: sum(isinstance(prompt, list) and is_half_written(prompt) for prompt, _, _ in given),
+            _TOOLS: sum(bool(tools) and not self._is_raw(prompt) for prompt, tools, _ in given),
+            _UNTOLD: sum(bool(tools) and self._is_raw(prompt) for prompt, tools, _ in given),
+            _KWARGS: sum(bool(self._kwargs or kwargs) and not self._is_raw(prompt) for prompt, _, kwargs in given),
+            _UNTOLD_KWARGS: sum(bool(self._kwargs or kwargs) and self._is_raw(prompt) for prompt, _, kwargs in given),
         }
         for notice, count in counts.items():
             if count and notice not in self._said:
@@ -163,20 +180,22 @@ class ServerGenerator:
         return isinstance(prompt, str) and self.string_prompts == "raw"
 
     def _request(
-        self, prompt: str | list[Message], tools: Tools, num_samples: int, params: SamplingParams, seed: int
+        self, prompt: str | list[Message], tools: Tools, kwargs: TemplateKwargs, num_samples: int, body: dict[str, Any]
     ) -> Request:
-        body = _sampling(params, seed)
         raw = self._is_raw(prompt)
         if self.server.config.logprobs:
             body["logprobs"] = 1 if raw else True  # a number of alternatives there, a switch here
         if raw:
             return Request("completions", {**body, "prompt": prompt}, num_samples)
         messages = as_messages(prompt)
+        messages = without_thoughts(messages) if self._strips else messages
         if is_half_written(messages):
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         # Completions are texts: an answer that the server takes for a call would come without any.
-        for_tools: dict[str, Any] = {"tools": tools, "tool_choice": "none"} if tools else {}
-        return Request("chat", {**body, "messages": messages, **for_tools}, num_samples, needed=frozenset(for_tools))
+        needed: dict[str, Any] = {"tools": tools, "tool_choice": "none"} if tools else {}
+        if given := {**self._kwargs, **kwargs}:
+            needed[TEMPLATE_KWARGS] = given
+        return Request("chat", {**body, "messages": messages, **needed}, num_samples, needed=frozenset(needed))
 
     def _of_tokens(self, ids: list[int], tokens: TokenPrompts, num_samples: int, params: SamplingParams, seed: int) -> Request:
         body = {**_sampling(params, seed), "prompt": ids, "return_token_ids": True, "stop_token_ids": [tokens.end_id]}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import date
 
 from transformers import PreTrainedTokenizerBase
 
-from ncalign.data.formats.group import Tools
+from ncalign.data.formats.group import TemplateKwargs, Tools
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError
 from ncalign.generation.local import answer_text, encode_prompts
@@ -22,7 +21,7 @@ class TokenPrompts:
         tokenizer: the policy's.
         string_prompts: how plain-string prompts are encoded; see :func:`ncalign.model.chat.resolve_string_prompts`.
         control_tokens: what is done with control tokens that are written out in prompts.
-        today: the date for chat templates that write it; None for that of the call.
+        template: the chat template, with the date and the values that it is given; None for the tokenizer's as it is.
         max_tokens: of a prompt and its completion, that the generator has room for; None: no limit.
         vocabulary: number of tokens that the policy has; None: unknown.
 
@@ -37,22 +36,34 @@ class TokenPrompts:
         *,
         string_prompts: StringPrompts = "auto",
         control_tokens: ControlTokensInText = "keep",
-        today: date | None = None,
+        template: ChatTemplate | None = None,
         max_tokens: int | None = None,
         vocabulary: int | None = None,
     ) -> None:
         self._tokenizer, self._control_tokens = tokenizer, control_tokens
         self._max_tokens, self._vocabulary = max_tokens, vocabulary
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
-        self._template = ChatTemplate(tokenizer, today)
+        self._template = template or ChatTemplate(tokenizer)
         self._turn = self._template.example()
         self.end_id = self._template.end_id(self._turn)
 
     def encode(
-        self, prompts: Sequence[str | list[Message]], tools: Sequence[Tools] | None, max_new_tokens: int
+        self,
+        prompts: Sequence[str | list[Message]],
+        tools: Sequence[Tools] | None,
+        max_new_tokens: int,
+        *,
+        template_kwargs: Sequence[TemplateKwargs] | None = None,
     ) -> list[list[int] | PromptError]:
         """Each prompt's tokens or, in the place of one that can't be answered, what to say."""
-        found = encode_prompts(self._template, prompts, self.string_prompts, tools=tools, control_tokens=self._control_tokens)
+        found = encode_prompts(
+            self._template,
+            prompts,
+            self.string_prompts,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            control_tokens=self._control_tokens,
+        )
         return [self._fitting(index, ids, max_new_tokens) for index, ids in enumerate(found)]
 
     def _fitting(self, index: int, ids: list[int] | PromptError, max_new_tokens: int) -> list[int] | PromptError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ncalign.core.install import install_hint
-from ncalign.data.formats.group import Tools
+from ncalign.data.formats.group import TemplateKwargs, Tools
 from ncalign.data.groups import Message
 from ncalign.generation.base import Completion, PromptError, Refuse, SamplingParams, sample_seed, tell_refused
 from ncalign.generation.token_prompts import TokenPrompts
@@ -75,6 +75,7 @@ class VLLMGenerator:
         params: SamplingParams,
         seed: int,
         tools: Sequence[Tools] | None = None,
+        template_kwargs: Sequence[TemplateKwargs] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see :class:`ncalign.generation.base.Generator`.
@@ -82,7 +83,7 @@ class VLLMGenerator:
         Raises:
             PromptError: a prompt has no tokens or too many, or needs a chat template that is missing.
         """
-        found = self._tokens.encode(prompts, tools, params.max_new_tokens)
+        found = self._tokens.encode(prompts, tools, params.max_new_tokens, template_kwargs=template_kwargs)
         tell_refused([one for one in found if isinstance(one, PromptError)], refuse)
         places = [index for index, one in enumerate(found) if not isinstance(one, PromptError)]
         inputs = [{"prompt_token_ids": found[index]} for index in places]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ from ncalign.core.outputs import claim
 from ncalign.core.progress import say
 from ncalign.core.store import Store
 from ncalign.data.config import OnBadRow
-from ncalign.data.formats.group import Tools
+from ncalign.data.formats.group import TemplateKwargs, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Generator, LeftOutPrompts, PromptError, SamplingParams
@@ -35,7 +36,7 @@ from ncalign.judging.records import Answer, Question
 from ncalign.judging.sets import read_questions
 from ncalign.model.adapters import adapter_base, adapter_rank, is_adapter
 from ncalign.model.chat import ChatTemplate, template_date, writes_date
-from ncalign.model.config import Precision, StringPrompts
+from ncalign.model.config import Precision, StringPrompts, template_kwargs
 from ncalign.model.policy import load_tokenizer, model_identity, reading_fingerprint, weights_fingerprint
 from ncalign.model.precision import resolve_dtype
 from ncalign.model.quantized import tell_of_whole_base
@@ -59,6 +60,7 @@ class Answering:
         vllm: whether vLLM samples, in this process.
         string_prompts: how questions of one turn that are plain text are put to a model.
         template_date: the date for chat templates that write it; None for today's.
+        chat_template_kwargs: further values for chat templates, as NAME=VALUE.
         on_bad_row: whether a question that a model can't be asked stops the run, or is left out.
         trust_remote_code: run code that comes with a model.
     """
@@ -71,6 +73,7 @@ class Answering:
     vllm: bool = False
     string_prompts: StringPrompts = "auto"
     template_date: date | None = None
+    chat_template_kwargs: tuple[str, ...] = ()
     on_bad_row: OnBadRow = "error"
     trust_remote_code: bool = False
 
@@ -97,7 +100,11 @@ def answers_of_model(
         say(f"note: {name} has no chat template: questions are given to it as plain text (string_prompts auto)")
     if template is not None:
         rendering = generator.string_prompts
-        untold = Counter(key for one in questions for key in left_out(template, one.asked([], rendering), one.tools, rendering))
+        untold = Counter(
+            key
+            for one in questions
+            for key in left_out(template, one.asked([], rendering), rendering, tools=one.tools, kwargs=one.template_kwargs)
+        )
         asked = ((one.asked([], rendering), one.tools) for one in questions)
         control = prompts_notice(template.tokenizer, asked, rendering)
         for notice in filter(None, (*untold_notices(untold), control)):
@@ -109,38 +116,45 @@ def answers_of_model(
 
 def _generator(model: str | ServerConfig, answering: Answering, store: Store) -> tuple[Generator, str, ChatTemplate | None]:
     """The generator, what identifies its weights, and the chat template where it is not a server's."""
+    kwargs = template_kwargs(answering.chat_template_kwargs)
     if isinstance(model, ServerConfig):
-        server = ServerGenerator(model, store=store, string_prompts=answering.string_prompts)
-        return server, f"{model.urls[0]} {model.model}", None
+        server = ServerGenerator(model, store=store, string_prompts=answering.string_prompts, template_kwargs=kwargs)
+        identity = f"{model.urls[0]} {model.model}"
+        return server, f"{identity} {json.dumps(kwargs, sort_keys=True)}" if kwargs else identity, None
     trusted = answering.trust_remote_code
     if answering.vllm:
         tokenizer = load_tokenizer(model, trust_remote_code=trusted)
-        today, dated = _date(tokenizer, answering)
-        generator = _in_vllm(model, tokenizer, answering.string_prompts, today)
-        return generator, Store.key("vllm", model_identity(model), *dated), ChatTemplate(tokenizer, today)
+        template, given = _template(tokenizer, answering, kwargs)
+        generator = _in_vllm(model, tokenizer, answering.string_prompts, template)
+        return generator, Store.key("vllm", model_identity(model), *given), template
     assert answering.dtype is not None
     loaded, tokenizer = load_for_generation(model, dtype=answering.dtype, trust_remote_code=trusted)
     # What is asked depends on tokenizer and chat template too, and on the date that the template writes.
-    today, dated = _date(tokenizer, answering)
+    template, given = _template(tokenizer, answering, kwargs)
     weights = weights_fingerprint(loaded, computation=answering.dtype)
-    identity = Store.key(weights, reading_fingerprint(loaded, tokenizer), *dated)
+    identity = Store.key(weights, reading_fingerprint(loaded, tokenizer), *given)
     local = TransformersGenerator(
-        loaded, tokenizer, string_prompts=answering.string_prompts, batch_size=answering.batch_size, today=today
+        loaded, tokenizer, string_prompts=answering.string_prompts, batch_size=answering.batch_size, template=template
     )
-    return local, identity, ChatTemplate(tokenizer, today)
+    return local, identity, template
 
 
-def _date(tokenizer: PreTrainedTokenizerBase, answering: Answering) -> tuple[date | None, list[str]]:
-    """The date that a chat template is given, and what answers are kept by of it: nothing where the template writes none."""
+def _template(
+    tokenizer: PreTrainedTokenizerBase, answering: Answering, kwargs: TemplateKwargs
+) -> tuple[ChatTemplate, list[object]]:
+    """The chat template, and what answers are kept by of what it is given: a date where it writes one, and further values."""
     today = template_date(tokenizer, answering.template_date)
-    return today, [str(today)] if writes_date(tokenizer) else []
+    return ChatTemplate(tokenizer, today, kwargs), [
+        *([str(today)] if writes_date(tokenizer) else []),
+        *([kwargs] if kwargs else []),
+    ]
 
 
 def _in_vllm(
-    model: str, tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts, today: date | None
+    model: str, tokenizer: PreTrainedTokenizerBase, string_prompts: StringPrompts, template: ChatTemplate
 ) -> VLLMGenerator:
     """VLLM with a model or, where the folder holds an adapter, with its base and the adapter."""
-    tokens = TokenPrompts(tokenizer, string_prompts=string_prompts, today=today)
+    tokens = TokenPrompts(tokenizer, string_prompts=string_prompts, template=template)
     if not is_adapter(model):
         return VLLMGenerator(model, tokens)
     tell_of_whole_base(model)
@@ -184,7 +198,7 @@ def answer_questions(
         open_ = [one for one in questions if len(one.turns) > turn and not (left_out and _asked(one.id) in left_out.names)]
         ordered = sorted(open_, key=temperature)
         for degree, same in groupby(ordered, key=temperature):
-            talks = {one.id: _Talk(one.asked([turn.text for turn in given[one.id]], rendering), one.tools) for one in same}
+            talks = {one.id: _talk(one, given[one.id], rendering) for one in same}
             params = SamplingParams(answering.max_new_tokens, degree)
             keys = _Keys(identity, store, answering.seed)
             found = _answers_to(talks, generator, params, keys, at_a_time=at_a_time, left_out=left_out)
@@ -222,10 +236,16 @@ class _Keys(NamedTuple):
 
 
 class _Talk(NamedTuple):
-    """What a model is asked, and what it may call."""
+    """What a model is asked, what it may call, and further values for its chat template."""
 
     prompt: str | list[Message]
     tools: Tools
+    kwargs: TemplateKwargs
+
+
+def _talk(question: Question, answers: Sequence[_Given], rendering: Rendering) -> _Talk:
+    prompt = question.asked([answer.text for answer in answers], rendering)
+    return _Talk(prompt, question.tools, question.template_kwargs)
 
 
 class _Given(NamedTuple):
@@ -273,10 +293,14 @@ def _answers_to(
         # Of the questions: a part has draws of its own, and the same ones when a run goes on.
         part_seed = (seed + int(keys[part[0]][:8], 16)) % 2**31
         prompts, tools = [talks[question].prompt for question in part], [talks[question].tools for question in part]
+        kwargs = [talks[question].kwargs for question in part]
+        more = {"template_kwargs": kwargs} if any(kwargs) else {}
         names = [_asked(question) for question in part]
         refuse = None if left_out is None else left_out.among(names)
         try:
-            found = generator.generate(prompts, num_samples=1, params=params, seed=part_seed, tools=tools, refuse=refuse)
+            found = generator.generate(
+                prompts, num_samples=1, params=params, seed=part_seed, tools=tools, refuse=refuse, **more
+            )
         except PromptError as error:
             raise ValueError(f"{names[error.index]}: {error.detail}") from error
         rows = ((question, row[0]) for question, row in zip(part, found, strict=True) if row)
@@ -290,8 +314,8 @@ def _answers_to(
 def _keys(talks: Mapping[str, _Talk], *parts: object, sampling: list[float], greedy: bool) -> dict[str, str]:
     """What each question's answer is kept by: equal questions share a greedy answer, and have samples of their own."""
     found: dict[str, str] = {}
-    for question, (prompt, tools) in talks.items():
-        key = Store.key(*parts, prompt, sampling, *([tools] if tools else ()))
+    for question, (prompt, tools, kwargs) in talks.items():
+        key = Store.key(*parts, prompt, sampling, *(given for given in (tools, kwargs) if given))
         while not greedy and key in found.values():
             key = Store.key(key)
         found[question] = key

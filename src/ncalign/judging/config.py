@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ncalign.core.config import Flat, Frozen, Overwrite, Seed
 from ncalign.data.config import OnBadRow
 from ncalign.generation.config import ServerConfig
-from ncalign.model.config import DType, StringPrompts, TemplateDate
+from ncalign.model.config import ChatTemplateKwargs, DType, StringPrompts, TemplateDate
 
 
 class EvalJudgeConfig(Frozen):
@@ -66,6 +66,7 @@ class AnswerConfig(Frozen):
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
     template_date: TemplateDate = None
+    chat_template_kwargs: ChatTemplateKwargs = ()
     on_bad_row: OnBadRow = Field(
         "error", description="What to do with questions that a model can't be asked: stop, or leave them out and count them."
     )
@@ -125,6 +126,7 @@ class EvaluateConfig(Frozen):
     batch_size: int = Field(32, ge=1, description="Number of answers sampled at a time.")
     vllm: bool = Field(False, description="Sample with vLLM in this process (extra vllm).")
     template_date: TemplateDate = None
+    chat_template_kwargs: ChatTemplateKwargs = ()
     on_bad_row: OnBadRow = Field(
         "error", description="What to do with questions that a model can't be asked: stop, or leave them out and count them."
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ncalign.data.rendering import transcript
 from ncalign.judging.records import Answer, Answers, Question
-from ncalign.rewards.verdicts import fill, load_template, mark_of, shown_tools, transcript
+from ncalign.rewards.verdicts import fill, load_template, mark_of, shown_tools
 
 # MT-Bench's categories: FastChat shows the judge a reference answer in the first, and none in the second.
 _BY_REFERENCE = frozenset({"math", "reasoning", "coding"})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from ncalign.data.formats.group import TOOLS, Tools
+from ncalign.data.formats.group import TEMPLATE_KWARGS, TOOLS, TemplateKwargs, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 
@@ -50,6 +50,11 @@ class Question:
     def tools(self) -> Tools:
         """What a model that answers may call."""
         return self.metadata.get(TOOLS) or None
+
+    @property
+    def template_kwargs(self) -> TemplateKwargs:
+        """Further values for the chat template of a model that answers."""
+        return self.metadata.get(TEMPLATE_KWARGS) or {}
 
     @property
     def is_text(self) -> bool:

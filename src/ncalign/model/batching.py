@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class GroupBatch:
         tokens: of all groups, one after the other.
         spans: where each group's prompt and completions lie in them.
         pad_token_id: fills rows, where a layout has any.
+        scored: on the host, of each token whether it is scored if it is a completion's; None where all completions' are.
     """
 
     ids: tuple[str, ...]
@@ -42,6 +44,7 @@ class GroupBatch:
     tokens: Int[Tensor, " N"]
     spans: tuple[Span, ...]
     pad_token_id: int
+    scored: Bool[Tensor, " N"] | None = None
 
     def to(self, device: torch.device | str) -> GroupBatch:
         """The batch with its tensors on a device, to which they are copied while the host goes on."""
@@ -63,7 +66,7 @@ def collate(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> GroupBatch:
     spans: list[Span] = []
     for b, group in enumerate(groups):
         sizes = tuple(len(completion) for completion in group.completions)
-        lengths[b, : len(sizes)] = torch.tensor(sizes)
+        lengths[b, : len(sizes)] = torch.tensor([group.num_scored(k) for k in range(len(sizes))])
         references[b, : len(sizes)] = _float64(group.reference_logprobs)
         spans.append(Span(spans[-1].end if spans else 0, len(group.prompt), sizes))
     tokens = np.concatenate([part for group in groups for part in (group.prompt, *group.completions)])
@@ -76,7 +79,21 @@ def collate(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> GroupBatch:
         tokens=torch.from_numpy(tokens).long(),
         spans=tuple(spans),
         pad_token_id=pad_token_id,
+        scored=_scored(groups) if any(group.scored for group in groups) else None,
     )
+
+
+def _scored(groups: Sequence[EncodedGroup]) -> Bool[Tensor, " N"]:
+    """Of each token whether it is scored, if it is a completion's."""
+    parts: list[np.ndarray[Any, np.dtype[np.bool_]]] = []
+    for group in groups:
+        masks = group.scored or (None,) * len(group.completions)
+        parts.append(np.ones(len(group.prompt), dtype=bool))
+        parts += [
+            np.ones(len(completion), dtype=bool) if mask is None else mask
+            for completion, mask in zip(group.completions, masks, strict=True)
+        ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def rewards_and_mask(groups: Sequence[EncodedGroup]) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:

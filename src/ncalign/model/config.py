@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ncalign.core.config import Frozen
+from ncalign.data.formats.messages import read_json, template_kwargs_of
 
 Precision = Literal["float32", "bfloat16", "float64"]
 """A precision, once `auto` is decided."""
@@ -47,6 +49,67 @@ TemplateDate = Annotated[
         "kept for the whole of it."
     ),
 ]
+
+
+ScoredTurns = Annotated[
+    Literal["assistant", "last"],
+    Field(
+        description="Turns that are scored where a completion has several: all of the assistant's (assistant), or the last one "
+        "alone (last). Turns of others never are."
+    ),
+]
+
+
+Thoughts = Annotated[
+    Literal["scored", "masked", "stripped"],
+    Field(
+        description="Thoughts such as <think>...</think> in completions: scored like the rest, read by the model and not "
+        "scored (masked), or scored, and left out of all turns before the last question (stripped)."
+    ),
+]
+
+
+def _named(values: object) -> object:
+    """A mapping, as YAML files have it, as NAME=VALUE each."""
+    if not isinstance(values, dict):
+        return values
+    return tuple(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items())
+
+
+def _readable(values: tuple[str, ...]) -> tuple[str, ...]:
+    template_kwargs(values)
+    return values
+
+
+ChatTemplateKwargs = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_named),
+    AfterValidator(_readable),
+    Field(
+        description="Further values for the chat template, each as NAME=VALUE, such as enable_thinking=false; in a file also "
+        "as a mapping. A row's own chat_template_kwargs take their place."
+    ),
+]
+
+
+def template_kwargs(values: tuple[str, ...]) -> dict[str, Any]:
+    """What NAME=VALUE says, with values in JSON where they are JSON.
+
+    >>> template_kwargs(("enable_thinking=false", "mode=fast"))
+    {'enable_thinking': False, 'mode': 'fast'}
+
+    Raises:
+        ValueError: one is no NAME=VALUE, or a name is written twice, or none that a template can be given.
+    """
+    found: dict[str, Any] = {}
+    for one in values:
+        name, equals, written = one.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{one!r}: NAME=VALUE is needed, such as enable_thinking=false")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = read_json(written)
+    return template_kwargs_of(found, "chat_template_kwargs")
 
 
 class LoRA(Frozen):
@@ -122,6 +185,9 @@ class EncodingConfig(Frozen):
     string_prompts: StringPrompts = "auto"
     control_tokens_in_text: ControlTokensInText = "keep"
     template_date: TemplateDate = None
+    scored_turns: ScoredTurns = "assistant"
+    thoughts: Thoughts = "scored"
+    chat_template_kwargs: ChatTemplateKwargs = ()
 
     @model_validator(mode="after")
     def _room_for_completions(self) -> EncodingConfig:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -81,6 +83,51 @@ class ControlTokens:
         encoded = self._copy.encode_batch(list(map(self.as_written, renamed)), add_special_tokens=False)
         return [list(one.ids) for one in encoded]
 
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Tokens of a text as :meth:`encode` has them, and which of them lie in these parts of it, be it with a letter.
+
+        Raises:
+            ValueError: as :meth:`encode`; or the tokenizer does not say where its tokens stand, and joins those of two parts.
+        """
+        if _STANDS_IN in text:
+            written, spans = self._renamed(text, spans)
+            one = self._copy.encode(written, add_special_tokens=False)
+            return list(one.ids), _inside(one.offsets, spans)
+        if not self._tokenizer.is_fast:
+            return self._by_beginnings(text, spans)
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(found["input_ids"]), _inside(found["offset_mapping"], spans)
+
+    def _renamed(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """A text as the copy of the tokenizer reads it, and where its parts stand there."""
+        pieces: list[str] = []
+        starts, moved = [0], [0]
+        at = 0
+        for found in re.finditer(f"{self._stand_in.pattern}|{self._written.pattern}", text):
+            own = found[1]
+            piece = f"{_RENAMED}{self._places[found[0]]}{_END}" if own is None else self.names[int(own)]
+            pieces += [text[at : found.start()], piece]
+            at = found.end()
+            starts.append(at)
+            moved.append(moved[-1] + len(piece) - (found.end() - found.start()))
+        pieces.append(text[at:])
+
+        def place(index: int) -> int:
+            return index + moved[bisect_right(starts, index) - 1]
+
+        return "".join(pieces), [(place(start), place(end)) for start, end in spans]
+
+    def _by_beginnings(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """The same with a tokenizer that does not say where its tokens stand: by the tokens of the text's beginnings."""
+        (ids,) = self.encode([text])
+        inside = [False] * len(ids)
+        for start, end in spans:
+            first, last = self.encode([text[:start], text[:end]])
+            if ids[: len(first)] != first or ids[: len(last)] != last:
+                raise ValueError("the tokenizer does not say where its tokens stand, and joins what is scored with what is not")
+            inside[len(first) : len(last)] = [True] * (len(last) - len(first))
+        return ids, inside
+
     @cached_property
     def _copy(self) -> Tokenizer:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -104,6 +151,19 @@ class ControlTokens:
             if copy.token_to_id(other) != backend.token_to_id(name):
                 raise ValueError(f"control_tokens_in_text: escape can't be had: the tokenizer needs {name!r} by its name")
         return copy
+
+
+def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens, by where they begin and end, have a letter in one of the parts; an empty one lies where it begins.
+
+    >>> _inside([(0, 2), (2, 2), (2, 5), (5, 6)], [(1, 3)])
+    [True, True, True, False]
+    """
+    begins, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        inside |= (np.maximum(ends, begins + 1) > start) & (begins < end)
+    return [bool(one) for one in inside]
 
 
 def control_notice(prompts: int, completions: int, escaped: int, tokens: Mapping[str, int]) -> str | None:

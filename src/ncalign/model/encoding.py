@@ -16,142 +16,38 @@ One rule each, for a whole group:
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import json
+from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.errors import names
+from ncalign.data.formats.group import TOOLS, Message, Tools
 from ncalign.data.groups import Candidate, Group
-from ncalign.model.chat import ChatTemplate, RefusedError, Turn, answered, as_messages, resolve_string_prompts
-from ncalign.model.config import ControlTokensInText, EncodingConfig, StringPrompts
-from ncalign.model.control_tokens import ControlTokens, control_notice
+from ncalign.model.chat import RefusedError, Turn, answered, as_messages, resolve_string_prompts
+from ncalign.model.config import ControlTokensInText, EncodingConfig, StringPrompts, template_kwargs
+from ncalign.model.control_tokens import ControlTokens
+from ncalign.model.conversations import Asked, ConversationRules, Placed, end_tokens, is_plain, placed, shared_length
+from ncalign.model.encoded import DroppedGroupError, EncodedGroup, EncodingReport
 from ncalign.model.limits import Limits
-from ncalign.model.untold import answers_keys, left_out, untold_notices
+from ncalign.model.thoughts import outside_thoughts
+from ncalign.model.untold import left_out, left_out_of_answers
 
-Ids = NDArray[np.int32]
 Texts = TypeVar("Texts")
 _NO_LIMITS = Limits()
+_ALL = ConversationRules()
+__all__ = ["DroppedGroupError", "EncodedGroup", "Encoder", "EncodingReport", "beyond", "check_limits", "make_encoder"]
 
 
-@dataclass(frozen=True)
-class EncodedGroup:
-    """A group as token ids: what training needs of it."""
+class _Tokens(NamedTuple):
+    """A group's prompt and completions; of each completion, which tokens are scored, None for all."""
 
-    id: str
-    origin: str
-    prompt: Ids
-    completions: tuple[Ids, ...]
-    rewards: tuple[float | None, ...]
-    reference_logprobs: tuple[float | None, ...]
-    weights: tuple[float, ...] = ()
-    """Factor of the group's loss when this candidate is its positive; empty where every factor is 1."""
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and the longest completion."""
-        return len(self.prompt) + max(len(completion) for completion in self.completions)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt and all completions."""
-        return len(self.prompt) + sum(len(completion) for completion in self.completions)
-
-
-@dataclass
-class EncodingReport:
-    """Counts of what encoding did.
-
-    Attributes:
-        groups: groups encoded.
-        candidates: candidates encoded.
-        tokens: prompt and completion tokens of all candidates.
-        scored_tokens: completion tokens.
-        longest: tokens of the longest prompt and completion, after truncation.
-        prompts_truncated: prompts that lost their beginning.
-        completions_truncated: completions that lost their end, and their EOS with it.
-        boundary_merges: candidates whose first token would have merged with the prompt's last.
-        repeated_eos: candidates whose text ended with an EOS of its own; it is scored once.
-        template_mismatches: candidates whose rendering is not the rendered prompt followed by the turn's header and their text
-            (a template that rewrites the last turn); they are encoded as plain text after the prompt.
-        dropped: dropped groups by reason.
-        control_prompts: prompts in whose texts control tokens are written out.
-        control_completions: completions with such texts.
-        control_escaped: those of both whose control tokens were encoded as text.
-        control_tokens: how many texts hold each.
-        first_truncated: the first truncated group, to look at.
-        untold: groups by what the chat template leaves out of their messages.
-    """
-
-    groups: int = 0
-    candidates: int = 0
-    tokens: int = 0
-    scored_tokens: int = 0
-    longest: int = 0
-    prompts_truncated: int = 0
-    completions_truncated: int = 0
-    boundary_merges: int = 0
-    repeated_eos: int = 0
-    template_mismatches: int = 0
-    control_prompts: int = 0
-    control_completions: int = 0
-    control_escaped: int = 0
-    control_tokens: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    first_truncated: str | None = None
-    untold: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: EncodingReport) -> None:
-        """Count what another encoder did as well."""
-        for entry in fields(self):
-            if entry.type == "int":
-                combine = max if entry.name == "longest" else sum
-                setattr(self, entry.name, combine((getattr(self, entry.name), getattr(other, entry.name))))
-        self.dropped.update(other.dropped)
-        self.untold.update(other.untold)
-        self.control_tokens.update(other.control_tokens)
-        self.first_truncated = self.first_truncated or other.first_truncated
-
-    def notices(self) -> list[str]:
-        """What a user should know, one sentence each."""
-        found = []
-        if self.prompts_truncated or self.completions_truncated:
-            found.append(
-                f"{self.prompts_truncated} prompts lost their beginning and {self.completions_truncated} completions their end "
-                f"(first: {self.first_truncated}); raise max_length to keep them whole"
-            )
-        if self.boundary_merges:
-            found.append(
-                f"{self.boundary_merges} completions would merge a token with their prompt; they are encoded after the "
-                "prompt's own tokens, as in generation (end prompts without trailing spaces to avoid this)"
-            )
-        if self.repeated_eos:
-            found.append(f"{self.repeated_eos} completions ended with an EOS of their own; it is scored once")
-        if self.template_mismatches:
-            found.append(
-                f"the chat template renders {self.template_mismatches} completions differently from a generated turn; they are "
-                "encoded as plain text after the prompt"
-            )
-        return [*found, *self.text_notices()]
-
-    def text_notices(self) -> list[str]:
-        """What is special about the texts themselves."""
-        control = control_notice(self.control_prompts, self.control_completions, self.control_escaped, self.control_tokens)
-        return [*untold_notices(self.untold), *([] if control is None else [control])]
-
-
-class DroppedGroupError(ValueError):
-    """A group that can't be encoded; ``reason`` is the short form that is counted."""
-
-    def __init__(self, group: Group, reason: str, detail: str) -> None:
-        """Name the group and say why."""
-        super().__init__(f"{group.origin or 'group'}: group {group.id!r}: {detail}")
-        self.reason = reason
+    prompt: list[int]
+    completions: list[list[int]]
+    scored: list[list[bool] | None]
 
 
 class Encoder:
@@ -165,9 +61,10 @@ class Encoder:
         control_tokens: what is done with control tokens that are written out in texts.
         today: the date for chat templates that write it; None for that of the call.
         limits: what the model has a place for.
+        rules: what is scored of completions that are conversations, and what their template is given.
 
     Raises:
-        ValueError: ``max_prompt_length`` leaves completions no room.
+        ValueError: ``max_prompt_length`` leaves completions no room, or the template does not read what it is to be given.
     """
 
     def __init__(
@@ -180,6 +77,7 @@ class Encoder:
         control_tokens: ControlTokensInText = "keep",
         today: date | None = None,
         limits: Limits = _NO_LIMITS,
+        rules: ConversationRules = _ALL,
     ) -> None:
         if max_prompt_length is None:
             max_prompt_length = max_length // 2
@@ -194,18 +92,19 @@ class Encoder:
         self.string_prompts = resolve_string_prompts(tokenizer, string_prompts)
         self.report = EncodingReport()
         self._bos = _bos_id(tokenizer)
-        self._template, self._limits = ChatTemplate(tokenizer, today), limits
+        self._template, self._limits, self._rules = rules.template(tokenizer, today), limits, rules
         self._control, self._control_as = ControlTokens(tokenizer), control_tokens
 
     def encode(self, group: Group) -> EncodedGroup:
         """Encode a group.
 
         Raises:
-            DroppedGroupError: a completion is empty, has several turns or an EOS inside, or the group needs a chat template and
-                there is none, or it refuses the group, or the model has no place for a token; the group is counted as dropped.
+            DroppedGroupError: a completion is empty or has an EOS inside, or the group needs a chat template and there is none,
+                or it refuses the group or leaves out what is scored, or the model has no place for a token; the group is
+                counted as dropped.
         """
         try:
-            prompt, completions = self._truncate(group, *self._tokens(group))
+            prompt, completions, masks = self._truncate(group, self._tokens(group))
             check_limits(group, [prompt, *completions], self.tokenizer, self._limits)
         except DroppedGroupError as dropped:
             self.report.dropped[dropped.reason] += 1
@@ -217,58 +116,168 @@ class Encoder:
             completions=tuple(np.asarray(completion, dtype=np.int32) for completion in completions),
             rewards=tuple(candidate.reward for candidate in group.candidates),
             reference_logprobs=tuple(candidate.reference_logprob for candidate in group.candidates),
+            scored=tuple(None if mask is None else np.asarray(mask) for mask in masks) if any(masks) else (),
         )
         self.report.untold.update(self.left_out(group))
-        scored = sum(len(completion) for completion in completions)
+        scored = sum(map(encoded.num_scored, range(len(completions))))
         self.report.groups += 1
         self.report.candidates += len(completions)
         self.report.scored_tokens += scored
-        self.report.tokens += scored + len(prompt) * len(completions)
+        self.report.tokens += encoded.num_tokens + len(prompt) * (len(completions) - 1)
         self.report.longest = max(self.report.longest, encoded.length)
         return encoded
 
     def left_out(self, group: Group) -> list[str]:
         """What the group holds beside roles and texts, and its tokens don't."""
-        told = left_out(self._template, group.prompt, group.tools, self.string_prompts)
-        return [*answers_keys([candidate.completion for candidate in group.candidates]), *told]
+        tools, kwargs = group.tools, group.template_kwargs
+        told = left_out(self._template, group.prompt, self.string_prompts, tools=tools, kwargs=kwargs)
+        if isinstance(group.prompt, str) and self.string_prompts == "raw":
+            return told
+        messages, found = as_messages(group.prompt), dict[str, None]()
+        for completion in (one.completion for one in group.candidates if isinstance(one.completion, list)):
+            found |= dict.fromkeys(left_out_of_answers(self._template, messages, completion, tools=tools, kwargs=kwargs))
+        return [*found, *told]
 
-    def _tokens(self, group: Group) -> tuple[list[int], list[list[int]]]:
+    def _tokens(self, group: Group) -> _Tokens:
         as_chat = not isinstance(group.prompt, str) or self.string_prompts == "user_turn"
+        bodies: list[str | Placed] = []
         if as_chat:
             turn, bodies = self._chat_bodies(group)
             prompt_text, end_id = turn.prompt, self._template.end_id(turn)
         else:
             assert isinstance(group.prompt, str)
             prompt_text, end_id = group.prompt, int(self.tokenizer.eos_token_id)
-            bodies = [prompt_text + self._content(candidate, group, end_id) for candidate in group.candidates]
-        prompt, *whole = self._control.encode([prompt_text, *bodies])
-        completions = [
-            self._split(group, prompt, body[len(prompt_text) :], ids, end_id) for body, ids in zip(bodies, whole, strict=True)
-        ]
-        completions = [
-            tokens if candidate.finished else tokens[:-1]
-            for candidate, tokens in zip(group.candidates, completions, strict=True)
-        ]
+            bodies += [prompt_text + self._content(candidate, group, end_id) for candidate in group.candidates]
+        prompt, *encoded = self._control.encode([prompt_text, *(body for body in bodies if isinstance(body, str))])
+        whole = iter(encoded)
+        completions: list[list[int]] = []
+        masks: list[list[bool] | None] = []
+        wholes: dict[int, tuple[list[int], list[bool]]] = {}
+        for number, (candidate, body) in enumerate(zip(group.candidates, bodies, strict=True)):
+            tokens, mask = list[int](), None
+            if isinstance(body, str):
+                tokens = self._split(group, prompt, body[len(prompt_text) :], next(whole), end_id)
+                mask = self._thoughtless(prompt, prompt_text, body) if self._rules.thoughts == "masked" else None
+                if not candidate.finished:
+                    tokens, mask = tokens[:-1], mask and mask[:-1]
+            else:
+                wholes[number] = self._scored(group, body, finished=candidate.finished)
+            completions.append(tokens)
+            masks.append(None if mask is None or all(mask) else mask)
         if not as_chat and self._bos is not None and prompt[:1] != [self._bos]:
             prompt = [self._bos, *prompt]
         if not prompt:
             raise DroppedGroupError(group, "empty prompt", "the prompt has no tokens: a completion needs something before it")
-        return prompt, completions
+        tokens_of_all = _Tokens(prompt, completions, masks)
+        return self._aligned(group, tokens_of_all, wholes) if wholes else tokens_of_all
 
-    def _chat_bodies(self, group: Group) -> tuple[Turn, list[str]]:
-        """The turn of the group's answers, and each candidate's whole text up to its end token."""
-        bodies = []
-        messages, tools = self._treated((as_messages(group.prompt), group.tools), group, what="prompt")
+    def _thoughtless(self, prompt: list[int], prompt_text: str, body: str) -> list[bool]:
+        """Which tokens of a completion lie outside its thoughts, its end token among them, as :meth:`_split` splits them."""
+        spans = outside_thoughts(body, [(len(prompt_text), len(body))])
+        ids, inside = self._control.encode_spans(body, spans)
+        if ids[: len(prompt)] == prompt:
+            return [*inside[len(prompt) :], True]
+        moved = [(start - len(prompt_text), end - len(prompt_text)) for start, end in spans]
+        return [*self._control.encode_spans(body[len(prompt_text) :], moved)[1], True]
+
+    def _scored(self, group: Group, body: Placed, *, finished: bool) -> tuple[list[int], list[bool]]:
+        """Tokens of a prompt with its completion, up to the last scored one, and which of them are scored."""
         try:
-            turn = self._template.turn(messages, tools=tools)
+            ids, inside = self._control.encode_spans(body.text, body.spans)
+        except ValueError as error:
+            raise DroppedGroupError(group, "unsplittable boundary", str(error)) from error
+        if not any(inside):
+            raise DroppedGroupError(group, "empty completion", _EMPTY)
+        last = len(inside) - inside[::-1].index(True)
+        ending = [] if body.has_end or not finished else [int(self.tokenizer.eos_token_id)]
+        return [*ids[:last], *ending], [*inside[:last], *(True for _ in ending)]
+
+    def _aligned(self, group: Group, tokens: _Tokens, wholes: Mapping[int, tuple[list[int], list[bool]]]) -> _Tokens:
+        """The group with completions that were encoded with their prompt: the prompt is what all begin with.
+
+        Where a template writes the prompt otherwise once a completion follows, the rest of it is encoded with every completion.
+        """
+        prompt, completions, masks = tokens
+        shared = shared_length(prompt, *(ids for ids, _ in wholes.values()))
+        shared = min(shared, *(mask.index(True) for _, mask in wholes.values()))
+        self.report.rewritten += sum(ids[: len(prompt)] != prompt for ids, _ in wholes.values())
+        if not shared:
+            raise DroppedGroupError(
+                group,
+                "a template that rewrites the prompt",
+                "the chat template writes the prompt otherwise, from its first token on, where a completion follows: give each "
+                "completion a group of its own, or use another template",
+            )
+        rest = prompt[shared:]
+        for number, (completion, mask) in enumerate(zip(completions, masks, strict=True)):
+            if number in wholes:
+                ids, inside = wholes[number]
+                completions[number], masks[number] = ids[shared:], None if all(inside[shared:]) else inside[shared:]
+            elif rest:
+                completions[number] = [*rest, *completion]
+                masks[number] = [*(False for _ in rest), *(mask or (True for _ in completion))]
+        return _Tokens(prompt[:shared], completions, masks)
+
+    def _chat_bodies(self, group: Group) -> tuple[Turn, list[str | Placed]]:
+        """The turn of the group's answers, and each candidate's whole text: to its end token, or with what of it is scored."""
+        bodies: list[str | Placed] = []
+        messages, tools = self._treated((as_messages(group.prompt), group.tools), group, what="prompt")
+        kwargs = group.template_kwargs
+        try:
+            turn = self._turn(group, messages, tools)
+            asked = Asked(messages, tools, kwargs, turn)
             for candidate in group.candidates:
+                if not is_plain(candidate.completion):
+                    bodies.append(self._conversation(candidate, group, asked))
+                    continue
                 text = self._content(candidate, group, self._template.end_id(turn))
                 whole = answered(messages, text)
-                full = self._template.render(whole, tools=tools, what="the prompt with its completion")
+                full = self._template.render(whole, tools=tools, what="the prompt with its completion", kwargs=kwargs)
                 bodies.append(self._body(turn, text, full) + turn.before_end)
         except RefusedError as error:
             raise DroppedGroupError(group, str(error), str(error)) from error
         return turn, bodies
+
+    def _turn(self, group: Group, messages: list[Message], tools: Tools) -> Turn:
+        """Where the group's answers stand; a prompt that no plain answer may follow can still be followed by turns."""
+        kwargs = group.template_kwargs
+        try:
+            return self._template.turn(messages, tools=tools, kwargs=kwargs)
+        except RefusedError:
+            if any(is_plain(candidate.completion) for candidate in group.candidates):
+                raise
+            prompt, example = self._template.render(messages, tools=tools, kwargs=kwargs), self._template.example()
+            return Turn(prompt, "", "", None if example is None else example.end, "")
+
+    def _conversation(self, candidate: Candidate, group: Group, asked: Asked) -> Placed:
+        """A completion of turns with its prompt, and what of it is scored."""
+        assert isinstance(candidate.completion, list)
+        ends = end_tokens(self._template, asked.turn)
+        turns = [
+            {**turn, "content": self._without_end(turn["content"], ends)} if turn["role"] == "assistant" else turn
+            for turn in candidate.completion
+        ]
+        treated = self._treated(turns, group, what="completion")
+        if asked.tools and any(turn.get("tool_calls") for turn in turns):
+            shown = left_out(self._template, asked.messages, self.string_prompts, tools=asked.tools, kwargs=asked.kwargs)
+            if TOOLS in shown:
+                raise RefusedError(
+                    f"the chat template leaves out `{TOOLS}`, which a completion calls: use a template that writes them, or "
+                    f"tell of them in the system's turn and leave `{TOOLS}` out"
+                )
+        written = [json.dumps(turn, ensure_ascii=False) for turn in treated if turn["role"] == "assistant"]
+        if any(end in text for end in ends for text in written):
+            raise DroppedGroupError(group, *_EOS_INSIDE)
+        return placed(self._template, asked, treated, self._rules, finished=candidate.finished)
+
+    def _without_end(self, text: str, ends: Sequence[str]) -> str:
+        """A text without end tokens at its end, which a template would follow with white space of its own."""
+        content = text
+        while content.rstrip().endswith(tuple(ends)):
+            stripped = content.rstrip()
+            content = stripped[: -max(len(end) for end in ends if stripped.endswith(end))]
+        self.report.repeated_eos += content != text
+        return content
 
     def _body(self, turn: Turn, text: str, full: str) -> str:
         """A prompt with its answer's header and text, as the template writes them in ``full`` where these are the answer's."""
@@ -284,15 +293,13 @@ class Encoder:
 
     def _content(self, candidate: Candidate, group: Group, end_id: int) -> str:
         """The completion's text without end tokens at its end, which a template would follow with white space of its own."""
-        text = completion_text(candidate, group)
-        if isinstance(candidate.completion, list) and candidate.completion[0].get("tool_calls"):
-            raise DroppedGroupError(group, "tool calls in a completion", _CALLS)
-        ends = tuple(self.tokenizer.convert_ids_to_tokens([end_id, int(self.tokenizer.eos_token_id)]))
-        content = text
-        while content.rstrip().endswith(ends):
-            stripped = content.rstrip()
-            content = stripped[: -max(len(end) for end in ends if stripped.endswith(end))]
-        self.report.repeated_eos += content != text
+        completion = candidate.completion
+        if not is_plain(completion):
+            detail = "a completion of turns follows a prompt that is given as plain text: give the prompt as turns too"
+            raise DroppedGroupError(group, "turns after plain text", detail)
+        text = completion if isinstance(completion, str) else str(completion[0]["content"])
+        ends = self.tokenizer.convert_ids_to_tokens([end_id, int(self.tokenizer.eos_token_id)])
+        content = self._without_end(text, ends)
         if not content.strip():
             raise DroppedGroupError(group, "empty completion", _EMPTY)
         return self._treated(content, group, what="completion")
@@ -333,17 +340,14 @@ class Encoder:
         if not completion:
             raise DroppedGroupError(group, "empty completion", _EMPTY)
         if not ends.isdisjoint(completion):
-            raise DroppedGroupError(
-                group,
-                "EOS inside a completion",
-                "a completion has an end token in its middle: remove it, or cut the text there",
-            )
+            raise DroppedGroupError(group, *_EOS_INSIDE)
         return [*completion, end_id]
 
-    def _truncate(self, group: Group, prompt: list[int], completions: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    def _truncate(self, group: Group, tokens: _Tokens) -> _Tokens:
+        prompt, completions, masks = tokens
         longest = max(len(completion) for completion in completions)
         if len(prompt) + longest <= self.max_length:
-            return prompt, completions
+            return tokens
         kept = min(len(prompt), max(self.max_prompt_length, self.max_length - longest))
         room = self.max_length - kept
         self.report.prompts_truncated += kept < len(prompt)
@@ -351,11 +355,19 @@ class Encoder:
         self.report.first_truncated = self.report.first_truncated or _where(group).removesuffix(": ")
         # Models lean on BOS: what is cut off stands after it.
         first = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
-        return [*first, *prompt[len(prompt) - kept + len(first) :]], [completion[:room] for completion in completions]
+        prompt = [*first, *prompt[len(prompt) - kept + len(first) :]]
+        masks = [mask and mask[:room] for mask in masks]
+        if any(mask is not None and not any(mask) for mask in masks):
+            raise DroppedGroupError(
+                group,
+                "nothing scored within max_length",
+                f"the first scored turn of a completion lies beyond max_length ({self.max_length}): raise it",
+            )
+        return _Tokens(prompt, [completion[:room] for completion in completions], masks)
 
 
 _EMPTY = "a completion is empty: there is nothing to score"
-_CALLS = "a completion has `tool_calls`: write the call into its text, as the model does, or leave the group out"
+_EOS_INSIDE = ("EOS inside a completion", "a completion has an end token in its middle: remove it, or cut the text there")
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingConfig, *, limits: Limits) -> Encoder:
@@ -368,7 +380,13 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingConfig, *, l
         control_tokens=rules.control_tokens_in_text,
         today=rules.template_date,
         limits=limits,
+        rules=conversation_rules(rules),
     )
+
+
+def conversation_rules(rules: EncodingConfig) -> ConversationRules:
+    """What a configuration says of completions that are conversations."""
+    return ConversationRules(rules.scored_turns, rules.thoughts, template_kwargs(rules.chat_template_kwargs))
 
 
 def check_limits(group: Group, texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
@@ -401,21 +419,6 @@ def beyond(texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, l
     if positions is not None and longest > positions:
         return f"it has more tokens than the model has positions, {positions}: lower max_length, or shorten it"
     return None
-
-
-def completion_text(candidate: Candidate, group: Group) -> str:
-    """The text of a completion, which is a string or one assistant message."""
-    completion = candidate.completion
-    if isinstance(completion, str):
-        return completion
-    if len(completion) == 1 and completion[0]["role"] == "assistant":
-        return str(completion[0]["content"])
-    roles = ", ".join(message["role"] for message in completion)
-    raise DroppedGroupError(
-        group,
-        "a completion of several turns" if len(completion) > 1 else "a completion that is no assistant's turn",
-        f"a completion has the turns [{roles}]; it must be one assistant message: move earlier turns into the prompt",
-    )
 
 
 def _where(group: Group) -> str:

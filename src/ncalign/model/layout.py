@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -100,13 +100,20 @@ class Layout:
         return len(self.rows)
 
 
-def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]]) -> Layout:
+def shared_layout(
+    tokens: Int[Tensor, " N"],
+    spans: Sequence[Span],
+    wanted: Sequence[Sequence[int]],
+    *,
+    scored: Bool[Tensor, " N"] | None = None,
+) -> Layout:
     """One row in which each prompt stands once, with the wanted completions after it, each at the position after the prompt.
 
     Args:
         tokens: of all groups.
         spans: where each group's lie.
         wanted: of each group, its candidates to lay out, each once; a group without any is left out.
+        scored: on the host, of each token whether it is scored if it is a completion's; None for all.
 
     Example:
         >>> tokens = torch.tensor([1, 2, 3, 4, 5, 6])
@@ -129,12 +136,15 @@ def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequ
         positions += [torch.arange(position, position + length) for _, length, position in pieces]
         placed.append(Span(at, span.prompt, tuple(span.completions[k] for k in chosen)))
         at = placed[-1].end
-    input_ids = tokens[torch.cat(picked).to(tokens.device, non_blocking=True)].unsqueeze(0)
-    predictors, scored, owners = _scored(
+    index = torch.cat(picked)
+    input_ids = tokens[index.to(tokens.device, non_blocking=True)].unsqueeze(0)
+    predictors, targets, owners = _scored(
         (span.start + span.prompt, offset, length)
         for span in placed
         for offset, length in zip(span.offsets(), span.completions, strict=True)
     )
+    if scored is not None:
+        predictors, targets, owners = _kept(scored[index[targets]], predictors, targets, owners)
     device = tokens.device
     return Layout(
         input_ids=input_ids,
@@ -143,7 +153,7 @@ def shared_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequ
         pieces=tuple(length for span in placed for length in (span.prompt, *span.completions)),
         rows=_shared_rows(placed),
         predictors=predictors.to(device, non_blocking=True),
-        targets=input_ids[0][scored.to(device, non_blocking=True)],
+        targets=input_ids[0][targets.to(device, non_blocking=True)],
         owners=owners.to(device, non_blocking=True),
     )
 
@@ -171,7 +181,12 @@ def prompts_layout(tokens: Int[Tensor, " N"], spans: Sequence[Span]) -> Layout:
 
 
 def completions_layout(
-    tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]], prompts: Segments
+    tokens: Int[Tensor, " N"],
+    spans: Sequence[Span],
+    wanted: Sequence[Sequence[int]],
+    prompts: Segments,
+    *,
+    scored: Bool[Tensor, " N"] | None = None,
 ) -> Layout:
     """The second half: one row of the wanted completions, to go after the row of all groups' prompts.
 
@@ -180,6 +195,7 @@ def completions_layout(
         spans: where each group's lie.
         wanted: of each group, its candidates to lay out, each once; a group without any is left out.
         prompts: what lies where in the earlier row, and its keys and values.
+        scored: on the host, of each token whether it is scored if it is a completion's; None for all.
 
     Example:
         >>> tokens, spans = torch.tensor([1, 2, 3, 4, 5, 6]), [Span(0, 2, (1, 3))]
@@ -207,16 +223,18 @@ def completions_layout(
             (number + 1, len(spans) + offset, length)
             for offset, length in zip(placed[-1].offsets(), placed[-1].completions, strict=True)
         ]
-    predictors, scored, owners = _scored(pieces)
+    predictors, targets, owners = _scored(pieces)
+    index = torch.cat(picked)
+    if scored is not None:
+        predictors, targets, owners = _kept(scored[index[targets - len(spans)]], predictors, targets, owners)
     device = tokens.device
-    sources = torch.cat(picked).to(device, non_blocking=True)
-    input_ids = tokens[sources].unsqueeze(0)
+    input_ids = tokens[sources := index.to(device, non_blocking=True)].unsqueeze(0)
     return Layout(
         input_ids=input_ids,
         position_ids=torch.cat(positions).unsqueeze(0).to(device, non_blocking=True),
         segments=Segments(tuple(placed), prompts=tuple(earlier), kept=prompts.kept),
         predictors=predictors.to(device, non_blocking=True),
-        targets=input_ids[0][(scored - len(spans)).to(device, non_blocking=True)],
+        targets=input_ids[0][(targets - len(spans)).to(device, non_blocking=True)],
         owners=owners.to(device, non_blocking=True),
         pieces=tuple(length for _, _, length in pieces),
         rows=tuple((number - 1, len(spans) + own) for own, (number, _, _) in enumerate(pieces)),
@@ -225,9 +243,17 @@ def completions_layout(
 
 
 def padded_layout(
-    tokens: Int[Tensor, " N"], spans: Sequence[Span], wanted: Sequence[Sequence[int]], *, pad_token_id: int
+    tokens: Int[Tensor, " N"],
+    spans: Sequence[Span],
+    wanted: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    scored: Bool[Tensor, " N"] | None = None,
 ) -> Layout:
-    """A row for each wanted candidate: its prompt, itself, and padding that causal attention keeps from every real token."""
+    """A row for each wanted candidate: its prompt, itself, and padding that causal attention keeps from every real token.
+
+    ``scored``: on the host, of each token whether it is scored if it is a completion's; None for all.
+    """
     rows = [(span, span.offsets()[k], span.completions[k]) for span, chosen in zip(spans, wanted, strict=True) for k in chosen]
     width = max(span.prompt + length for span, _, length in rows)
     # One more token than there are stands for padding.
@@ -236,19 +262,26 @@ def padded_layout(
         row[: span.prompt] = torch.arange(span.start, span.start + span.prompt)
         row[span.prompt : span.prompt + length] = torch.arange(offset, offset + length)
     input_ids = torch.cat([tokens, tokens.new_full((1,), pad_token_id)])[index.to(tokens.device, non_blocking=True)]
-    predictors, scored, owners = _scored(
+    predictors, targets, owners = _scored(
         (number * width + span.prompt, number * width + span.prompt, length) for number, (span, _, length) in enumerate(rows)
     )
+    if scored is not None:
+        predictors, targets, owners = _kept(scored[index.flatten()[targets]], predictors, targets, owners)
     return Layout(
         input_ids=input_ids,
         position_ids=None,
         segments=None,
         predictors=predictors.to(tokens.device, non_blocking=True),
-        targets=input_ids.flatten()[scored.to(tokens.device, non_blocking=True)],
+        targets=input_ids.flatten()[targets.to(tokens.device, non_blocking=True)],
         owners=owners.to(tokens.device, non_blocking=True),
         pieces=tuple(length for span, _, own in rows for length in (span.prompt + own, width - span.prompt - own)),
         rows=tuple((2 * number,) for number in range(len(rows))),
     )
+
+
+def _kept(scored: Bool[Tensor, " C"], *of_tokens: Int[Tensor, " C"]) -> tuple[Tensor, ...]:
+    """What belongs to the scored ones among completions' tokens."""
+    return tuple(values[scored] for values in of_tokens)
 
 
 def _shared_rows(placed: Sequence[Span]) -> tuple[tuple[int, ...], ...]:

@@ -167,9 +167,9 @@ def scored_completions(
         nothing = torch.zeros(places.shape, device=batch.tokens.device)
         return Scored(nothing, expert_use=None if experts_per_token is None else _no_use(nothing))
     if shares_prompts(causal):
-        layout = shared_layout(batch.tokens, batch.spans, wanted)
+        layout = shared_layout(batch.tokens, batch.spans, wanted, scored=batch.scored)
     else:
-        layout = padded_layout(batch.tokens, batch.spans, wanted, pad_token_id=batch.pad_token_id)
+        layout = padded_layout(batch.tokens, batch.spans, wanted, pad_token_id=batch.pad_token_id, scored=batch.scored)
     hidden, use = _body(causal, layout, experts_per_token=experts_per_token)
     logprobs = _summed(causal, hidden.flatten(0, 1), layout, places, chunk_tokens, fused_head=fused_head)
     return Scored(logprobs, expert_use=None if use is None else _used(use, layout, places))
@@ -242,7 +242,7 @@ def chosen_logprobs(
         if not any(wanted):
             nothing = ends.new_zeros(places.shape) + 0.0 * ends.sum()
             return Scored(nothing, expert_use=None if prompts_use is None else _no_use(nothing))
-        layout = completions_layout(batch.tokens, batch.spans, wanted, segments)
+        layout = completions_layout(batch.tokens, batch.spans, wanted, segments, scored=batch.scored)
         hidden, use = _body(causal, layout, embedded, experts_per_token if prompts_use is not None else None)
         logprobs = _summed(causal, torch.cat([ends, hidden[0]]), layout, places, fused_head=fused_head)
         if prompts_use is None or use is None:

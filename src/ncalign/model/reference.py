@@ -87,11 +87,13 @@ def reference_folder(
 
 
 def candidate_key(group: EncodedGroup, candidate: int) -> bytes:
-    """A 16-byte digest of a prompt's and a completion's token ids."""
+    """A 16-byte digest of a prompt's and a completion's token ids, and of which are scored where not all are."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(len(group.prompt).to_bytes(4, "big"))
     digest.update(group.prompt.tobytes())
     digest.update(group.completions[candidate].tobytes())
+    if group.scored and (mask := group.scored[candidate]) is not None:
+        digest.update(b"scored" + mask.tobytes())
     return digest.digest()
 
 

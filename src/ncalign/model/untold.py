@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from ncalign.data.formats.group import MORE_KEYS, TOOLS, Text, Tools
+from ncalign.data.formats.group import MESSAGE_KEYS, MORE_KEYS, TEMPLATE_KWARGS, TOOLS, TemplateKwargs, Text, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.model.chat import ChatTemplate, RefusedError, as_messages
 
+_NOTHING: TemplateKwargs = {}
 
-def left_out(template: ChatTemplate, prompt: Text, tools: Tools, string_prompts: Rendering) -> list[str]:
+
+def left_out(
+    template: ChatTemplate, prompt: Text, string_prompts: Rendering, *, tools: Tools, kwargs: TemplateKwargs = _NOTHING
+) -> list[str]:
     """What a prompt holds beside roles and texts that its rendering does not show: tools, tool calls, thoughts, names.
 
     What only joins an answer to its call, the call's id and the tool's name, is not looked for.
@@ -19,30 +22,56 @@ def left_out(template: ChatTemplate, prompt: Text, tools: Tools, string_prompts:
     Args:
         template: the model's.
         prompt: text or turns.
-        tools: what the model may call.
         string_prompts: how a prompt that is text is put to the model.
+        tools: what the model may call.
+        kwargs: further values for the template.
     """
     if isinstance(prompt, str) and string_prompts == "raw":
-        return [f"{TOOLS} of plain text"] if tools else []
+        return [f"{name} of plain text" for name, given in ((TOOLS, tools), (TEMPLATE_KWARGS, kwargs)) if given]
     messages = as_messages(prompt)
-    if not tools and not any(turn.keys() & {*MORE_KEYS} for turn in messages):
+    if not tools and not _more_keys(messages):
         return []
     try:
-        whole = template.render(messages, tools=tools)
+        whole = template.render(messages, tools=tools, kwargs=kwargs)
     except RefusedError:  # a template that takes no conversation without its answer
         return []
-    found = [TOOLS] if tools and _same(template, messages, None, whole) else []
-    for key in MORE_KEYS:
+    unshown = [TOOLS] if tools and _same(template, messages, None, kwargs, whole) else []
+    return [*unshown, *_unshown(template, [], messages, tools, kwargs, whole)]
+
+
+def left_out_of_answers(
+    template: ChatTemplate, prompt: list[Message], completion: list[Message], *, tools: Tools, kwargs: TemplateKwargs = _NOTHING
+) -> list[str]:
+    """What a completion of turns holds beside roles and texts that its rendering does not show, as :func:`left_out`."""
+    if not _more_keys(completion):
+        return []
+    try:
+        whole = template.render([*prompt, *completion], tools=tools, kwargs=kwargs)
+    except RefusedError:  # encoding says so
+        return []
+    return [f"{key} of answers" for key in _unshown(template, prompt, completion, tools, kwargs, whole)]
+
+
+def _more_keys(messages: Sequence[Message]) -> list[str]:
+    """What messages hold beside roles and texts: keys that many have first."""
+    found = dict.fromkeys(key for turn in messages for key in turn if key not in MESSAGE_KEYS)
+    return [*(key for key in MORE_KEYS if key in found), *(key for key in found if key not in MORE_KEYS)]
+
+
+def _unshown(
+    template: ChatTemplate,
+    before: Sequence[Message],
+    messages: Sequence[Message],
+    tools: Tools,
+    kwargs: TemplateKwargs,
+    whole: str,
+) -> list[str]:
+    found = []
+    for key in _more_keys(messages):
         without = [{name: value for name, value in turn.items() if name != key or _joins(turn, key)} for turn in messages]
-        if without != messages and _same(template, without, tools, whole):
+        if without != [*messages] and _same(template, [*before, *without], tools, kwargs, whole):
             found.append(key)
     return found
-
-
-def answers_keys(completions: Sequence[Any]) -> Iterator[str]:
-    """What answers hold beside their text, which alone is scored."""
-    turns = [turn for completion in completions if isinstance(completion, list) for turn in completion]
-    return (f"{key} of answers" for key in MORE_KEYS if any(key in turn for turn in turns))
 
 
 def untold_notices(counts: Mapping[str, int]) -> list[str]:
@@ -57,8 +86,8 @@ def _joins(turn: Message, key: str) -> bool:
     return key == "tool_call_id" or (key == "name" and turn["role"] == "tool")
 
 
-def _same(template: ChatTemplate, messages: list[Message], tools: Tools, whole: str) -> bool:
+def _same(template: ChatTemplate, messages: list[Message], tools: Tools, kwargs: TemplateKwargs, whole: str) -> bool:
     try:
-        return template.render(messages, tools=tools) == whole
+        return template.render(messages, tools=tools, kwargs=kwargs) == whole
     except RefusedError:  # a template that needs it writes it
         return False

@@ -20,6 +20,7 @@ from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.vllm import VLLMGenerator
+from ncalign.model.encoding import conversation_rules
 from ncalign.model.limits import limits_of
 from ncalign.model.policy import Policy
 from ncalign.online.config import OnlineConfig
@@ -56,6 +57,7 @@ class InProcess:
         self._model, self._accelerator = policy.model, engine.accelerator
         self._gathering = Gathering(engine.inner, engine.accelerator)
         # Sharded weights are gathered in the precision that they compute in.
+        rules = conversation_rules(config.training.encoding)
         rounded = config.training.dtype == "bfloat16" and not is_sharded(engine.accelerator)
         self._generator = TransformersGenerator(
             policy.model,
@@ -65,7 +67,7 @@ class InProcess:
             autocast=torch.bfloat16 if rounded else None,
             progress=False,
             control_tokens=config.training.encoding.control_tokens_in_text,
-            today=config.training.encoding.template_date,
+            template=rules.template(policy.tokenizer, config.training.encoding.template_date),
         )
 
     def update(self, folder: Path) -> None:
@@ -162,13 +164,14 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
     if config.generator == "transformers":
         return InProcess(config, policy, engine)
     encoding, limits = config.training.encoding, limits_of(policy.model)
+    rules = conversation_rules(encoding)
     room = encoding.max_length + config.max_new_tokens
     max_tokens = room if limits.context is None else min(room, limits.context)
     tokens = TokenPrompts(
         policy.tokenizer,
         string_prompts=encoding.string_prompts,
         control_tokens=encoding.control_tokens_in_text,
-        today=encoding.template_date,
+        template=rules.template(policy.tokenizer, encoding.template_date),
         max_tokens=max_tokens if config.generator == "vllm" else None,
         vocabulary=limits.vocabulary,
     )
@@ -183,6 +186,8 @@ def make_generator(config: OnlineConfig, policy: Policy, engine: Engine, acceler
             string_prompts=encoding.string_prompts,
             tokens=tokens if _sends_token_ids(config) else None,
             progress=False,
+            template_kwargs=rules.template_kwargs,
+            strip_thoughts=rules.thoughts == "stripped",
         )
     elif accelerator.num_processes > 1:
         raise ValueError(

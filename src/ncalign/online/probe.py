@@ -34,7 +34,8 @@ def _encoded(run: Run, group: Group, completion: Completion) -> EncodedGroup | N
     # Some servers count the end token among an answer's log-probs, others don't.
     for finished in sorted({completion.finished, False}, reverse=True):
         candidate = replace(completion_as_candidate(group, completion, "probe"), finished=finished)
-        encoded = run.encoder.encode(replace(group, candidates=[candidate]))
+        # A generator reports the log-prob of all that it wrote, thoughts that training masks among it.
+        encoded = replace(run.encoder.encode(replace(group, candidates=[candidate])), scored=())
         encoded, exact = as_sampled(encoded, [completion], run.config.training.encoding.max_length, num_written=1)
         if exact or len(encoded.completions[0]) == completion.num_tokens:
             return encoded

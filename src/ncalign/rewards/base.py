@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from ncalign.data.groups import Group
-from ncalign.model.encoding import DroppedGroupError, completion_text
+from ncalign.data.rendering import completion_text, last_answer
+from ncalign.model.encoding import DroppedGroupError
 
 
 class RewardSource(Protocol):
@@ -56,8 +57,13 @@ def score_usable(source: RewardSource, groups: Sequence[Group]) -> list[list[flo
 
 
 def completion_texts(group: Group) -> list[str]:
-    """The candidates' completions as plain texts."""
-    return [completion_text(candidate, group) for candidate in group.candidates]
+    """The candidates' completions as plain texts; one of several turns is a transcript, and calls have a line each."""
+    return [completion_text(candidate.completion) for candidate in group.candidates]
+
+
+def last_answers(group: Group) -> list[str]:
+    """The texts of the candidates' last turns: what is checked where a completion has several."""
+    return [last_answer(candidate) for candidate in group.candidates]
 
 
 def where(group: Group) -> str:

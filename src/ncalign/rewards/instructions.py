@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from ncalign.core.errors import nearest
 from ncalign.data.groups import Group
-from ncalign.rewards.base import completion_texts, where
+from ncalign.rewards.base import last_answers, where
 
 Check = Callable[..., bool]
 
@@ -29,7 +29,7 @@ class InstructionReward:
                 "a list with an object for each"
             )
         checks = [self._check(group, name, given) for name, given in zip(names, arguments, strict=True)]
-        return [sum(bool(text.strip()) and check(text) for check in checks) / len(checks) for text in completion_texts(group)]
+        return [sum(bool(text.strip()) and check(text) for check in checks) / len(checks) for text in last_answers(group)]
 
     def _check(self, group: Group, name: object, given: object) -> Callable[[str], bool]:
         if not isinstance(name, str) or name not in CHECKS:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 from ncalign.core.store import Store
 from ncalign.data.groups import Group
+from ncalign.data.rendering import message_text, transcript
 from ncalign.generation.client import Server
 from ncalign.generation.wire import Choice
 from ncalign.model.chat import as_messages
 from ncalign.rewards.base import completion_texts
 from ncalign.rewards.config import JudgeConfig
 from ncalign.rewards.reading import read_label, read_rating
-from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, mark_of, shown_tools, transcript
+from ncalign.rewards.verdicts import Account, ask_verdicts, fill, load_template, mark_of, shown_tools
 
 _MOST_PAIRED = 2000
 """Completions of a group all of whose pairs are listed."""
@@ -133,7 +134,7 @@ class JudgeReward:
 def prompt_text(group: Group) -> str:
     """A prompt as a judge reads it: a single question as it is, a conversation with its roles; its tools before."""
     messages = as_messages(group.prompt)
-    return shown_tools(group.tools) + (messages[0]["content"] if len(messages) == 1 else transcript(messages))
+    return shown_tools(group.tools) + (message_text(messages[0]) if len(messages) == 1 else transcript(messages))
 
 
 def _read_choice(choice: Choice) -> float | None:

@@ -12,15 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ncalign.core.progress import say
 from ncalign.core.store import Store
-from ncalign.data.formats.group import MAX_NUMBER, TOOLS
+from ncalign.data.formats.group import MAX_NUMBER, TOOLS, Text
 from ncalign.data.groups import Group
+from ncalign.data.rendering import completion_text, message_text
 from ncalign.model.chat import ChatTemplate, RefusedError, answered, as_messages
 from ncalign.model.config import Precision
 from ncalign.model.control_tokens import ControlTokens
+from ncalign.model.conversations import is_plain, joined
 from ncalign.model.encoding import DroppedGroupError, beyond, check_limits
 from ncalign.model.limits import limits_of
 from ncalign.model.policy import DTYPES, load_model, load_tokenizer, reading_fingerprint, weights_fingerprint
-from ncalign.model.untold import left_out
+from ncalign.model.untold import left_out, left_out_of_answers
 from ncalign.rewards.base import completion_texts
 
 _REWARD = TypeAdapter(Annotated[float, Field(strict=True, ge=-MAX_NUMBER, le=MAX_NUMBER)])
@@ -90,7 +92,7 @@ class ModelReward:
         for group in groups:
             self._say_what_is_left_out(group)
             self._say_what_is_no_text(group)
-        encoded = [self._encode(group, text) for group in groups for text in completion_texts(group)]
+        encoded = [self._encode(group, candidate.completion) for group in groups for candidate in group.candidates]
         keys = [Store.key("reward model", self._identity, ids) for ids in encoded]
         found: list[float | None] = [None if self._store is None else self._store.get_as(key, _REWARD) for key in keys]
         # Equal texts are one row: in rows of different batches their scores could differ by rounding.
@@ -115,28 +117,35 @@ class ModelReward:
             say(f"note: the control token `{name}` is written out in texts: the reward model reads it as its own")
 
     def _say_what_is_left_out(self, group: Group) -> None:
-        """Say, once of each, what a prompt holds beside roles and texts and the model does not see."""
+        """Say, once of each, what a group holds beside roles and texts and the model does not see."""
         found = [TOOLS] if group.tools else []
         if self._tokenizer.chat_template is not None:
-            found = left_out(self._template, group.prompt, group.tools, "user_turn")
+            found = left_out(self._template, group.prompt, "user_turn", tools=group.tools)
+            for completion in (one.completion for one in group.candidates if isinstance(one.completion, list)):
+                found += left_out_of_answers(self._template, as_messages(group.prompt), completion, tools=group.tools)
         for name in found:
             if name not in self._said:
                 self._said.add(name)
-                say(f"note: reward model {self._name!r} does not see `{name}` of prompts (first: group {group.id!r})")
+                where = "" if name.endswith(" of answers") else " of prompts"
+                say(f"note: reward model {self._name!r} does not see `{name}`{where} (first: group {group.id!r})")
 
-    def _encode(self, group: Group, text: str) -> list[int]:
+    def _encode(self, group: Group, completion: Text) -> list[int]:
         tokenizer = self._tokenizer
         if tokenizer.chat_template is not None:
-            messages = answered(as_messages(group.prompt), text)
+            messages = as_messages(group.prompt)
             try:
+                if isinstance(completion, str) or is_plain(completion):
+                    messages = answered(messages, completion_text(completion))
+                else:
+                    messages, _ = joined(messages, completion)
                 rendered = self._template.render(messages, tools=group.tools, what="it")
             except RefusedError as error:
                 problem = f"reward model: {error}"
                 raise DroppedGroupError(group, problem, problem) from error
             ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         else:
-            prompt = "\n\n".join(message["content"] for message in as_messages(group.prompt))
-            ids = tokenizer(prompt, text, verbose=False)["input_ids"]
+            prompt = "\n\n".join(map(message_text, as_messages(group.prompt)))
+            ids = tokenizer(prompt, completion_text(completion), verbose=False)["input_ids"]
         # The answer stands at the end, and is what is scored.
         limit = self._limits.context if self._limits.positions is None else self._limits.positions
         kept = list(ids if limit is None else ids[-limit:])

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ncalign.data.formats.group import Tools
-from ncalign.data.groups import Message
 from ncalign.generation.client import Server
 from ncalign.generation.failures import ServerError
 from ncalign.generation.questions import Request
@@ -161,11 +160,6 @@ def _request(prompt: str, attempt: int, body: Mapping[str, Any]) -> Request:
     sampling = {"temperature": 0.0 if attempt == 0 else 0.7, "seed": attempt}
     needed = frozenset(body) & {"logprobs", "top_logprobs"}
     return Request("chat", {"messages": [{"role": "user", "content": prompt}], **sampling, **body}, needed=needed)
-
-
-def transcript(messages: Sequence[Message]) -> str:
-    """A conversation as a judge reads it, each turn after who said it."""
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
 def shown_tools(tools: Tools) -> str:

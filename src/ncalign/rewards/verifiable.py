@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from ncalign.core.install import install_hint
 from ncalign.data.formats.group import MAX_NUMBER
 from ncalign.data.groups import Group
-from ncalign.rewards.base import completion_texts, where
+from ncalign.rewards.base import last_answers, where
 from ncalign.rewards.stated import is_equation, stated_number
 
 ScoreAnswer: TypeAlias = Callable[[str, dict[str, Any]], float]
@@ -56,7 +56,7 @@ class ReasoningGymReward:
         if form not in _FORMS or (form is not None and extract != "stated"):
             raise ValueError(f"{where(group)} has metadata form={form!r}; it must be 'equation', beside extract='stated'")
         verifier = self._verifier(task, group)
-        texts = completion_texts(group)
+        texts = last_answers(group)
         if extract == "whole":
             return [self._reward(verifier, text.strip(), entry) for text in texts]
         question, rewards = str(entry["question"]), list[float | None]()
@@ -115,5 +115,5 @@ class MathVerifyReward:
             raise ValueError(f"{where(group)} has the answer {text[:60]!r}, which math-verify can't read")
         return [
             float(verify(gold, parse(completion, parsing_timeout=None), timeout_seconds=None))
-            for completion in completion_texts(group)
+            for completion in last_answers(group)
         ]

@@ -11,7 +11,7 @@ import torch
 
 from ncalign.core.deadline import within
 from ncalign.core.hub import only_cached
-from ncalign.data.formats.group import TOOLS, Tools
+from ncalign.data.formats.group import TEMPLATE_KWARGS, TOOLS, TemplateKwargs, Tools
 from ncalign.data.groups import Message
 from ncalign.data.rendering import Rendering
 from ncalign.generation.base import Completion, Refuse, SamplingParams
@@ -117,19 +117,22 @@ class BackendGenerator:
         params: SamplingParams,
         seed: int,
         tools: Sequence[Tools] | None = None,
+        template_kwargs: Sequence[TemplateKwargs] | None = None,
         refuse: Refuse | None = None,
     ) -> list[list[Completion]]:
         """Sample ``num_samples`` completions for each prompt; lm-eval cuts those that are too long, so none is refused.
 
         Raises:
-            ValueError: the model has no chat template, and a prompt is a conversation; or a prompt has tools.
+            ValueError: the model has no chat template, and a prompt is a conversation; or a prompt has tools, or values for
+                the template.
         """
-        if tools and any(tools):
-            first = next(place for place, own in enumerate(tools, start=1) if own)
-            raise ValueError(
-                f"prompt {first} has `{TOOLS}`, which lm-eval's models are not given: sample with a model in this process, a "
-                "server or vLLM"
-            )
+        for name, given in ((TOOLS, tools), (TEMPLATE_KWARGS, template_kwargs)):
+            for place, own in enumerate(given or (), start=1):
+                if own:
+                    raise ValueError(
+                        f"prompt {place} has `{name}`, which lm-eval's models are not given: sample with a model in this "
+                        "process, a server or vLLM"
+                    )
         from lm_eval.api.instance import Instance
 
         settings: dict[str, Any] = {"until": self._until, "max_gen_toks": params.max_new_tokens, "do_sample": False}

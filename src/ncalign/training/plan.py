@@ -67,16 +67,24 @@ def token_layout(group: EncodedGroup, tokenizer: PreTrainedTokenizerBase, *, mos
     """One line a candidate: its reward and tokens, scored ones in brackets; ``most`` limits the tokens shown of a text."""
     prompt = "|".join(_shown(group.prompt.tolist(), tokenizer, most))
     lines = [f"  prompt ({len(group.prompt)} tokens): {prompt}"]
-    for completion, reward in zip(group.completions, group.rewards, strict=True):
-        scored = "".join(
-            token if token == _LEFT_OUT else f"[{token}]" for token in _shown(completion.tolist(), tokenizer, most)
-        )
+    masks = group.scored or (None,) * len(group.completions)
+    for completion, mask, reward in zip(group.completions, masks, group.rewards, strict=True):
+        is_scored = [True] * len(completion) if mask is None else mask.tolist()
+        shown = _shown(completion.tolist(), tokenizer, most)
+        marks = is_scored if len(shown) == len(is_scored) else _ends_of(is_scored, most)
+        scored = "".join(f"[{token}]" if is_one else token for token, is_one in zip(shown, marks, strict=True))
         known = "none" if reward is None else f"{reward:g}"
         lines.append(f"  reward {known} ({len(completion)} tokens): {scored}")
     return "\n".join(lines)
 
 
 _LEFT_OUT = " ... "
+
+
+def _ends_of(scored: list[bool], most: int | None) -> list[bool]:
+    """Which of the tokens that :func:`_shown` shows are scored, with the place of those that it leaves out."""
+    assert most is not None
+    return [*scored[: most - most // 3], False, *scored[-(most // 3) :]]
 
 
 def _shown(tokens: list[int], tokenizer: PreTrainedTokenizerBase, most: int | None) -> list[str]:

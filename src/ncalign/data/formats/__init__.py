@@ -12,7 +12,7 @@ from ncalign.core.user_code import load_named
 from ncalign.data.config import PublicSchema
 from ncalign.data.formats import argilla, distilabel, native, nca, openai, others, ranked, transcripts, trl, ultrafeedback
 from ncalign.data.formats.columns import HISTORY, SYSTEMS, completed, unread
-from ncalign.data.formats.group import Group
+from ncalign.data.formats.group import TEMPLATE_KWARGS, Group
 from ncalign.data.formats.messages import DESCRIPTIONS, spelled
 from ncalign.data.formats.parsing import Row, as_conversation, require_columns
 
@@ -100,7 +100,7 @@ TRL_PROMPTS = Schema(
     lambda _: native.COLUMNS,
     native.parse,
     # A row with other columns is one of another schema, misspelt: by itself a prompt is a part of each.
-    recognises=lambda row: row.keys() <= {"id", "prompt", "metadata", *SYSTEMS, HISTORY, *DESCRIPTIONS},
+    recognises=lambda row: row.keys() <= {"id", "prompt", "metadata", *SYSTEMS, HISTORY, *DESCRIPTIONS, TEMPLATE_KWARGS},
 )
 
 

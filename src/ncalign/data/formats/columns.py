@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from ncalign.core.errors import DataError, names, shown
-from ncalign.data.formats.group import STRING_PROMPTS, TOOLS, Group, Message, Text
-from ncalign.data.formats.messages import DESCRIPTIONS, spelled, tools_of
+from ncalign.data.formats.group import STRING_PROMPTS, TEMPLATE_KWARGS, TOOLS, Group, Message, Text
+from ncalign.data.formats.messages import DESCRIPTIONS, spelled, template_kwargs_of, tools_of
 from ncalign.data.formats.parsing import Row, as_conversation
 from ncalign.data.formats.values import as_number
 
@@ -91,7 +91,7 @@ def score_columns(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def completed(group: Group, row: Row, known: Collection[str]) -> Group:
-    """The group with all that a row's other columns say to the model: a system text, earlier turns, tools.
+    """The group with all that a row's other columns say to the model: a system text, earlier turns, tools, template values.
 
     Columns that a schema reads itself are ``known``; the others are in the group's metadata, which they leave.
 
@@ -107,6 +107,8 @@ def completed(group: Group, row: Row, known: Collection[str]) -> Group:
         raise DataError(f"{names(tools)} differ: keep the one that the model is given", reason="name clash")
     if described:
         metadata[TOOLS] = described[0]
+    if TEMPLATE_KWARGS in metadata and (kwargs := template_kwargs_of(metadata.pop(TEMPLATE_KWARGS), TEMPLATE_KWARGS)):
+        metadata[TEMPLATE_KWARGS] = kwargs
     group = replace(group, metadata=metadata)
     opening = [*_system_turn(said), *_history(said.get(HISTORY))]
     raw = group.metadata.get(STRING_PROMPTS) == "raw"
@@ -174,7 +176,7 @@ def unread(group: Group, row: Row, known: Collection[str], *, pair: bool) -> lis
 
     ``pair``: the rewards are 1 and 0 where no column gives them, so that columns of scores are named too.
     """
-    carried = [name for name in row if name in group.metadata and name not in (*known, TOOLS)]
+    carried = [name for name in row if name in group.metadata and name not in (*known, TOOLS, TEMPLATE_KWARGS)]
     texts = [*_texts(group.prompt), *(text for one in group.candidates for text in _texts(one.completion))]
     return [
         *(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -27,9 +28,15 @@ TOOLS = "tools"
 Tools: TypeAlias = list[Any] | None
 """What a model may call, as chat templates take it; None for nothing."""
 
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""Key of a group's metadata that holds further values for its chat template, such as ``enable_thinking``; TRL's name."""
+
+TemplateKwargs: TypeAlias = Mapping[str, Any]
+"""Further values for a chat template, by their names."""
+
 MESSAGE_KEYS = ("role", "content")
 MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-"""What a message may have besides, for its chat template: all texts, but for the calls."""
+"""What many messages have besides, for their chat template: all texts, but for the calls."""
 MAX_DEPTH = 100
 MAX_INT_BITS = 1024
 MAX_NUMBER = 1e15
@@ -118,6 +125,11 @@ class Group:
         """What a model that is shown the prompt may call."""
         return self.metadata.get(TOOLS) or None
 
+    @property
+    def template_kwargs(self) -> TemplateKwargs:
+        """Further values for the chat template that writes the prompt and its completions."""
+        return self.metadata.get(TEMPLATE_KWARGS) or {}
+
 
 def check_text(value: object, where: str) -> None:
     """Raise unless the value is a string or a list, not empty, of ``{role, content}`` messages."""
@@ -186,10 +198,11 @@ def _check_message(message: object, where: str) -> None:
     if not isinstance(message, dict):
         raise DataError(f"{where} is {shown(message)}: a {{role, content}} message is needed", reason="wrong type")
     if message.keys() != {"role", "content"}:
-        unknown = [key for key in message if key not in (*MESSAGE_KEYS, *MORE_KEYS)]
-        if unknown:
-            lacking = [key for key in MESSAGE_KEYS if key not in message]
-            raise unknown_key(unknown[0], lacking or (*MESSAGE_KEYS, *MORE_KEYS), where)
+        known = (*MESSAGE_KEYS, *MORE_KEYS)
+        absent = [key for key in known if key not in message]
+        for key in message:
+            if key not in known and nearest(key, absent, cutoff=0.82):
+                raise unknown_key(key, absent, where)
         if lacking := [key for key in MESSAGE_KEYS if key not in message]:
             raise DataError(f"{where} lacks {names(lacking)}: `role` and `content` are needed", reason="missing key")
         _check_more(message, where)
@@ -200,10 +213,13 @@ def _check_message(message: object, where: str) -> None:
 
 
 def _check_more(message: Message, where: str) -> None:
-    for key in MORE_KEYS:
-        if key not in message:
+    for key in message:
+        if key in MESSAGE_KEYS:
             continue
-        if key != "tool_calls":
+        if key not in MORE_KEYS:
+            _check_string(key, f"a key of {where}")
+            check_json(message[key], f"{where}.{key}")
+        elif key != "tool_calls":
             _check_string(message[key], f"{where}.{key}")
         elif not isinstance(message[key], list) or not all(isinstance(call, dict) for call in message[key]):
             raise DataError(f"{where}.{key} is {shown(message[key])}: a list of objects is needed", reason="wrong type")

@@ -12,12 +12,12 @@ from operator import itemgetter
 from typing import Any
 
 from ncalign.data.formats.columns import MEDIA
-from ncalign.data.formats.group import TOOLS, Candidate, Group, Text
+from ncalign.data.formats.group import TEMPLATE_KWARGS, TOOLS, Candidate, Group, Text
 from ncalign.data.formats.seen import digest, no_room, temporary_database
 
 ROW_IDS = "row_ids"
 """Key of a joined group's metadata that lists the ids of its rows, where the rows have ids of their own."""
-PARTS_OF_PROMPT = (*MEDIA, TOOLS)
+PARTS_OF_PROMPT = (*MEDIA, TOOLS, TEMPLATE_KWARGS)
 """Columns that schemas carry along in the metadata, and that belong to what a model is asked."""
 
 

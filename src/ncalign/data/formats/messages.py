@@ -20,6 +20,12 @@ _CALLS = frozenset({"function_call", "tool_call"})
 """Roles of assistant's turns whose text is a call, as JSON."""
 DESCRIPTIONS = ("tools", "functions")
 """Columns that describe what a model may call."""
+_OF_THE_CALL = frozenset(
+    "add_generation_prompt chat_template continue_final_message conversation documents max_length messages padding "
+    "return_assistant_tokens_mask return_dict return_tensors sanitize_control_tokens tokenize tokenizer_kwargs tools "
+    "truncation".split()
+)
+"""What transformers' ``apply_chat_template`` takes for itself: no values for the template."""
 _LISTS = ("candidates", "completions", "answers", "output", "messages", "conversations", "conversation")
 """Columns that hold a list of objects in the schemas that have them."""
 _CONTENTS = ("content", "value")
@@ -118,7 +124,7 @@ def _conversation(values: list[Any], where: str) -> list[Any]:
 
 
 def _message(value: dict[str, Any], where: str) -> Message:
-    """A message of ours; keys that nothing knows stay, and are refused by name where the group is made."""
+    """A message of ours; keys that nothing knows stay, for the chat template."""
     plain = value.keys() == {"role", "content"} and all(type(held) is str for held in value.values())
     if plain and _ROLES.get(value["role"]) == value["role"]:
         return value
@@ -238,3 +244,26 @@ def tools_of(value: Any, where: str) -> list[dict[str, Any]]:
         plain = "name" in tool and "function" not in tool
         tools.append({"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if plain else tool)
     return tools
+
+
+def template_kwargs_of(value: Any, where: str) -> dict[str, Any]:
+    """Further values for a chat template, as an object or as text in JSON; nulls, which Parquet adds, are left out.
+
+    >>> template_kwargs_of('{"enable_thinking": false}', "chat_template_kwargs")
+    {'enable_thinking': False}
+
+    Raises:
+        ValueError: it is something else, or has a name that rendering a conversation takes for itself.
+    """
+    found = read_json(value)
+    if found in _NOTHING:
+        return {}
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{where} is {shown(value)}: an object with values for the chat template, such as enable_thinking, is needed; "
+            "rename the column if it means something else",
+            reason="wrong type",
+        )
+    if taken := [name for name in found if name in _OF_THE_CALL]:
+        raise DataError(f"{where} has {names(taken)}: that is no value for a chat template; leave it out", reason="unknown key")
+    return {name: one for name, one in found.items() if one is not None}

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +17,13 @@ from ncalign.core.atomic import atomic_path
 from ncalign.core.errors import DataError
 from ncalign.data.config import Target
 from ncalign.data.formats import jsonl
-from ncalign.data.formats.group import TOOLS, Candidate, Group
+from ncalign.data.formats.group import TEMPLATE_KWARGS, TOOLS, Candidate, Group
 from ncalign.data.formats.parsing import Row
 from ncalign.data.formats.sources import kind_of
 
 _BATCH = 1024
+_FOR_THE_TEMPLATE = (TOOLS, TEMPLATE_KWARGS)
+"""What TRL looks for beside the prompt."""
 _MOST_PAIRED = 2000
 """Candidates of a group: two million rows."""
 
@@ -79,9 +82,13 @@ def _rows(groups: Iterable[Group], target: Target, seed: int) -> Iterator[Row]:
                 "score_chosen": chosen.reward,
                 "score_rejected": rejected.reward,
                 # Where TRL looks for them.
-                **({TOOLS: group.metadata[TOOLS]} if TOOLS in group.metadata else {}),
-                **({"metadata": more} if (more := {k: v for k, v in group.metadata.items() if k != TOOLS}) else {}),
+                **{name: group.metadata[name] for name in _FOR_THE_TEMPLATE if name in group.metadata},
+                **({"metadata": more} if (more := _of_no_template(group)) else {}),
             }
+
+
+def _of_no_template(group: Group) -> dict[str, Any]:
+    return {name: value for name, value in group.metadata.items() if name not in _FOR_THE_TEMPLATE}
 
 
 def _write_parquet(rows: Iterator[Row], path: Path) -> int:
@@ -107,5 +114,5 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
 
 def _stored(row: Row) -> Row:
     """A row as Parquet holds it: what differs in its keys from row to row is JSON."""
-    tools = {TOOLS: json.dumps(row[TOOLS], ensure_ascii=False) if TOOLS in row else None}
-    return {**row, **tools, "metadata": json.dumps(row.get("metadata", {}), ensure_ascii=False)}
+    stored = {name: json.dumps(row[name], ensure_ascii=False) if name in row else None for name in _FOR_THE_TEMPLATE}
+    return {**row, **stored, "metadata": json.dumps(row.get("metadata", {}), ensure_ascii=False)}

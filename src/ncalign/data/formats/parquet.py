@@ -148,7 +148,8 @@ def _kinds(groups: list[Group]) -> _Kinds:
     prompts = isinstance(groups[0].prompt, list)
     completions = (isinstance(candidate.completion, list) for group in groups for candidate in group.candidates)
     turns = [turn for group in groups for text in _texts(group) if isinstance(text, list) for turn in text]
-    more = tuple(key for key in MORE_KEYS if any(key in turn for turn in turns))
+    found = dict.fromkeys(key for turn in turns for key in turn if key not in MESSAGE_KEYS)
+    more = (*(key for key in MORE_KEYS if key in found), *(key for key in found if key not in MORE_KEYS))
     return _Kinds(prompts, next(completions, prompts), (*MESSAGE_KEYS, *more))
 
 
@@ -199,6 +200,12 @@ def _of_kind(text: Text, messages: bool, kinds: _Kinds, group: Group, where: str
                 raise DataError(
                     f"group {group.id!r}: a message of {where} has {names(more)}, and none of the first groups has: write to a "
                     ".jsonl file instead (use JSONL)",
+                    reason="mixed kinds",
+                )
+            if odd := [key for key, value in turn.items() if key not in MORE_KEYS and not isinstance(value, str)]:
+                raise DataError(
+                    f"group {group.id!r}: {names(odd)} of a message of {where} is no text, and a Parquet column of messages "
+                    "holds texts: write to a .jsonl file instead (use JSONL)",
                     reason="mixed kinds",
                 )
         return [{key: _plain(value) for key, value in turn.items()} for turn in text]
