@@ -79,7 +79,7 @@ def collate(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> GroupBatch:
         tokens=torch.from_numpy(tokens).long(),
         spans=tuple(spans),
         pad_token_id=pad_token_id,
-        scored=_scored(groups) if any(group.scored for group in groups) else None,
+        scored=_scored(groups) if any(mask is not None for group in groups for mask in group.masks) else None,
     )
 
 
@@ -87,11 +87,10 @@ def _scored(groups: Sequence[EncodedGroup]) -> Bool[Tensor, " N"]:
     """Of each token whether it is scored, if it is a completion's."""
     parts: list[np.ndarray[Any, np.dtype[np.bool_]]] = []
     for group in groups:
-        masks = group.scored or (None,) * len(group.completions)
         parts.append(np.ones(len(group.prompt), dtype=bool))
         parts += [
             np.ones(len(completion), dtype=bool) if mask is None else mask
-            for completion, mask in zip(group.completions, masks, strict=True)
+            for completion, mask in zip(group.completions, group.masks, strict=True)
         ]
     return torch.from_numpy(np.concatenate(parts))
 

@@ -36,9 +36,14 @@ class EncodedGroup:
         """Tokens of the prompt and the longest completion."""
         return len(self.prompt) + max(len(completion) for completion in self.completions)
 
+    @property
+    def masks(self) -> tuple[Scored | None, ...]:
+        """Which tokens of each completion are scored; None for all of them."""
+        return self.scored or (None,) * len(self.completions)
+
     def num_scored(self, candidate: int) -> int:
         """Scored tokens of a completion."""
-        mask = self.scored[candidate] if self.scored else None
+        mask = self.masks[candidate]
         return len(self.completions[candidate]) if mask is None else int(mask.sum())
 
     @property

@@ -92,7 +92,7 @@ def candidate_key(group: EncodedGroup, candidate: int) -> bytes:
     digest.update(len(group.prompt).to_bytes(4, "big"))
     digest.update(group.prompt.tobytes())
     digest.update(group.completions[candidate].tobytes())
-    if group.scored and (mask := group.scored[candidate]) is not None:
+    if (mask := group.masks[candidate]) is not None:
         digest.update(b"scored" + mask.tobytes())
     return digest.digest()
 

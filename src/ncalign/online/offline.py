@@ -33,7 +33,8 @@ class Offline:
         completions = (*encoded.completions[: len(encoded.completions) - len(candidates)], *varied.completions)
         unknown = (None,) * len(completions)
         kept = [replace(candidates[k], reward=reward) for k, reward in zip(columns, varied.rewards, strict=True)]
-        return replace(encoded, completions=completions, rewards=unknown, reference_logprobs=unknown), kept
+        scored = (*encoded.masks[: len(encoded.completions) - len(candidates)], *varied.masks)
+        return replace(encoded, completions=completions, rewards=unknown, reference_logprobs=unknown, scored=scored), kept
 
 
 def offline_variants(prompts: Sequence[Group], encoder: Encoder, training: TrainConfig) -> Offline:

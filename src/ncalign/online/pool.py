@@ -140,12 +140,12 @@ def as_sampled(
     ids = [completion.token_ids for completion in completions]
     if any(own is None or len(encoded.prompt) + len(own) > max_length for own in ids):
         return encoded, False
-    if any(mask is not None for mask in encoded.scored[:num_written]):
+    if any(mask is not None for mask in encoded.masks[:num_written]):
         return encoded, False  # which of the sampled tokens are scored is known of the encoded ones alone
     sampled = tuple(np.asarray(own, dtype=np.int32) for own in ids)
     completed = (*sampled, *encoded.completions[num_written:])
     unknown: tuple[None, ...] = (None,) * len(completed)
-    scored = ((None,) * len(sampled) + encoded.scored[num_written:]) if encoded.scored else ()
+    scored = (*(None,) * len(sampled), *encoded.masks[num_written:])
     return replace(encoded, completions=completed, rewards=unknown, reference_logprobs=unknown, scored=scored), True
 
 
@@ -314,7 +314,7 @@ def _selected(group: Ranked, reference: tuple[float, ...], weights: tuple[float,
         rewards=tuple(encoded.rewards[k] for k in group.columns),
         reference_logprobs=tuple(reference[k] for k in group.columns),
         weights=tuple(padded[k] for k in group.columns) if padded else (),
-        scored=tuple(encoded.scored[k] for k in group.columns) if encoded.scored else (),
+        scored=tuple(encoded.masks[k] for k in group.columns),
     )
 
 

@@ -214,7 +214,7 @@ def mismatched_groups(groups: Sequence[EncodedGroup], *, max_length: int) -> lis
         others = (groups[(position + offset) % len(groups)] for offset in range(1, len(groups)))
         other = next((other for other in others if not np.array_equal(other.prompt, group.prompt)), group)
         room = max(max_length - len(group.prompt), 1)
-        mask = None if not other.scored or other.scored[0] is None else other.scored[0][:room]
+        mask = None if other.masks[0] is None else other.masks[0][:room]
         # All of it where its first scored turn is cut off: what is measured is how far the policy moved.
         scored = () if mask is None or not mask.any() else (mask,)
         completions = (other.completions[0][:room],)

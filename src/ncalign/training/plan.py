@@ -67,8 +67,7 @@ def token_layout(group: EncodedGroup, tokenizer: PreTrainedTokenizerBase, *, mos
     """One line a candidate: its reward and tokens, scored ones in brackets; ``most`` limits the tokens shown of a text."""
     prompt = "|".join(_shown(group.prompt.tolist(), tokenizer, most))
     lines = [f"  prompt ({len(group.prompt)} tokens): {prompt}"]
-    masks = group.scored or (None,) * len(group.completions)
-    for completion, mask, reward in zip(group.completions, masks, group.rewards, strict=True):
+    for completion, mask, reward in zip(group.completions, group.masks, group.rewards, strict=True):
         is_scored = [True] * len(completion) if mask is None else mask.tolist()
         shown = _shown(completion.tolist(), tokenizer, most)
         marks = is_scored if len(shown) == len(is_scored) else _ends_of(is_scored, most)

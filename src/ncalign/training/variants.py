@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ncalign.core.seeds import seed_of
-from ncalign.model.encoding import EncodedGroup, Ids
+from ncalign.model.encoded import EncodedGroup, Ids
 from ncalign.objectives.method import Refuse
 from ncalign.training.config import Corrupt, CorruptKind
 
@@ -207,8 +207,13 @@ def _worse(
     rng: np.random.Generator,
     max_length: int,
 ) -> Ids | None:
-    """What takes the place of a group's candidate ``k``; None where it can't be corrupted."""
+    """What takes the place of a group's candidate ``k``; None where it can't be corrupted.
+
+    A completion of which only some tokens are scored, one of several turns, is neither corrupted nor made of others.
+    """
     group = groups[place]
+    if group.masks[k] is not None or (kind == "swap_tokens" and group.masks[best] is not None):
+        return None
     if kind == "swap_tokens":
         return swapped(group.completions[best], rng)
     if kind == "truncate":
@@ -221,7 +226,8 @@ def _of_another_prompt(groups: Sequence[EncodedGroup], place: int, rng: np.rando
     for _ in range(_TRIES):
         other = groups[int(rng.integers(len(groups)))]
         if not np.array_equal(other.prompt, groups[place].prompt):
-            return other.completions[int(rng.integers(len(other.completions)))][:room]
+            chosen = int(rng.integers(len(other.completions)))
+            return other.completions[chosen][:room] if other.masks[chosen] is None else None
     return None
 
 
@@ -233,6 +239,7 @@ def _selected(group: EncodedGroup, columns: Sequence[int]) -> EncodedGroup:
         completions=tuple(group.completions[k] for k in columns),
         rewards=tuple(group.rewards[k] for k in columns),
         reference_logprobs=tuple(group.reference_logprobs[k] for k in columns),
+        scored=tuple(group.masks[k] for k in columns),
     )
 
 
