@@ -16,9 +16,11 @@ from transformers import LlamaForCausalLM
 from conftest import relative_distance
 from ncalign.core.config import Frozen
 from ncalign.objectives import (
+    BCO,
     DPO,
     NCA,
     RNCE,
+    Draw,
     InfoNCA,
     LossInputs,
     Method,
@@ -32,9 +34,10 @@ from ncalign.objectives import (
     rnce_loss,
     surrogate_loss,
 )
-from ncalign.objectives.estimators import best_number, enter
+from ncalign.objectives.estimators import best_number, difference_estimate, enter, proposal_sizes, reweighted
 from ncalign.objectives.targets import target_weights
-from ncalign.training.engine import Scoring
+from ncalign.training.engine import Last, Scoring
+from ncalign.training.last_visits import LastVisits
 from test_engine import engine, groups, visit
 from test_inclusion import outcomes
 from test_methods import CONFIGS, made, numbers, rewards_for
@@ -186,7 +189,73 @@ def test_rnce_of_two_is_the_positive_and_a_draw_of_the_kernel() -> None:
     torch.testing.assert_close((found[0] / probabilities)[[0, 2, 3, 4]], (0.5 * rest).expand(4), rtol=1e-12, atol=0)
 
 
+SEPARABLE = ("nca", "nca_pair", "biased_nca", "apo_zero", "kto", "bco", "sppo_hard", "qrpo")
+
+
+@pytest.mark.parametrize("config", WITH_ESTIMATOR, ids=lambda config: config.model_fields["name"].default)
+def test_a_loss_is_separable_where_a_coefficient_depends_on_its_own_log_prob_alone(config: type[Frozen]) -> None:
+    method = whole_group(config)
+    assert method is not None
+    rewards, mask = rewards_for(method, 1, 4), torch.tensor([[True] * 4])
+    loss = loss_at(method, rewards, mask)
+    at = -9.0 + 0.3 * numbers(1, 4, seed=2) / method.beta
+    jacobian = torch.autograd.functional.hessian(lambda values: loss(values).sum(), at)[0, :, 0]
+    off = float((jacobian - jacobian.diag().diag()).abs().max())
+    assert method.separable == (off < 1e-12)
+    assert method.separable == (method.name in SEPARABLE)
+    assert method.name == "kto" or float(jacobian.diag().abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in SEPARABLE if name != "bco"])
+@pytest.mark.parametrize("blind", [True, False], ids=["uniform", "outdated"])
+def test_draws_without_current_scores_are_exact_on_average(name: str, blind: bool) -> None:
+    """Over every draw by outdated coefficients or by none, gradient and loss are those of the current scores."""
+    (config,) = [c for c in WITH_ESTIMATOR if c.model_fields["name"].default == name]
+    method = whole_group(config)
+    assert method is not None
+    rewards, mask = rewards_for(method, 2, 4), torch.tensor([[True] * 4, [True] * 3 + [False]])
+    loss = loss_at(method, rewards, mask)
+    before, now = (torch.where(mask, -9.0 + numbers(2, 4, seed=seed) / method.beta, 0.0) for seed in (2, 3))
+    outdated, expected, value = coefficients(loss, before), coefficients(loss, now), loss(now)
+    assert float((outdated - expected).abs().max()) > 1e-3
+    exists = mask & (coefficients(loss, numbers(2, 4)) != 0)
+    sizes = proposal_sizes(torch.zeros_like(outdated) if blind else outdated, exists)
+    for size in (1, 2, 3):
+        probabilities = enter(sizes, size)
+        for b in range(2):
+            mean, mean_loss = torch.zeros(4, dtype=torch.float64), 0.0
+            for share, chosen in draws(probabilities[b]):
+                columns = torch.tensor([chosen, chosen])
+                taken = probabilities[b, chosen].expand(2, -1)
+                draw = Draw(columns, torch.zeros(2, len(chosen)), taken, torch.tensor([size, size]), torch.zeros(2))
+                known = before.scatter(1, columns, now.gather(1, columns))
+                draw = reweighted(draw, coefficients(loss, known))
+                mean[chosen] += share * draw.weights[b]
+                mean_loss += share * float(difference_estimate(loss, before, now.gather(1, columns), draw)[b])
+            torch.testing.assert_close(mean, expected[b], rtol=1e-11, atol=1e-12)
+            assert mean_loss == pytest.approx(float(value[b]), rel=1e-11)
+
+
 class TestConfiguration:
+    @pytest.mark.parametrize(
+        ("objective", "needed"),
+        [
+            (InfoNCA, "compares each candidate with the others"),
+            (RNCE, "compares each candidate with the others"),
+            (BCO, "leaves the mean of all implicit rewards unknown"),
+        ],
+    )
+    @pytest.mark.parametrize("proposals", ["last_visit", "uniform"])
+    def test_draws_without_scores_that_would_be_biased_are_refused(
+        self, objective: type[Frozen], needed: str, proposals: str
+    ) -> None:
+        with pytest.raises(ValueError, match=rf"estimator.proposals: {proposals} .*{needed}.*take proposals: current"):
+            objective(estimator={"candidates": 2, "proposals": proposals})
+
+    def test_auto_prices_a_scoring_pass(self) -> None:
+        with pytest.raises(ValueError, match="needs a number of candidates"):
+            NCA(estimator={"proposals": "uniform"})
+
     @pytest.mark.parametrize(
         "objective",
         [
@@ -245,13 +314,21 @@ class TestEngine:
             for name, gradient in expected.items():
                 torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("objective", [NCA(alpha=0.3), RNCE()], ids=lambda c: c.name)
+    @pytest.mark.parametrize(
+        ("objective", "proposals"),
+        [(NCA(alpha=0.3), "current"), (RNCE(), "current"), (NCA(alpha=0.3), "uniform"), (NCA(alpha=0.3), "last_visit")],
+        ids=lambda value: value if isinstance(value, str) else value.name,
+    )
     def test_the_mean_over_all_draws_is_the_whole_gradient(
-        self, tiny_model: LlamaForCausalLM, objective: Any, monkeypatch: pytest.MonkeyPatch
+        self, tiny_model: LlamaForCausalLM, objective: Any, proposals: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = tiny_model.double()
-        _, expected = visit(engine(model, objective), Scoring.NONE)
-        estimated = replace(engine(model, objective), method=objective.method().estimated(2))
+        whole, expected = visit(engine(model, objective), Scoring.NONE)
+        estimated = replace(engine(model, objective), method=objective.method().estimated(2, proposals))
+        scoring = Scoring.APART if proposals == "current" else Scoring.LAST
+        assert estimated.scoring(groups(), at_reference=False) is scoring
+        last = Last(LastVisits.of(groups()), 4) if proposals == "last_visit" else None
+        mean_loss = torch.zeros(3, dtype=torch.float64)
         mean = {name: torch.zeros_like(gradient) for name, gradient in expected.items()}
         # The sets that each group's draw may come to, with their probabilities.
         chances: list[list[tuple[list[int], float]]] = []
@@ -261,7 +338,8 @@ class TestEngine:
             return (p > 0).long()
 
         monkeypatch.setattr(estimators, "systematic", looked_at)
-        losses = visit(estimated, Scoring.APART)[0].loss
+        (part,) = estimated.passes(range(3), groups())
+        estimated.train_pass(part, epoch=1, scoring=scoring, last=last)
         for turn in range(max(map(len, chances))):
             # A group whose sets are all done draws its first again, with weight 0.
             taken = [some[turn] if turn < len(some) else (some[0][0], 0.0) for some in chances]
@@ -272,17 +350,20 @@ class TestEngine:
 
             monkeypatch.setattr(estimators, "systematic", fixed)
             estimated.model.zero_grad()
-            (part,) = estimated.passes(range(3), groups())
-            found = estimated.train_pass(part, epoch=1, scoring=Scoring.APART)
-            torch.testing.assert_close(found.loss, losses, rtol=0, atol=1e-12)
+            found = estimated.train_pass(part, epoch=1, scoring=scoring, last=last)
+            if proposals == "current":
+                torch.testing.assert_close(found.loss, whole.loss)
             assert found.estimate is not None
             assert found.estimate["candidates"].tolist() == [2, 2, 2]
-            (found.loss * torch.tensor([share for _, share in taken], dtype=torch.float64)).sum().backward()
+            shares = torch.tensor([share for _, share in taken], dtype=torch.float64)
+            mean_loss += shares * found.loss.detach()
+            (found.loss * shares).sum().backward()
             for name, weight in estimated.model.named_parameters():
                 if name in mean and weight.grad is not None:
                     mean[name] += weight.grad
         # transformers' norms compute in float32, whatever the model's precision.
         assert relative_distance(expected, mean) <= 1e-6
+        torch.testing.assert_close(mean_loss, whole.loss.detach(), rtol=1e-6, atol=0)
 
     def test_at_the_reference_nothing_is_scored(self, tiny_model: LlamaForCausalLM) -> None:
         estimated = replace(engine(tiny_model, NCA()), method=NCA().method().estimated(2))

@@ -46,6 +46,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "info_nca": {"name": "info_nca"},
     "nca": {"name": "nca"},
     "nca of two": {"name": "nca", "estimator": {"candidates": 2}},
+    "nca of two unscored": {"name": "nca", "estimator": {"candidates": 2, "proposals": "last_visit"}},
     "nca_pair": {"name": "nca_pair"},
     "dpo": {"name": "dpo"},
     "dpo of each": {"name": "dpo", "pairing": "best_vs_each"},
@@ -158,7 +159,7 @@ class TestEquivalences:
         run_training(recomputed)
         assert relative_distance(weights(plain.output_dir), weights(recomputed.output_dir)) <= 1e-6
 
-    @pytest.mark.parametrize("name", ["mc_po", "mc_po of last visits", "nca of two"])
+    @pytest.mark.parametrize("name", ["mc_po", "mc_po of last visits", "nca of two", "nca of two unscored"])
     def test_two_processes(self, config: Config, start: Callable[..., Any], name: str) -> None:
         fields = {"num_train_epochs": 4, "eval_fraction": 0.3, "dtype": "float64", "objective": OBJECTIVES[name]}
         if name != "mc_po":

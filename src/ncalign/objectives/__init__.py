@@ -45,7 +45,7 @@ def build_method(config: ObjectiveConfig) -> method.Method:
     """
     estimator = config.estimator if isinstance(config, WholeGroup | mix.Mix) else None
     made = config.method()
-    return made if estimator is None else made.estimated(estimator.number)
+    return made if estimator is None else made.estimated(estimator.number, estimator.proposals)
 
 
 __all__ = ["ObjectiveConfig", "build_method"]

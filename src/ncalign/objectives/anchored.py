@@ -5,6 +5,7 @@ What they add to DPO keeps the chosen completion's likelihood from falling along
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -123,7 +124,7 @@ class APOZero(PairConfig):
     name: Literal["apo_zero"] = "apo_zero"
 
     def method(self) -> Method:
-        return self.pairs(apo_zero_loss)
+        return replace(self.pairs(apo_zero_loss), separable=True)
 
 
 class APODown(PairConfig):

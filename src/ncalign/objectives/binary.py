@@ -7,6 +7,7 @@ from falling along with that of the bad ones. One number a group; the caller red
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -333,7 +334,7 @@ class NCA(TargetConfig):
         )
 
     def _composed(self, weights: Weights, fit: Callable[[Tensor, Tensor], Method] | None) -> Method:
-        return compose(
+        made = compose(
             self.name,
             beta=self.beta,
             loss=lambda values, rewards, mask: nca_weighted_loss(values, weights(rewards, mask), mask),
@@ -341,6 +342,7 @@ class NCA(TargetConfig):
             # Shares of the group either way: the sharpness of the targets does not depend on the normaliser.
             hooks=Hooks(target_weights=self.weights(), fit=fit),
         )
+        return replace(made, separable=True)
 
 
 class NCAPair(PairConfig):
@@ -349,7 +351,7 @@ class NCAPair(PairConfig):
     name: Literal["nca_pair"] = "nca_pair"
 
     def method(self) -> Method:
-        return self.pairs(nca_pair_loss)
+        return replace(self.pairs(nca_pair_loss), separable=True)
 
 
 class BiasedNCA(PairConfig):
@@ -358,7 +360,7 @@ class BiasedNCA(PairConfig):
     name: Literal["biased_nca"] = "biased_nca"
 
     def method(self) -> Method:
-        return self.pairs(biased_nca_loss)
+        return replace(self.pairs(biased_nca_loss), separable=True)
 
 
 class LabelConfig(WholeGroup):
@@ -394,13 +396,14 @@ class KTO(LabelConfig):
         loss = partial(
             kto_loss, baseline=0.0, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
         )
-        return compose(
+        made = compose(
             self.name,
             beta=self.beta,
             loss=lambda values, rewards, mask: loss(values, self.labels(rewards), mask),
             refuse=self.refuse,
             hooks=Hooks(baseline=MISMATCHED_KL),
         )
+        return replace(made, separable=True)
 
 
 class BCO(LabelConfig):
@@ -409,13 +412,14 @@ class BCO(LabelConfig):
     name: Literal["bco"] = "bco"
 
     def method(self) -> Method:
-        return compose(
+        made = compose(
             self.name,
             beta=self.beta,
             loss=lambda values, rewards, mask: bco_loss(values, self.labels(rewards), mask, shift=0.0),
             refuse=self.refuse,
             hooks=Hooks(baseline=RUNNING_MEAN),
         )
+        return replace(made, separable=True)
 
 
 def _unfitted(rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:

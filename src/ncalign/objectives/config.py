@@ -46,6 +46,12 @@ class EstimatorConfig(Frozen):
         "least, by the training set's coefficients at the start.",
     )
 
+    proposals: Literal["current", "last_visit", "uniform"] = Field(
+        "current",
+        description="What candidates are drawn by: current coefficients, from a pass that scores all of them; or, without "
+        "that pass and for losses of each candidate by itself (nca, kto, qrpo), those of each one's last visit, or nothing.",
+    )
+
     @property
     def number(self) -> int | None:
         """S; None where it is found from the training set."""
@@ -73,5 +79,5 @@ class WholeGroup(Frozen):
     def _estimator_is_possible(self) -> WholeGroup:
         """Refuse, before any data is read, an estimator of what is drawn already."""
         if self.estimator is not None:
-            self.method().estimated(self.estimator.number)
+            self.method().estimated(self.estimator.number, self.estimator.proposals)
         return self

@@ -8,10 +8,10 @@ inverses, have that sum as their expectation (Horvitz and Thompson 1952), at the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ncalign.objectives.inclusion import inclusion_probabilities, systematic
@@ -28,12 +28,14 @@ class Draw:
     Attributes:
         columns: indices of those drawn, in the groups' order; -1 for none.
         weights: $c_i / \pi_i$ of each, float64; 0 for none.
+        probabilities: $\pi_i$ of each; 1 for none.
         num_candidates: how many were drawn of each group.
         relative_variance: `relative_variance` of the draw.
     """
 
     columns: Int[Tensor, "B S"]
     weights: Float[Tensor, "B S"]
+    probabilities: Float[Tensor, "B S"]
     num_candidates: Int[Tensor, " B"]
     relative_variance: Float[Tensor, " B"]
 
@@ -139,13 +141,96 @@ def draw_candidates(
         rows.append(drawn.nonzero().squeeze(1).tolist() or [0])
     width = max(map(len, rows))
     columns = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
-    weights = torch.where(probabilities > 0, found / probabilities.clamp(min=_TINY), 0.0)
+    drawn = torch.where(columns >= 0, probabilities.gather(1, columns.clamp(min=0)), 1.0)
+    drawn = torch.where(drawn > 0, drawn, 1.0)
     return Draw(
         columns,
-        weights.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0.0),
+        found.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0.0) / drawn,
+        drawn,
         (columns >= 0).sum(dim=1),
         relative_variance(found, probabilities),
     )
+
+
+def proposal_sizes(outdated: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    r"""What candidates are drawn by where their current coefficients are not known: outdated ones, and a share of all alike.
+
+    $$s_i = 0.9\, \frac{|c_i|}{\sum_j |c_j|} + 0.1\, \frac1K$$
+
+    The share keeps the weight of a candidate bounded whose coefficient was small and no longer is. Without any outdated
+    coefficient all are alike.
+
+    Args:
+        outdated: $c_i$ as they were.
+        exists: True for the candidates that the loss reads; K counts these.
+
+    Returns:
+        Above 0 for each of them, float64; 0 for others.
+
+    Example:
+        >>> proposal_sizes(torch.tensor([[-0.3, 0.1, 0.0, 0.0]]), torch.tensor([[True, True, True, False]]))
+        tensor([[0.7083, 0.2583, 0.0333, 0.0000]], dtype=torch.float64)
+
+    Source:
+        Defensive mixtures, Hesterberg (1995).
+    """
+    sizes = torch.where(exists, outdated.double().abs(), 0.0)
+    alike = exists.double() / exists.sum(dim=1, keepdim=True).clamp(min=1)
+    shares = sizes / sizes.sum(dim=1, keepdim=True).clamp(min=_TINY)
+    return torch.where(sizes.sum(dim=1, keepdim=True) > 0, 0.9 * shares + 0.1 * alike, alike)
+
+
+def reweighted(draw: Draw, coefficients: Float[Tensor, "B K"]) -> Draw:
+    """A draw by other numbers, with the weights that current coefficients give those drawn.
+
+    Args:
+        draw: made without them.
+        coefficients: $c_i$; those of candidates that were not drawn are not read.
+
+    Returns:
+        The draw; its relative variance is estimated from those drawn.
+    """
+    found = coefficients.double().cpu().gather(1, draw.columns.clamp(min=0)).masked_fill(draw.columns < 0, 0.0)
+    squares = found.square() / draw.probabilities
+    variance = (squares * (1 / draw.probabilities - 1)).sum(dim=1) / squares.sum(dim=1).clamp(min=_TINY)
+    return replace(draw, weights=found / draw.probabilities, relative_variance=variance)
+
+
+def difference_estimate(
+    loss: Callable[[Float[Tensor, "B K"]], Float[Tensor, " B"]],
+    before: Float[Tensor, "B K"],
+    now: Float[Tensor, "B S"],
+    draw: Draw,
+) -> Float[Tensor, " B"]:
+    r"""The loss of a whole group of which only those drawn are known as they are now; the loss is a sum over candidates.
+
+    $$\hat\ell = \ell(b) + \sum_{i \in A} \frac{\ell(b \text{ with } y_i \text{ as it is now}) - \ell(b)}{\pi_i}$$
+
+    Args:
+        loss: as `coefficients` takes it.
+        before: log-probs b of all candidates as they were.
+        now: log-probs of those drawn.
+        draw: which they are.
+
+    Returns:
+        A number of each group; on average over the draws the loss of the whole group as it is now.
+
+    Example:
+        >>> draw = draw_candidates(torch.ones(1, 2), [2], candidates=2, generators=[torch.Generator()])
+        >>> difference_estimate(lambda r: r.exp().sum(dim=1), torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), draw)  # 1 + e
+        tensor([3.7183], dtype=torch.float64)
+
+    Source:
+        The difference estimator; Särndal, Swensson and Wretman, Model Assisted Survey Sampling, section 6.3.
+    """
+    at, values = before.double(), now.double()
+    start = loss(at)
+    total = start
+    for place in range(draw.columns.shape[1]):
+        column = draw.columns[:, place : place + 1]
+        moved = torch.where(column >= 0, at.scatter(1, column.clamp(min=0), values[:, place : place + 1]), at)
+        total = total + (loss(moved) - start) / draw.probabilities[:, place]
+    return total
 
 
 def best_number(

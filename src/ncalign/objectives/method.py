@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -95,6 +95,7 @@ class Hooks:
 
 
 NO_HOOKS = Hooks()
+Proposals = Literal["current", "last_visit", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,12 @@ class Estimator:
 
     Attributes:
         candidates: S, how many of a group enter; None: to be found from the training set.
+        proposals: what they are drawn by: the coefficients of the ``current`` scores, those of each candidate's
+            ``last_visit``, or, ``uniform``, nothing.
     """
 
     candidates: int | None
+    proposals: Proposals = "current"
 
     @property
     def number(self) -> int:
@@ -126,6 +130,8 @@ class Method:
         refuse: A group's rewards -> why it can't be used, or None.
         hooks: What the loop does besides.
         estimator: How the gradient is estimated in training; None: it is computed in full.
+        separable: Whether the loss is a sum over candidates, so that each one's coefficient in the gradient depends on its own
+            log-prob alone.
     """
 
     name: str
@@ -135,6 +141,7 @@ class Method:
     refuse: Refuse
     hooks: Hooks = NO_HOOKS
     estimator: Estimator | None = None
+    separable: bool = False
 
     @property
     def reads_scores(self) -> bool:
@@ -142,24 +149,25 @@ class Method:
         sampler = self.sampler
         # Scores of the last visit come from training itself.
         drawn = sampler is not None and sampler.scores is not None and not sampler.last_visit
-        return drawn or self.estimator is not None
+        return drawn or (self.estimator is not None and self.estimator.proposals == "current")
 
-    def estimated(self, candidates: int | None) -> Method:
+    def estimated(self, candidates: int | None, proposals: Proposals = "current") -> Method:
         """The same method with its gradient estimated in training.
 
         Args:
             candidates: S, how many candidates of a group enter; None: as many as pay, found from the training set.
+            proposals: What they are drawn by.
 
         Returns:
             The method. Its loss, and evaluation, stay those of the whole group.
 
         Raises:
-            ValueError: The method's sampler chooses a few candidates already.
+            ValueError: The method's sampler chooses a few candidates already, or its coefficients need all current scores.
 
         Example:
             >>> from ncalign.objectives.binary import NCA
             >>> NCA().method().estimated(2).estimator
-            Estimator(candidates=2)
+            Estimator(candidates=2, proposals='current')
         """
         if self.sampler is not None and (self.sampler.scores is not None or self.sampler.size is not None):
             chosen = "draws by their scores" if self.sampler.scores is not None else "chooses"
@@ -168,7 +176,27 @@ class Method:
                 "a few of them already: leave estimator out, or take a loss of the whole group (rnce without num_negatives, "
                 "info_nca, nca, pairing best_vs_each or all_pairs)"
             )
-        return replace(self, estimator=Estimator(candidates))
+        if proposals != "current":
+            self._check_without_scores(candidates, proposals)
+        return replace(self, estimator=Estimator(candidates, proposals))
+
+    def _check_without_scores(self, candidates: int | None, proposals: Proposals) -> None:
+        """Refuse draws without a scoring pass where a coefficient needs more than its candidate's own log-prob."""
+        start, level = f"{self.name}: estimator.proposals: {proposals}", self.hooks.baseline
+        if not self.separable:
+            raise ValueError(
+                f"{start} knows the current scores of those drawn alone, and this loss compares each candidate with the "
+                "others: take proposals: current, or a loss of each candidate by itself (nca, kto, qrpo)"
+            )
+        if level is not None and not level.mismatched:
+            raise ValueError(
+                f"{start} leaves the mean of all implicit rewards unknown, which scores are measured from: take "
+                "proposals: current"
+            )
+        if candidates is None:
+            raise ValueError(
+                f"{start} needs a number of candidates: auto weighs up the pass that scores for proposals: current"
+            )
 
     def kernel_scores(self, logprobs: Float[Tensor, "B K"], reference: Float[Tensor, "B K"]) -> Float[Tensor, "B K"] | None:
         """What the sampler reads, beta included; None where it reads no scores."""

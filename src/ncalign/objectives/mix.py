@@ -273,7 +273,7 @@ class Mix(Frozen):
             )
         method = self.method()
         if self.estimator is not None:
-            method.estimated(self.estimator.number)
+            method.estimated(self.estimator.number, self.estimator.proposals)
         return self
 
     def method(self) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -227,7 +228,7 @@ class SPPOHard(PairConfig):
     name: Literal["sppo_hard"] = "sppo_hard"
 
     def method(self) -> Method:
-        return self.pairs(partial(sppo_hard_loss, beta=self.beta))
+        return replace(self.pairs(partial(sppo_hard_loss, beta=self.beta)), separable=True)
 
 
 class REBEL(WholeGroup):
@@ -253,13 +254,14 @@ class QRPO(WholeGroup):
 
     def method(self) -> Method:
         given = self.reference_rewards == "data"
-        return compose(
+        made = compose(
             self.name,
             beta=self.beta,
             loss=partial(qrpo_loss, beta=self.beta) if given else self._among_candidates,
             refuse=(lambda rewards: None) if given else needs_preference,
             hooks=Hooks(rewards_from=reference_quantiles if given else None),
         )
+        return replace(made, separable=True)
 
     def _among_candidates(
         self, values: Float[Tensor, "B K"], rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
@@ -23,10 +23,18 @@ from ncalign.model.policy import reference_mode
 from ncalign.model.reference import ReferenceCache, candidate_key, missing_groups
 from ncalign.model.routing import RouterLoss, load_balancing_loss
 from ncalign.objectives import Method
-from ncalign.objectives.estimators import Draw, coefficients, draw_candidates, surrogate_loss
+from ncalign.objectives.estimators import (
+    Draw,
+    coefficients,
+    difference_estimate,
+    draw_candidates,
+    proposal_sizes,
+    reweighted,
+    surrogate_loss,
+)
 from ncalign.objectives.kernels import pick_positive
 from ncalign.objectives.mix import total
-from ncalign.training.entering import acceptance, chosen, estimate, gathered, loss_inputs, moved, once, placed
+from ncalign.training.entering import acceptance, chosen, estimate, gathered, loss_inputs, moved, once, placed, read_columns
 from ncalign.training.last_visits import LastVisits
 from ncalign.training.metrics import NAN, PassResult
 from ncalign.training.peers import put_together
@@ -52,7 +60,7 @@ class Scoring(Enum):
     """Where the scores come from that a sampler or an estimator reads in training."""
 
     NONE = "nothing reads any"
-    LAST = "each candidate's last visit"
+    LAST = "each candidate's last visit, or nowhere"
     KNOWN = "the policy is the reference still, whose log-probs are in hand"
     APART = "a pass over all candidates without gradients"
     TOGETHER = "the pass with gradients, which all candidates go through"
@@ -67,12 +75,14 @@ class Choice:
         trained: those that pass through the model with gradients.
         scores: what the sampler read; None: none.
         draw: where the second stand for the first, how they were drawn.
+        loss: of the first, where not all of them are known; None: it is computed.
     """
 
     compared: Tensor | None
     trained: Tensor | None
     scores: Tensor | None = None
     draw: Draw | None = None
+    loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,8 @@ class Engine:
         ``at_reference``: the policy is known to be the reference still.
         """
         sampler = self.method.sampler
-        if sampler is not None and sampler.last_visit:
+        blind = self.method.estimator is not None and self.method.estimator.proposals != "current"
+        if blind or (sampler is not None and sampler.last_visit):
             return Scoring.LAST
         if at_reference:
             return Scoring.KNOWN
@@ -164,6 +175,8 @@ class Engine:
         The sampler's random numbers depend on ``epoch``; ``baseline`` is the level that the method measures scores from, and
         ``last`` what it draws by where scores are those of the last visit.
         """
+        if scoring is Scoring.LAST and self.method.estimator is not None:
+            return self._train_pass_on_proposals(part, epoch, baseline, last)
         if scoring is Scoring.LAST:
             assert last is not None
             return self._train_pass_on_last_visit(part, epoch, baseline, last)
@@ -203,6 +216,32 @@ class Engine:
         logprobs = placed(unknown, entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
         ages = last.visits.ages(part.indices, width, step=last.step).masked_fill(self._read(part) < 0, NAN).nanmean(dim=1)
         found = self._account(batch, entering, logprobs, choice, baseline)
+        return replace(found, score_age=ages.to(mask.device, non_blocking=True))
+
+    def _train_pass_on_proposals(self, part: Pass, epoch: int, baseline: float, last: Last | None) -> PassResult:
+        """Draw by outdated coefficients or by nothing, and weigh what was drawn by its current coefficients."""
+        batch, estimator = self.batch(part), self.method.estimator
+        assert estimator is not None
+        mask, width = batch.candidate_mask, batch.candidate_mask.shape[1]
+        # What is not drawn is taken to be as it was last, which no coefficient of those drawn depends on.
+        before = batch.reference_logprobs.cpu() if last is None else last.visits.rows(part.indices, width)
+        generators = [group_generator(self.seed, epoch=epoch, index=index) for index in part.indices]
+        compared, _ = self._select(batch, before, part, generators)
+        outdated, loss = self._coefficients(before, compared, part, baseline), self._loss_of(compared, part, baseline)
+        sizes = proposal_sizes(torch.zeros_like(outdated) if last is None else outdated, read_columns(mask.cpu(), compared))
+        counts = [len(group.completions) for group in part.groups]
+        draw = draw_candidates(sizes, counts, candidates=estimator.number, generators=generators)
+        entered = moved(draw.columns, mask.device)
+        entering = self._train(batch, draw.columns)
+        now, before = entering.logprobs.detach().cpu().double(), before.masked_fill(~mask.cpu(), 0.0)
+        draw = reweighted(draw, coefficients(loss, placed(before, now, draw.columns)))
+        choice = Choice(compared, draw.columns, None, draw, difference_estimate(loss, before, now, draw))
+        unknown = torch.full(mask.shape, NAN, dtype=entering.logprobs.dtype, device=mask.device)
+        logprobs = placed(unknown, entering.logprobs.detach(), entered).masked_fill(~mask, NAN)
+        found = self._account(batch, entering, logprobs, choice, baseline)
+        if last is None:
+            return found
+        ages = last.visits.ages(part.indices, width, step=last.step).nanmean(dim=1)
         return replace(found, score_age=ages.to(mask.device, non_blocking=True))
 
     def _train_pass_on_shared_prompts(self, batch: GroupBatch, part: Pass, epoch: int, baseline: float) -> PassResult:
@@ -297,14 +336,16 @@ class Engine:
 
     def _coefficients(self, logprobs: Tensor, compared: Tensor | None, part: Pass, baseline: float) -> Tensor:
         """What each candidate counts in the gradient of the loss of those compared, ``[B, K]``."""
+        known = logprobs.detach().cpu().double().masked_fill(~rewards_and_mask(part.groups)[1], 0.0)
+        return coefficients(self._loss_of(compared, part, baseline), known)
+
+    def _loss_of(self, compared: Tensor | None, part: Pass, baseline: float) -> Callable[[Tensor], Tensor]:
+        """The loss of those compared as a function of all candidates' log-probs."""
         # On the host and in float64: a few numbers, of which small differences may be what counts.
         whole, sampler = collate(part.groups, pad_token_id=self.pad_token_id), self.method.sampler
-        known = logprobs.detach().cpu().double().masked_fill(~whole.candidate_mask, 0.0)
-
-        def loss(values: Tensor) -> Tensor:
-            return self.method.loss(loss_inputs(gathered(values, compared), whole, sampler, compared, None, baseline))
-
-        return coefficients(loss, known)
+        return lambda values: self.method.loss(
+            loss_inputs(gathered(values, compared), whole, sampler, compared, None, baseline)
+        )
 
     def reference_coefficients(self, groups: Sequence[EncodedGroup]) -> Tensor:
         """What each candidate counts while the policy is the reference: float64, ``[B, K]`` on the host."""
@@ -341,6 +382,7 @@ class Engine:
         shares = None if method.hooks.shares is None else method.hooks.shares(inputs)
         loss = method.loss(inputs) if shares is None else total(shares)
         if draw is not None:
+            loss = loss if choice.loss is None else choice.loss.to(loss.device, loss.dtype)
             loss = surrogate_loss(loss, entering.logprobs, draw.weights.to(loss.device, loss.dtype))
         if select is not None and method.sampler is not None:
             first = select[:, : select.shape[1] // method.sampler.blocks]

@@ -43,6 +43,11 @@ def estimate(number: Tensor, variance: Tensor, like: Tensor) -> dict[str, Tensor
     return {"candidates": number.to(like), "relative_variance": variance.to(like)}
 
 
+def read_columns(mask: Tensor, select: Tensor | None) -> Tensor:
+    """``[B, K]``, the candidates that are among the columns chosen; all that there are without a choice."""
+    return mask if select is None else placed(torch.zeros_like(mask), select >= 0, select)
+
+
 def gathered(values: Tensor, select: Tensor | None) -> Tensor:
     """The values of the columns chosen, NaN for none; all of them without a choice."""
     return values if select is None else values.gather(1, select.clamp(min=0)).masked_fill(select < 0, NAN)
