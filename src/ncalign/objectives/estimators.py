@@ -17,6 +17,7 @@ from torch import Tensor
 from ncalign.objectives.inclusion import inclusion_probabilities, systematic
 
 __all__ = ["coefficients", "relative_variance", "best_number", "draw_candidates", "surrogate_loss", "Draw"]
+__all__ += ["proposal_sizes", "reweighted", "difference_estimate"]
 
 _TINY = 1e-300
 
