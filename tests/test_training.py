@@ -472,8 +472,10 @@ class TestLearning:
         # Three steps an epoch. A draw of the positive itself, where the kernel includes it, has the loss of the first step.
         first, last = rows[0], {key: sum(row[key] for row in rows[-3:]) / 3 for key in rows[0]}
         assert last["rewards/accuracies"] > 0.8
-        if name != "mc_po with the positive":
+        # Without a scoring pass the loss of the whole group is an estimate, and that of one step is far off.
+        if name not in ("mc_po with the positive", "nca of two unscored"):
             assert last["loss"] < first["loss"]
+        if name != "mc_po with the positive":
             assert last["rewards/margins"] > 0.5
 
     def test_metrics_have_the_fields_names(self, config: Config) -> None:
