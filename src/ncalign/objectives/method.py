@@ -151,6 +151,12 @@ class Method:
         drawn = sampler is not None and sampler.scores is not None and not sampler.last_visit
         return drawn or (self.estimator is not None and self.estimator.proposals == "current")
 
+    @property
+    def reads_last_visits(self) -> bool:
+        """Whether candidates are drawn by what they were when each last passed through the model with gradients."""
+        estimated = self.estimator is not None and self.estimator.proposals == "last_visit"
+        return estimated or (self.sampler is not None and self.sampler.last_visit)
+
     def estimated(self, candidates: int | None, proposals: Proposals = "current") -> Method:
         """The same method with its gradient estimated in training.
 

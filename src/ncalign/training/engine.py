@@ -220,20 +220,23 @@ class Engine:
 
     def _train_pass_on_proposals(self, part: Pass, epoch: int, baseline: float, last: Last | None) -> PassResult:
         """Draw by outdated coefficients or by nothing, and weigh what was drawn by its current coefficients."""
-        batch, estimator = self.batch(part), self.method.estimator
+        whole, estimator = collate(part.groups, pad_token_id=self.pad_token_id), self.method.estimator
         assert estimator is not None
-        mask, width = batch.candidate_mask, batch.candidate_mask.shape[1]
+        batch, width = whole.to(self.accelerator.device), whole.candidate_mask.shape[1]
+        mask = batch.candidate_mask
         # What is not drawn is taken to be as it was last, which no coefficient of those drawn depends on.
-        before = batch.reference_logprobs.cpu() if last is None else last.visits.rows(part.indices, width)
+        before = whole.reference_logprobs if last is None else last.visits.rows(part.indices, width)
         generators = [group_generator(self.seed, epoch=epoch, index=index) for index in part.indices]
-        compared, _ = self._select(batch, before, part, generators)
+        compared, _ = self._select(whole, before, part, generators)
         outdated, loss = self._coefficients(before, compared, part, baseline), self._loss_of(compared, part, baseline)
-        sizes = proposal_sizes(torch.zeros_like(outdated) if last is None else outdated, read_columns(mask.cpu(), compared))
+        sizes = proposal_sizes(
+            torch.zeros_like(outdated) if last is None else outdated, read_columns(whole.candidate_mask, compared)
+        )
         counts = [len(group.completions) for group in part.groups]
         draw = draw_candidates(sizes, counts, candidates=estimator.number, generators=generators)
         entered = moved(draw.columns, mask.device)
         entering = self._train(batch, draw.columns)
-        now, before = entering.logprobs.detach().cpu().double(), before.masked_fill(~mask.cpu(), 0.0)
+        now, before = entering.logprobs.detach().cpu().double(), before.masked_fill(~whole.candidate_mask, 0.0)
         draw = reweighted(draw, coefficients(loss, placed(before, now, draw.columns)))
         choice = Choice(compared, draw.columns, None, draw, difference_estimate(loss, before, now, draw))
         unknown = torch.full(mask.shape, NAN, dtype=entering.logprobs.dtype, device=mask.device)

@@ -88,8 +88,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Begin with what is known of the candidates."""
-        sampler = self.engine.method.sampler
-        if sampler is not None and sampler.last_visit:
+        if self.engine.method.reads_last_visits:
             self.last_visits = LastVisits.of(self.groups, start=self.plan.first_step, known=self.known or None)
 
     def run(
