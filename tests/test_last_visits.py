@@ -200,13 +200,14 @@ def logged(run: TrainConfig) -> list[dict[str, float]]:
 def test_a_run_scores_nothing_and_draws_by_what_it_saw(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[tuple[list[int], Tensor, Tensor]] = []
+    drawn: list[tuple[list[int], Tensor, Tensor, int, list[float]]] = []
     plain = Engine._train_pass_on_last_visit
 
     def watched(self: Engine, part: Any, epoch: int, baseline: float, last: Last) -> PassResult:
         seen = last.visits.rows(part.indices, 4).clone()
         found = plain(self, part, epoch, baseline, last)
-        drawn.append((part.indices, seen, found.logprobs))
+        assert found.score_age is not None
+        drawn.append((part.indices, seen, found.logprobs, last.step, found.score_age.tolist()))
         return found
 
     def scored(*arguments: Any, **fields: Any) -> Tensor:
@@ -224,15 +225,19 @@ def test_a_run_scores_nothing_and_draws_by_what_it_saw(
     monkeypatch.setattr(loops.Loop, "step", step)
     run_training(run)
     known: dict[tuple[int, int], float] = {}
-    for indices, seen, computed in drawn:
+    at: dict[tuple[int, int], int] = {}
+    for indices, seen, computed, step_number, ages in drawn:
         for b, index in enumerate(indices):
+            count = 2 + index % 3  # candidates of the groups, in turn
+            own = [step_number - at.get((index, k), 0) for k in range(count)]
+            assert ages[b] == pytest.approx(sum(own) / count)
             for k in range(computed.shape[1]):
                 if (index, k) in known:
                     assert float(seen[b, k]) == known[index, k]
         for b, index in enumerate(indices):
             for k, value in enumerate(computed[b].tolist()):
                 if value == value:
-                    known[index, k] = value
+                    known[index, k], at[index, k] = value, step_number
     assert len(drawn) == 9
     rows = logged(run)
     # Nothing was seen in the first epoch; later some candidates were.
