@@ -34,9 +34,27 @@ Value = Any
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+_TALK = [
+    {"role": "assistant", "content": [{"type": "text", "text": "a"}], "reasoning_content": "Hm", "mood": "good"},
+    {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+    {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"},
+    {"role": "assistant", "content": "b"},
+]
+_ASKED = {"prompt": [{"role": "user", "content": "Q"}], "tools": [_TOOL], "chat_template_kwargs": {"enable_thinking": False}}
+TALKS: list[dict[str, Any]] = [
+    {**_ASKED, "chosen": _TALK, "rejected": _TALK[-1:]},
+    {**_ASKED, "completion": _TALK, "label": True},
+    {**_ASKED, "candidates": [{"completion": _TALK, "reward": 1.0}, {"completion": _TALK[-1:]}]},
+    {"messages": [*_ASKED["prompt"], *_TALK], "tools": json.dumps([_TOOL]), "chat_template_kwargs": '{"n": 1}'},
+]
+"""Conversations with tools, calls, thoughts, further keys and values for the chat template."""
+
+
 def real_rows(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row of every schema, and some of the shared sets where they are."""
-    rows = list(cases)
+    """A row of every schema, conversations, and some of the shared sets where they are."""
+    rows = [*cases, *TALKS]
     for path in (
         SHARED / "alpaca-eval-candidates" / "candidates.jsonl.gz",
         SHARED / "gsm8k-model-solutions" / "example_model_solutions.jsonl",
@@ -94,7 +112,12 @@ def damage_value(value: Value, chance: random.Random) -> Value:
         if kind < 0.2:
             return {(k + "s" if k == key else k): v for k, v in value.items()}
         if kind < 0.25:
-            return {**value, chance.choice(["id", "metadata", "prompt", "label", "zz" * 5000]): odd_value(chance)}
+            return {
+                **value,
+                chance.choice(["id", "metadata", "prompt", "label", "tools", "chat_template_kwargs", "zz" * 5000]): odd_value(
+                    chance
+                ),
+            }
         return {**value, key: damage_value(value[key], chance)}
     if isinstance(value, list) and value and chance.random() < 0.8:
         index = chance.randrange(len(value))
