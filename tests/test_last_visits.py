@@ -247,7 +247,12 @@ def test_a_run_scores_nothing_and_draws_by_what_it_saw(
     assert rows[0]["kernel/acceptance"] == pytest.approx(0.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("objective", [LAST, {**LAST, "acceptance": False, "log_q_correction": True, "num_negatives": 2}])
+ESTIMATED: dict[str, Any] = {"name": "nca", "estimator": {"candidates": 2, "proposals": "last_visit"}}
+
+
+@pytest.mark.parametrize(
+    "objective", [LAST, {**LAST, "acceptance": False, "log_q_correction": True, "num_negatives": 2}, ESTIMATED]
+)
 def test_a_resumed_run_is_bitwise_the_same(config: Callable[..., TrainConfig], objective: dict[str, Any]) -> None:
     whole = config("whole", save_steps=1, save_total_limit=9, eval_fraction=0.2, objective=objective)
     run_training(whole)

@@ -165,6 +165,16 @@ def test_any_method(run: Run, name: str) -> None:
     assert run(objective={"name": name, **parts})["steps"] == 6
 
 
+@pytest.mark.parametrize("proposals", ["current", "last_visit"])
+def test_an_estimator_in_every_round(run: Run, tmp_path: Path, proposals: str) -> None:
+    run(objective={"name": "nca", "estimator": {"candidates": 1, "proposals": proposals}}, reference="last_round")
+    rows = logged(tmp_path / "run")
+    assert [row["estimator/candidates"] for row in rows] == [1.0] * 6
+    # A round begins where the policy is the reference: NCA's loss is 2 ln 2 there, whatever is drawn.
+    assert [row["loss"] for row in rows][::2] == pytest.approx([2 * math.log(2)] * 3, abs=1e-4)
+    assert all(row["estimator/relative_variance"] > 0 for row in rows)
+
+
 def test_one_chunk_is_scored_while_the_next_is_sampled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     started, overlapped = [threading.Event() for _ in range(3)], []
     plain_generate, plain_score = TransformersGenerator.generate, FunctionReward.score
