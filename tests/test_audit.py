@@ -333,6 +333,16 @@ def test_the_kernel_of_a_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert flat["kernel/length_drawn"] == pytest.approx(1.0)
     found = audit(rows, tmp_path, **small)
     sharp, tables = found["numbers"], found["tables"]
+    # Without a reference, and with the policy as its own, implicit rewards are 0: L = 3 negatives that count alike.
+    assert [row["variance"] for row in tables["pays_negatives"]] == pytest.approx([1.5, 1.125, 1.0])
+    assert {name: value for name, value in sharp.items() if "pays" in name} == pytest.approx(
+        {name: value for name, value in flat.items() if "pays" in name}
+    )
+    assert sharp["pays/alpha"] == pytest.approx((sharp["alpha/low"] * sharp["alpha/high"]) ** 0.5)
+    assert "pays_candidates" in {finding["name"] for finding in found["findings"]}
+    for line in ("mc_po, rnce: M negatives, drawn by the kernel", "nca: K candidates a group, all with gradients"):
+        assert f"\n{line}\n" in found["text"]
+    assert "How many negatives pay" in (tmp_path / "audit" / "audit.html").read_text(encoding="utf-8")
     assert sum(row["drawn"] for row in tables["kernel_by_rank"]) == pytest.approx(1.0)
     assert [row["random"] for row in tables["kernel_by_rank"]] == pytest.approx([1 / 3] * 3)
     shares = [row["effective_share"] for row in tables["kernel_by_beta"]]

@@ -15,7 +15,7 @@ import numpy as np
 from ncalign.audit.config import AuditConfig
 from ncalign.audit.copies import clusters_across
 from ncalign.audit.findings import findings
-from ncalign.audit.kernel import Tables, audit_kernel, kernel_scores
+from ncalign.audit.kernel import Tables, audit_kernel, lower_scores, score_groups
 from ncalign.audit.measures import (
     GroupMeasures,
     length_regression,
@@ -28,6 +28,7 @@ from ncalign.audit.measures import (
 from ncalign.audit.page import write_page
 from ncalign.audit.ranges import alpha_range, beta_range
 from ncalign.audit.semantic import Meaning, bertscore_f1, embedding_cosine, measure_meaning
+from ncalign.audit.sizes import Rows, ScoredGroup, audit_sizes, sizes_text
 from ncalign.audit.texts import prompt_key, words
 from ncalign.core.atomic import check_writable, write_json_atomic
 from ncalign.core.hub import only_cached
@@ -38,6 +39,7 @@ from ncalign.core.progress import Bar, say
 from ncalign.data.formats.seen import Seen
 from ncalign.data.groups import Candidate, Group, ReadReport, read_groups
 from ncalign.data.rendering import Rendering, completion_text, recorded_renderings
+from ncalign.model.config import Precision
 from ncalign.model.precision import resolve_dtype
 
 ENTRIES = ("audit.json", "audit.html")
@@ -141,20 +143,10 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     to_best |= {name: meaning.to_best for name, meaning in meanings.items()}
     tables = _tables(measured, to_best, across)
     dtype = resolve_dtype(config.dtype) if config.model is not None else None
-    if config.model is not None and dtype is not None:
-        scores = kernel_scores(
-            sample,
-            measured,
-            model=config.model,
-            reference_model=config.reference_model,
-            dtype=dtype,
-            max_length=config.max_length,
-            string_prompts=config.string_prompts,
-        )
-        kernel_numbers, kernel_tables = audit_kernel(sample, measured, to_best, scores, beta=config.beta)
+    if dtype is not None:
+        kernel_numbers, kernel_tables = _with_model(config, dtype, sample, measured, to_best, numbers)
         numbers |= kernel_numbers
         tables |= kernel_tables
-        numbers["beta/low"], numbers["beta/high"] = beta_range(list(scores.values())) or (math.nan, math.nan)
     found = findings(numbers)
     result: dict[str, Any] = {
         "data": config.data,
@@ -171,7 +163,53 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
     renew(config.output_dir, ENTRIES, verb="audit")
     write_page(page, result, measured, sample)
     write_json_atomic(json_ready(result), json_file)  # the last: an audit without it was stopped
-    return {**result, "text": _text(config.data, numbers, found, page)}
+    return {**result, "text": _text(config.data, numbers, found, tables, page)}
+
+
+def _with_model(
+    config: AuditConfig,
+    dtype: Precision,
+    sample: Sequence[Group],
+    measured: Sequence[GroupMeasures],
+    to_best: Mapping[str, Sequence[Sequence[float]]],
+    numbers: Mapping[str, float],
+) -> tuple[dict[str, float], Tables]:
+    """What the model's scores say: of the kernel, of beta, and of how many candidates pay."""
+    assert config.model is not None
+    scored, head = score_groups(
+        sample,
+        measured,
+        model=config.model,
+        reference_model=config.reference_model,
+        dtype=dtype,
+        max_length=config.max_length,
+        string_prompts=config.string_prompts,
+    )
+    scores = lower_scores(scored, measured)
+    found, tables = audit_kernel(sample, measured, to_best, scores, beta=config.beta)
+    found["beta/low"], found["beta/high"] = beta_range(list(scores.values())) or (math.nan, math.nan)
+    alpha = math.sqrt(numbers["alpha/low"] * numbers["alpha/high"])
+    if not scored or not math.isfinite(alpha):
+        return found, tables
+    rated = [_rated(scored[number], sample[number]) for number in scored]
+    sizes, by_size = audit_sizes(
+        [group for group, _ in rated],
+        [rewards for _, rewards in rated],
+        # Without a reference the policy is its own: implicit rewards are 0, as in the first step of training.
+        beta=None if config.reference_model is None else config.beta,
+        alpha=alpha,
+        head=head,
+        seed=config.seed,
+    )
+    return found | sizes | {"pays/alpha": alpha, "pays/head": head}, tables | by_size
+
+
+def _rated(scored: ScoredGroup, group: Group) -> tuple[ScoredGroup, list[float]]:
+    """The candidates with a reward, and their rewards."""
+    known = [(k, candidate.reward) for k, candidate in enumerate(group.candidates) if candidate.reward is not None]
+    kept = [k for k, _ in known]
+    values = (tuple(scored.scores[k] for k in kept), scored.prompt, tuple(scored.completions[k] for k in kept))
+    return ScoredGroup(*values), [reward for _, reward in known]
 
 
 def _check(config: AuditConfig) -> None:
@@ -316,7 +354,9 @@ def _tables(
     }
 
 
-def _text(data: str, numbers: Mapping[str, float], found: Sequence[Mapping[str, str]], page: Path) -> str:
+def _text(
+    data: str, numbers: Mapping[str, float], found: Sequence[Mapping[str, str]], tables: Mapping[str, Rows], page: Path
+) -> str:
     lines = [
         f"{data}: {numbers['groups']:.0f} groups, {numbers['candidates/mean']:.1f} candidates each; rewards differ in "
         f"{numbers['groups/with_spread']:.0%} of them",
@@ -331,6 +371,7 @@ def _text(data: str, numbers: Mapping[str, float], found: Sequence[Mapping[str, 
         "",
         *(f"{finding['level']}: {finding['text']}" for finding in found),
         "",
+        *sizes_text(tables),
         f"Report: {page}",
     ]
     return "\n".join(lines)

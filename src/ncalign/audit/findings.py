@@ -219,6 +219,34 @@ def _advice(n: Numbers) -> Named:
         )
 
 
+_PAYS = (
+    ("negatives", "M", "mc_po and rnce"),
+    ("drawn_info_nca", "S", "info_nca with an estimator"),
+    ("drawn_nca", "S", "nca with an estimator"),
+    ("candidates", "K", "nca"),
+)
+
+
+def _sizes(n: Numbers) -> Named:
+    """How many candidates pay."""
+    for name, letter, methods in _PAYS:
+        if f"pays/{name}" not in n:
+            continue
+        best, enough, most = (f"{n[f'pays/{name}{end}']:.0f}" for end in ("", "_enough", "_most"))
+        if best == most:
+            pays = f"all, {letter} = {most}, give the least noise for the compute"
+        else:
+            variance, compute = n[f"pays/{name}_variance"], 1 / n[f"pays/{name}_efficiency"]
+            pays = (
+                f"{letter} = {best} gives the least noise for the compute: {variance:.2f} times the variance of all ("
+                f"{letter} = {most}), and {compute:.0%} of their compute for the same noise"
+            )
+        beyond = f"beyond {letter} = {enough} nothing is gained (under 2 % of the variance)"
+        if enough == most:
+            beyond = f"fewer than {most} have a variance more than 2 % above that"
+        yield f"pays_{name}", f"{methods}: {pays}; {beyond}"
+
+
 def _method(n: Numbers) -> str:
     """Which method suits, with the alphas and betas that these data give."""
     low, high = n.get("beta/low"), n.get("beta/high")
@@ -249,4 +277,5 @@ _FINDERS: tuple[tuple[str, Callable[[Numbers], Named]], ...] = (
     ("note", _likeness_notes),
     ("note", _kernel_notes),
     ("advice", _advice),
+    ("advice", _sizes),
 )

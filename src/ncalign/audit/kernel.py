@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from scipy import stats
 
 from ncalign.audit.measures import GroupMeasures, Ranked, mean
 from ncalign.audit.ranges import BETAS, padded, sample_sizes
+from ncalign.audit.sizes import ScoredGroup
 from ncalign.core.progress import Bar, say
 from ncalign.data.groups import Group
 from ncalign.data.rendering import count_renderings, rendering_warning
 from ncalign.model.batching import collate, split_by_tokens
 from ncalign.model.config import Precision, StringPrompts
 from ncalign.model.encoding import DroppedGroupError, EncodedGroup, Encoder
-from ncalign.model.logprobs import LogprobModel
+from ncalign.model.logprobs import LogprobModel, completion_token_cost
 from ncalign.model.policy import load_policy
 from ncalign.objectives.kernels import effective_sample_size
 from ncalign.objectives.targets import target_weights
@@ -58,7 +59,7 @@ def audit_kernel(
         groups: the sample.
         measured: their numbers, in the same order.
         to_best: for each measure of likeness, each group's lower-scored candidates against its best.
-        scores: r, as :func:`kernel_scores` gives it.
+        scores: r of the lower-scored candidates, as :func:`lower_scores` gives it.
         beta: of the kernel.
 
     Returns:
@@ -152,7 +153,7 @@ def _shares(drawn: Sequence[_Drawn]) -> Tables:
     }
 
 
-def kernel_scores(
+def score_groups(
     groups: Sequence[Group],
     measured: Sequence[GroupMeasures],
     *,
@@ -161,28 +162,38 @@ def kernel_scores(
     dtype: Precision,
     max_length: int,
     string_prompts: StringPrompts,
-) -> dict[int, list[float]]:
-    """Scores of the lower-scored candidates, the highest-scored first, by the group's place; what can't be encoded is left out.
+) -> tuple[dict[int, ScoredGroup], float]:
+    """Scores and lengths of all candidates of each group in which rewards differ, and the cost of a scored token.
 
-    A score is the log-ratio of ``model`` to ``reference_model`` or, without one, the log-prob itself.
+    A score is the log-ratio of ``model`` to ``reference_model`` or, without one, the log-prob itself. What can't be encoded is
+    left out. The cost, ``1 + V d / N``, is that of a completion's token, for which the head is computed, in a prompt's.
     """
-    orders = {number: group.order for number, group in enumerate(measured) if group.order is not None}
-    usable = {number: groups[number] for number in orders}
-    found, *base = (
+    usable = {number: groups[number] for number, group in enumerate(measured) if group.order is not None}
+    (found, cost), *base = (
         _logprobs(usable, name, dtype=dtype, max_length=max_length, string_prompts=string_prompts)
         for name in (model, reference_model)
         if name is not None
     )
-    for reference in base:
-        found = {n: [a - b for a, b in zip(row, reference[n], strict=True)] for n, row in found.items() if n in reference}
-    return {number: [row[k] for k in orders[number].lower] for number, row in found.items()}
+    for reference, _ in base:
+        found = {
+            n: replace(one, scores=tuple(a - b for a, b in zip(one.scores, reference[n].scores, strict=True)))
+            for n, one in found.items()
+            if n in reference
+        }
+    return found, cost
+
+
+def lower_scores(scored: Mapping[int, ScoredGroup], measured: Sequence[GroupMeasures]) -> dict[int, list[float]]:
+    """Scores of the lower-scored candidates, the highest-scored first, by the group's place."""
+    orders = {number: measured[number].order for number in scored}
+    return {number: [scored[number].scores[k] for k in order.lower] for number, order in orders.items() if order is not None}
 
 
 @torch.no_grad()
 def _logprobs(
     groups: Mapping[int, Group], model: str, *, dtype: Precision, max_length: int, string_prompts: StringPrompts
-) -> dict[int, list[float]]:
-    """Log-probs of each group's candidates."""
+) -> tuple[dict[int, ScoredGroup], float]:
+    """Log-probs and lengths of each group's candidates, and the cost of a scored token."""
     policy = load_policy(model, dtype=dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # In bfloat16 the weights of a model without an adapter stay float32, and the computation is rounded.
@@ -198,13 +209,15 @@ def _logprobs(
             encoded.append((number, encoder.encode(group)))
         except DroppedGroupError:
             continue
-    found: dict[int, list[float]] = {}
+    found: dict[int, ScoredGroup] = {}
     sizes = [(len(group.completions), group.length) for _, group in encoded]
     with Bar("Log-probs", len(encoded)) as bar:
         for part in split_by_tokens(sizes, max_groups=8, max_tokens=4096, padded=True):
             batch = collate([encoded[i][1] for i in part], pad_token_id=int(policy.tokenizer.pad_token_id)).to(device)
             values = scorer(batch).logprobs.double().cpu()
             for row, i in enumerate(part):
-                found[encoded[i][0]] = values[row, : len(encoded[i][1].completions)].tolist()
+                number, one = encoded[i]
+                lengths = tuple(len(completion) for completion in one.completions)
+                found[number] = ScoredGroup(tuple(values[row, : len(lengths)].tolist()), len(one.prompt), lengths)
             bar.advance(len(part))
-    return found
+    return found, completion_token_cost(policy.model)

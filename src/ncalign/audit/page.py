@@ -25,6 +25,10 @@ _TITLES = {
     "copies_across_groups": "Sets of near-copies that several groups share",
     "kernel_by_rank": "Whom the kernel draws: weight by rank of reward",
     "kernel_by_source": "Whom the kernel draws: weight by source",
+    "pays_negatives": "How many negatives pay (mc_po, rnce): M drawn by the kernel",
+    "pays_drawn_info_nca": "How many drawn candidates pay (info_nca): S of K, by the sizes of their coefficients",
+    "pays_drawn_nca": "How many drawn candidates pay (nca): S of K, by the sizes of their coefficients",
+    "pays_candidates": "How many candidates a group pay (nca): K, all with gradients",
     "kernel_by_beta": "Effective sample size of the kernel, as a share of the candidates, by beta",
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ncalign.core.atomic import atomic_path, check_writable, write_json_atomic, write_text_atomic
 from ncalign.core.outputs import claim, renew
 from ncalign.core.progress import Bar
-from ncalign.lab import concepts, fixed_points, identities, mismatch, normalizer, online, optima
+from ncalign.lab import concepts, estimators, fixed_points, identities, mismatch, normalizer, online, optima
 from ncalign.lab.report import page, plot, table
 from ncalign.lab.results import Curve, Findings, Statement
 
@@ -33,6 +33,11 @@ EXPERIMENTS: tuple[Callable[[], Findings], ...] = (
     mismatch.random_starts,
     mismatch.drift,
     mismatch.coverage,
+    estimators.coefficient_sampling,
+    estimators.rnce_of_two,
+    estimators.several_negatives,
+    estimators.held_sample_size,
+    estimators.last_visits,
     optima.info_nca_optimum,
     optima.info_nca_depends_on_alpha_times_beta,
     concepts.optimal_policies,
