@@ -340,8 +340,9 @@ def test_values_reach_training_and_are_recorded(
     assert "does not read `enable_thinkin`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["generate", "answer"])
 def test_values_reach_sampling(
-    thinking_model: Path, write_jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+    verb: str, thinking_model: Path, write_jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     from ncalign.generation.local import TransformersGenerator
 
@@ -353,12 +354,17 @@ def test_values_reach_sampling(
         return sample(self, prompts, *arguments)
 
     monkeypatch.setattr(TransformersGenerator, "_sample", watched)
-    words = ["generate", "--model", str(thinking_model), "--prompts", str(write_jsonl(ROWS)), "--num_samples", "2"]
-    words += ["--max_new_tokens", "4", "--output", str(tmp_path / "out.jsonl")]
+    rows = str(write_jsonl([{"id": row["id"], "prompt": QUESTION, **_kwargs(row)} for row in ROWS]))
+    own = {
+        "generate": ["--prompts", rows, "--num_samples", "2"],
+        "answer": ["--set_name", rows, "--cache_dir", str(tmp_path / "cache")],
+    }
+    words = [verb, "--model", str(thinking_model), *own[verb], "--max_new_tokens", "4", "--output", str(tmp_path / "out.jsonl")]
     assert main([*words, "--chat_template_kwargs", "enable_thinking=false"]) == 0
     assert sorted(text.endswith("<think></think>") for text in fed) == [False, True]
-    kept = {group.id: group.template_kwargs for group in read_groups(tmp_path / "out.jsonl")}
-    assert kept["b"] == {"enable_thinking": True}
+    if verb == "generate":
+        kept = {group.id: group.template_kwargs for group in read_groups(tmp_path / "out.jsonl")}
+        assert kept["b"] == {"enable_thinking": True}
 
 
 def test_values_and_conversations_go_through_a_round(

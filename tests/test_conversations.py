@@ -494,3 +494,58 @@ def test_verbs_take_conversations(
     assert "<|im_start|>user\\nIn Oslo.<|im_end|>" in shown
     assert "[4 degrees.<|im_end|>]" in shown
     assert [len(one.completion) for one in next(read_groups(data)).candidates] == [3, 3]
+
+
+class TestWhatIsTold:
+    def test_thoughts_of_earlier_answers_that_the_template_takes_out(self) -> None:
+        inside = [assistant("<think>\nI ask.\n</think>\n\nWhere?"), *THOUGHTS[1:]]
+        for turns in (THOUGHTS, inside):
+            found = encoder(tokenizer_of("qwen3"))
+            found.encode(group(turns))
+            assert dict(found.report.untold) == {"thoughts of earlier answers": 1}
+        for name, rules in (("qwen3_training", {}), ("qwen3", {"thoughts": "stripped"})):
+            found = encoder(tokenizer_of(name), **rules)
+            found.encode(group(inside))
+            assert not found.report.untold
+
+    def test_thoughts_with_marks_that_are_not_known_can_t_be_masked(self) -> None:
+        found = encoder(tokenizer_of("muse_glimmer"), thoughts="masked")
+        with pytest.raises(DroppedGroupError, match="where the thought of turn 2 begins and ends in this chat template"):
+            found.encode(group(THOUGHTS))
+        encoder(tokenizer_of("gptoss"), thoughts="masked").encode(group(THOUGHTS))
+
+    @pytest.mark.parametrize(
+        ("name", "prompt", "told"),
+        [
+            ("phi3", [*QUESTION, assistant("I look."), result("3 C")], {"tool turns": 1}),
+            ("qwen2_5", [*QUESTION, CALLS[0], result("3 C")], {}),
+            ("olmo", [{"role": "system", "content": "Be kind."}, *QUESTION], {}),
+            ("glm4moe", [{"role": "critic", "content": "Be kind."}, *QUESTION], {"critic turns": 1}),
+        ],
+    )
+    def test_turns_of_a_prompt_that_the_template_passes_over(self, name: str, prompt: Any, told: dict[str, int]) -> None:
+        found = encoder(tokenizer_of(name))
+        found.encode(group("Cold.", prompt=prompt))
+        assert dict(found.report.untold) == told
+
+
+@pytest.mark.parametrize(
+    ("template", "scored"),
+    [
+        (CHATML.split("{% if add_generation_prompt %}")[0], ["Where?<|im_end|>", "3 degrees.<|im_end|>"]),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}",
+            [" Where?<|im_end|>", " 3 degrees.<|im_end|>"],
+        ),
+    ],
+)
+def test_templates_without_a_generation_prompt(template: str, scored: list[str]) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    encoded = encoder(tokenizer).encode(group(TURNS, "Cold."))
+    assert scored_texts(tokenizer, encoded) == scored
+    assert (
+        ids_of(encoded)
+        == tokenizer.apply_chat_template([*QUESTION, *TURNS], tokenize=True)["input_ids"][: len(ids_of(encoded))]
+    )
+    assert tokenizer.decode(encoded.prompt).endswith("assistant\n" if "im_start" in template else "assistant:")

@@ -23,7 +23,7 @@ from ncalign.core.errors import shown
 from ncalign.data.formats.group import Message, TemplateKwargs, Tools
 from ncalign.model.chat import ChatTemplate, RefusedError, Turn, answered, is_half_written
 from ncalign.model.config import ScoredTurns, Thoughts
-from ncalign.model.thoughts import KEYS, outside_thoughts, spot_in
+from ncalign.model.thoughts import KEYS, outside_thoughts, spot_in, spot_in_thought
 
 Spans: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -82,11 +82,13 @@ class Placed:
         text: the prompt with its completion, as the chat template writes them.
         spans: what of it is scored, as beginnings and ends.
         has_end: whether the last scored part has an end token of the template's.
+        hides_thoughts: whether the template leaves out thoughts of some turns of the completion.
     """
 
     text: str
     spans: Spans
     has_end: bool
+    hides_thoughts: bool = False
 
 
 def is_plain(completion: str | Sequence[Message]) -> bool:
@@ -135,6 +137,8 @@ class _Marks:
         self.of: list[list[str]] = []
         self.contents: list[str | None] = []
         self.calls: list[list[str]] = []
+        self.thoughts: list[list[str]] = []
+        self.inside: set[str] = set()
         self.messages = [
             self._marked(message, joint[1] if joint and joint[0] == n else None) for n, message in enumerate(messages)
         ]
@@ -150,13 +154,20 @@ class _Marks:
     def _marked(self, message: Message, joint: int | None) -> Message:
         self.of.append([])
         self.calls.append([])
-        found, spot = dict(message), None
-        for key in (*KEYS, "content"):
-            text = found.get(key)
-            spot = joint if key == "content" and joint is not None else spot_in(text) if isinstance(text, str) else None
-            if text is not None and spot is not None:
-                found[key] = f"{text[:spot]}{self._new()}{text[spot:]}"
-        self.contents.append(self.of[-1][-1] if spot is not None else None)
+        found, text = dict(message), message["content"]
+        for key in KEYS:
+            if isinstance(thought := found.get(key), str) and (place := spot_in(thought)) is not None:
+                found[key] = f"{thought[:place]}{self._new()}{thought[place:]}"
+        spot, inside = spot_in(text) if joint is None else joint, spot_in_thought(text) if joint is None else None
+        if spot is not None:
+            text = f"{text[:spot]}{self._new()}{text[spot:]}"
+        self.contents.append(None if spot is None else self.of[-1][-1])
+        self.thoughts.append([mark for mark in self.of[-1] if mark != self.contents[-1]])
+        if inside is not None and spot is not None and inside < spot:
+            text = f"{text[:inside]}{self._new()}{text[inside:]}"
+            self.thoughts[-1].append(self.of[-1][-1])
+            self.inside.add(self.of[-1][-1])
+        found["content"] = text
         if found.get("tool_calls"):
             found["tool_calls"] = [self._marked_call(call) for call in found["tool_calls"]]
         return found
@@ -257,7 +268,24 @@ class _Places:
             spans = [(start, min(end, at)) for start, end in spans if start < at]
         if rules.thoughts == "masked":
             spans = outside_thoughts(self._text, spans)
-        return Placed(self._text, tuple(spans), at is not None)
+            self._check_masked(scored, spans)
+        return Placed(self._text, tuple(spans), at is not None, self._hides_thoughts(answers))
+
+    def _hides_thoughts(self, answers: Sequence[int]) -> bool:
+        """Whether the template leaves out thoughts of some turns: those in texts, or a part of those beside texts."""
+        thoughts = [mark for n in answers for mark in self._marks.thoughts[n]]
+        hidden = {mark for mark in thoughts if mark not in self._found}
+        beside = {*thoughts} - self._marks.inside
+        return bool(hidden & self._marks.inside) or bool(hidden & beside and beside - hidden)
+
+    def _check_masked(self, scored: Sequence[int], spans: Sequence[tuple[int, int]]) -> None:
+        """Raise where a thought is scored all the same: the template writes it between marks that are not known."""
+        for n in scored:
+            places = (place for mark in self._marks.thoughts[n] for place in self._found.get(mark, ()))
+            if any(start <= place < end for place in places for start, end in spans):
+                raise RefusedError(
+                    f"where the thought of turn {n + 1} begins and ends in this chat template is not known: it can't be masked"
+                )
 
     def _known(self, n: int) -> list[tuple[int, str]]:
         """Where a message's marks stand, in order, as :meth:`_Marks.place` has them."""

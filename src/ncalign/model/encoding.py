@@ -153,6 +153,7 @@ class Encoder:
         completions: list[list[int]] = []
         masks: list[list[bool] | None] = []
         wholes: dict[int, tuple[list[int], list[bool]]] = {}
+        hides_thoughts = False
         for number, (candidate, body) in enumerate(zip(group.candidates, bodies, strict=True)):
             tokens, mask = list[int](), None
             if isinstance(body, str):
@@ -162,12 +163,15 @@ class Encoder:
                     tokens, mask = tokens[:-1], mask and mask[:-1]
             else:
                 wholes[number] = self._scored(group, body, finished=candidate.finished)
+                hides_thoughts |= body.hides_thoughts
             completions.append(tokens)
             masks.append(None if mask is None or all(mask) else mask)
         if not as_chat and self._bos is not None and prompt[:1] != [self._bos]:
             prompt = [self._bos, *prompt]
         if not prompt:
             raise DroppedGroupError(group, "empty prompt", "the prompt has no tokens: a completion needs something before it")
+        if hides_thoughts and self._rules.thoughts != "stripped":
+            self.report.untold[_HIDDEN] += 1
         tokens_of_all = _Tokens(prompt, completions, masks)
         return self._aligned(group, tokens_of_all, wholes) if wholes else tokens_of_all
 
@@ -366,6 +370,7 @@ class Encoder:
         return _Tokens(prompt, [completion[:room] for completion in completions], masks)
 
 
+_HIDDEN = "thoughts of earlier answers"
 _EMPTY = "a completion is empty: there is nothing to score"
 _EOS_INSIDE = ("EOS inside a completion", "a completion has an end token in its middle: remove it, or cut the text there")
 

@@ -40,6 +40,19 @@ def spot_in(text: str) -> int | None:
     return None if other is None else other.end()
 
 
+def spot_in_thought(text: str) -> int | None:
+    """Such a place inside the first thought that a text holds; None without one.
+
+    >>> spot_in_thought("<think>So</think>4"), spot_in_thought("4")
+    (8, None)
+    """
+    thought = _THOUGHT.search(text)
+    if thought is None:
+        return None
+    letters = (found.end() for found in _LETTER.finditer(text, thought.start(), thought.end()) if found[1] is not None)
+    return next(letters, None)
+
+
 def without_thoughts(messages: Sequence[Message]) -> list[Message]:
     r"""A conversation without the thoughts of the turns before its last question, as reasoning models are given it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ncalign.data.formats.group import MESSAGE_KEYS, MORE_KEYS, TEMPLATE_KWARGS, TOOLS, TemplateKwargs, Text, Tools
 from ncalign.data.groups import Message
@@ -29,14 +29,15 @@ def left_out(
     if isinstance(prompt, str) and string_prompts == "raw":
         return [f"{name} of plain text" for name, given in ((TOOLS, tools), (TEMPLATE_KWARGS, kwargs)) if given]
     messages = as_messages(prompt)
-    if not tools and not _more_keys(messages):
+    if not tools and not _more_keys(messages) and all(turn["role"] in ("user", "assistant") for turn in messages):
         return []
     try:
         whole = template.render(messages, tools=tools, kwargs=kwargs)
     except RefusedError:  # a template that takes no conversation without its answer
         return []
     unshown = [TOOLS] if tools and _same(template, messages, None, kwargs, whole) else []
-    return [*unshown, *_unshown(template, [], messages, tools, kwargs, whole)]
+    turns = dict.fromkeys(_unshown_turns(template, messages, tools, kwargs, whole))
+    return [*unshown, *turns, *_unshown(template, [], messages, tools, kwargs, whole)]
 
 
 def left_out_of_answers(
@@ -56,6 +57,18 @@ def _more_keys(messages: Sequence[Message]) -> list[str]:
     """What messages hold beside roles and texts: keys that many have first."""
     found = dict.fromkeys(key for turn in messages for key in turn if key not in MESSAGE_KEYS)
     return [*(key for key in MORE_KEYS if key in found), *(key for key in found if key not in MORE_KEYS)]
+
+
+def _unshown_turns(
+    template: ChatTemplate, messages: Sequence[Message], tools: Tools, kwargs: TemplateKwargs, whole: str
+) -> Iterator[str]:
+    """The roles of turns whose texts a rendering does not show: some templates pass over those of tools, or the system's."""
+    for place, turn in enumerate(messages):
+        if turn["content"].strip() in whole or turn["role"] in ("user", "assistant"):
+            continue
+        other = [*messages[:place], {**turn, "content": f"{turn['content']} ncalign"}, *messages[place + 1 :]]
+        if _same(template, other, tools, kwargs, whole):
+            yield f"{turn['role']} turns"
 
 
 def _unshown(
