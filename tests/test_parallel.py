@@ -81,7 +81,7 @@ def test_encoding_is_the_same_in_workers(
 def test_a_worker_whose_parent_is_gone_before_it_begins_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel.threading, "Thread", Mock())  # it would end the worker too, a moment later
     for parent, code in ((os.getpid(), 0), (os.getpid() + 1, 1)):
-        worker = multiprocessing.get_context("fork").Process(target=parallel._begin, args=(parent, True))
+        worker = multiprocessing.get_context("fork").Process(target=parallel.begin_worker, args=(parent, True))
         worker.start()
         worker.join()
         assert worker.exitcode == code

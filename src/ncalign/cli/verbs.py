@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ncalign.lab.config import LabConfig
     from ncalign.online.config import OnlineConfig
     from ncalign.rewards.config import ScoreConfig
+    from ncalign.study.config import StudyConfig
     from ncalign.training.config import TrainConfig
 
 Result = Mapping[str, object]
@@ -125,6 +126,20 @@ def _lab(config: LabConfig) -> Result:
     from ncalign.lab.theory import run_lab
 
     return {"theory": run_lab}[config.experiment](config.output_dir, overwrite=config.overwrite)
+
+
+def _study(config: StudyConfig) -> Result:
+    from ncalign.cli import settings
+    from ncalign.study.study import run_study
+
+    return run_study(config, load=settings.load)
+
+
+def _plan_study(config: StudyConfig) -> Result:
+    from ncalign.cli import settings
+    from ncalign.study.study import plan_study
+
+    return plan_study(config, load=settings.load)
 
 
 def _after_training_stopped(config: TrainConfig) -> str:
@@ -280,6 +295,18 @@ DEMO = Verb(
     _demo,
     lambda config: f"{config.output_dir} holds an unfinished demo; rerun to start again (the model stays in its cache)",
 )
+STUDY = Verb(
+    "study",
+    "compare methods and settings over several seeds, with intervals and verdicts",
+    "ncalign.study.config:StudyConfig",
+    "ncalign study my-study.yaml --seeds 5 --workers 2",
+    _study,
+    "finished runs are kept; rerun to go on from there",
+    plan="ncalign.cli.verbs:_plan_study",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    positional=("study",),
+    exit_code=lambda result: 1 if result.get("failed") else 0,
+)
 LAB = Verb(
     "lab",
     "check the theory on policies small enough to enumerate",
@@ -290,4 +317,4 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
-VERBS: tuple[Verb, ...] = (DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, LAB)
+VERBS: tuple[Verb, ...] = (DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB)

@@ -71,7 +71,7 @@ def map_chunks(
     forked = multiprocessing.get_context("fork")
     # The system takes a thread that ends for the parent's end; the main thread ends last.
     in_main = threading.current_thread() is threading.main_thread()
-    pool = ProcessPoolExecutor(workers, mp_context=forked, initializer=_begin, initargs=(os.getpid(), in_main))
+    pool = ProcessPoolExecutor(workers, mp_context=forked, initializer=begin_worker, initargs=(os.getpid(), in_main))
     under_way: deque[Future[Any]] = deque([pool.submit(_call, first)])
     try:
         while under_way:
@@ -84,7 +84,7 @@ def map_chunks(
         _function = None
 
 
-def _begin(parent: int, killed_with_it: bool) -> None:
+def begin_worker(parent: int, killed_with_it: bool) -> None:
     """In a worker: Ctrl-C is the parent's to handle, and tokenizers must not start threads of their own after a fork."""
     if killed_with_it and sys.platform == "linux":
         # At once, so that it writes nothing beside the parent's successor.

@@ -47,10 +47,10 @@ def interval_chart(
     for number, (measure, values) in enumerate(series.items()):
         known = {models.index(model): found for model, found in values.items() if math.isfinite(found[0])}
         places, points, arms = _points(known, shift=(number - (len(series) - 1) / 2) * 0.5 / len(series))
-        axes.errorbar(points, places, xerr=arms, fmt="o", capsize=3, label=_label(measure))
-    axes.set_yticks(range(len(models)), labels=map(_label, models), parse_math=False)
+        axes.errorbar(points, places, xerr=arms, fmt="o", capsize=3, label=label(measure))
+    axes.set_yticks(range(len(models)), labels=map(label, models), parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.set_xlabel(_label(unit, _LONGEST_TITLE), parse_math=False)
+    axes.set_xlabel(label(unit, _LONGEST_TITLE), parse_math=False)
     axes.grid(axis="x", alpha=0.3)
     if reference is not None:
         axes.axvline(reference, color="0.5", linewidth=1, linestyle="--")
@@ -73,8 +73,8 @@ def category_chart(scores: Sequence[MTBench], *, title: str = "MT-Bench by categ
     for number, score in enumerate(scores):
         known = {categories.index(name): (one.mean, one.ci) for name, one in score.categories.items() if one.num_counted}
         places, heights, arms = _points(known, shift=(number - (len(scores) - 1) / 2) * width)
-        axes.bar(places, heights, width, yerr=arms, capsize=2, label=_label(score.model))
-    axes.set_xticks(range(len(categories)), labels=map(_label, categories), parse_math=False, rotation=30, ha="right")
+        axes.bar(places, heights, width, yerr=arms, capsize=2, label=label(score.model))
+    axes.set_xticks(range(len(categories)), labels=map(label, categories), parse_math=False, rotation=30, ha="right")
     axes.set_ylim(0, HIGHEST)
     axes.set_ylabel("mean rating")
     _legend(axes)
@@ -88,7 +88,7 @@ def matrix_chart(matrix: WinMatrix, *, title: str = "Win rate of the row's model
     # Where models never met: grey, as white is an even rate.
     axes.set_facecolor("0.85")
     image = axes.imshow(matrix.rates, cmap="RdBu", vmin=0, vmax=100)
-    labels = [_label(name) for name in matrix.models]
+    labels = [label(name) for name in matrix.models]
     axes.set_xticks(range(size), labels=labels, parse_math=False, rotation=40, ha="right")
     axes.set_yticks(range(size), labels=labels, parse_math=False)
     if size <= _MOST_WITH_NUMBERS:
@@ -117,7 +117,7 @@ def write_chart(figure: Figure, path: str | Path) -> None:
 def _axes(title: str, *, width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(_label(title, _LONGEST_TITLE), parse_math=False)
+    axes.set_title(label(title, _LONGEST_TITLE), parse_math=False)
     return figure, axes
 
 
@@ -135,7 +135,7 @@ def _points(known: Mapping[int, tuple[float, Interval]], *, shift: float) -> tup
     return [place + shift for place in known], values, lengths
 
 
-def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
+def label(text: str, longest: int = _LONGEST_LABEL) -> str:
     """Text that the font can draw on one line; with a leading underscore matplotlib would leave it out of a legend."""
     glyphs = _glyphs()
     drawn = "".join(c if c.isprintable() and ord(c) in glyphs else _UNKNOWN_GLYPH for c in text)

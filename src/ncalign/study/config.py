@@ -1,0 +1,97 @@
+"""Configuration of `ncalign study`: its flags, and what a study's file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from ncalign.core.config import Flat, Frozen
+from ncalign.rewards.config import RewardConfig
+
+Scale: TypeAlias = Literal["tiny", "small", "paper"]
+Verb: TypeAlias = Literal["train", "online"]
+Measure: TypeAlias = Literal[
+    "reward",
+    "sampled_reward",
+    "solved",
+    "reward_accuracy",
+    "chosen_change",
+    "rejected_change",
+    "kl",
+    "length",
+    "tokens_per_second",
+    "tokens_generated",
+]
+ANSWERED: tuple[Measure, ...] = ("reward", "sampled_reward", "solved", "kl", "length")
+"""Measures for which the held-out prompts are answered."""
+OF_RUNS: tuple[Measure, ...] = ("tokens_per_second", "tokens_generated")
+"""Measures with one value for a run; the others have one for each held-out prompt."""
+
+
+class StudyConfig(Frozen):
+    """`ncalign study`: compare arms of runs over several seeds, with intervals."""
+
+    study: str = Field(
+        description="File of the study, or the name of one that is shipped (see the page); 'tiny-model': write the tiny model "
+        "with scored groups of its answers to output_dir instead."
+    )
+    output_dir: Path | None = Field(None, description="Folder of the study; none: runs/, with the study's name and scale.")
+    scale: Scale = Field("tiny", description="Which of the study's scales is run, where it has several.")
+    seeds: int | None = Field(None, ge=1, description="Number of seeds of each arm; none: as the study says.")
+    workers: int = Field(1, ge=1, description="Number of processes that run at a time on this machine; cores are divided.")
+
+
+class Evaluation(Frozen):
+    """How the held-out prompts are answered, and what scores the answers."""
+
+    rewards: Annotated[RewardConfig, Flat()]
+    max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens of an answer.")
+    num_samples: int = Field(4, ge=1, description="Number of sampled answers to each prompt, beside the greedy one.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of the sampled answers.")
+    batch_size: int = Field(256, ge=1, description="Number of answers generated at a time.")
+    solved_at: float = Field(1.0, description="Reward from which a greedy answer counts as solved.")
+    empty_reward: float = Field(0.0, description="Reward of an answer without text, which no source can score.")
+
+
+class Material(Frozen):
+    """A model and data that ncalign makes itself."""
+
+    kind: Literal["tiny", "demo"] = Field(
+        description="tiny: the tiny model and groups of its own answers; demo: SmolLM2-135M and the demo's shipped groups."
+    )
+    mix: Literal["words", "numbers"] = Field("words", description="Tasks of the tiny model.")
+    num_prompts: int = Field(192, ge=8, description="Number of training groups.")
+    num_samples: int = Field(8, ge=2, description="Number of candidates of each group.")
+    num_held_out: int = Field(128, ge=8, description="Number of held-out prompts.")
+
+
+class StudyFile(Frozen):
+    """What a study's file holds: a base run, arms that differ from it, and what is compared with what."""
+
+    claim: str = Field("", description="What the study is to decide, in a sentence.")
+    source: str = Field("", description="Where the claim comes from.")
+    verb: Verb = Field("train", description="Verb that makes the runs.")
+    material: Material | None = Field(None, description="Model and data made by ncalign, in place of base's own.")
+    base: dict[str, Any] = Field(default_factory=dict, description="Settings of every run.")
+    arms: dict[str, dict[str, Any] | None] = Field(min_length=2, description="Settings of each arm that differ from base.")
+    seeds: int = Field(3, ge=1, description="Number of runs of each arm, with the seeds 0, 1, ...")
+    evaluate: Evaluation | None = Field(None, description="How held-out prompts are answered and scored; none: they are not.")
+    measures: tuple[Measure, ...] = Field((), description="What is measured; none: all that can be but times and tokens.")
+    compare: tuple[str, ...] = Field(
+        (), description="Claims 'ARM > ARM', of the first measure, or 'ARM > ARM by MEASURE'; none: each arm > the first."
+    )
+    keep_models: bool = Field(True, description="Keep the runs' models once they are measured.")
+
+    @model_validator(mode="after")
+    def _measurable(self) -> StudyFile:
+        if asked := [name for name in self.measures if name in ANSWERED and self.evaluate is None and self.material is None]:
+            raise ValueError(f"measures {', '.join(asked)} need the section evaluate, which says how answers are scored")
+        if self.material is not None:
+            own = [name for name in ("model", "data", "eval_data", "eval_fraction") if name in self.base]
+            if own:
+                raise ValueError(
+                    f"material brings model and data, and base has its own {', '.join(own)}: leave one of both out"
+                )
+        return self

@@ -1,0 +1,224 @@
+"""What a finished run is measured by: held-out prompts answered and scored, held-out candidates' log-probs, speed, tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ncalign.data.groups import Group, read_groups
+from ncalign.generation.base import Completion, SamplingParams
+from ncalign.generation.generate import completion_as_candidate
+from ncalign.generation.local import TransformersGenerator, load_for_generation
+from ncalign.model.batching import collate
+from ncalign.model.config import EncodingConfig, Precision
+from ncalign.model.encoding import EncodedGroup, Encoder, make_encoder
+from ncalign.model.limits import filler_id, limits_of
+from ncalign.model.logprobs import completion_logprobs
+from ncalign.model.precision import resolve_dtype
+from ncalign.rewards.base import RewardSource, score_many
+from ncalign.rewards.sources import check_failures, reward_dtype, reward_source
+from ncalign.study.config import ANSWERED, OF_RUNS, Evaluation, Measure
+from ncalign.training import run_folder
+from ncalign.training.config import TrainConfig
+from ncalign.training.metrics import pair_accuracy
+
+Values: TypeAlias = dict[str, float]
+"""By prompt; of a run's own measure, by the empty name."""
+_GROUPS_AT_A_TIME = 16
+_GREEDY = 0.0
+
+
+def measure_run(
+    config: TrainConfig, held_out: Path, evaluation: Evaluation | None, measures: Sequence[Measure]
+) -> dict[str, Values]:
+    """Measure the model that a run left.
+
+    Args:
+        config: of the run.
+        held_out: groups that were not trained on.
+        evaluation: how they are answered and scored; None where they are not.
+        measures: what is asked for.
+
+    Returns:
+        For each measure its value for each held-out group that has one, by the group's id.
+
+    Raises:
+        ValueError: a reward source fails, or a held-out group can't be encoded.
+    """
+    found: dict[str, Values] = {}
+    if any(name in OF_RUNS for name in measures):
+        found |= {name: {"": value} for name, value in _of_run(config.output_dir).items()}
+    wanted = [name for name in measures if name not in OF_RUNS]
+    if wanted:
+        groups = _read(held_out, config)
+        measured = _Measured(config)
+        if any(name not in ANSWERED for name in wanted):
+            found |= measured.likelihoods(groups)
+        if any(name in ANSWERED for name in wanted):
+            assert evaluation is not None
+            found |= measured.answers(groups, evaluation)
+    return {name: found.get(name, {}) for name in measures}
+
+
+class _Measured:
+    """A run's model beside the one that it started from."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._dtype = resolve_dtype(config.dtype)
+        folder = config.output_dir / run_folder.MODEL
+        self._model, self._tokenizer = load_for_generation(
+            str(folder), dtype=self._dtype, trust_remote_code=config.trust_remote_code
+        )
+        self._base, _ = _starting_model(config.model, self._dtype, config.trust_remote_code)
+        self._encoder = _encoder(self._model, self._tokenizer, config.encoding)
+
+    def likelihoods(self, groups: Sequence[Group]) -> dict[str, Values]:
+        """How the log-probs of held-out candidates changed, and whether they are ordered as the rewards."""
+        scored = [replace(g, candidates=[c for c in g.candidates if c.reward is not None]) for g in groups]
+        encoded = [self._encoder.encode(group) for group in scored if len(group.candidates) > 1]
+        found: dict[str, Values] = {"reward_accuracy": {}, "chosen_change": {}, "rejected_change": {}}
+        for group, changes in zip(encoded, self._changes(encoded), strict=True):
+            rewards = np.array(group.rewards, dtype=np.float64)
+            best = int(np.argmax(rewards))
+            worse = rewards < rewards[best]
+            found["chosen_change"][group.id] = float(changes[best])
+            if worse.any():
+                found["rejected_change"][group.id] = float(changes[worse].mean())
+                found["reward_accuracy"][group.id] = _accuracy(changes, rewards)
+        return found
+
+    def answers(self, groups: Sequence[Group], evaluation: Evaluation) -> dict[str, Values]:
+        """Greedy and sampled answers, their rewards and lengths, and how far they are from the starting model's."""
+        generator = TransformersGenerator(
+            self._model,
+            self._tokenizer,
+            string_prompts=self._config.encoding.string_prompts,
+            batch_size=evaluation.batch_size,
+            control_tokens=self._config.encoding.control_tokens_in_text,
+            today=self._config.encoding.template_date,
+            progress=False,
+        )
+        prompts, tools = [group.prompt for group in groups], [group.tools for group in groups]
+
+        def answered(num_samples: int, temperature: float) -> list[list[Completion]]:
+            params = SamplingParams(evaluation.max_new_tokens, temperature=temperature)
+            # Every arm draws with the same random numbers.
+            return generator.generate(
+                prompts, num_samples=num_samples, params=params, seed=self._config.seed, tools=tools, refuse=None
+            )
+
+        greedy, sampled = answered(1, _GREEDY), answered(evaluation.num_samples, evaluation.temperature)
+        source = _source(evaluation, self._config)
+        greedy_rewards = _rewards(groups, greedy, source, evaluation.empty_reward)
+        sampled_rewards = _rewards(groups, sampled, source, evaluation.empty_reward)
+        check_failures(source)
+        ids = [group.id for group in groups]
+        solved = [[float(reward >= evaluation.solved_at) for reward in rewards] for rewards in greedy_rewards]
+        lengths = [[float(one.num_tokens) for one in completions] for completions in sampled]
+        return {
+            "reward": _means(ids, greedy_rewards),
+            "sampled_reward": _means(ids, sampled_rewards),
+            "solved": _means(ids, solved),
+            "length": _means(ids, lengths),
+            "kl": self._divergence(groups, sampled),
+        }
+
+    def _divergence(self, groups: Sequence[Group], sampled: Sequence[Sequence[Completion]]) -> Values:
+        """KL of the model from the one that it started from, estimated on its own answers; nats an answer."""
+        answered = [
+            replace(group, candidates=[completion_as_candidate(group, one, "policy") for one in some if one.text.strip()])
+            for group, some in zip(groups, sampled, strict=True)
+        ]
+        encoded = [self._encoder.encode(group) for group in answered if group.candidates]
+        return {group.id: float(changes.mean()) for group, changes in zip(encoded, self._changes(encoded), strict=True)}
+
+    def _changes(self, groups: Sequence[EncodedGroup]) -> list[np.ndarray]:
+        """Log-ratios of each group's completions, in nats."""
+        pad = filler_id(self._model, self._tokenizer)
+        after, before = (_logprobs(model, groups, pad) for model in (self._model, self._base))
+        return [one - other for one, other in zip(after, before, strict=True)]
+
+
+@torch.inference_mode()
+def _logprobs(model: PreTrainedModel, groups: Sequence[EncodedGroup], pad: int) -> list[np.ndarray]:
+    found = []
+    for start in range(0, len(groups), _GROUPS_AT_A_TIME):
+        some = groups[start : start + _GROUPS_AT_A_TIME]
+        rows = completion_logprobs(model, collate(some, pad_token_id=pad).to(model.device)).double().cpu().numpy()
+        found += [row[: len(group.completions)] for row, group in zip(rows, some, strict=True)]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _starting_model(model: str, dtype: Precision, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """One for all runs of a process."""
+    return load_for_generation(model, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rules: EncodingConfig) -> Encoder:
+    return make_encoder(tokenizer, rules, limits=limits_of(model))
+
+
+def _source(evaluation: Evaluation, config: TrainConfig) -> RewardSource:
+    return reward_source(
+        evaluation.rewards,
+        dtype=reward_dtype(evaluation.rewards, config.dtype),
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+        today=config.encoding.template_date,
+    )
+
+
+def _read(path: Path, config: TrainConfig) -> list[Group]:
+    return list(
+        read_groups(
+            path,
+            schema=config.schema_name,
+            on_bad_row=config.on_bad_row,
+            join_rows=config.join_rows,
+            allow_empty=True,
+        )
+    )
+
+
+def _rewards(
+    groups: Sequence[Group], answers: Sequence[Sequence[Completion]], source: RewardSource, empty: float
+) -> list[list[float]]:
+    """Rewards of each group's answers; those that a source has none for are left out."""
+    asked = [
+        replace(group, candidates=[completion_as_candidate(group, one, "policy") for one in some if one.text.strip()])
+        for group, some in zip(groups, answers, strict=True)
+    ]
+    scored = iter(score_many(source, [group for group in asked if group.candidates]))
+    found = []
+    for group, some in zip(asked, answers, strict=True):
+        known = [reward for reward in next(scored) if reward is not None] if group.candidates else []
+        found.append([*known, *[empty] * (len(some) - len(group.candidates))])
+    return found
+
+
+def _means(ids: Sequence[str], rows: Sequence[Sequence[float]]) -> Values:
+    return {name: float(np.mean(row)) for name, row in zip(ids, rows, strict=True) if len(row)}
+
+
+def _accuracy(changes: np.ndarray, rewards: np.ndarray) -> float:
+    mask = torch.ones(1, len(rewards), dtype=torch.bool)
+    return float(pair_accuracy(torch.from_numpy(changes)[None], torch.from_numpy(rewards)[None], mask))
+
+
+def _of_run(folder: Path) -> Values:
+    """Training's speed after its first step, and tokens generated, as the run's own records say."""
+    rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()]
+    speeds = [float(row["tokens_per_second"]) for row in rows if "loss" in row and "tokens_per_second" in row]
+    results: Mapping[str, Any] = json.loads((folder / run_folder.RESULTS).read_text(encoding="utf-8"))
+    found = {"tokens_generated": float(results["data"].get("tokens_generated", 0))}
+    return {**found, "tokens_per_second": float(np.median(speeds[1:]))} if len(speeds) > 1 else found

@@ -1,0 +1,212 @@
+"""A study's runs: each an ordinary run folder, made and measured once, in this process or in several."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from pydantic import TypeAdapter
+
+from ncalign.core.atomic import delete_folder, write_json_atomic
+from ncalign.core.kept import read_kept
+from ncalign.core.parallel import begin_worker, num_workers
+from ncalign.core.progress import Bar, say
+from ncalign.core.store import Store
+from ncalign.online.config import OnlineConfig
+from ncalign.online.online import run_online
+from ncalign.study.config import Evaluation, Measure
+from ncalign.study.measure import Values, measure_run
+from ncalign.study.spec import training_of
+from ncalign.training import run_folder
+from ncalign.training.config import TrainConfig
+from ncalign.training.train import run_training
+
+RUNS, MEASURES, LOGS, REFERENCE = "runs", "measures", "logs", "reference"
+_MEASURED = TypeAdapter(dict[str, Any])
+_ATTEMPTS = 2
+"""Of a run whose process is killed, as the system does when memory runs out."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm with a seed.
+
+    Attributes:
+        arm: its name.
+        seed: of the run.
+        config: its configuration, as JSON values.
+        held_out: groups on which it is measured.
+        online: whether it is an online run.
+        evaluation: how held-out prompts are answered, as JSON values; None where they are not.
+        measures: what is asked for.
+        folder: of the study.
+        keep_model: whether the model stays once it is measured.
+    """
+
+    arm: str
+    seed: int
+    config: Mapping[str, Any]
+    held_out: Path
+    online: bool
+    evaluation: Mapping[str, Any] | None
+    measures: tuple[Measure, ...]
+    folder: Path
+    keep_model: bool
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.arm}/seed-{self.seed}"
+
+    @property
+    def measured(self) -> Path:
+        """Where its measures are kept."""
+        return self.folder / MEASURES / f"{self.name}.json"
+
+    def key(self) -> str:
+        """A digest of what its measures depend on."""
+        return Store.key(self.config, str(self.held_out), self.evaluation, list(self.measures))
+
+    def found(self) -> dict[str, Values] | None:
+        """Its measures; None where they have not been made, or of another run."""
+        if not self.measured.is_file():
+            return None
+        kept = read_kept(self.measured, _MEASURED, remedy="delete it: the run is measured again")
+        return kept["values"] if kept.get("key") == self.key() else None
+
+
+Failures: TypeAlias = dict[str, str]
+"""What went wrong, by the run's name."""
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int) -> Failures:
+    """Make and measure the runs that are not measured yet; one that fails is told, and the others go on.
+
+    Args:
+        jobs: in the order in which they are begun.
+        workers: processes at a time; 1 for this one alone.
+
+    Returns:
+        What failed, and why.
+    """
+    waiting = [job for job in jobs if job.found() is None]
+    if len(waiting) < len(jobs):
+        say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
+    failures: Failures = {}
+    with Bar("Runs", len(jobs), completed=len(jobs) - len(waiting)) as bar:
+        for job, reason in _alone(waiting) if workers == 1 else _in_processes(waiting, workers):
+            if reason is not None:
+                failures[job.name] = reason
+                say(f"error: the run {job.name} failed: {reason.splitlines()[0]} (see {_log(job)})")
+            bar.advance(note=job.name)
+    return failures
+
+
+def do_job(job: Job) -> str | None:
+    """Make and measure one run; returns why that failed. What it says is kept in a file of its own."""
+    log = _log(job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        try:
+            _make(job)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            traceback.print_exc(file=file)
+            return str(error) or type(error).__name__
+        except Exception as error:
+            # One run's bug is told like its other failures: the study is not to lose the rest.
+            traceback.print_exc(file=file)
+            return f"this is a bug in ncalign, please report it: {type(error).__name__}: {error}"
+        finally:
+            gc.collect()
+    return None
+
+
+def _make(job: Job) -> None:
+    model = OnlineConfig if job.online else TrainConfig
+    config = model.model_validate(job.config)
+    training = training_of(config)
+    resumed = training.model_copy(update={"resume": (training.output_dir / run_folder.CONFIG).is_file()})
+    if isinstance(config, OnlineConfig):
+        run_online(config.model_copy(update={"training": resumed}))
+    else:
+        run_training(resumed)
+    evaluation = None if job.evaluation is None else Evaluation.model_validate(job.evaluation)
+    values = measure_run(training, job.held_out, evaluation, job.measures)
+    job.measured.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic({"key": job.key(), "values": values}, job.measured)
+    if not job.keep_model:
+        delete_folder(training.output_dir / run_folder.MODEL)
+        shutil.rmtree(training.output_dir / run_folder.CHECKPOINTS, ignore_errors=True)
+
+
+def _alone(jobs: Sequence[Job]) -> Iterator[tuple[Job, str | None]]:
+    for job in jobs:
+        yield job, do_job(job)
+
+
+def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]:
+    """Runs in worker processes; where one is killed, the runs that were under way are begun again in new ones."""
+    attempts: dict[str, int] = {}
+    left = list(jobs)
+    while left:
+        pool = _pool(workers)
+        futures: dict[Future[str | None], Job] = {}
+        try:
+            while left or futures:
+                # No more than the workers can begin: those under way are those that a killed worker takes with it.
+                while left and len(futures) < workers:
+                    job = left.pop(0)
+                    attempts[job.name] = attempts.get(job.name, 0) + 1
+                    futures[pool.submit(do_job, job)] = job
+                for future in wait(futures, return_when="FIRST_COMPLETED").done:
+                    job = futures[future]
+                    reason = future.result()
+                    del futures[future]
+                    yield job, reason
+        except BrokenProcessPool:
+            again = [job for job in futures.values() if attempts[job.name] < _ATTEMPTS]
+            for job in futures.values():
+                if job not in again:
+                    yield job, "its process was killed twice, perhaps for want of memory"
+            say(f"note: a worker process was killed; begun again: {', '.join(job.name for job in again) or 'none'}")
+            left = [*again, *left]
+        finally:
+            _end(pool)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    threads = max(1, num_workers() // workers)
+    # Not forked: torch's threads don't survive that.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), threads))
+
+
+def _begin(parent: int, threads: int) -> None:
+    """In a worker: its share of the cores, and an end with its parent."""
+    begin_worker(parent, killed_with_it=True)
+    torch.set_num_threads(threads)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool now: after Ctrl-C its runs are not waited for."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def _log(job: Job) -> Path:
+    return job.folder / LOGS / f"{job.name}.txt"

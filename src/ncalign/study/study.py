@@ -1,0 +1,180 @@
+"""`ncalign study`: arms × seeds of ordinary runs, measured on the same held-out prompts and compared with intervals."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ncalign.core.atomic import write_json_atomic
+from ncalign.core.json import json_ready
+from ncalign.core.locks import held
+from ncalign.core.outputs import claim, record
+from ncalign.core.progress import say
+from ncalign.online.config import OnlineConfig
+from ncalign.report.tables import to_text
+from ncalign.study.analysis import arm_means, arms_table, claims_table, comparisons, headline
+from ncalign.study.config import Scale, StudyConfig
+from ncalign.study.material import DATA, with_material, write_tiny_material
+from ncalign.study.page import FIGURE, PAGE, TABLES, logged_steps, write_outputs
+from ncalign.study.runs import LOGS, MEASURES, REFERENCE, RUNS, Failures, Job, run_jobs
+from ncalign.study.spec import Load, Study, read_study, run_config, training_of
+from ncalign.training import run_folder
+from ncalign.training.config import TrainConfig
+from ncalign.training.plan import dry_run
+
+TINY_MODEL = "tiny-model"
+RESULTS = "study.json"
+_FOLDERS = (RUNS, MEASURES, LOGS, REFERENCE, DATA)
+_ENTRIES = (*_FOLDERS, RESULTS, *TABLES, FIGURE, PAGE)
+_TEXT_WIDTH = 110
+
+
+def run_study(config: StudyConfig, *, load: Load) -> dict[str, Any]:
+    """Run a study, or go on with one, and write what came of it.
+
+    Args:
+        config: which study, and where.
+        load: reads a run's settings from a YAML file and flags, as the command line does.
+
+    Returns:
+        What ``study.json`` holds, and a printable summary under ``text``.
+
+    Raises:
+        ConfigError: the study's file can't be used.
+        ValueError: model or data can't be, or the folder holds something else.
+    """
+    if config.study == TINY_MODEL:
+        return write_tiny_material(config.output_dir or Path("tiny"))
+    study = read_study(config.study, scale=config.scale, seeds=config.seeds)
+    folder = study_folder(config, study)
+    check_arms(study, load=load)
+    claim(folder, _ENTRIES, verb="study", inputs=_inputs(study), overwrite=False, own=_ENTRIES)
+    with held(folder, busy=f"another process runs a study in {folder}: wait for it, or give another output_dir"):
+        record(folder, _ENTRIES, verb="study")
+        for name in _FOLDERS:
+            record(folder / name, ["*"], verb="study")
+        study = with_material(study, folder)
+        jobs = jobs_of(study, folder, load=load)
+        failures = run_jobs(jobs, workers=config.workers)
+        return _finish(study, folder, jobs, failures, scale=config.scale)
+
+
+def plan_study(config: StudyConfig, *, load: Load) -> dict[str, Any]:
+    """What a study would run: its runs, and the estimates of one of them where model and data are here.
+
+    Raises:
+        ConfigError: the study's file can't be used.
+    """
+    study = read_study(config.study, scale=config.scale, seeds=config.seeds)
+    material = study.file.material
+    arms = list(study.file.arms)
+    facts: dict[str, Any] = {"study": study.name, "arms": arms, "seeds": study.file.seeds, "runs": len(arms) * study.file.seeds}
+    lines = [f"{study.name}: {len(arms)} arms ({', '.join(arms)}) x {study.file.seeds} seeds = {facts['runs']} runs"]
+    lines += [f"compares: {one.text()}" for one in study.claims]
+    first = check_arms(study, load=load)
+    if material is not None:
+        made = f"{material.num_prompts} prompts of {material.num_samples} candidates, {material.num_held_out} held out"
+        lines.append(f"model and data are made by ncalign ({material.kind}): {made}")
+    if isinstance(first, OnlineConfig) or material is not None:
+        return {**facts, "text": "\n".join(lines)}
+    training = training_of(first)
+    if not (Path(training.model).is_dir() and Path(str(training.data).rpartition(":")[0] or training.data).exists()):
+        lines.append(f"no estimate: {training.model} or {training.data} is not here; all settings are valid")
+        return {**facts, "text": "\n".join(lines)}
+    plan = dry_run(training)
+    facts |= {name: plan[name] for name in ("memory_mib", "seconds", "scored_tokens", "steps") if name in plan}
+    lines += [f"one run of {arms[0]}:", *(f"  {line}" for line in str(plan["text"]).splitlines())]
+    if "seconds" in plan:
+        hours = plan["seconds"] * facts["runs"] / config.workers / 3600
+        lines.append(f"all runs: about {hours:.2f} h with {config.workers} worker(s), evaluation not counted")
+    return {**facts, "text": "\n".join(lines)}
+
+
+def check_arms(study: Study, *, load: Load) -> TrainConfig | OnlineConfig:
+    """Read the settings of every arm, before anything is made; returns the first one's.
+
+    Raises:
+        ConfigError: an arm's settings can't be used.
+    """
+    # What a material brings is not there yet.
+    made = {} if study.file.material is None else {"model": "elsewhere", "data": "elsewhere"}
+    own = {"seed": "0", "output_dir": str(Path(RUNS) / study.name), **made}
+    first, *_ = [run_config(study, arm, own, load=load) for arm in study.file.arms]
+    return first
+
+
+def study_folder(config: StudyConfig, study: Study) -> Path:
+    """Where a study is written."""
+    return config.output_dir or Path("runs") / f"{study.name}-{config.scale}"
+
+
+def jobs_of(study: Study, folder: Path, *, load: Load) -> list[Job]:
+    """The study's runs, seed by seed: what is there when it is stopped can be compared.
+
+    Raises:
+        ConfigError: an arm's settings can't be used.
+    """
+    evaluation = study.file.evaluate
+    jobs = []
+    for seed in range(study.file.seeds):
+        for arm in study.file.arms:
+            own = {"seed": str(seed), "output_dir": str(folder / RUNS / arm / f"seed-{seed}"), "report_to": "[]"}
+            # Measured once it is done, and not by training.
+            own |= {"eval_data": "null"}
+            # Of its own: what other runs on this machine computed in other batches differs by rounding.
+            own |= {"cache_dir": str(folder / REFERENCE)}
+            config = run_config(study, arm, own, load=load)
+            jobs.append(
+                Job(
+                    arm=arm,
+                    seed=seed,
+                    config=config.model_dump(mode="json"),
+                    held_out=Path(str(study.file.base["eval_data"])),
+                    online=isinstance(config, OnlineConfig),
+                    evaluation=None if evaluation is None else evaluation.model_dump(mode="json"),
+                    measures=study.measures,
+                    folder=folder,
+                    keep_model=study.file.keep_models,
+                )
+            )
+    return jobs
+
+
+def _finish(study: Study, folder: Path, jobs: Sequence[Job], failures: Failures, *, scale: Scale) -> dict[str, Any]:
+    measured = {(job.arm, job.seed): values for job in jobs if (values := job.found()) is not None}
+    rows, claims = arm_means(study, measured), comparisons(study, measured)
+    found: dict[str, Any] = json_ready(
+        {
+            "study": study.name,
+            "claim": study.file.claim,
+            "source": study.file.source,
+            "scale": scale,
+            "seeds": study.file.seeds,
+            "arm_settings": study.file.arms,
+            "measures": study.measures,
+            "comparisons": claims,
+            "arms": rows,
+            "failed": failures,
+            "ncalign": importlib.metadata.version("ncalign"),
+        }
+    )
+    write_json_atomic(found, folder / RESULTS)
+    caption = "Differences are paired by seed and held-out prompt; 95 % intervals allow for both being samples"
+    table = claims_table(claims, caption=caption)
+    metrics = {
+        arm: [folder / RUNS / arm / f"seed-{seed}" / run_folder.METRICS for seed in range(study.file.seeds)]
+        for arm in study.file.arms
+    }
+    page = write_outputs(folder, study, found, claims=table, arms=arms_table(study, rows), steps=logged_steps(metrics))
+    lines = [headline(one, row) for one, row in zip(study.claims, claims, strict=True)]
+    lines = [*([study.file.claim] if study.file.claim else []), *lines, "", to_text(table, width=_TEXT_WIDTH)]
+    lines += [f"failed: {name}: {reason.splitlines()[0]}" for name, reason in failures.items()]
+    if failures:
+        say(f"warning: {len(failures)} of {len(jobs)} runs failed; rerun to try them again")
+    return {**found, "text": "\n".join([*lines, "", f"Report: {page}"])}
+
+
+def _inputs(study: Study) -> dict[str, object]:
+    return {name: study.file.base[name] for name in ("model", "data", "eval_data") if name in study.file.base}
