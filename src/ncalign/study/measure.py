@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ncalign.data.groups import Group, read_groups
 from ncalign.generation.base import Completion, SamplingParams
-from ncalign.generation.generate import completion_as_candidate
+from ncalign.generation.generate import completion_as_candidate, sample_prompts
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.model.batching import collate
 from ncalign.model.config import EncodingConfig, Precision
-from ncalign.model.encoding import EncodedGroup, Encoder, make_encoder
+from ncalign.model.encoding import EncodedGroup, Encoder, conversation_rules, make_encoder
 from ncalign.model.limits import filler_id, limits_of
 from ncalign.model.logprobs import completion_logprobs
 from ncalign.model.precision import resolve_dtype
@@ -98,23 +98,22 @@ class _Measured:
 
     def answers(self, groups: Sequence[Group], evaluation: Evaluation) -> dict[str, Values]:
         """Greedy and sampled answers, their rewards and lengths, and how far they are from the starting model's."""
+        rules = self._config.encoding
         generator = TransformersGenerator(
             self._model,
             self._tokenizer,
-            string_prompts=self._config.encoding.string_prompts,
+            string_prompts=rules.string_prompts,
             batch_size=evaluation.batch_size,
-            control_tokens=self._config.encoding.control_tokens_in_text,
-            today=self._config.encoding.template_date,
+            control_tokens=rules.control_tokens_in_text,
+            template=conversation_rules(rules).template(self._tokenizer, rules.template_date),
             progress=False,
         )
-        prompts, tools = [group.prompt for group in groups], [group.tools for group in groups]
 
         def answered(num_samples: int, temperature: float) -> list[list[Completion]]:
             params = SamplingParams(evaluation.max_new_tokens, temperature=temperature)
             # Every arm draws with the same random numbers.
-            return generator.generate(
-                prompts, num_samples=num_samples, params=params, seed=self._config.seed, tools=tools, refuse=None
-            )
+            seed = self._config.seed
+            return sample_prompts(groups, generator, num_samples=num_samples, params=params, seed=seed, left_out=None)
 
         greedy, sampled = answered(1, _GREEDY), answered(evaluation.num_samples, evaluation.temperature)
         source = _source(evaluation, self._config)
