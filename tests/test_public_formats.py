@@ -127,6 +127,14 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
         },
         ([user("Q"), *answer("a"), user("R")], [(answer("x\n\ny"), 1.0), (answer("z"), 0.0)]),
     ),
+    "hh, parting before the last answer": (
+        "hh",
+        {
+            "chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: x",
+            "rejected": "\n\nHuman: Q\n\nAssistant: b",
+        },
+        ([user("Q")], [([*answer("a"), user("R"), *answer("x")], 1.0), (answer("b"), 0.0)]),
+    ),
     "simpo": (
         "simpo",
         {"prompt": "Q", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.5, -1], "chosen": "a", "rejected": "b"},
@@ -256,7 +264,7 @@ def test_what_is_not_read_is_carried_along(write_jsonl: Callable[..., Path]) -> 
         (
             "hh",
             {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: R\n\nAssistant: a"},
-            "must share all turns but the last",
+            "must part at an answer of the assistant's",
         ),
         ("simpo", {"prompt": "Q", "all_generated_responses": ["a"], "all_rm_scores": [1, 2]}, "1 responses and 2 scores"),
         ("sharegpt", {"conversations": [{"from": "me", "value": "Q"}], "chosen": {}, "rejected": {}}, "conversations[0].from"),

@@ -46,7 +46,10 @@ def is_pair(row: Row) -> bool:
 
 
 def parse(row: Row, default_id: str, origin: str) -> Group:
-    """Read a pair of transcripts: the turns that both begin with are the prompt, and the answers after them the candidates."""
+    """Read a pair of transcripts: the turns that both begin with are the prompt, and what follows the candidates.
+
+    That is an answer, or several turns that begin and end with the assistant's.
+    """
     pair: dict[str, Any] = {}
     for column in ("chosen", "rejected"):
         if not is_transcript(row[column]):
@@ -54,9 +57,9 @@ def parse(row: Row, default_id: str, origin: str) -> Group:
         pair[column] = messages_of(row[column])
     cut = min(len(shared_turns(list(pair.values()))), *(len(turns) - 1 for turns in pair.values()))
     prompt = pair["chosen"][:cut]
-    if not prompt or any(turns[cut]["role"] != "assistant" or len(turns) != cut + 1 for turns in pair.values()):
+    if not prompt or any({turns[cut]["role"], turns[-1]["role"]} != {"assistant"} for turns in pair.values()):
         raise DataError(
-            "the transcripts must share all turns but the last, an answer of the assistant's; these part earlier, or end "
+            "the transcripts must part at an answer of the assistant's, and end with one; these part at a human's turn, or end "
             "otherwise",
             reason="prompt not found",
         )
