@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ncalign.core.json import read_results
 from ncalign.data.groups import Group, read_groups
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.generate import completion_as_candidate, sample_prompts
@@ -22,7 +23,6 @@ from ncalign.model.config import EncodingConfig, Precision
 from ncalign.model.encoding import EncodedGroup, Encoder, conversation_rules, make_encoder
 from ncalign.model.limits import filler_id, limits_of
 from ncalign.model.logprobs import completion_logprobs
-from ncalign.model.precision import resolve_dtype
 from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.sources import check_failures, reward_dtype, reward_source
 from ncalign.study.config import ANSWERED, OF_RUNS, Evaluation, Measure
@@ -73,7 +73,8 @@ class _Measured:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._dtype = resolve_dtype(config.dtype)
+        # The run's own: what auto means is measured, and may come out otherwise now.
+        self._dtype: Precision = read_results(config.output_dir / run_folder.RESULTS)["dtype"]
         folder = config.output_dir / run_folder.MODEL
         self._model, self._tokenizer = load_for_generation(
             str(folder), dtype=self._dtype, trust_remote_code=config.trust_remote_code
@@ -218,6 +219,6 @@ def _of_run(folder: Path) -> Values:
     """Training's speed after its first step, and tokens generated, as the run's own records say."""
     rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()]
     speeds = [float(row["tokens_per_second"]) for row in rows if "loss" in row and "tokens_per_second" in row]
-    results: Mapping[str, Any] = json.loads((folder / run_folder.RESULTS).read_text(encoding="utf-8"))
+    results = read_results(folder / run_folder.RESULTS)
     found = {"tokens_generated": float(results["data"].get("tokens_generated", 0))}
     return {**found, "tokens_per_second": float(np.median(speeds[1:]))} if len(speeds) > 1 else found
