@@ -294,6 +294,80 @@ def test_two_workers_find_what_one_does(write: Write, tmp_path: Path) -> None:
     assert two == one
 
 
+class FakeRay:
+    """Ray's functions that a study calls, in this process; the first task of a run named here is lost."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, lost: str) -> None:
+        self.lost, self.options, self.tasks, self.ended = lost, dict[str, Any](), dict[int, Any](), False
+
+    def init(self, **options: Any) -> None:
+        if options["address"] == "nowhere":
+            raise ConnectionError("refused")
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+    def remote(self, **options: Any) -> Any:
+        self.options = options
+
+        class Task:
+            def __init__(self, ray: FakeRay, function: Any) -> None:
+                self.ray, self.function = ray, function
+
+            def remote(self, *arguments: Any) -> int:
+                self.ray.tasks[len(self.ray.tasks)] = (self.function, arguments)
+                return len(self.ray.tasks) - 1
+
+        return lambda function: Task(self, function)
+
+    def wait(self, references: list[int], *, num_returns: int) -> tuple[list[int], list[int]]:
+        return references[-num_returns:], references[:-num_returns]
+
+    def get(self, reference: int) -> Any:
+        function, arguments = self.tasks[reference]
+        if arguments[1].name == self.lost:
+            raise self.exceptions.RayError("node died")
+        return function(*arguments)
+
+
+def test_on_ray_each_run_is_a_task(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeRay(lost="nca/seed-0")
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: fake)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    path = write(seeds=1, measures=["chosen_change"])
+    found = run(path, tmp_path / "ray", ray="auto", ray_cpus=2, ray_gpus=0.5)
+    assert fake.options == {"num_cpus": 2, "num_gpus": 0.5, "max_retries": 1}
+    assert found["failed"] == {"nca/seed-0": "its process was lost: node died"}
+    assert fake.ended
+    # What Ray lost is made by a rerun without it, and the results are those of one that never knew Ray.
+    assert run(path, tmp_path / "ray")["arms"] == run(path, tmp_path / "plain")["arms"]
+    assert main(["study", str(path), "--output_dir", str(tmp_path / "other"), "--ray", "nowhere"]) == 1
+    assert "ray: nowhere: no cluster can be reached (refused)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_local_ray_cluster_finds_what_one_process_does(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    path = write()
+    assert start(tmp_path, path, tmp_path / "one") == 0
+    assert start(tmp_path, path, tmp_path / "ray", "--ray", "local") == 0
+    one, other = (json.loads((tmp_path / name / "study.json").read_text()) for name in ("one", "ray"))
+    assert other == one
+
+
+@pytest.mark.parametrize("fields", [{"ray": "auto", "workers": 2}, {"ray_gpus": 1}])
+def test_engines_do_not_mix(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"leave (one|them) out"):
+        StudyConfig(study="kernels", **fields)
+
+
 @pytest.mark.slow
 def test_a_killed_workers_run_is_begun_again(write: Write, tmp_path: Path) -> None:
     path = write()

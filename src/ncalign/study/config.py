@@ -41,6 +41,21 @@ class StudyConfig(Frozen):
     scale: Scale = Field("tiny", description="Which of the study's scales is run, where it has several.")
     seeds: int | None = Field(None, ge=1, description="Number of seeds of each arm; none: as the study says.")
     workers: int = Field(1, ge=1, description="Number of processes that run at a time on this machine; cores are divided.")
+    ray: str | None = Field(
+        None,
+        description="Address of a Ray cluster that makes the runs: 'auto' for the one that this machine belongs to, 'local' to "
+        "start one here; none: no Ray.",
+    )
+    ray_cpus: int = Field(1, ge=1, description="CPU cores of each run, with ray.")
+    ray_gpus: float = Field(0.0, ge=0, description="GPUs of each run, with ray.")
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> StudyConfig:
+        if self.ray is not None and self.workers > 1:
+            raise ValueError("workers are processes of this machine, and with ray Ray decides what runs where: leave one out")
+        if self.ray is None and (self.ray_cpus != 1 or self.ray_gpus != 0):
+            raise ValueError("ray_cpus and ray_gpus are for runs on a Ray cluster: give ray, or leave them out")
+        return self
 
 
 class Evaluation(Frozen):

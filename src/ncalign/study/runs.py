@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -88,14 +88,16 @@ class Job:
 
 Failures: TypeAlias = dict[str, str]
 """What went wrong, by the run's name."""
+Engine: TypeAlias = Callable[[Sequence[Job]], Iterator[tuple[Job, str | None]]]
+"""Makes runs, and gives each as it ends, with why it failed where it did."""
 
 
-def run_jobs(jobs: Sequence[Job], *, workers: int) -> Failures:
+def run_jobs(jobs: Sequence[Job], *, engine: Engine) -> Failures:
     """Make and measure the runs that are not measured yet; one that fails is told, and the others go on.
 
     Args:
         jobs: in the order in which they are begun.
-        workers: processes at a time; 1 for this one alone.
+        engine: makes them.
 
     Returns:
         What failed, and why.
@@ -105,7 +107,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int) -> Failures:
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
     failures: Failures = {}
     with Bar("Runs", len(jobs), completed=len(jobs) - len(waiting)) as bar:
-        for job, reason in _alone(waiting) if workers == 1 else _in_processes(waiting, workers):
+        for job, reason in engine(waiting) if waiting else ():
             if reason is not None:
                 failures[job.name] = reason
                 say(f"error: the run {job.name} failed: {reason.splitlines()[0]} (see {_log(job)})")
@@ -150,12 +152,13 @@ def _make(job: Job) -> None:
         shutil.rmtree(training.output_dir / run_folder.CHECKPOINTS, ignore_errors=True)
 
 
-def _alone(jobs: Sequence[Job]) -> Iterator[tuple[Job, str | None]]:
+def in_this_process(jobs: Sequence[Job]) -> Iterator[tuple[Job, str | None]]:
+    """Runs one after the other."""
     for job in jobs:
         yield job, do_job(job)
 
 
-def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]:
+def in_processes(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, str | None]]:
     """Runs in worker processes; where one is killed, the runs that were under way are begun again in new ones."""
     attempts: dict[str, int] = {}
     left = list(jobs)

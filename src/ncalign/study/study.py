@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from ncalign.report.tables import to_text
 from ncalign.study.analysis import arm_means, arms_table, claims_table, comparisons, headline
 from ncalign.study.config import Scale, StudyConfig
 from ncalign.study.material import DATA, with_material, write_tiny_material
+from ncalign.study.on_ray import on_ray
 from ncalign.study.page import FIGURE, PAGE, TABLES, logged_steps, write_outputs
-from ncalign.study.runs import LOGS, MEASURES, REFERENCE, RUNS, Failures, Job, run_jobs
+from ncalign.study.runs import LOGS, MEASURES, REFERENCE, RUNS, Engine, Failures, Job, in_processes, in_this_process, run_jobs
 from ncalign.study.spec import Load, Study, read_study, run_config, training_of
 from ncalign.training import run_folder
 from ncalign.training.config import TrainConfig
@@ -57,7 +59,7 @@ def run_study(config: StudyConfig, *, load: Load) -> dict[str, Any]:
             record(folder / name, ["*"], verb="study")
         study = with_material(study, folder)
         jobs = jobs_of(study, folder, load=load)
-        failures = run_jobs(jobs, workers=config.workers)
+        failures = run_jobs(jobs, engine=_engine(config))
         return _finish(study, folder, jobs, failures, scale=config.scale)
 
 
@@ -140,6 +142,13 @@ def jobs_of(study: Study, folder: Path, *, load: Load) -> list[Job]:
                 )
             )
     return jobs
+
+
+def _engine(config: StudyConfig) -> Engine:
+    """What makes the runs."""
+    if config.ray is not None:
+        return partial(on_ray, address=config.ray, cpus=config.ray_cpus, gpus=config.ray_gpus)
+    return in_this_process if config.workers == 1 else partial(in_processes, workers=config.workers)
 
 
 def _finish(study: Study, folder: Path, jobs: Sequence[Job], failures: Failures, *, scale: Scale) -> dict[str, Any]:
