@@ -234,6 +234,21 @@ class TestRuns:
         whole, stopped = ((tmp_path / name / "study.json").read_bytes() for name in ("whole", "stopped"))
         assert stopped == whole
 
+    def test_arms_of_online_runs(self, write: Write, tmp_path: Path) -> None:
+        base = {"reward": f"{tmp_path / 'rewards.py'}:vowels", "num_samples": 3, "max_new_tokens": 6, "drift_prompts": 0}
+        base |= {"max_steps": 2, "per_device_train_batch_size": 2, "objective": {"name": "rnce"}}
+        arms = {"once": {"regenerate_at": []}, "twice": {"regenerate_at": [0.5]}}
+        found = run(
+            write(verb="online", base=base, arms=arms, seeds=1, measures=["sampled_reward", "tokens_generated"]),
+            tmp_path / "out",
+        )
+        assert found["failed"] == {}
+        rounds = [json.loads((tmp_path / f"out/runs/{arm}/seed-0/results.json").read_text())["rounds"] for arm in arms]
+        assert [len(one) for one in rounds] == [1, 2]
+        generated = {row["arm"]: row["mean"] for row in found["arms"] if row["measure"] == "tokens_generated"}
+        assert generated["once"] > 0
+        assert generated["once"] == sum(row["counts"]["tokens"] for row in rounds[0])
+
     def test_models_go_where_they_are_not_to_be_kept(self, write: Write, tmp_path: Path) -> None:
         run(write(seeds=1, evaluate=None, keep_models=False), tmp_path / "out")
         assert (tmp_path / "out/runs/dpo/seed-0/results.json").is_file()
