@@ -22,7 +22,7 @@ from ncalign.cli.flags import parse
 from ncalign.core.config import fields
 from ncalign.training.config import TrainConfig
 
-NAMES = "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab"
+NAMES = "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, doctor, completion"
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
 
 

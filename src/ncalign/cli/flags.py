@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -148,10 +148,16 @@ def _method_list(info: FieldInfo) -> str:
     return "\n".join(lines)
 
 
-def _parser(verb: Verb, model: type[BaseModel]) -> _Parser:
-    """Generate the parser of a verb from the fields of its configuration."""
+def build_parser(verb: Verb, *, make: Callable[..., argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    """Generate the parser of a verb from the fields of its configuration.
+
+    Args:
+        verb: whose flags are wanted.
+        make: makes the empty parser; another parser's ``add_parser`` may.
+    """
+    model = verb.config()
     positional = "".join(f" [{name.upper()}]" for name in verb.positional)
-    parser = _Parser(
+    parser = make(
         prog=f"ncalign {verb.name}",
         usage=f"ncalign {verb.name}{positional} [--config FILE] [--FIELD VALUE ...]",
         description=f"{verb.purpose[:1].upper()}{verb.purpose[1:]}\n\nexample:\n  {verb.example}",
@@ -175,7 +181,7 @@ def _parser(verb: Verb, model: type[BaseModel]) -> _Parser:
     return parser
 
 
-def _add_options(parser: _Parser, *, dry_run: bool) -> None:
+def _add_options(parser: argparse.ArgumentParser, *, dry_run: bool) -> None:
     group = parser.add_argument_group("options")
     group.add_argument("--config", metavar="FILE", help="YAML file with values for the fields above")
     group.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML, and stop")
@@ -223,7 +229,7 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
         ConfigError: A flag lacks its value.
     """
     model = verb.config()
-    parser = _parser(verb, model)
+    parser = build_parser(verb)
     namespace, rest = parser.parse_known_args([_spelt(argument, dict(verb.aliases)) for argument in arguments])
     given = vars(namespace)
     names = settings.field_names(model)

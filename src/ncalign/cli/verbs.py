@@ -317,4 +317,27 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
-VERBS: tuple[Verb, ...] = (DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB)
+DOCTOR = Verb(
+    "doctor",
+    "show what is installed, what this machine has, and what is missing",
+    "ncalign.cli.config:DoctorConfig",
+    "ncalign doctor --json",
+    "ncalign.cli.doctor:run_doctor",
+    "doctor writes nothing; rerun to start again",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    exit_code=lambda result: 1 if result["problems"] else 0,
+)
+COMPLETION = Verb(
+    "completion",
+    "print the script with which a shell completes verbs, flags and values",
+    "ncalign.cli.config:CompletionConfig",
+    "ncalign completion bash > ~/.local/share/bash-completion/completions/ncalign",
+    "ncalign.cli.completion:run_completion",
+    "nothing was printed; rerun to start again",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    positional=("shell",),
+)
+VERBS: tuple[Verb, ...] = (
+    *(DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB),
+    *(DOCTOR, COMPLETION),
+)

@@ -20,11 +20,31 @@ def install_hint(extra: str) -> str:
     >>> install_hint("demo").startswith("pip install ")
     True
     """
+    folder, editable = _from_folder()
+    if folder is None:
+        return f"pip install 'ncalign[{extra}]'"
+    return f"pip install {'-e ' * editable}{shlex.quote(f'{folder}[{extra}]')}"
+
+
+def install_pattern() -> str:
+    """The same for any extra, without naming a folder: for texts that are shown to others.
+
+    >>> "[NAME]" in install_pattern()
+    True
+    """
+    folder, editable = _from_folder()
+    if folder is None:
+        return "pip install 'ncalign[NAME]'"
+    return f"pip install {'-e ' * editable}'.[NAME]', in the folder that ncalign was installed from"
+
+
+def _from_folder() -> tuple[Path | None, bool]:
+    """The folder that ncalign was installed from, where there is one, and whether it is run from there."""
     origin = _origin()
     folder = Path(url2pathname(urlsplit(str(origin.get("url", ""))).path))
     if "dir_info" not in origin or not (folder / "pyproject.toml").is_file():
-        return f"pip install 'ncalign[{extra}]'"
-    return f"pip install {'-e ' * bool(origin['dir_info'].get('editable'))}{shlex.quote(f'{folder}[{extra}]')}"
+        return None, False
+    return folder, bool(origin["dir_info"].get("editable"))
 
 
 def _origin() -> dict[str, Any]:
