@@ -427,7 +427,8 @@ class TestAnalysis:
         assert low < 0.2 < high
         assert rows[0]["mean"] == -rows[1]["mean"]
         # Holm: the smallest of three p-values counts three times.
-        assert rows[2]["p_holm"] >= rows[2]["p_value"]
+        assert rows[0]["p_holm"] == rows[1]["p_holm"] == pytest.approx(3 * rows[0]["p_value"], rel=1e-9)
+        assert rows[2]["p_holm"] == rows[2]["p_value"]
 
     def test_seeds_and_prompts_that_one_arm_lacks_are_left_out(self) -> None:
         found = self.found({"a": 0.0, "b": 0.0}, seeds=3, prompts=5)
