@@ -20,7 +20,7 @@ from ncalign.study.spec import Claim, Study
 
 Found: TypeAlias = Mapping[tuple[str, int], Mapping[str, Values]]
 """Measures of the runs that have them, by arm and seed."""
-_TOO_FEW = "there are fewer than two seeds that both arms have"
+_TOO_FEW = "no seed was finished in both arms"
 
 
 @dataclass(frozen=True)
