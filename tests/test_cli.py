@@ -22,7 +22,10 @@ from ncalign.cli.flags import parse
 from ncalign.core.config import fields
 from ncalign.training.config import TrainConfig
 
-NAMES = "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, doctor, completion"
+NAMES = (
+    "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, merge, doctor, "
+    "completion"
+)
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
 
 

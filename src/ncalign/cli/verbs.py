@@ -317,6 +317,16 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
+MERGE = Verb(
+    "merge",
+    "write an adapter and its base model as one ordinary model folder",
+    "ncalign.model.config:MergeConfig",
+    "ncalign merge runs/first my-aligned-model --dtype bfloat16",
+    "ncalign.model.merge:run_merge",
+    lambda config: f"{config.output} was not written, and what was there before is unchanged; rerun to start again",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    positional=("model", "output"),
+)
 DOCTOR = Verb(
     "doctor",
     "show what is installed, what this machine has, and what is missing",
@@ -339,5 +349,5 @@ COMPLETION = Verb(
 )
 VERBS: tuple[Verb, ...] = (
     *(DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB),
-    *(DOCTOR, COMPLETION),
+    *(MERGE, DOCTOR, COMPLETION),
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ncalign.core.config import Frozen
+from ncalign.core.config import Frozen, Overwrite
 from ncalign.data.formats.messages import read_json, template_kwargs_of
 
 Precision = Literal["float32", "bfloat16", "float64"]
@@ -197,3 +198,15 @@ class EncodingConfig(Frozen):
                 "completions need room"
             )
         return self
+
+
+class MergeConfig(Frozen):
+    """`ncalign merge`: an adapter and its base model as one ordinary Hugging Face folder."""
+
+    model: str = Field(description="The adapter: its folder, the folder of the run that trained it, or its hub id.")
+    output: Path = Field(description="Folder to write: the merged weights, configuration, tokenizer and a model card.")
+    dtype: Literal["stored", "float32", "bfloat16", "float16", "float64"] = Field(
+        "stored", description="Precision of the merged weights; stored: that in which the base model's are stored."
+    )
+    overwrite: Overwrite = False
+    trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
