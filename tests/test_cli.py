@@ -23,7 +23,7 @@ from ncalign.core.config import fields
 from ncalign.training.config import TrainConfig
 
 NAMES = (
-    "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, merge, doctor, "
+    "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, chat, merge, doctor, "
     "completion"
 )
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]

@@ -25,7 +25,7 @@ from ncalign.cli.flags import Arguments, parse
 from ncalign.cli.verbs import VERBS, Result, Verb
 from ncalign.core.errors import ConfigError
 from ncalign.core.json import json_ready
-from ncalign.core.terminal import visible, visible_json, visible_output, visible_trace
+from ncalign.core.terminal import ReaderGoneError, visible, visible_json, visible_output, visible_trace
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
@@ -130,12 +130,13 @@ def _run(verb: Verb, rest: Sequence[str]) -> int:
         return DONE
     try:
         # stdout is for the result alone: what libraries print on the way goes where progress goes.
-        with visible_output(sys.stderr), _thread_failures_are_lines():
+        talk_to = sys.stderr if arguments.json else sys.stdout
+        with visible_output(sys.stderr, talk_to), _thread_failures_are_lines():
             result = verb.run(config, dry_run=arguments.dry_run)
     except KeyboardInterrupt as stop:
         _tell(f"interrupted; {verb.when_interrupted(config)}")
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-    except ConfigError:
+    except (ConfigError, ReaderGoneError):
         raise
     except (NotImplementedError, RecursionError) as error:
         return _failed_by_a_bug(error)
@@ -146,7 +147,10 @@ def _run(verb: Verb, rest: Sequence[str]) -> int:
         return FAILED
     except Exception as error:
         return _failed_by_a_bug(error)
-    _show(_as_json(verb.as_json(result)) if arguments.json else _summary(result))
+    shown = _as_json(verb.as_json(result)) if arguments.json else _summary(result)
+    # A verb that talks has said all there is.
+    if shown:
+        _show(shown)
     return verb.exit_code(result)
 
 

@@ -317,6 +317,16 @@ LAB = Verb(
     as_json=lambda result: result["statements"],
     positional=("experiment",),
 )
+CHAT = Verb(
+    "chat",
+    "talk to a model, or to two at once",
+    "ncalign.chat.config:ChatConfig",
+    "ncalign chat runs/first --against my-model --temperature 0",
+    "ncalign.chat.chat:run_chat",
+    "the conversation is not kept",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    positional=("model",),
+)
 MERGE = Verb(
     "merge",
     "write an adapter and its base model as one ordinary model folder",
@@ -349,5 +359,5 @@ COMPLETION = Verb(
 )
 VERBS: tuple[Verb, ...] = (
     *(DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB),
-    *(MERGE, DOCTOR, COMPLETION),
+    *(CHAT, MERGE, DOCTOR, COMPLETION),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -75,6 +76,32 @@ class VisibleStream:
         return True
 
 
+class ReaderGoneError(BrokenPipeError):
+    """The program that reads what is printed has closed it, as ``head`` does."""
+
+
+_talk: list[TextIO] = []
+
+
+class TalkStream:
+    """Where a verb that talks writes while it works: what standard output is to its user. Nothing in it steers the terminal."""
+
+    def __init__(self) -> None:
+        self.stream = _talk[-1] if _talk else sys.stdout
+
+    def write(self, text: str) -> None:
+        """Write text at once.
+
+        Raises:
+            ReaderGoneError: nobody reads it any more.
+        """
+        try:
+            self.stream.write(visible(text))
+            self.stream.flush()
+        except BrokenPipeError as error:
+            raise ReaderGoneError(*error.args) from error
+
+
 class _VisibleRecord(logging.LogRecord):
     def getMessage(self) -> str:
         if self.exc_info and self.exc_info[1] is not None and not self.exc_text:
@@ -83,11 +110,12 @@ class _VisibleRecord(logging.LogRecord):
 
 
 @contextlib.contextmanager
-def visible_output(stdout_to: TextIO) -> Iterator[None]:
+def visible_output(stdout_to: TextIO, talk_to: TextIO | None = None) -> Iterator[None]:
     """Let nothing that libraries and the user's functions print, log or warn of steer the terminal.
 
     Args:
         stdout_to: where their standard output goes. Their standard error is left alone: progress bars move the cursor.
+        talk_to: where :class:`TalkStream` writes; default: to standard output as it is now.
     """
     before = logging.getLogRecordFactory(), warnings.formatwarning
 
@@ -96,9 +124,11 @@ def visible_output(stdout_to: TextIO) -> Iterator[None]:
 
     logging.setLogRecordFactory(_VisibleRecord)
     warnings.formatwarning = formatted
+    _talk.append(sys.stdout if talk_to is None else talk_to)
     try:
         with contextlib.redirect_stdout(VisibleStream(stdout_to)):
             yield
     finally:
+        _talk.pop()
         logging.setLogRecordFactory(before[0])
         warnings.formatwarning = before[1]

@@ -73,7 +73,7 @@ class TransformersGenerator:
         self._batch_size, self._autocast, self._progress = batch_size, autocast, progress
         self._template, self._limits = template or ChatTemplate(tokenizer), limits_of(model)
         self._turn = self._template.example()
-        self._eos_ids = _eos_ids(model, tokenizer) | {self._template.end_id(self._turn)}
+        self._eos_ids = eos_ids(model, tokenizer) | {self._template.end_id(self._turn)}
 
     @torch.inference_mode()
     def generate(
@@ -291,8 +291,12 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], turn:
     return text
 
 
-def _eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a completion."""
+def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a completion.
+
+    Raises:
+        ValueError: there is none.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
     found = frozenset(int(token) for token in ids if token is not None)

@@ -1,0 +1,1 @@
+"""Talking to a model: its answers to what is typed, as they are written."""
