@@ -72,6 +72,8 @@ def test_what_is_missing_or_too_old_is_named_with_its_remedy(
     ]
     monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(doctor, "requires", lambda name: [*needed, "other; sys_platform == 'none' and extra == 'gpu'"])
+    listed = SimpleNamespace(get_all=lambda name: [extra for extra in doctor.GIVES if extra != "hub"])
+    monkeypatch.setattr(doctor, "metadata", lambda name: listed)
     found = as_json(capsys, "doctor", code=1)
     assert found["problems"] == [
         "numpy>=1.26 is needed, and version 1.25.0 is there: pip install 'numpy>=1.26'",
@@ -83,6 +85,9 @@ def test_what_is_missing_or_too_old_is_named_with_its_remedy(
     printed = capsys.readouterr().out
     assert f"server is missing: {doctor.GIVES['server']} (needs openai>=2.0)\n" in printed
     assert f"gpu is missing: {doctor.GIVES['gpu']} (not for this system)\n" in printed
+    assert (
+        f"hub is missing: {doctor.GIVES['hub']} (ncalign was installed before this extra came: install it again)\n" in printed
+    )
     assert printed.endswith("2 to fix\n")
 
 

@@ -10,7 +10,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ GIVES = {
     "audit": "near-copies and likeness by meaning in `check` and `audit`",
     "math": "the verifier `math_verify` of mathematical answers",
     "qlora": "weights in 4 bits under an adapter (`quantization`)",
+    "ray": "studies whose runs are shared out over a Ray cluster",
     "gpu": "a faster vocabulary head on Hopper GPUs",
 }
 """What each extra brings; `dev` is for working on ncalign itself."""
@@ -92,7 +93,17 @@ def _packages(extra: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _extra(name: str, gives: str) -> dict[str, Any]:
     packages = dict(_packages(name))
     missing = [f"{package}{entry['needed']}" for package, entry in packages.items() if not entry["fits"]]
-    return {"installed": bool(packages) and not missing, "here": bool(packages), "missing": missing, "gives": gives}
+    known = name in (metadata("ncalign").get_all("Provides-Extra") or ())
+    why = f"needs {', '.join(missing)}" if missing else "not for this system"
+    if not known:
+        # An installation that runs from its source keeps the list of extras of the day on which it was made.
+        why = "ncalign was installed before this extra came: install it again"
+    return {
+        "installed": bool(packages) and not missing,
+        "missing": missing,
+        "why": why if missing or not packages else None,
+        "gives": gives,
+    }
 
 
 def _processor() -> dict[str, Any]:
@@ -157,8 +168,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"extras     {', '.join(name for name, extra in found['extras'].items() if extra['installed']) or 'none'} installed"
     missing = [(name, extra) for name, extra in found["extras"].items() if not extra["installed"]]
     for name, extra in missing:
-        lacks = f"needs {', '.join(extra['missing'])}" if extra["here"] else "not for this system"
-        yield f"           {name} is missing: {extra['gives']} ({lacks})"
+        yield f"           {name} is missing: {extra['gives']} ({extra['why']})"
     if missing:
         yield f"           to install one: {install_pattern()}"
     yield from (f"problem    {problem}" for problem in found["problems"])
