@@ -224,7 +224,8 @@ def test_a_section_gets_the_answers_that_belong_to_it(tmp_path: Path, capsys: py
         "2: unknown key 'lora.rank'; did you mean 'lora.r'?",
         "3: unknown key 'lora.lora_alpha'; did you mean 'lora.alpha'?",
         "4: unknown key 'lora.bf16'; it has r, alpha, dropout, target_modules, target_parameters",
-        "7: unknown key 'objective.alpha' (a field of info_nca, exo, swepo, nca); 'dpo' has beta, estimator, pairing, label_smoothing",
+        "7: unknown key 'objective.alpha' (a field of info_nca, exo, swepo, nca); 'dpo' has beta, estimator, pairing, "
+        "label_smoothing",
     ]
 
 
