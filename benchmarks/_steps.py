@@ -472,7 +472,7 @@ def make_loop(case: Case, folder: Path | None) -> Any:
         )
         for number, (prompt, completions) in enumerate(tokens(case, vocabulary=vocabulary_of(case, policy.tokenizer)))
     ]
-    engine, optimizer = make_engine(config, policy, method, accelerator)
+    engine, optimizer = make_engine(config, policy, method, accelerator, tokens=[group.num_tokens for group in encoded])
     references = [engine.score(engine.batch(Pass([0], [group], True)))[0].tolist() for group in encoded]
     encoded = [replace(g, reference_logprobs=tuple(r)) for g, r in zip(encoded, references, strict=True)]
     plan = DataPlan(num_groups=len(encoded), groups_per_step=case.groups, num_steps=case.steps + 1, seed=0)

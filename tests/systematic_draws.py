@@ -11,11 +11,15 @@ from torch import Tensor
 from ncalign.objectives.inclusion import systematic_from
 
 
-def outcomes(expected: Tensor) -> list[tuple[float, Tensor]]:
-    """Every result of a systematic draw for one row, with its probability: all orders, and the starts where one changes."""
+def outcomes(expected: Tensor, sides: Tensor | None = None) -> list[tuple[float, Tensor]]:
+    """Every result of a systematic draw for one row, with its probability: all orders, and the starts where one changes.
+
+    With ``sides`` only the orders in which those that are True come last.
+    """
     drawn = expected.nonzero().flatten().tolist()
     orders, starts, shares = [], [], []
-    all_orders = list(permutations(drawn))
+    kinds = torch.zeros_like(expected) if sides is None else sides
+    all_orders = [order for order in permutations(drawn) if bool((kinds[list(order)].float().diff() >= 0).all())]
     for order in all_orders:
         edges = (expected[list(order)] % 1).cumsum(0)
         cuts = torch.cat([torch.zeros(1), edges % 1, torch.ones(1)]).unique().tolist()

@@ -65,6 +65,34 @@ class TestDraw:
         assert beside.columns[1].tolist() == alone.columns[0].tolist()
         torch.testing.assert_close(beside.weights[1], alone.weights[0], rtol=0, atol=1e-15)
 
+    def test_what_gradients_have_in_common_cancels_as_in_the_whole(self) -> None:
+        """Four tied best of eight: coefficients add up to 0, and so do the weights of every draw of an even number."""
+        r, rewards = torch.zeros(1, 8, dtype=torch.float64), row(1, 1, 1, 1, 0, 0, 0, 0)
+        c = coefficients(lambda r: nca_loss(r, rewards, torch.ones(1, 8, dtype=torch.bool), alpha=0.05), r)
+        for size in (2, 4):
+            for seed in range(40):
+                draw = draw_candidates(c, [8], candidates=size, generators=[torch.Generator().manual_seed(seed)])
+                assert (draw.columns < 4).sum() == size / 2
+                assert float(draw.weights.sum().abs()) < 1e-12
+
+    def test_the_sides_change_no_candidate_s_probability(self) -> None:
+        c = row(-0.4, 0.1, -0.05, 0.3, 0.15)
+        for size in (1, 2, 3):
+            probabilities, together = enter(c, size), torch.zeros(5, dtype=torch.float64)
+            for share, counts in outcomes(probabilities[0], c[0] < 0):
+                together += share * counts.double()
+                raised = float(probabilities[0][c[0] < 0].sum())
+                assert abs(float(counts[c[0] < 0].sum()) - raised) < 1
+            torch.testing.assert_close(together, probabilities[0], rtol=0, atol=1e-12)
+
+    def test_the_draw_is_that_of_its_sides(self) -> None:
+        c = row(-0.4, 0.1, -0.05, 0.3, 0.15)
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(400)]
+        drawn = draw_candidates(c.expand(400, -1), [5] * 400, candidates=2, generators=seeds).columns
+        possible = {tuple(counts.nonzero().squeeze(1).tolist()) for _, counts in outcomes(enter(c, 2)[0], c[0] < 0)}
+        assert {tuple(columns) for columns in drawn.tolist()} == possible
+        assert len(possible) < len(list(draws(enter(c, 2)[0])))
+
     def test_fewer_enter_where_fewer_count_but_one_at_least(self) -> None:
         found = torch.cat([row(0.0, -0.3, 0.0, 0.0), row(0.1, -0.3, 0.2, 0.0), row(0.0, 0.0, 0.0, 0.0)])
         draw = draw_candidates(found, [4, 3, 2], candidates=3, generators=[torch.Generator() for _ in range(3)])
@@ -333,7 +361,7 @@ class TestEngine:
         # The sets that each group's draw may come to, with their probabilities.
         chances: list[list[tuple[list[int], float]]] = []
 
-        def looked_at(p: Tensor, generator: torch.Generator) -> Tensor:
+        def looked_at(p: Tensor, generator: torch.Generator, *, sides: Tensor) -> Tensor:
             chances.append([(chosen, share) for share, chosen in draws(p[0])])
             return (p > 0).long()
 
@@ -345,7 +373,7 @@ class TestEngine:
             taken = [some[turn] if turn < len(some) else (some[0][0], 0.0) for some in chances]
             sets = iter([chosen for chosen, _ in taken])
 
-            def fixed(p: Tensor, generator: torch.Generator, sets: Iterator[list[int]] = sets) -> Tensor:
+            def fixed(p: Tensor, generator: torch.Generator, *, sides: Tensor, sets: Iterator[list[int]] = sets) -> Tensor:
                 return torch.zeros(p.shape, dtype=torch.long).index_fill(1, torch.tensor(next(sets)), 1)
 
             monkeypatch.setattr(estimators, "systematic", fixed)

@@ -112,8 +112,10 @@ def draw_candidates(
 
     $$\pi_i = \min(1, \lambda |c_i|), \qquad \sum_i \pi_i = \min(S, \#\{i : c_i \ne 0\})$$
 
-    With gradients of one length, orthogonal to one another, no other probabilities with this sum give less variance. For RNCE
-    and S = 2 the positive enters surely, and one negative as MC-PO's kernel draws it.
+    With gradients of one length, orthogonal to one another, no other probabilities with this sum give less variance. What
+    the gradients of a group have in common cancels where coefficients add up to 0, as it does in the whole sum: of candidates
+    to raise and of those to lower as many are drawn as are expected, rounded down or up. For RNCE and S = 2 the positive
+    enters surely, and one negative as MC-PO's kernel draws it.
 
     Args:
         coefficients: $c_i$ of `coefficients`; 0 where there is no candidate. Where some of a group are not finite only these
@@ -136,9 +138,9 @@ def draw_candidates(
     """
     found = coefficients.detach().double().cpu()
     probabilities, rows = enter(found, candidates), []
-    for row, size, generator in zip(probabilities, sizes, generators, strict=True):
+    for row, raised, size, generator in zip(probabilities, found < 0, sizes, generators, strict=True):
         # A group without a gradient gives its first candidate, with weight 0: a pass has something to differentiate.
-        drawn = systematic(row[:size].unsqueeze(0), generator)[0]
+        drawn = systematic(row[:size].unsqueeze(0), generator, sides=raised[:size].unsqueeze(0))[0]
         rows.append(drawn.nonzero().squeeze(1).tolist() or [0])
     width = max(map(len, rows))
     columns = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
@@ -156,7 +158,7 @@ def draw_candidates(
 def proposal_sizes(outdated: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
     r"""What candidates are drawn by where their current coefficients are not known: outdated ones, and a share of all alike.
 
-    $$s_i = 0.9\, \frac{|c_i|}{\sum_j |c_j|} + 0.1\, \frac1K$$
+    $$|s_i| = 0.9\, \frac{|c_i|}{\sum_j |c_j|} + 0.1\, \frac1K$$
 
     The share keeps the weight of a candidate bounded whose coefficient was small and no longer is. Without any outdated
     coefficient all are alike.
@@ -166,11 +168,11 @@ def proposal_sizes(outdated: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"]) 
         exists: True for the candidates that the loss reads; K counts these.
 
     Returns:
-        Above 0 for each of them, float64; 0 for others.
+        Of each one's sign, float64; 0 for those that don't exist.
 
     Example:
         >>> proposal_sizes(torch.tensor([[-0.3, 0.1, 0.0, 0.0]]), torch.tensor([[True, True, True, False]]))
-        tensor([[0.7083, 0.2583, 0.0333, 0.0000]], dtype=torch.float64)
+        tensor([[-0.7083,  0.2583,  0.0333,  0.0000]], dtype=torch.float64)
 
     Source:
         Defensive mixtures, Hesterberg (1995).
@@ -178,7 +180,8 @@ def proposal_sizes(outdated: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"]) 
     sizes = torch.where(exists, outdated.double().abs(), 0.0)
     alike = exists.double() / exists.sum(dim=1, keepdim=True).clamp(min=1)
     shares = sizes / sizes.sum(dim=1, keepdim=True).clamp(min=_TINY)
-    return torch.where(sizes.sum(dim=1, keepdim=True) > 0, 0.9 * shares + 0.1 * alike, alike)
+    found = torch.where(sizes.sum(dim=1, keepdim=True) > 0, 0.9 * shares + 0.1 * alike, alike)
+    return torch.where(exists & (outdated < 0), -found, found)
 
 
 def reweighted(draw: Draw, coefficients: Float[Tensor, "B K"]) -> Draw:

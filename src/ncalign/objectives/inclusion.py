@@ -64,13 +64,17 @@ def inclusion_probabilities(weights: Float[Tensor, "B K"], mask: Bool[Tensor, "B
 
 
 @torch.no_grad()
-def systematic(probabilities: Float[Tensor, "B K"], generator: torch.Generator) -> Int[Tensor, "B K"]:
+def systematic(
+    probabilities: Float[Tensor, "B K"], generator: torch.Generator, *, sides: Bool[Tensor, "B K"] | None = None
+) -> Int[Tensor, "B K"]:
     """How often each candidate is drawn by systematic sampling in a random order.
 
     Args:
         probabilities: Expected number of draws of each, at least 0: inclusion probabilities, or for draws with replacement
             their number times the probability of one.
         generator: Source of randomness; numbers are drawn on its device.
+        sides: Two kinds of candidates, one laid out before the other, each in a random order: of either kind as many are drawn
+            as are expected, rounded down or up. None: all are of one kind.
 
     Returns:
         Whole numbers with these expectations, each the whole number below its expectation or the one above. They add up to
@@ -86,7 +90,8 @@ def systematic(probabilities: Float[Tensor, "B K"], generator: torch.Generator) 
         Madow, On the theory of systematic sampling II (1949); with replacement, systematic resampling of particle filters.
     """
     device = generator.device
-    order = torch.rand(probabilities.shape, generator=generator, device=device, dtype=torch.float64).argsort(dim=1)
+    places = torch.rand(probabilities.shape, generator=generator, device=device, dtype=torch.float64)
+    order = (places if sides is None else places + sides.to(device)).argsort(dim=1)
     start = torch.rand(probabilities.shape[:1], generator=generator, device=device, dtype=torch.float64)
     order, start = order.to(probabilities.device), start.to(probabilities.device)
     counts = systematic_from(probabilities.gather(1, order), start)
