@@ -265,7 +265,7 @@ def best_number(
     Example:
         >>> c = torch.tensor([[-0.5] + [0.5 / 15] * 15], dtype=torch.float64)
         >>> best_number(c, torch.tensor([100.0]), torch.full((1, 16), 100.0), prompt_passes=3.0)[0]
-        2
+        4
 
     Source:
         Efficiency as one over variance times work: Hammersley and Handscomb (1964), Glynn and Whitt (1992).
