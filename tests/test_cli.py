@@ -23,8 +23,8 @@ from ncalign.core.config import fields
 from ncalign.training.config import TrainConfig
 
 NAMES = (
-    "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, chat, merge, doctor, "
-    "completion"
+    "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, report, chat, merge, "
+    "doctor, completion"
 )
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
 
@@ -63,6 +63,13 @@ def parsed(words: str) -> dict[str, str]:
 def test_both_spellings_of_a_flag() -> None:
     assert parsed("--learning_rate 1") == parsed("--learning-rate 1") == parsed("--learning-rate=1") == {"learning_rate": "1"}
     assert parsed("--lora.target-modules a-b") == {"lora.target_modules": "a-b"}
+
+
+def test_a_last_word_that_is_a_list_takes_all_that_are_left() -> None:
+    assert parse(verbs.EVALUATE, ["a", "b", "c", "--seed", "1"]).flags == {"model": "a", "against": "b,c", "seed": "1"}
+    assert parse(verbs.EVALUATE, ["a"]).flags == {"model": "a"}
+    assert parse(verbs.REPORT, ["a", "b"]).flags == {"runs": "a,b"}
+    assert parse(verbs.EVALUATE, ["a", "b", "--against", "c"]).problems == ("--against: given twice, as 'c' and as 'b'",)
 
 
 def test_booleans() -> None:

@@ -95,7 +95,7 @@ def test_weights_are_on_disk_before_a_run_is_finished(
     run_training(config.model_copy(update={"resume": True, "merge": True}))
     assert disk.early == []
     assert [name for name in disk.named if name not in ("entries", "inputs.json", "config.yaml", "metrics.jsonl")][1:] == [
-        *("step-00000001", "step-00000002", "README.md", "model", "results.json"),
+        *("step-00000001", "step-00000002", "README.md", "model", "results.json", "report.html"),
         *("adapter", "README.md", "model"),
     ]
 

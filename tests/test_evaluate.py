@@ -35,6 +35,38 @@ def answer_file(path: Path, text: str, number: int = 24) -> Path:
     return path
 
 
+def unexplained(out: Path) -> None:
+    """Every missing cell of the tables that an evaluation wrote has a reason."""
+    for path in (out / "tables").glob("*.json"):
+        table = json.loads(path.read_text())
+        given = {(one["row"], one["column"]) for one in table["missing"]}
+        name = table["columns"][0]
+        lacking = {(row[name], column) for row in table["rows"] for column, cell in row.items() if cell in (None, "–")}
+        assert lacking == given, path.name
+
+
+def test_two_files_of_answers_compare_without_a_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NCALIGN_CACHE", str(tmp_path / "cache"))
+    for name, text in (("first", "pour."), ("second", "POUR.")):
+        row = {"question": "tea-lowercase", "model": f"run-{name}", "turns": [text]}
+        Path(f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["evaluate", "first.jsonl", "second.jsonl", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # Called by what the answers say.
+    assert found["models"] == ["run-first", "run-second"]
+    assert found["given"] == {"run-first": "first.jsonl", "run-second": "second.jsonl"}
+    assert found["win_rates"]["run-first"]["win_rate"] == 100.0
+    unexplained(Path("runs/evaluate"))
+    assert "length control needs 20 questions with a verdict, there are 1" in Path("runs/evaluate/report.html").read_text()
+    # By their files where both name the same model.
+    Path("second.jsonl").write_text(json.dumps({**row, "model": "run-first"}) + "\n")
+    assert main(["evaluate", "first.jsonl", "second.jsonl", "--json", "--overwrite"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == ["first", "second"]
+
+
 def test_with_no_flags_two_models_follow_instructions(tmp_path: Path, tiny_model_dir: Path, capsys: Any) -> None:
     other = answer_file(tmp_path / "other.jsonl", "no")
     # Answers to another set count nowhere, and that is an error, not a loss.
@@ -51,7 +83,7 @@ def test_with_no_flags_two_models_follow_instructions(tmp_path: Path, tiny_model
     assert main([*words, "--against", str(other)]) == 1
     assert "has no answer to a question of the set instructions" in capsys.readouterr().err
     lower = tmp_path / "lower.jsonl"
-    lower.write_text(json.dumps({"question": "tea-lowercase", "model": "x", "turns": ["pour."]}) + "\n")
+    lower.write_text(json.dumps({"question": "tea-lowercase", "model": "lower", "turns": ["pour."]}) + "\n")
     assert main([*words, "--against", str(lower), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["mean_reward"]["lower"] == 1.0
@@ -97,6 +129,13 @@ def test_a_judge_and_three_models(tmp_path: Path) -> None:
     assert (out / "win_rates.png").read_bytes().startswith(b"\x89PNG")
     games = [json.loads(line) for line in (out / "games.jsonl").read_text().splitlines()]
     assert len(games) == 96
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert [(pair["question"], pair["model"], pair["baseline"]) for pair in pairs[:2]] == [("0", "a", "b"), ("1", "a", "b")]
+    assert (pairs[1]["preference"], pairs[1]["shown_first"], pairs[1]["shown_second"]) == (1.0, 1.0, 1.0)
+    assert (pairs[1]["answer"], pairs[1]["baseline_answer"]) == ("good 1 w ", "bad 1 w ")
+    page = (out / "report.html").read_text()
+    assert page.count("good 1 w ") == 1
+    unexplained(out)
     rows = json.loads((out / "annotations" / "a.json").read_text())
     assert alpaca_metrics().get_winrate(rows)["win_rate"] == pytest.approx(100.0)
     # The annotations are groups too: what was judged can be trained on.
@@ -119,6 +158,7 @@ def test_other_files_of_verdicts_and_two_judges(tmp_path: Path) -> None:
         assert found["win_rates"][name]["win_rate"] == pytest.approx(100 * sum(known) / len(known))
         assert found["win_rates"][name]["num_missing"] == 4
     assert set(found["win_matrix"]["models"]) == {"old", "new", "newer"}
+    unexplained(tmp_path / "out")
     assert "win rate against old: newer to new" in found["comparisons"]
     assert found["length_controlled"] == {}
     games = [
@@ -194,6 +234,9 @@ def test_ratings_by_turn_and_category(tmp_path: Path) -> None:
     assert {turn: row["mean"] for turn, row in by_model["a"]["turns"].items()} == {"1": 8.5, "2": 7.5}
     assert {name: row["mean"] for name, row in by_model["b"]["categories"].items()} == {"math": 5.5, "writing": 4.5}
     assert found["comparisons"]["rating: b to a"]["difference"] == pytest.approx(3.0)
+    unexplained(tmp_path / "out")
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
+    assert [(pair["question"], pair["rating"], pair["baseline_rating"]) for pair in pairs] == [("1", 8.5, 5.5), ("2", 7.5, 4.5)]
 
 
 @pytest.mark.parametrize("name", ["alpaca-7b", "gemma-2b-it"])
@@ -209,6 +252,7 @@ def test_other_tools_verdicts_give_their_numbers(name: str, tmp_path: Path) -> N
         assert found["win_rates"][model]["win_rate"] == pytest.approx(expected, abs=1e-6)
         expected = length_controlled(rows, variant, table)["length_controlled_winrate"]
         assert found["length_controlled"][model]["win_rate"] == pytest.approx(expected, abs=1e-3)
+        unexplained(tmp_path / "out")
 
 
 def test_without_scikit_learn_the_numbers_that_need_it_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +266,7 @@ def test_without_scikit_learn_the_numbers_that_need_it_are_named(tmp_path: Path,
     found = evaluate(tmp_path, judgements=[tmp_path / "annotations.json"])
     assert found["win_rates"]["new"]["win_rate"] == pytest.approx(50.0)
     assert found["length_controlled"] == {}
+    unexplained(tmp_path / "out")
     assert any(re.match(r"no length-controlled win rates: .* pip install .*\[eval\]'", line) for line in found["notes"])
     row = {"uid": "q", "model": "new", "baseline": "old", "games": [{"score": "A>B"}, {"score": "A=B"}]}
     (tmp_path / "arena.jsonl").write_text(json.dumps(row) + "\n")

@@ -29,7 +29,7 @@ from ncalign.judging.summaries import (
 )
 from ncalign.judging.tasks import tabulate_tasks
 from ncalign.report.charts import category_chart, interval_chart, matrix_chart, write_chart
-from ncalign.report.tables import Column, Table, escape_latex, to_csv, to_json, to_latex, to_text, write_table
+from ncalign.report.tables import Column, Table, escape_latex, from_json, to_csv, to_json, to_latex, to_text, write_table
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
 from ncalign.stats.arena_hard import arena_hard_scores
 from ncalign.stats.bradley_terry import bradley_terry
@@ -72,6 +72,28 @@ def test_json_gives_every_number_back_whole_and_null_for_what_is_missing() -> No
     table = Table((Column("a"), Column("b")), ((0.1 + 0.2, math.nan), (math.inf, "x"), (None, 3)))
     read = json.loads(json.dumps(to_json(table), allow_nan=False))
     assert read["rows"] == [{"a": 0.1 + 0.2, "b": None}, {"a": None, "b": "x"}, {"a": None, "b": 3}]
+
+
+def test_a_dash_has_its_reason_in_text_and_json_and_json_gives_the_table_back() -> None:
+    reasons = {("a", "x"): "one question", ("", "y"): "never met", ("b", ""): "no answer"}
+    table = Table(
+        (Column("m"), Column("x", 1), Column("y")), (("a", None, math.nan), ("b", None, 1.0), ("c", 2.0, None)), "all", reasons
+    )
+    text = to_text(table)
+    assert text.count("\n– (") == 3
+    assert "– (a: x): one question" in text
+    assert "– (a, c: y): never met" in text
+    assert "– (b: x): no answer" in text
+    found = json.loads(json.dumps(to_json(table), allow_nan=False))
+    assert found["missing"] == [
+        {"row": "a", "column": "x", "reason": "one question"},
+        {"row": "a", "column": "y", "reason": "never met"},
+        {"row": "b", "column": "x", "reason": "no answer"},
+        {"row": "c", "column": "y", "reason": "never met"},
+    ]
+    again = from_json(found)
+    assert (again.columns, again.caption, again.reason_lines()) == (table.columns, table.caption, table.reason_lines())
+    assert to_json(again) == found
 
 
 def test_text_shows_names_as_they_are_and_no_control_characters() -> None:
@@ -173,7 +195,7 @@ def test_a_length_controlled_rate_that_is_not_estimable_is_said_so_in_every_form
     plain = win_rate(np.array([0.0, 1.0] * 20))
     table = win_rate_table({"a": plain, "b": plain}, {"a": found}, baseline="base")
     first, second = to_json(table)["rows"]
-    assert (first["LC (%)"], first["LC remark"], second["LC remark"]) == (None, "not estimable", None)
+    assert (first["LC (%)"], first["LC remark"], second["LC remark"]) == (None, "not estimable", "")
     assert "not estimable" in to_csv(table)
     assert "not estimable" in to_text(table, width=200)
     assert "not estimable" in length_control_words(found)

@@ -97,7 +97,7 @@ def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path, met
     asked = (
         "from importlib.resources import files; from ncalign.report.html import render; "
         "print(files('ncalign.report') / 'templates'); "
-        "print(render('theory', statements=[], curves=[], images={}, summary='<none>', verdict=None))"
+        "print(render('theory', statements=[], curves=[], charts={}, summary='<none>', verdict=None))"
     )
     page = run(sys.executable, "-c", asked, cwd=tmp_path, PYTHONPATH=str(target))
     assert Path(page.splitlines()[0]).is_relative_to(target)

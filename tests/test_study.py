@@ -24,7 +24,7 @@ from ncalign.objectives import DPO, NCA
 from ncalign.study import runs
 from ncalign.study.analysis import arranged, comparisons
 from ncalign.study.config import Scale, StudyConfig, StudyFile
-from ncalign.study.page import plot_curves, write_outputs
+from ncalign.study.page import curve_charts, write_outputs
 from ncalign.study.spec import Claim, Study, read_study, run_config, shipped
 from ncalign.study.study import plan_study, run_study
 from ncalign.training.config import TrainConfig
@@ -443,24 +443,34 @@ class TestAnalysis:
         assert row["verdict"] == "undecided"
 
     def test_texts_in_the_page_are_escaped(self, tmp_path: Path) -> None:
-        from ncalign.report.tables import Column, Table
-
-        study = self.study(Claim("b", "a", "reward_accuracy"))
-        hostile = "<img src=x onerror=alert(1)>\x1b[31m"
-        found = {"comparisons": [], "arms": [], "failed": {"b/seed-0": hostile}}
-        table = Table((Column("claim"),), ((hostile,),), "")
-        page = write_outputs(tmp_path, study, found, claims=table, arms=table, steps={}).read_text()
-        assert "<img src=x" not in page
-        assert "<script>" not in page
+        hostile = "<img src=x onerror=alert(1)>\x1b[31m</script>"
+        row = {"arm": hostile, "measure": "reward", "mean": 0.5, "interval": [0.25, 0.75]}
+        claim = {"claim": hostile, "mean": None, "num_seeds": 0, "verdict": "undecided", "why": hostile}
+        found = {
+            "study": hostile,
+            "claim": "<script>alert(1)</script> & more",
+            "source": "",
+            "seeds": 1,
+            "arm_settings": {hostile: {}, "b": {}},
+            "measures": ["reward"],
+            "comparisons": [claim],
+            "arms": [row],
+            "failed": {"b/seed-0": hostile},
+        }
+        page = write_outputs(tmp_path, found).read_text()
+        assert "<img" not in page
+        assert page.count("<script>") == 1
+        # One element of data, with the arms' main measure.
+        assert page.count("</script>") == 2
         assert "\x1b" not in page
-        assert "&lt;script&gt;" in page
+        assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+        assert "– (b: reward, ± reward): no run of the arm has it" in page
 
     def test_curves_are_means_of_seeds(self) -> None:
-        assert plot_curves({"a": []}) is None
+        assert curve_charts({"a": []}) == []
         rows = [[{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}], [{"step": 1, "loss": 3.0}]]
-        image = plot_curves({"a": rows, "b": [[{"step": 1, "loss": 0.5}]]})
-        assert image is not None
-        assert image.startswith(b"\x89PNG")
+        [chart] = curve_charts({"a": rows, "b": [[{"step": 1, "loss": 0.5}]]})
+        assert {line.name: line.points for line in chart.series} == {"a": [(1, 2.0)], "b": [(1, 0.5)]}
 
 
 def test_measures_of_another_evaluation_are_not_taken_for_its_own(tmp_path: Path) -> None:

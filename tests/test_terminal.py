@@ -116,5 +116,7 @@ def test_json_is_escaped_as_json_is(run: Callable[..., int], capsys: pytest.Capt
 
 
 def test_pages_show_letters_in_the_order_they_were_written(tmp_path: Path) -> None:
-    page = write_run_page(tmp_path, "theory", summary=f"<b>{FOREIGN}", statements=[], curves=[]).read_text(encoding="utf-8")
+    page = write_run_page(tmp_path, "theory", summary=f"<b>{FOREIGN}", statements=[], curves=[], charts={}).read_text(
+        encoding="utf-8"
+    )
     assert f"&lt;b&gt;{WRITTEN}" in page

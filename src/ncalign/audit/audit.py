@@ -25,7 +25,7 @@ from ncalign.audit.measures import (
     share_of_agreement,
     worth_keeping,
 )
-from ncalign.audit.page import write_page
+from ncalign.audit.page import page_parts, write_page
 from ncalign.audit.ranges import alpha_range, beta_range
 from ncalign.audit.semantic import Meaning, bertscore_f1, embedding_cosine, measure_meaning
 from ncalign.audit.sizes import Rows, ScoredGroup, audit_sizes, sizes_text
@@ -160,9 +160,10 @@ def run_audit(config: AuditConfig) -> dict[str, Any]:
         "large_groups": totals.large,
         **({} if dtype is None else {"dtype": dtype}),
     }
+    written = json_ready({**result, "page": page_parts(measured, sample)})
     renew(config.output_dir, ENTRIES, verb="audit")
-    write_page(page, result, measured, sample)
-    write_json_atomic(json_ready(result), json_file)  # the last: an audit without it was stopped
+    write_page(page, written)
+    write_json_atomic(written, json_file)  # the last: an audit without it was stopped
     return {**result, "text": _text(config.data, numbers, found, tables, page)}
 
 

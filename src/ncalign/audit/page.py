@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ncalign.audit.measures import GroupMeasures, within_groups
 from ncalign.core.atomic import write_text_atomic
 from ncalign.data.groups import Group
 from ncalign.data.rendering import completion_text
 from ncalign.model.chat import as_messages
-from ncalign.report.html import label_axes, png, render
+from ncalign.report.html import render
+from ncalign.report.plots import Chart, Series, histogram
 
-_EXAMPLES, _SHOWN = 4, 600
+_EXAMPLES, _SHOWN = 12, 600
+_DOTS = 3000
+_DRAWN = (("kernel", "drawn"), ("random", "random"))
 _TITLES = {
     "likeness_by_rank": "Likeness of the best candidate to the second, third and so on",
     "sources": "Sources: rewards, and how often each wrote the best candidate alone",
@@ -33,77 +34,78 @@ _TITLES = {
 }
 
 
-def write_page(path: Path, result: Mapping[str, Any], measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> None:
-    """Write the page."""
+def page_parts(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> dict[str, Any]:
+    """What the page shows besides the audit's numbers, for audit.json: distributions and groups to read."""
+    likeness = [one for group in measured for one in group.likeness]
+    distributions: dict[str, tuple[str, list[float]]] = {
+        "Rewards": ("reward", [reward for group in measured for reward in group.rewards]),
+        "Spread of the rewards in a group": ("best less worst", [group.spread for group in measured]),
+        "The best candidate and the others": ("words in common order", [one.edit for one in likeness]),
+        "Words that only moved": ("share of the words", [one.bag - one.edit for one in likeness]),
+        "Length": ("words", [float(length) for group in measured for length in group.lengths]),
+    }
+    lengths, rewards = within_groups(measured)
+    every = max(1, math.ceil(len(lengths) / _DOTS))
+    dots = [[float(x), float(y)] for x, y in zip(lengths[::every], rewards[::every], strict=True)]
+    bars = {title: histogram(title, label, values) for title, (label, values) in distributions.items()}
+    return {
+        "distributions": [
+            {"title": title, "x": one.x, "bars": list(one.series[0].points), "width": one.width, "names": list(one.categories)}
+            for title, one in bars.items()
+            if one is not None
+        ],
+        "length_and_reward": dots,
+        "examples": _examples(measured, sample),
+    }
+
+
+def write_page(path: Path, result: Mapping[str, Any]) -> Path:
+    """Write the page of what an audit.json holds, and return its path.
+
+    Raises:
+        ValueError: it holds nothing for the page, as those of earlier versions.
+    """
+    parts = result.get("page")
+    if parts is None:
+        raise ValueError(f"audit.json of {result.get('data')} is of an earlier version, and can't be shown: audit again")
     text = render(
         "audit",
         data=result["data"],
         findings=result["findings"],
-        charts=_charts(measured, result),
+        charts=_charts(result),
         tables={_TITLES[name]: table for name, table in result["tables"].items()},
         sampled=result["sampled"],
         large=result["large_groups"],
         numbers=[{"number": name, "value": value} for name, value in result["numbers"].items()],
-        examples=_examples(measured, sample),
+        examples=parts["examples"],
+        results=json.dumps({name: value for name, value in result.items() if name != "page"}, indent=2, ensure_ascii=False),
     )
     write_text_atomic(text, path)
+    return path
 
 
-def _charts(measured: Sequence[GroupMeasures], result: Mapping[str, Any]) -> bytes:
-    """A PNG with a panel for each distribution, and for what the kernel draws."""
-    likeness = [one for group in measured for one in group.likeness]
-    tables = result["tables"]
-    panels: list[tuple[str, str, list[float]]] = [
-        ("Rewards", "reward", [reward for group in measured for reward in group.rewards]),
-        ("Spread of the rewards in a group", "best less worst", [group.spread for group in measured]),
-        ("The best candidate and the others", "words in common order", [one.edit for one in likeness]),
-        ("Words that only moved", "share of the words", [one.bag - one.edit for one in likeness]),
-        ("Length", "words", [float(length) for group in measured for length in group.lengths]),
+def _charts(result: Mapping[str, Any]) -> list[Chart]:
+    """A chart for each distribution, and for what the kernel draws."""
+    parts, tables = result["page"], result["tables"]
+    found = [
+        Chart(one["title"], one["x"], "", [Series("", one["bars"], "bars")], categories=one["names"], width=one["width"])
+        for one in parts["distributions"]
     ]
-    # Two more panels are always drawn, and one for each table of the kernel.
-    rows = (len(panels) + 2 + len({"kernel_by_rank", "kernel_by_beta"} & tables.keys()) + 1) // 2
-    figure = Figure(figsize=(11, 3 * rows), layout="constrained")
-    axes = iter(figure.subplots(rows, 2).flat)
-    for (title, label, values), axis in zip(panels, axes, strict=False):
-        _histogram(axis, values)
-        axis.set_title(title)
-        axis.set_xlabel(label)
-    axis = next(axes)
-    axis.scatter(*within_groups(measured), s=4, alpha=0.4)
-    label_axes(axis, "Reward and length within groups", "words, less the group's mean", "reward, less the group's mean")
-    axis = next(axes)
-    axis.bar([str(size) for size in result["sizes"]], list(result["sizes"].values()))
-    axis.set_title("Candidates of a group")
+    labels = "words, less the group's mean", "reward, less the group's mean"
+    found.append(Chart("Reward and length within groups", *labels, [Series("", parts["length_and_reward"], "dots")]))
+    sizes = [(place, count) for place, count in enumerate(result["sizes"].values())]
+    named = [str(size) for size in result["sizes"]]
+    found.append(Chart("Candidates of a group", "candidates", "groups", [Series("", sizes, "bars")], categories=named))
     if "kernel_by_rank" in tables:
-        _drawn(next(axes), tables["kernel_by_rank"])
+        rows = tables["kernel_by_rank"]
+        drawn = [Series(name, [(k, row[at]) for k, row in enumerate(rows)], "bars") for name, at in _DRAWN]
+        ranks = [str(row["rank"]) for row in rows]
+        found.append(Chart("Whom the kernel draws", "rank of reward (1 is the best)", "weight", drawn, categories=ranks))
     if "kernel_by_beta" in tables:
-        axis = next(axes)
-        axis.plot(*zip(*((row["beta"], row["effective_share"]) for row in tables["kernel_by_beta"]), strict=True), marker="o")
-        axis.set_xscale("log")
-        axis.set_ylim(0, 1.05)
-        label_axes(axis, "Effective sample size of the kernel", "beta", "share of the candidates")
-    for axis in axes:
-        axis.set_visible(False)
-    return png(figure)
-
-
-def _histogram(axis: Axes, values: Sequence[float]) -> None:
-    if not values:
-        return
-    low, high = min(values), max(values)
-    # Values that are all but equal have no room for bins between them.
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        axis.bar([f"{low:.4g}"], [len(values)])
-    else:
-        axis.hist(np.asarray(values, dtype=np.float64) if high - low < 1e300 else np.asarray(values) / 2, bins=30)
-
-
-def _drawn(axis: Axes, table: Sequence[Mapping[str, Any]]) -> None:
-    places = np.arange(len(table))
-    axis.bar(places - 0.2, [row["drawn"] for row in table], width=0.4, label="kernel")
-    axis.bar(places + 0.2, [row["random"] for row in table], width=0.4, label="random")
-    axis.set_xticks(places, [str(row["rank"]) for row in table])
-    label_axes(axis, "Whom the kernel draws", "rank of reward (1 is the best)", "weight")
+        points = [(row["beta"], row["effective_share"]) for row in tables["kernel_by_beta"]]
+        title = "Effective sample size of the kernel"
+        found.append(Chart(title, "beta", "share of the candidates", [Series("share", points)], log="x"))
+    return found
 
 
 def _examples(measured: Sequence[GroupMeasures], sample: Sequence[Group]) -> list[dict[str, Any]]:

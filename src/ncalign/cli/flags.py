@@ -156,7 +156,8 @@ def build_parser(verb: Verb, *, make: Callable[..., argparse.ArgumentParser] = _
         make: makes the empty parser; another parser's ``add_parser`` may.
     """
     model = verb.config()
-    positional = "".join(f" [{name.upper()}]" for name in verb.positional)
+    several = {name for name in verb.positional if settings.is_list(fields(model)[name])}
+    positional = "".join(f" [{name.upper()}{' ...' * (name in several)}]" for name in verb.positional)
     parser = make(
         prog=f"ncalign {verb.name}",
         usage=f"ncalign {verb.name}{positional} [--config FILE] [--FIELD VALUE ...]",
@@ -242,6 +243,9 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
         guessed.add(guess or "")
         problems.append(f"unknown flag '{flag}'; {advice}")
     words = [argument for argument in rest if not _is_flag(argument)]
+    if verb.positional and settings.is_list(fields(model)[verb.positional[-1]]):
+        before = len(verb.positional) - 1
+        words = [*words[:before], *([",".join(words[before:])] if words[before:] else [])]
     # A word after an unknown flag is most likely its value: no second complaint about it.
     if len(words) > len(verb.positional) and not problems:
         wrong = words[len(verb.positional)]

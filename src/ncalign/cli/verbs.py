@@ -50,7 +50,7 @@ class Verb:
         interrupted: what is kept and how to go on, or a function of the configuration that says so.
         plan: ``module:name`` of the function that does what --dry-run asks for.
         as_json: what --json prints of the result.
-        positional: fields that may be given as plain words, in this order.
+        positional: fields that may be given as plain words, in this order; a last one that is a list takes all that are left.
         groups: titles in the help, each with the field at which it begins.
         aliases: other spellings of fields.
         exit_code: of a command that did its work.
@@ -275,7 +275,7 @@ EVALUATE = Verb(
     "evaluate",
     "measure a model: win rates by a judge, ratings, or reasoning tasks",
     "ncalign.judging.config:EvaluateConfig",
-    "ncalign evaluate --model my-model --against my-sft-model",
+    "ncalign evaluate my-model my-sft-model",
     "ncalign.judging.evaluate:run_evaluate",
     "answers, verdicts and finished tasks are kept; rerun to go on from there",
     groups=(
@@ -285,6 +285,7 @@ EVALUATE = Verb(
         ("reasoning tasks", "tasks"),
         ("all", "num_resamples"),
     ),
+    positional=("model", "against"),
     aliases=(("set", "set_name"),),
 )
 DEMO = Verb(
@@ -316,6 +317,16 @@ LAB = Verb(
     "nothing was written; rerun to start again",
     as_json=lambda result: result["statements"],
     positional=("experiment",),
+)
+REPORT = Verb(
+    "report",
+    "show a run as a page, or compare several on one",
+    "ncalign.cli.config:ReportConfig",
+    "ncalign report runs/nca runs/dpo runs/evaluation",
+    "ncalign.cli.report:run_report",
+    "the page was not written; rerun to start again",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    positional=("runs",),
 )
 CHAT = Verb(
     "chat",
@@ -359,5 +370,5 @@ COMPLETION = Verb(
 )
 VERBS: tuple[Verb, ...] = (
     *(DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB),
-    *(CHAT, MERGE, DOCTOR, COMPLETION),
+    *(REPORT, CHAT, MERGE, DOCTOR, COMPLETION),
 )

@@ -22,6 +22,7 @@ from ncalign.model.config import EncodingConfig
 from ncalign.online.artefacts import EVALUATION, read_artefact
 from ncalign.online.config import OnlineConfig
 from ncalign.online.online import run_online
+from ncalign.report.html import PAGE
 from ncalign.training.config import TrainConfig
 
 NUM_ROUNDS, STEPS_PER_ROUND = 3, 8
@@ -44,7 +45,7 @@ def run_online_demo(config: DemoConfig) -> dict[str, Any]:
     model = config.model or str(demo_model_folder())
     prompts, held_out = folder / "prompts.jsonl", folder / "held-out.jsonl"
     # Of an earlier demo alone; its arms are run folders, which have records of their own.
-    names = (prompts.name, held_out.name, RESULTS)
+    names = (prompts.name, held_out.name, RESULTS, PAGE)
     claim(folder, names, verb="demo", inputs={"model": config.model}, overwrite=False, own=names)
     record(folder, names, verb="demo")
     write_groups(make_prompts(NUM_PROMPTS + DRIFT_PROMPTS, config.seed, "train"), prompts)

@@ -126,6 +126,17 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
     return list(found.values())
 
 
+def model_in(path: Path) -> str | None:
+    """The model that wrote the answers of a file, as they say themselves; None where they name none, or several.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    named = {next((row[key] for key in ("model", "generator", "model_id") if row.get(key)), None) for _, row in rows_of(path)}
+    found = named.pop() if len(named) == 1 else None
+    return found if isinstance(found, str) else None
+
+
 def _answer(row: Mapping[str, Any], by_text: Mapping[str, str]) -> Answer | None:
     match row:
         case {"question": question, "turns": turns}:

@@ -29,6 +29,7 @@ from ncalign.judging.interop import (
 )
 from ncalign.judging.judge_prompts import num_without_reference
 from ncalign.judging.judges import RewardJudge, ServerJudge
+from ncalign.judging.readings import pairs_to_read, ratings_to_read
 from ncalign.judging.records import Answers, Question
 from ncalign.stats.missing import compare_missing
 from ncalign.stats.preferences import question_preferences
@@ -78,6 +79,9 @@ def compare_answers(
     if isinstance(judge, RewardJudge):
         _add_mean_rewards(judge, questions, answers, results, counting)
     count_games(games, results, counting, answers=answers, ordered=isinstance(judge, ServerJudge))
+    results.readings = pairs_to_read(
+        questions, answers, games, other_judge=counting.other_judge, ordered=isinstance(judge, ServerJudge)
+    )
     called = called or accounts[0].mode
     categories = {question.id: question.category for question in questions}
     for name, other in pairs:
@@ -146,3 +150,4 @@ def rate_answers(
     write_fastchat_ratings(ratings, folder / "fastchat" / "single.jsonl", judge=called)
     add_accounts(accounts, results)
     count_ratings(ratings, results, counting)
+    results.readings = ratings_to_read(questions, answers, ratings)

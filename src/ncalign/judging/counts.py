@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ncalign.core.atomic import write_json_atomic
+from ncalign.core.atomic import write_json_atomic, write_jsonl_atomic
 from ncalign.core.errors import MissingPackageError
 from ncalign.core.json import json_ready
 from ncalign.core.outputs import renew
@@ -26,6 +26,8 @@ from ncalign.judging.summaries import (
     win_rate_table,
 )
 from ncalign.report.charts import category_chart, interval_chart, matrix_chart, write_chart
+from ncalign.report.evaluation_page import READINGS, write_evaluation_page
+from ncalign.report.html import PAGE
 from ncalign.report.tables import Table, to_text, write_table
 from ncalign.rewards.verdicts import Account
 from ncalign.stats.agreement import judge_agreement, length_bias, position_bias
@@ -73,6 +75,7 @@ class Results:
         charts: figures by file name.
         lines: sentences for the terminal.
         comparisons: of two models on the same questions, by what is compared.
+        readings: pairs of answers with what was said of them, as :mod:`ncalign.judging.readings` makes them.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -80,13 +83,14 @@ class Results:
     charts: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     comparisons: dict[str, PairedComparison] = field(default_factory=dict)
+    readings: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, value: object, table: Table) -> None:
         """Add a result with its table."""
         self.values[name], self.tables[name] = value, table
 
 
-AT_THE_END = ("results.json", "tables", "win_matrix.png", "win_rates.png", "ratings.png")
+AT_THE_END = ("results.json", READINGS, "tables", "win_matrix.png", "win_rates.png", "ratings.png", PAGE)
 VERDICTS = ("games.jsonl", "ratings.jsonl", "annotations", "arena_hard", "fastchat")
 ENTRIES = (*AT_THE_END, *VERDICTS)
 """What an evaluation leaves in its folder, besides what it goes on from."""
@@ -138,13 +142,15 @@ def _add_win_rates(
     if not rates:
         raise ValueError("there is no verdict in both orders of any question: nothing can be said")
     controlled: dict[str, LengthControlled] = {}
+    uncontrolled = dict.fromkeys(rates, "the answers, and so their lengths, are not known")
     try:
-        controlled = {} if answers is None else _controlled(preferences, answers, counting)
+        controlled, uncontrolled = ({}, uncontrolled) if answers is None else _controlled(preferences, answers, counting)
     except MissingPackageError as error:
         results.lines.append(f"no length-controlled win rates: {error}")
+        uncontrolled = dict.fromkeys(rates, str(error))
     results.lines += [f"{name}: {words}" for name, found in controlled.items() if (words := length_control_words(found))]
     results.values["baseline"] = baseline
-    results.add("win_rates", rates, win_rate_table(rates, controlled, baseline=baseline))
+    results.add("win_rates", rates, win_rate_table(rates, controlled, baseline=baseline, uncontrolled=uncontrolled))
     results.values["length_controlled"] = controlled
     chart = {"win rate": {name: (rate.win_rate, rate.ci) for name, rate in rates.items()}}
     if controlled:
@@ -169,16 +175,20 @@ def _compare_models(preferences: Mapping[str, QuestionPreferences], results: Res
 
 def _controlled(
     preferences: Mapping[str, QuestionPreferences], answers: Mapping[str, Answers], counting: Counting
-) -> dict[str, LengthControlled]:
-    """Length-controlled win rates, where there are verdicts enough and lengths that differ."""
-    found = {}
+) -> tuple[dict[str, LengthControlled], dict[str, str]]:
+    """Length-controlled win rates, where there are verdicts enough and lengths that differ; and why others have none."""
+    found, without = {}, {}
     for name, one in preferences.items():
         ours, theirs = (
             np.array([_length(answers[who][question]) for question in one.questions], dtype=np.int64)
             for who in (name, one.baseline)
         )
-        enough = int(np.isfinite(one.preferences).sum()) >= _FEWEST_FOR_LENGTH_CONTROL
-        if enough and len(set((ours - theirs).tolist())) > 1:
+        judged = int(np.isfinite(one.preferences).sum())
+        if judged < _FEWEST_FOR_LENGTH_CONTROL:
+            without[name] = f"length control needs {_FEWEST_FOR_LENGTH_CONTROL} questions with a verdict, there are {judged}"
+        elif len(set((ours - theirs).tolist())) == 1:
+            without[name] = "all answers differ from the baseline's by the same length: there is nothing to control"
+        else:
             found[name] = length_controlled_win_rate(
                 one.preferences,
                 ours,
@@ -186,7 +196,7 @@ def _controlled(
                 table=counting.difficulties,
                 questions=[counting.places[question] for question in one.questions],
             )
-    return found
+    return found, without
 
 
 def _length(answer: Answer) -> int:
@@ -289,6 +299,9 @@ def write_results(results: Results, folder: Path) -> dict[str, Any]:
             write_table(table, folder / "tables" / f"{name}.{suffix}")
     for name, figure in results.charts.items():
         write_chart(figure, folder / name)
+    if results.readings:
+        write_jsonl_atomic(map(json_ready, results.readings), folder / READINGS)
     write_json_atomic(values, folder / "results.json")
+    page = write_evaluation_page(folder)
     parts = [to_text(table).rstrip() for table in results.tables.values()]
-    return {**values, "text": "\n\n".join([*parts, *results.lines, f"Results: {folder / 'results.json'}"])}
+    return {**values, "text": "\n\n".join([*parts, *results.lines, f"Results: {folder / 'results.json'}", f"Report: {page}"])}

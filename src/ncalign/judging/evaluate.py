@@ -22,7 +22,7 @@ from ncalign.core.store import Store
 from ncalign.data.rendering import Rendering, recorded_renderings, rendering_warning
 from ncalign.generation.config import ServerConfig
 from ncalign.judging.answer import answering_of, answers_of_model
-from ncalign.judging.answers import read_answers, write_answers
+from ncalign.judging.answers import model_in, read_answers, write_answers
 from ncalign.judging.compare import compare_answers, file_name, rate_answers
 from ncalign.judging.config import EvaluateConfig
 from ncalign.judging.counts import ENTRIES, VERDICTS, Counting, Results, write_results
@@ -164,7 +164,11 @@ def _check(config: EvaluateConfig, kind: Kind) -> None:
 
 
 def _models(specs: Sequence[str]) -> dict[str, str]:
-    """The models by what tables and files call them: longer names where two share one."""
+    """The models by what tables and files call them: files of answers as these name their model, longer where two share one."""
+    said = [model_in(Path(spec)) if Path(spec).is_file() else None for spec in specs]
+    names = [own or model_name(spec) for own, spec in zip(said, specs, strict=True)]
+    if len(set(names)) == len(names):
+        return dict(zip(names, specs, strict=True))
     for parts in (0, 2, 3):
         names = [model_name(spec) if not parts else "/".join(Path(spec).resolve().parts[-parts:]) for spec in specs]
         if len(set(names)) == len(names):
@@ -205,7 +209,7 @@ def _of_answers(config: EvaluateConfig) -> Results:
     dtype = resolve_dtype(config.dtype) if in_process else reward_dtype(judged_by, config.dtype)
     answers = {name: _answers(config, spec, name, questions, dtype) for name, spec in models.items()}
     _warn_of_rendering(config.set_name if config.set_file is None else str(config.set_file), questions, answers, models)
-    results = Results(values={"set": config.set_name, "questions": len(questions), "models": list(models)})
+    results = Results(values={"set": config.set_name, "questions": len(questions), "models": list(models), "given": models})
     if dtype is not None:
         results.values["dtype"] = dtype
     missing = {name: len(questions) - len(given) for name, given in answers.items() if len(given) < len(questions)}

@@ -16,9 +16,20 @@ from ncalign.stats.paired import PairedComparison
 from ncalign.stats.power import detectable_difference
 from ncalign.stats.win_rate import WinMatrix, WinRate
 
+_ONE_QUESTION = "one question has no interval"
 
-def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, LengthControlled], *, baseline: str) -> Table:
-    """A row for each model: win rate with its interval, the length-controlled one where there is one, and what was counted."""
+
+def win_rate_table(
+    rates: Mapping[str, WinRate],
+    controlled: Mapping[str, LengthControlled],
+    *,
+    baseline: str,
+    uncontrolled: Mapping[str, str] | None = None,
+) -> Table:
+    """A row for each model: win rate with its interval, the length-controlled one where there is one, and what was counted.
+
+    ``uncontrolled`` says of a model why it has no length-controlled one.
+    """
     names = ("model", "win rate (%)", "low", "high", "LC (%)", "LC low", "LC high")
     # A file of rows alone, such as CSV, is to say it too.
     remarks = {model: "not estimable" for model, lc in controlled.items() if not math.isfinite(lc.win_rate)}
@@ -30,14 +41,18 @@ def win_rate_table(rates: Mapping[str, WinRate], controlled: Mapping[str, Length
         counts = (rate.num_wins, rate.num_ties, rate.num_losses, rate.num_missing)
         size = rate.effective_size
         detectable = detectable_difference(50 / math.sqrt(size)) if math.isfinite(size) else None
-        remark = (remarks.get(model),) if remarks else ()
+        remark = (remarks.get(model, ""),) if remarks else ()
         rows.append((model, rate.win_rate, *rate.ci, *lc_cells, *counts, detectable, *remark))
     caption = (
         f"Win rate against {baseline} and length-controlled win rate (LC); low and high bound 95 % intervals (score intervals; "
         f"LC: the fit without penalty, jackknife); a difference from 50 is found with 80 % chance if it is at least the "
         f"detectable one, in points."
     )
-    return Table(heads, tuple(rows), caption)
+    reasons = {("", name): _ONE_QUESTION for name in ("low", "high", "detectable")}
+    for model in rates:
+        why = length_control_words(controlled[model]) if model in controlled else (uncontrolled or {}).get(model, "")
+        reasons |= {(model, name): why for name in ("LC (%)", "LC low", "LC high") if why}
+    return Table(heads, tuple(rows), caption, reasons)
 
 
 def length_control_words(found: LengthControlled) -> str:
@@ -67,14 +82,20 @@ def strength_table(found: BradleyTerry) -> Table:
         f"Bradley-Terry strengths{style}; win rates are against {found.anchor}, whose rating is 1000 by definition; low "
         f"and high bound 95 % intervals (jackknife over questions); {found.num_missing} games have no verdict."
     )
-    return Table(heads, rows, caption)
+    reasons = {("", ""): "the questions are too few for a jackknife"}
+    reasons |= {
+        (found.anchor, name): "the anchor, whose rating and win rate are fixed"
+        for name in ("rating low", "rating high", "low", "high")
+    }
+    return Table(heads, rows, caption, reasons)
 
 
 def arena_table(scores: Sequence[ArenaScore]) -> Table:
     """A row for each model: Arena-Hard's score with its interval."""
     heads = columns("model", "score (%)", "low", "high", "games", "missing")
+    reasons = {("", ""): _ONE_QUESTION, ("", "score (%)"): "no question has a verdict in both orders"}
     caption = "Arena-Hard scores; low and high bound 95 % intervals (score intervals over questions)."
-    return Table(heads, tuple((s.model, s.score, *s.ci, s.num_games, s.num_missing) for s in scores), caption)
+    return Table(heads, tuple((s.model, s.score, *s.ci, s.num_games, s.num_missing) for s in scores), caption, reasons)
 
 
 def mt_bench_table(scores: Sequence[MTBench]) -> Table:
@@ -92,6 +113,7 @@ def mt_bench_table(scores: Sequence[MTBench]) -> Table:
         heads,
         tuple(rows),
         "Mean ratings, at most 10; low and high bound the mean's 95 % interval (score interval over questions).",
+        {("", "low"): _ONE_QUESTION, ("", "high"): _ONE_QUESTION, ("", ""): "no rating of it"},
     )
 
 
@@ -100,7 +122,10 @@ def win_matrix_table(matrix: WinMatrix) -> Table:
     heads = (Column("model"), *columns(*(f"vs {name}" for name in matrix.models), digits=1))
     rows = tuple((name, *row) for name, row in zip(matrix.models, matrix.rates.tolist(), strict=True))
     missing = int(matrix.num_missing.sum()) // 2
-    return Table(heads, rows, f"Win rate of the row's model in percent; {missing} questions don't count for want of a verdict.")
+    caption = f"Win rate of the row's model in percent; {missing} questions don't count for want of a verdict."
+    reasons = {("", ""): "the two never met, or no question of theirs counts"}
+    reasons |= {(name, f"vs {name}"): "a model does not meet itself" for name in matrix.models}
+    return Table(heads, rows, caption, reasons)
 
 
 def comparison_table(comparisons: Mapping[str, PairedComparison]) -> Table:
@@ -115,7 +140,7 @@ def comparison_table(comparisons: Mapping[str, PairedComparison]) -> Table:
         "Paired by question; low and high bound the difference's 95 % interval (score interval); p is a permutation test's"
         + (f", Holm's of {len(rows)} tests." if len(rows) > 1 else ".")
     )
-    return Table(heads, rows, caption)
+    return Table(heads, rows, caption, {("", ""): "all values are one and the same"})
 
 
 def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agreement | None) -> Table:
@@ -145,4 +170,11 @@ def judge_table(place: PositionBias, length: LengthBias | None, agreement: Agree
             ("games both judged", agreement.num_counted),
         ]
     caption = place.summary if length is None else f"{place.summary}. {length.summary}"
-    return Table((Column("the judge"), Column("value", 3)), tuple(rows), caption)
+    reasons = {(str(name), ""): "no question was judged in both orders" for name, _ in rows[:8]}
+    reasons |= {(str(name), ""): "verdicts, or lengths, do not vary" for name, _ in rows[8:]}
+    reasons |= (
+        {("95 % interval's low bound", ""): _ONE_QUESTION, ("95 % interval's high bound", ""): _ONE_QUESTION}
+        if place.num_pairs
+        else {}
+    )
+    return Table((Column("the judge"), Column("value", 3)), tuple(rows), caption, reasons)

@@ -16,7 +16,8 @@ def tabulate_tasks(found: Sequence[Mapping[str, Any]], *, limit: int | None) -> 
     names, rows = paper_table(found)
     results = Results(values={"models": found})
     caption = "Accuracy in percent; arrows say whether a score rose or fell against the first row, be it by chance."
-    results.tables["reasoning"] = Table(columns(*names), tuple(map(tuple, rows)), caption)
+    reasons = {("", ""): "the task was not run", ("", names[-1]): "none of these tasks was run"}
+    results.tables["reasoning"] = Table(columns(*names), tuple(map(tuple, rows)), caption, reasons)
     every = []
     for one in found:
         for task, score in one["results"].items():
@@ -28,7 +29,9 @@ def tabulate_tasks(found: Sequence[Mapping[str, Any]], *, limit: int | None) -> 
     if every:
         heads = columns("model", "task", "score (%)", "low", "high", "standard error", "questions", "measure")
         caption = "Every task, as it was scored; low and high bound 95 % intervals (score intervals)."
-        results.tables["tasks"] = Table(heads, tuple(every), caption)
+        without = {("", "standard error"): "lm-eval gives none for this measure"}
+        without |= {("", bound): "one question, or a score that is no share, has no interval" for bound in ("low", "high")}
+        results.tables["tasks"] = Table(heads, tuple(every), caption, without)
     if limit is not None:
         results.lines.append(f"At most {limit} questions a task: these are not the tasks' own scores")
     return results

@@ -19,7 +19,8 @@ from ncalign.judging.interop import (
     read_fastchat_pairs,
     read_fastchat_ratings,
 )
-from ncalign.judging.records import Answer
+from ncalign.judging.readings import pairs_to_read
+from ncalign.judging.records import Answer, Question
 from ncalign.stats.records import Game, Rating
 
 _GAME = TypeAdapter(Game)
@@ -47,6 +48,7 @@ def count_verdicts(
     games: list[Game] = []
     ratings: list[Rating] = []
     answers: dict[str, dict[str, Answer]] = {}
+    questions: dict[str, Question] = {}
     for path in files:
         first = _first_row(path)
         if "games" in first:
@@ -56,12 +58,14 @@ def count_verdicts(
         elif "score" in first and "turn" in first:
             ratings += read_fastchat_ratings(path, categories=read_categories())
         else:
-            games += _annotated(path, answers, {game.model for game in games})
+            games += _annotated(path, answers, questions, {game.model for game in games})
     if games:
         counting = replace(counting, places={question: int(question) for given in answers.values() for question in given})
         known = answers if answers and {game.model for game in games} <= answers.keys() else None
         # AlpacaEval keeps a question's outcome but not its orders, so nothing can be said about position bias.
         count_games(games, results, counting, answers=known, ordered=not answers)
+        if known is not None:
+            results.readings = pairs_to_read(list(questions.values()), known, games, ordered=False)
     if ratings:
         count_ratings(ratings, results, counting)
     return results
@@ -75,8 +79,10 @@ def _first_row(path: Path) -> dict[str, Any]:
     return first
 
 
-def _annotated(path: Path, answers: dict[str, dict[str, Answer]], before: set[str]) -> list[Game]:
-    """The games of a file of annotations; the outputs are added to the answers."""
+def _annotated(
+    path: Path, answers: dict[str, dict[str, Answer]], questions: dict[str, Question], before: set[str]
+) -> list[Game]:
+    """The games of a file of annotations; the outputs are added to the answers, and the questions to those before."""
     rows = read_alpaca_annotations(path)
     model = _only({row.generators[1] for row in rows}, path, "model")
     baseline = _only({row.generators[0] for row in rows}, path, "baseline")
@@ -85,6 +91,7 @@ def _annotated(path: Path, answers: dict[str, dict[str, Answer]], before: set[st
     for which, name in enumerate((baseline, model)):
         given = {str(number): Answer(str(number), name, (row.outputs[which],)) for number, row in enumerate(rows)}
         answers.setdefault(name, {}).update(given)
+    questions.update({str(k): Question(str(k), (row.instruction,), row.dataset) for k, row in enumerate(rows)})
     return games_of_annotations(rows)
 
 

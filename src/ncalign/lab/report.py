@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from ncalign.lab.results import Curve, Statement
-from ncalign.report.html import label_axes, png, render
+from ncalign.report.charts import label_axes, png
+from ncalign.report.html import render
+from ncalign.report.plots import Chart, Series
 
 
 def verdict(statement: Statement) -> str:
@@ -56,6 +58,13 @@ def plot(curve: Curve) -> bytes:
     return png(draw(curve))
 
 
-def page(statements: Sequence[Statement], curves: Sequence[Curve], images: Mapping[str, bytes]) -> str:
-    """The page as HTML; ``images`` holds each curve's plot by its name."""
-    return render("theory", summary=summary(statements), statements=statements, curves=curves, images=images, verdict=verdict)
+def chart(curve: Curve) -> Chart:
+    """A curve as a page's chart."""
+    lines = [Series(name, points) for name, points in curve.lines.items()]
+    return Chart(curve.title, curve.x_label, curve.y_label, lines, log=curve.log)
+
+
+def page(statements: Sequence[Statement], curves: Sequence[Curve]) -> str:
+    """The page as HTML."""
+    charts = {curve.name: chart(curve) for curve in curves}
+    return render("theory", summary=summary(statements), statements=statements, curves=curves, charts=charts, verdict=verdict)

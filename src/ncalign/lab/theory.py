@@ -114,6 +114,6 @@ def _write(folder: Path, statements: Sequence[Statement], curves: Sequence[Curve
     for name, image in images.items():
         with atomic_path(folder / f"{name}.png") as temporary:
             temporary.write_bytes(image)
-    write_text_atomic(page(statements, curves, images), written[-1])
+    write_text_atomic(page(statements, curves), written[-1])
     write_json_atomic([statement.row() for statement in statements], written[0])
     return [str(path) for path in written]

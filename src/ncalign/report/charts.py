@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -133,6 +134,23 @@ def _points(known: Mapping[int, tuple[float, Interval]], *, shift: float) -> tup
     arms = [[value - low, high - value] for value, (low, high) in known.values()]
     lengths = np.nan_to_num(np.clip(np.array(arms).reshape(-1, 2).T, 0, None), posinf=0.0)
     return [place + shift for place in known], values, lengths
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    """Name a plot and its axes, and draw a faint grid; a legend is added where several lines have names."""
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(fontsize="small")
 
 
 def label(text: str, longest: int = _LONGEST_LABEL) -> str:

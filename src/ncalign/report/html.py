@@ -1,17 +1,70 @@
-"""HTML pages from templates that escape every value, with pictures inside: a page needs no network and no script."""
+"""HTML pages from templates that escape every value, with style, script and data inside: a page needs no network.
+
+A page's content security policy names the digests of our own style and script, so that a browser runs nothing else, whatever
+the page's texts say.
+"""
 
 from __future__ import annotations
 
 import base64
-import io
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from ncalign.core.atomic import write_text_atomic
+from ncalign.core.json import json_ready
 from ncalign.core.terminal import visible
+
+PAGE = "report.html"
+"""The page of a run folder."""
+# What would end a script element, or begin a comment in it.
+_IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
+
+
+def data_block(value: object) -> Markup:
+    r"""A value as JSON for a script element that is no script: nothing in it ends the element.
+
+    Raises:
+        TypeError: JSON has no form for it.
+
+    >>> print(data_block(["</script>"]))
+    ["\u003c/script\u003e"]
+    """
+    text = json.dumps(_seen(json_ready(value)), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(text.translate(_IN_SCRIPT))
+
+
+def _seen(value: Any) -> Any:
+    """A JSON value whose texts have control characters, and what reorders letters, written out."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, list):
+        return [_seen(one) for one in value]
+    return {visible(name): _seen(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+@cache
+def _asset(name: str) -> Markup:
+    """A file of ``assets/``: our own style or script."""
+    return Markup((files("ncalign.report") / "assets" / name).read_text(encoding="utf-8"))
+
+
+def _policy(style: str, script: str) -> str:
+    """A content security policy under which this style and this script alone are used, and nothing is loaded."""
+    digests = {
+        name: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for name, text in {"style-src": style, "script-src": script}.items()
+    }
+    allowed = "; ".join(f"{name} {digest}" for name, digest in digests.items())
+    return f"default-src 'none'; {allowed}; img-src data:; base-uri 'none'; form-action 'none'"
+
 
 _ENVIRONMENT = Environment(
     loader=PackageLoader("ncalign.report"),
@@ -23,33 +76,18 @@ _ENVIRONMENT = Environment(
     # A page's letters stand in the order in which they were written.
     finalize=lambda value: visible(value) if type(value) is str else value,
 )
-_ENVIRONMENT.filters["base64"] = lambda data: base64.b64encode(data).decode()
+_ENVIRONMENT.filters |= {"data_block": data_block}
 
 
 def render(template: str, **values: object) -> str:
     """A page as HTML, from a file of ``templates/`` (without its ending) and its values; a missing value is an error."""
-    return _ENVIRONMENT.get_template(f"{template}.html.j2").render(values)
+    style, script = _asset("page.css"), _asset("page.js")
+    fixed: Mapping[str, object] = {"style": style, "script": script, "policy": Markup(_policy(style, script))}
+    return _ENVIRONMENT.get_template(f"{template}.html.j2").render({**fixed, **values})
 
 
-def write_run_page(run_folder: Path, template: str, **values: object) -> Path:
-    """Write ``report.html``, named after its folder, into a run folder."""
-    page = run_folder / "report.html"
-    write_text_atomic(render(template, name=run_folder.name, **values), page)
-    return page
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
-    """Name a plot and its axes, and draw a faint grid; a legend is added where several lines have names."""
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(fontsize="small")
+def write_run_page(run_folder: Path, template: str, page: Path | None = None, **values: object) -> Path:
+    """Write the page of a run folder, named after it: ``report.html`` in it, or where ``page`` says."""
+    target = run_folder / PAGE if page is None else page
+    write_text_atomic(render(template, name=run_folder.resolve().name, **values), target)
+    return target

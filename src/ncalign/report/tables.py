@@ -7,8 +7,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,28 @@ def columns(*names: str, digits: int = 2) -> tuple[Column, ...]:
 
 
 @dataclass(frozen=True)
+class ShownCell:
+    """A cell of a page.
+
+    Attributes:
+        shown: its text.
+        value: its number, where it is one.
+        is_text: whether its column holds text.
+        reason: why it is missing, where that is known.
+    """
+
+    shown: str
+    value: int | float | None
+    is_text: bool
+    reason: str
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a number."""
+        return self.value is not None
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of text and numbers; None and NaN are missing.
 
@@ -56,11 +78,14 @@ class Table:
         columns: with different names.
         rows: a cell for each column.
         caption: a sentence about it; may be empty.
+        reasons: why a cell is missing, by the row's first cell and the column's name; an empty one stands for all rows or all
+            columns that have no reason of their own.
     """
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
+    reasons: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that rows and columns fit."""
@@ -78,8 +103,35 @@ class Table:
 
     def shown_rows(self) -> list[list[str]]:
         """The cells as a terminal and LaTeX show them."""
-        digits = [column.digits for column in self.columns]
-        return [list(map(_shown, row, digits)) for row in self.rows]
+        return [[cell.shown for cell in row] for row in self.cells()]
+
+    def cells(self) -> list[list[ShownCell]]:
+        """The cells as pages show them: a missing one with its reason."""
+        return [[self._cell(row, place, column) for place, column in enumerate(self.columns)] for row in self.rows]
+
+    def _cell(self, row: Sequence[Cell], place: int, column: Column) -> ShownCell:
+        value = json_ready(row[place])
+        number = value if isinstance(value, int | float) else None
+        reason = self._reason(row, column.name) if value is None or value == MISSING else ""
+        return ShownCell(_shown(value, column.digits), number, self.is_text(place), reason)
+
+    def _reason(self, row: Sequence[Cell], column: str) -> str:
+        keys = ((str(row[0]), column), ("", column), (str(row[0]), ""), ("", ""))
+        return next((self.reasons[key] for key in keys if key in self.reasons), "")
+
+    def reason_lines(self) -> list[str]:
+        """Why cells are missing, a line for each reason, with the rows and columns that it is the reason of.
+
+        >>> heads = columns("model", "low", "high")
+        >>> Table(heads, (("new", None, None),), reasons={("new", ""): "one question has no interval"}).reason_lines()
+        ['– (new: low, high): one question has no interval']
+        """
+        places: dict[str, dict[str, list[str]]] = {}
+        for row, cells in zip(self.rows, self.cells(), strict=True):
+            for column, cell in zip(self.columns, cells, strict=True):
+                if cell.reason:
+                    places.setdefault(cell.reason, {}).setdefault(str(row[0]), []).append(column.name)
+        return [f"{MISSING} ({_listed(where)}): {reason}" for reason, where in places.items()]
 
 
 def rich_table(table: Table) -> RichTable:
@@ -109,14 +161,40 @@ def to_text(table: Table, *, width: int = _TERMINAL_WIDTH) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False)
     console.print(rich_table(table))
+    for reason in table.reason_lines():
+        console.print(Text(_printable(reason)))
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
 
 
 def to_json(table: Table) -> dict[str, Any]:
-    """``caption``, ``columns`` (names) and ``rows`` (objects by column name), with numbers whole and null for missing ones."""
+    """The table as JSON values; :func:`from_json` makes the table of them.
+
+    ``caption``, ``columns`` (names), ``digits`` (of each, as shown), ``rows`` (objects by column name) with numbers whole and
+    null for missing ones, and ``missing``: row, column and reason of each missing cell whose reason is known.
+    """
     names = [column.name for column in table.columns]
     rows = [{name: json_ready(cell) for name, cell in zip(names, row, strict=True)} for row in table.rows]
-    return {"caption": table.caption, "columns": names, "rows": rows}
+    missing = [
+        {"row": str(row[0]), "column": column, "reason": cell.reason}
+        for row, cells in zip(table.rows, table.cells(), strict=True)
+        for column, cell in zip(names, cells, strict=True)
+        if cell.reason
+    ]
+    digits = [column.digits for column in table.columns]
+    return {"caption": table.caption, "columns": names, "digits": digits, "rows": rows, "missing": missing}
+
+
+def from_json(found: Mapping[str, Any]) -> Table:
+    """The table that :func:`to_json` made these values of; of older ones, without reasons.
+
+    >>> table = Table(columns("a", "b"), (("x", None),), "all", {("x", "b"): "unknown"})
+    >>> from_json(to_json(table)) == table
+    True
+    """
+    names = found["columns"]
+    heads = tuple(map(Column, names, found.get("digits", [Column("").digits] * len(names))))
+    reasons = {(one["row"], one["column"]): one["reason"] for one in found.get("missing", ())}
+    return Table(heads, tuple(tuple(row[name] for name in names) for row in found["rows"]), found["caption"], reasons)
 
 
 def to_csv(table: Table) -> str:
@@ -208,6 +286,14 @@ def _latex_cell(text: str) -> str:
     return "{}" + escaped if escaped.startswith(("[", "*")) else escaped
 
 
+def _listed(where: Mapping[str, Sequence[str]]) -> str:
+    """Rows and columns in words; rows that share their columns together."""
+    by_columns: dict[tuple[str, ...], list[str]] = {}
+    for row, names in where.items():
+        by_columns.setdefault(tuple(names), []).append(row)
+    return "; ".join(f"{', '.join(rows)}: {', '.join(names)}" for names, rows in by_columns.items())
+
+
 def _printable(text: str) -> str:
     """On one line, with what would steer a terminal written out."""
     return "".join(character if character.isprintable() else " " for character in visible(text))
@@ -221,12 +307,12 @@ def _shown(cell: Cell, digits: int) -> str:
 
 
 def model_name(spec: str) -> str:
-    """What tables call a model: its folder's or file's name; the run's where the folder is a run's ``model/``.
+    """What tables call a model: its folder's or file's name; the run's where the folder is a run's ``model/`` or ``adapter/``.
 
     >>> model_name("HuggingFaceTB/SmolLM2-135M"), model_name("answers/new.jsonl")
     ('SmolLM2-135M', 'new')
     """
     path = Path(spec).resolve()
-    if path.is_dir() and path.name == "model" and path.parent.name:
+    if path.is_dir() and path.name in ("model", "adapter") and path.parent.name:
         return path.parent.name
     return path.name.removesuffix(".jsonl").removesuffix(".json") or spec

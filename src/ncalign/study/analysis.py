@@ -20,6 +20,7 @@ from ncalign.study.spec import Claim, Study
 
 Found: TypeAlias = Mapping[tuple[str, int], Mapping[str, Values]]
 """Measures of the runs that have them, by arm and seed."""
+CAPTION = "Differences are paired by seed and held-out prompt; 95 % intervals allow for both being samples"
 _TOO_FEW = "no seed was finished in both arms"
 
 
@@ -118,22 +119,39 @@ def claims_table(rows: Sequence[Mapping[str, Any]], *, caption: str) -> Table:
         decided = row["verdict"] + (f": {row['why']}" if row["why"] else "")
         cells.append((row["claim"], row.get("mean"), low, high, row.get("p_holm"), row["num_seeds"], decided))
     names = (Column("claim"), *columns("difference", "low", "high", digits=4), Column("p (Holm)", 4), Column("seeds"))
-    return Table((*names, Column("verdict")), tuple(cells), caption)
+    reasons = {("", ""): _TOO_FEW} | {
+        (row["claim"], name): "one seed can't tell"
+        for row in rows
+        if row.get("mean") is not None
+        for name in ("low", "high", "p (Holm)")
+    }
+    return Table((*names, Column("verdict")), tuple(cells), caption, reasons)
 
 
-def arms_table(study: Study, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each arm, and for each measure its mean and half of its interval."""
-    known = {(row["arm"], row["measure"]): row for row in rows}
+def arms_table(found: Mapping[str, Any]) -> Table:
+    """A row for each arm, and for each measure its mean and half of its interval; ``found`` is what study.json holds."""
+    known = {(row["arm"], row["measure"]): row for row in found["arms"]}
     cells = []
-    for arm in study.file.arms:
+    for arm in found["arm_settings"]:
         row: list[str | float | None] = [arm]
-        for measure in study.measures:
+        for measure in found["measures"]:
             one = known.get((arm, measure))
             low, high = one["interval"] if one else (None, None)
             row += [one["mean"] if one else None, None if low is None or high is None else (high - low) / 2]
         cells.append(tuple(row))
-    names = [name for measure in study.measures for name in (measure, f"± {measure}")]
-    return Table((Column("arm"), *columns(*names, digits=3)), tuple(cells), "")
+    names = [name for measure in found["measures"] for name in (measure, f"± {measure}")]
+    reasons = {
+        ("", ""): "no run of the arm has it",
+        **{("", f"± {measure}"): "one seed has no interval" for measure in found["measures"]},
+    }
+    measured = {arm for arm, _ in known}
+    reasons |= {
+        (arm, f"± {measure}"): "no run of the arm has it"
+        for arm in found["arm_settings"]
+        if arm not in measured
+        for measure in found["measures"]
+    }
+    return Table((Column("arm"), *columns(*names, digits=3)), tuple(cells), "", reasons)
 
 
 def headline(claim: Claim, row: Mapping[str, Any]) -> str:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ncalign.core.logs import read_log
-from ncalign.report.charts import interval_chart, label, write_chart
-from ncalign.report.html import label_axes, png, write_run_page
-from ncalign.report.tables import Table, write_table
+from ncalign.report.charts import interval_chart, write_chart
+from ncalign.report.html import write_run_page
+from ncalign.report.plots import Chart, Series
+from ncalign.report.tables import write_table
 from ncalign.stats.intervals import Interval
-from ncalign.study.spec import Study
+from ncalign.study.analysis import CAPTION, arms_table, claims_table
+from ncalign.study.runs import RUNS
 
 TABLES = ("claims.csv", "claims.tex", "arms.csv", "arms.tex")
 FIGURE, PAGE = "figure.svg", "report.html"
@@ -40,21 +41,18 @@ def logged_steps(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[list[d
     return found
 
 
-def plot_curves(steps: Steps) -> bytes | None:
-    """A PNG with a panel for each metric that was logged: a line for each arm, the mean of its seeds; None without any."""
-    panels = [curve for curve in CURVES if any(curve[0] in row for runs in steps.values() for rows in runs for row in rows)]
-    if not panels:
-        return None
-    num_rows = (len(panels) + 1) // 2
-    figure = Figure(figsize=(11, 3.2 * num_rows), layout="constrained")
-    for position, (metric, title, unit) in enumerate(panels, start=1):
-        axes = figure.add_subplot(num_rows, 2, position)
-        for arm, runs in steps.items():
-            points = _mean_curve(runs, metric)
-            if points:
-                axes.plot([step for step, _ in points], [value for _, value in points], marker=".", label=label(arm))
-        label_axes(axes, title, "optimizer step", unit)
-    return png(figure)
+def curve_charts(steps: Steps) -> list[Chart]:
+    """A chart for each metric that was logged: a line for each arm, the mean of its seeds."""
+    found = []
+    for metric, title, unit in CURVES:
+        lines = [
+            Series(arm, points, colour=k)
+            for k, (arm, runs) in enumerate(steps.items())
+            if (points := _mean_curve(runs, metric))
+        ]
+        if lines:
+            found.append(Chart(title, "step", unit, lines, group="steps"))
+    return found
 
 
 def _mean_curve(runs: Sequence[Sequence[Mapping[str, float]]], metric: str) -> list[tuple[float, float]]:
@@ -64,14 +62,11 @@ def _mean_curve(runs: Sequence[Sequence[Mapping[str, float]]], metric: str) -> l
     return [(step, float(np.mean([curve[step] for curve in curves]))) for step in shared]
 
 
-def figure_of(study: Study, found: Mapping[str, Any]) -> Figure | None:
-    """The main measure of each arm with its interval; None where no arm has one."""
-    main = study.measures[0]
+def measured_arms(found: Mapping[str, Any]) -> dict[str, tuple[float, Interval]]:
+    """The main measure of each arm that has it, with its interval."""
+    main = found["measures"][0]
     rows = {row["arm"]: row for row in found["arms"] if row["measure"] == main}
-    values = {arm: (float(row["mean"]), _interval(row["interval"])) for arm, row in rows.items()}
-    if not values:
-        return None
-    return interval_chart({str(main): values}, title=study.file.claim or study.name, unit=main)
+    return {arm: (float(row["mean"]), _interval(row["interval"])) for arm, row in rows.items()}
 
 
 def _interval(ends: Sequence[float | None]) -> Interval:
@@ -79,24 +74,49 @@ def _interval(ends: Sequence[float | None]) -> Interval:
     return low, high
 
 
-def write_outputs(folder: Path, study: Study, found: Mapping[str, Any], *, claims: Table, arms: Table, steps: Steps) -> Path:
-    """Write the tables, the figure and the page of a study into its folder, and return the page's path."""
+def _measure_chart(found: Mapping[str, Any]) -> Chart | None:
+    values = measured_arms(found)
+    if not values:
+        return None
+    points = [(value, place, *interval) for place, (value, interval) in enumerate(values.values())]
+    main = str(found["measures"][0])
+    return Chart(f"{main}, 95 % intervals", main, "", [Series(main, points, "dots")], categories=list(values), across=True)
+
+
+def write_outputs(folder: Path, found: Mapping[str, Any]) -> Path:
+    """Write the tables, the figure and the page of a study into its folder, and return the page's path.
+
+    Args:
+        folder: of the study, with its runs.
+        found: what study.json holds.
+    """
+    claims, arms = claims_table(found["comparisons"], caption=CAPTION), arms_table(found)
     for name in TABLES:
         write_table(claims if name.startswith("claims") else arms, folder / name)
-    figure = figure_of(study, found)
-    if figure is not None:
+    values, main = measured_arms(found), str(found["measures"][0])
+    if values:
+        figure = interval_chart({main: values}, title=found["claim"] or found["study"], unit=main)
         write_chart(figure, folder / FIGURE)
+    return write_page(folder, found)
+
+
+def write_page(folder: Path, found: Mapping[str, Any], page: Path | None = None) -> Path:
+    """Write the page of a study into its folder, or where ``page`` says, and return its path."""
+    metrics = {
+        arm: [folder / RUNS / arm / f"seed-{seed}" / "metrics.jsonl" for seed in range(found["seeds"])]
+        for arm in found["arm_settings"]
+    }
     return write_run_page(
         folder,
         "study",
-        study=study.name,
-        claim=study.file.claim,
-        source=study.file.source,
-        comparisons=found["comparisons"],
-        claims=claims,
-        arms=arms,
+        page,
+        study=found["study"],
+        claim=found["claim"],
+        source=found["source"],
+        claims=claims_table(found["comparisons"], caption=CAPTION),
+        arms=arms_table(found),
         failed=found["failed"],
-        figure=None if figure is None else png(figure),
-        curves=plot_curves(steps),
-        results=json.dumps(found, indent=2),
+        measures=_measure_chart(found),
+        curves=curve_charts(logged_steps(metrics)),
+        results=json.dumps(found, indent=2, ensure_ascii=False),
     )

@@ -15,14 +15,13 @@ from ncalign.core.outputs import claim, record
 from ncalign.core.progress import say
 from ncalign.online.config import OnlineConfig
 from ncalign.report.tables import to_text
-from ncalign.study.analysis import arm_means, arms_table, claims_table, comparisons, headline
+from ncalign.study.analysis import CAPTION, arm_means, claims_table, comparisons, headline
 from ncalign.study.config import Scale, StudyConfig
 from ncalign.study.material import DATA, with_material, write_tiny_material
 from ncalign.study.on_ray import on_ray
-from ncalign.study.page import FIGURE, PAGE, TABLES, logged_steps, write_outputs
+from ncalign.study.page import FIGURE, PAGE, TABLES, write_outputs
 from ncalign.study.runs import LOGS, MEASURES, REFERENCE, RUNS, Engine, Failures, Job, in_processes, in_this_process, run_jobs
 from ncalign.study.spec import Load, Study, read_study, run_config, training_of
-from ncalign.training import run_folder
 from ncalign.training.config import TrainConfig
 from ncalign.training.plan import dry_run
 
@@ -170,13 +169,8 @@ def _finish(study: Study, folder: Path, jobs: Sequence[Job], failures: Failures,
         }
     )
     write_json_atomic(found, folder / RESULTS)
-    caption = "Differences are paired by seed and held-out prompt; 95 % intervals allow for both being samples"
-    table = claims_table(claims, caption=caption)
-    metrics = {
-        arm: [folder / RUNS / arm / f"seed-{seed}" / run_folder.METRICS for seed in range(study.file.seeds)]
-        for arm in study.file.arms
-    }
-    page = write_outputs(folder, study, found, claims=table, arms=arms_table(study, rows), steps=logged_steps(metrics))
+    table = claims_table(claims, caption=CAPTION)
+    page = write_outputs(folder, found)
     lines = [headline(one, row) for one, row in zip(study.claims, claims, strict=True)]
     lines = [*([study.file.claim] if study.file.claim else []), *lines, "", to_text(table, width=_TEXT_WIDTH)]
     lines += [f"failed: {name}: {reason.splitlines()[0]}" for name, reason in failures.items()]

@@ -28,6 +28,7 @@ from ncalign.model.policy import DTYPES, Policy, reference_mode
 from ncalign.model.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
 from ncalign.model.routing import router_loss_of
 from ncalign.objectives import Method, build_method
+from ncalign.report.page import report_at_end
 from ncalign.training import run_folder
 from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.config import TrainConfig
@@ -224,6 +225,7 @@ def _finish(
     except OSError as error:
         checkpoint = partial(save, loop.done, loop.state())
         raise kept_after(error, config.output_dir, loop.done, save_checkpoint=checkpoint, save_model=write) from error
+    report_at_end(config.output_dir, first=loop.engine.accelerator.is_main_process)
 
 
 def needed_space(config: TrainConfig, prepared: Prepared) -> DiskNeed:
