@@ -66,6 +66,18 @@ def test_greedy_equals_transformers_generate_one_by_one(
         assert completion.num_tokens == len(expected)
 
 
+def test_the_head_reads_one_contiguous_row_a_prompt(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Of a view of every position it would multiply hundreds of times more slowly on a CPU, with gigabytes of scratch."""
+    given: list[torch.Tensor] = []
+    handle = tiny_model.lm_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    generator_of(tiny_model, tiny_tokenizer).generate(PROMPTS, num_samples=1, params=SamplingParams(3), seed=0)
+    handle.remove()
+    assert given[0].shape[:2] == (len(PROMPTS), 1)
+    assert all(one.is_contiguous() for one in given)
+
+
 def test_same_seed_same_samples_and_no_global_random_state(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -64,7 +64,7 @@ def measure_run(
             found |= measured.likelihoods(groups)
         if any(name in ANSWERED for name in wanted):
             assert evaluation is not None
-            found |= measured.answers(groups, evaluation)
+            found |= measured.answers(groups, evaluation, wanted)
     return {name: found.get(name, {}) for name in measures}
 
 
@@ -97,8 +97,8 @@ class _Measured:
                 found["reward_accuracy"][group.id] = _accuracy(changes, rewards)
         return found
 
-    def answers(self, groups: Sequence[Group], evaluation: Evaluation) -> dict[str, Values]:
-        """Greedy and sampled answers, their rewards and lengths, and how far they are from the starting model's."""
+    def answers(self, groups: Sequence[Group], evaluation: Evaluation, measures: Sequence[Measure]) -> dict[str, Values]:
+        """Greedy and sampled answers where measures need them: rewards, lengths, and KL from the starting model."""
         rules = self._config.encoding
         generator = TransformersGenerator(
             self._model,
@@ -116,21 +116,19 @@ class _Measured:
             seed = self._config.seed
             return sample_prompts(groups, generator, num_samples=num_samples, params=params, seed=seed, left_out=None)
 
-        greedy, sampled = answered(1, _GREEDY), answered(evaluation.num_samples, evaluation.temperature)
         source = _source(evaluation, self._config)
-        greedy_rewards = _rewards(groups, greedy, source, evaluation.empty_reward)
-        sampled_rewards = _rewards(groups, sampled, source, evaluation.empty_reward)
+        ids, found = [group.id for group in groups], dict[str, Values]()
+        if {"reward", "solved"} & set(measures):
+            rewards = _rewards(groups, answered(1, _GREEDY), source, evaluation.empty_reward)
+            solved = [[float(reward >= evaluation.solved_at) for reward in some] for some in rewards]
+            found |= {"reward": _means(ids, rewards), "solved": _means(ids, solved)}
+        if {"sampled_reward", "length", "kl"} & set(measures):
+            sampled = answered(evaluation.num_samples, evaluation.temperature)
+            lengths = [[float(one.num_tokens) for one in completions] for completions in sampled]
+            found["sampled_reward"] = _means(ids, _rewards(groups, sampled, source, evaluation.empty_reward))
+            found |= {"length": _means(ids, lengths), "kl": self._divergence(groups, sampled)}
         check_failures(source)
-        ids = [group.id for group in groups]
-        solved = [[float(reward >= evaluation.solved_at) for reward in rewards] for rewards in greedy_rewards]
-        lengths = [[float(one.num_tokens) for one in completions] for completions in sampled]
-        return {
-            "reward": _means(ids, greedy_rewards),
-            "sampled_reward": _means(ids, sampled_rewards),
-            "solved": _means(ids, solved),
-            "length": _means(ids, lengths),
-            "kl": self._divergence(groups, sampled),
-        }
+        return found
 
     def _divergence(self, groups: Sequence[Group], sampled: Sequence[Sequence[Completion]]) -> Values:
         """KL of the model from the one that it started from, estimated on its own answers; nats an answer."""
