@@ -19,8 +19,8 @@ from ncalign.model import attention, blockwise, logprobs
 from ncalign.model.blockwise import BLOCK, UNBOUNDED, block_mask
 from ncalign.model.policy import Policy
 from ncalign.objectives import MCPO, build_method
+from ncalign.training.assembly import make_engine
 from ncalign.training.config import TrainConfig
-from ncalign.training.train import make_engine
 from test_sharing import HalfBackward
 
 # PyTorch can't compute a part again in the backward pass of such a device.

@@ -384,6 +384,27 @@ def assert_same_quantized_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_samples_and_the_best_model_equal_one_process(config: Config, launch: Callable[..., Done], sharded: bool) -> None:
+    fields = {"sample_steps": 2, "sample_temperature": 1.0, "sample_max_new_tokens": 6, "num_sample_prompts": 3}
+    fields |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "logps/chosen", "learning_rate": 3e-2}
+    alone, together = config("alone", processes=1, **fields), config("together", **fields)
+    best = run_training(alone)["best"]
+    assert best["step"] < 6
+    done = launch(together, sharded=sharded)
+    assert done.code == 0, done.errors
+    assert_same_run(alone, together)
+    assert json.loads((together.output_dir / "results.json").read_text())["best"]["step"] == best["step"]
+    rows = [
+        [json.loads(line) for line in (run.output_dir / "samples.jsonl").read_text().splitlines()] for run in (alone, together)
+    ]
+    assert [row["step"] for row in rows[0]] == [step for step in (0, 2, 4, 6) for _ in range(3)]
+    for expected, found in zip(*rows, strict=True):
+        assert found.pop("logprob") == pytest.approx(expected.pop("logprob"), rel=1e-9)
+        assert found == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "replicated"])
 def test_resumed_on_another_number_of_processes(config: Config, launch: Callable[..., Done], sharded: bool) -> None:
     settings = {"save_steps": 2, "save_total_limit": 9}

@@ -21,7 +21,7 @@ from ncalign.model.batching import GroupBatch, collate
 from ncalign.model.layout import Span, padded_layout, shared_layout
 from ncalign.model.logprobs import LogprobModel, chosen_logprobs, completion_logprobs
 from ncalign.model.sharing import _LONG, _SHORT, _probe, share_prompts, why_not_shared
-from ncalign.training.train import recompute_activations
+from ncalign.training.memory import recompute_activations
 from test_logprobs import ARCHITECTURES, VOCABULARY, adapted, build, group
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

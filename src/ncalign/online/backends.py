@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from accelerate import Accelerator
 
 from ncalign.core.atomic import delete_folder
@@ -16,7 +15,6 @@ from ncalign.core.store import Store
 from ncalign.generation.base import Generator
 from ncalign.generation.client import Server
 from ncalign.generation.hosts import Order
-from ncalign.generation.local import TransformersGenerator
 from ncalign.generation.remote import ServerGenerator
 from ncalign.generation.token_prompts import TokenPrompts
 from ncalign.generation.vllm import VLLMGenerator
@@ -27,8 +25,8 @@ from ncalign.online.config import OnlineConfig
 from ncalign.online.transfer import Transfer
 from ncalign.training.engine import Engine
 from ncalign.training.export import save_model
-from ncalign.training.launch import is_sharded
 from ncalign.training.run_folder import ROUNDS
+from ncalign.training.samples import policy_generator
 from ncalign.training.shards import Gathering
 
 _WEIGHTS, _START = "weights", "start"
@@ -56,19 +54,7 @@ class InProcess:
     def __init__(self, config: OnlineConfig, policy: Policy, engine: Engine) -> None:
         self._model, self._accelerator = policy.model, engine.accelerator
         self._gathering = Gathering(engine.inner, engine.accelerator)
-        # Sharded weights are gathered in the precision that they compute in.
-        rules = conversation_rules(config.training.encoding)
-        rounded = config.training.dtype == "bfloat16" and not is_sharded(engine.accelerator)
-        self._generator = TransformersGenerator(
-            policy.model,
-            policy.tokenizer,
-            string_prompts=config.training.encoding.string_prompts,
-            batch_size=config.generation_batch_size,
-            autocast=torch.bfloat16 if rounded else None,
-            progress=False,
-            control_tokens=config.training.encoding.control_tokens_in_text,
-            template=rules.template(policy.tokenizer, config.training.encoding.template_date),
-        )
+        self._generator = policy_generator(config.training, policy, engine.accelerator, batch_size=config.generation_batch_size)
 
     def update(self, folder: Path) -> None:
         """Nothing to do."""

@@ -11,6 +11,13 @@ from ncalign.generation.config import ServerConfig
 from ncalign.rewards.config import RewardConfig
 from ncalign.training.config import TrainConfig
 
+TRAIN_ALONE = (
+    *("sample_steps", "num_sample_prompts", "sample_max_new_tokens", "sample_temperature"),
+    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    *("early_stopping_patience", "early_stopping_threshold"),
+)
+"""Settings that look at held-out groups while training, where `online` has rounds for that."""
+
 
 class OnlineConfig(Frozen):
     """`ncalign online`: regenerate candidates from the policy while it trains (OnMC-PO, or any method online)."""
@@ -28,6 +35,7 @@ class OnlineConfig(Frozen):
                 "corrupt": "Spoil the data's own candidates that are mixed in, or their rewards, on purpose.",
                 "cache_dir": "Folder for the scores of judges and reward models; default: the user's cache folder.",
                 "eval_steps": "Not used: held-out prompts are evaluated before each round and at the end.",
+                **dict.fromkeys(TRAIN_ALONE, "Not used: of train alone."),
                 "resume": "Continue the run that output_dir holds; --no_resume refuses to, --overwrite replaces it.",
             },
         ),
@@ -147,6 +155,12 @@ class OnlineConfig(Frozen):
                 "vLLM in this process holds the base model's own weights, and the policy those in 4 bits (quantization): "
                 "an adapter (push: lora) would sample from another model: set push: folder, which sends dequantized weights"
             )
+        for name in TRAIN_ALONE:
+            if getattr(self.training, name) != TrainConfig.model_fields[name].default:
+                raise ValueError(
+                    f"{name} is of train, and online does without: its held-out prompts are answered and scored before each "
+                    "round and at the end (rounds/*/evaluation.json)"
+                )
         max_length = self.training.encoding.max_length
         if self.max_new_tokens >= max_length:
             raise ValueError(

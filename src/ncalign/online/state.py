@@ -30,7 +30,8 @@ from ncalign.online.weights import ReferenceWeights
 from ncalign.rewards.base import RewardSource
 from ncalign.rewards.sources import reward_source, source_digests
 from ncalign.training import run_folder
-from ncalign.training.checkpoint import load_checkpoint, refuse_other_run, save_checkpoint
+from ncalign.training.assembly import make_engine
+from ncalign.training.checkpoint import delete_old, load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.data import held_out_places, prompt_digest
 from ncalign.training.engine import Engine
 from ncalign.training.export import merges
@@ -40,7 +41,6 @@ from ncalign.training.run_folder import MetricsFile
 from ncalign.training.saved import ONLINE_STATE, LoopState
 from ncalign.training.space import DiskNeed, disk_need
 from ncalign.training.trackers import log_to_trackers
-from ncalign.training.train import make_engine
 
 _DRIFT_PROMPTS, _DRIFT_SHARE = 16, 10
 """How many prompts are kept out for the drift unless told, and one in how many at most."""
@@ -319,6 +319,6 @@ def save(run: Run, position: Position) -> None:
             "data": run.inputs["data"],
             "groups_per_step": run.groups_per_step,
         },
-        keep=run.config.training.save_total_limit,
         tensors=run.reference.state(),
     )
+    delete_old(run.config.training.output_dir, run.accelerator, keep=run.config.training.save_total_limit)

@@ -41,7 +41,7 @@ from ncalign.training.shards import fill, has_shards, read_shards, reshard, shar
 _PREFIX = "step-"
 _NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
 _MOMENT = "|"
-_FURTHER = "tensors"
+_FURTHER, _WEIGHTS = "tensors", "model.safetensors"
 _CHECKSUMS = "checksums.json"
 _SUMS = TypeAdapter(dict[str, str])
 REMEDY = "delete the folder, and resume goes on from the checkpoint before it"
@@ -58,10 +58,9 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     state: dict[str, Any],
-    keep: int,
     tensors: Mapping[str, torch.Tensor] = _NONE,
 ) -> Path:
-    """Write a step's checkpoint, with further tensors where a run has some, and delete all but the last ``keep``."""
+    """Write a step's checkpoint, with further tensors where a run has some."""
     folder = checkpoint_folder(run_folder, step)
     sharded = isinstance(model, FSDPModule)
     # The optimizer does not know weights that are gathered.
@@ -88,11 +87,17 @@ def save_checkpoint(
             together = {name: digest for own in sums for name, digest in own.items()}
             (temporary / _CHECKSUMS).write_text(json.dumps(dict(sorted(together.items()))))
         accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for old in find_checkpoints(run_folder)[:-keep]:
-            delete_folder(old)
     accelerator.wait_for_everyone()
     return folder
+
+
+def delete_old(run_folder: Path, accelerator: Accelerator, *, keep: int, best: int = 0) -> None:
+    """Delete all checkpoints but the last ``keep``, and that of the step ``best``."""
+    if accelerator.is_main_process:
+        for old in find_checkpoints(run_folder)[:-keep]:
+            if old != checkpoint_folder(run_folder, best):
+                delete_folder(old)
+    accelerator.wait_for_everyone()
 
 
 def load_checkpoint(
@@ -132,7 +137,7 @@ def load_checkpoint(
     try:
         if has_shards(folder):
             flat = weights | _flat_moments(moments) | dict(tensors)
-            _check_fits(folder, shard_shapes(folder), {name: tensor.shape for name, tensor in flat.items()})
+            _check_fits(folder, shard_shapes(folder), _shapes(flat))
             read_shards(flat, folder, accelerator)
             set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
             set_optimizer_state_dict(model, optimizer, moments)
@@ -157,21 +162,45 @@ def _trained_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     return {name: weights[name] for name in sorted(trained)}, moments
 
 
+def load_weights(folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    """Restore the trained weights of a checkpoint of this run, and nothing else.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    _verify(folder, accelerator)
+    weights, _ = _trained_state(model, optimizer)
+    if has_shards(folder):
+        read_shards(weights, folder, accelerator)
+        set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+    else:
+        loaded: dict[str, Any] = dict(load_file(folder / _WEIGHTS))
+        _check_fits(folder, _shapes(loaded), _shapes(weights))
+        _set_whole(model, loaded)
+
+
 def _load_whole(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
 ) -> None:
     """Restore what one process wrote."""
-    loaded: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
+    loaded: dict[str, Any] = dict(load_file(folder / _WEIGHTS))
     flat = load_file(folder / "optimizer.safetensors")
-    expected = {name: tensor.shape for name, tensor in (weights | _flat_moments(moments)).items()}
-    _check_fits(folder, {name: tensor.shape for name, tensor in (loaded | flat).items()}, expected)
-    result = set_model_state_dict(model, loaded, options=StateDictOptions(full_state_dict=True, strict=False))
-    assert not result.unexpected_keys, result.unexpected_keys[:3]
+    _check_fits(folder, _shapes(loaded | flat), _shapes(weights | _flat_moments(moments)))
+    _set_whole(model, loaded)
     moments["state"] = {}
     for name, tensor in flat.items():
         parameter, _, key = name.rpartition(_MOMENT)
         moments["state"].setdefault(parameter, {})[key] = tensor
     set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
+
+
+def _set_whole(model: torch.nn.Module, weights: dict[str, Any]) -> None:
+    result = set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    assert not result.unexpected_keys, result.unexpected_keys[:3]
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _check_fits(folder: Path, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
@@ -196,7 +225,7 @@ def _load_further(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill the tensors that were saved besides weights and optimizer."""
     path = folder / f"{_FURTHER}.safetensors"
     found = load_file(path) if tensors and path.is_file() else {}
-    _check_fits(folder, {name: found[name].shape for name in found.keys() & tensors}, {n: t.shape for n, t in tensors.items()})
+    _check_fits(folder, {name: found[name].shape for name in found.keys() & tensors}, _shapes(tensors))
     for name, target in tensors.items():
         fill(target, found[name])
 

@@ -132,7 +132,38 @@ class TrainConfig(Frozen):
         0, ge=0, description="Number of optimizer steps between checkpoints; 0: only the final model is saved."
     )
     save_total_limit: int = Field(2, ge=1, description="Number of checkpoints kept; older ones are deleted.")
+    sample_steps: int = Field(
+        0,
+        ge=0,
+        description="Number of optimizer steps between answers to held-out prompts, which samples.jsonl and the trackers keep; "
+        "they are also answered before the first step and after the last; 0: never.",
+    )
+    num_sample_prompts: int = Field(4, ge=1, description="Number of held-out prompts that are answered.")
+    sample_max_new_tokens: int = Field(128, ge=1, description="Maximum number of tokens of these answers.")
+    sample_temperature: float = Field(0.0, ge=0, description="Sampling temperature of these answers; 0: greedy.")
+    metric_for_best_model: str | None = Field(
+        None,
+        description="Metric of evaluations by which the best one is told, with or without eval/ before it; none: loss, where "
+        "load_best_model_at_end or early_stopping_patience needs one.",
+    )
+    greater_is_better: bool | None = Field(
+        None, description="Whether more of that metric is better; none: unless its name ends in loss."
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="Save the model of the best evaluation rather than that of the last step."
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Number of evaluations without improvement of that metric, one after the other, at which training stops; "
+        "none: it never stops early.",
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="Change of that metric up to which an evaluation counts as no improvement."
+    )
     report_to: tuple[str, ...] = Field(("tensorboard",), description="accelerate's trackers; an empty list for none.")
+    project: str = Field("ncalign", min_length=1, description="Project that trackers file the run under.")
+    run_name: str | None = Field(None, min_length=1, description="What trackers call the run; none: by the name of output_dir.")
     resume: bool = Field(False, description="Continue from the last checkpoint in output_dir.")
     accept_changes: bool = Field(False, description="Resume although the configuration changed; the changes are shown.")
     overwrite: bool = Field(False, description="Delete what an earlier run left in output_dir and start again.")
@@ -156,9 +187,36 @@ class TrainConfig(Frozen):
                 f"corrupt: {self.corrupt.kind} changes completions, and reference: data has log-probs of those that were there "
                 "before: set reference: compute"
             )
+        self._held_out_for()
         if self.compile_norms_and_mlps and self.quantization is not None:
             raise ValueError(
                 "compile_norms_and_mlps can't be had with quantization: bitsandbytes' layers of 4 bits are not compiled; leave "
                 "one of them out"
             )
         return self
+
+    def _held_out_for(self) -> None:
+        """Raise where something looks at held-out groups, or at evaluations while training, and there are none."""
+        watching = [
+            name
+            for name, given in (
+                ("sample_steps", self.sample_steps > 0),
+                ("metric_for_best_model", self.metric_for_best_model is not None),
+                ("load_best_model_at_end", self.load_best_model_at_end),
+                ("early_stopping_patience", self.early_stopping_patience is not None),
+            )
+            if given
+        ]
+        if watching and self.eval_data is None and not self.eval_fraction:
+            raise ValueError(f"{watching[0]} needs groups that are held out: set eval_data or eval_fraction")
+        if watching and watching[-1] != "sample_steps" and not self.eval_steps:
+            raise ValueError(
+                f"{watching[-1]} needs evaluations while training, and eval_steps is 0: set eval_steps, or leave it out"
+            )
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric by which evaluations are compared; None where nothing asks for that."""
+        if self.metric_for_best_model is None and not self.load_best_model_at_end and self.early_stopping_patience is None:
+            return None
+        return self.metric_for_best_model or "loss"

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ncalign.core.progress import Bar, say
 from ncalign.model.encoding import EncodedGroup
 from ncalign.model.routing import RouterLoss
+from ncalign.training.best import Best
 from ncalign.training.engine import Engine, Last, Pass
 from ncalign.training.last_visits import LastVisits
 from ncalign.training.metrics import (
@@ -41,6 +42,7 @@ class Intervals:
     logging: int
     evaluation: int
     checkpoint: int
+    sample: int = 0
 
 
 @dataclass
@@ -60,6 +62,9 @@ class Loop:
         mismatched: for methods that measure from them, each training group's prompt with a completion of another.
         eval_mismatched: the same of the groups held out.
         reference_step: the step before which the policy is the reference still; -1 for none.
+        best: compares evaluations, and stops training where they no longer improve; None: nothing does.
+        keep_best: whether a checkpoint is written at each evaluation that is the best so far.
+        sample: answers held-out prompts after a step, unless it has; None: nothing does.
         known: of each group, log-probs under the policy that training starts from, where they are known; none: the reference's.
         last_visits: of the groups' candidates, where the method draws by them.
         seen: sum and number of the trained groups' mean implicit rewards.
@@ -78,6 +83,9 @@ class Loop:
     eval_mismatched: Sequence[EncodedGroup] = ()
     reference_step: int = 0
     known: Sequence[Sequence[float] | None] = ()
+    best: Best | None = None
+    keep_best: bool = False
+    sample: Callable[[int], None] | None = None
     last_visits: LastVisits | None = field(init=False, default=None)
     seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     alarm: ChosenAlarm = field(default_factory=ChosenAlarm)
@@ -108,6 +116,8 @@ class Loop:
         tokens, since = 0, time.monotonic()
         with Bar("Training", self.plan.num_steps, completed=start, shown=main) as bar:
             for step in range(start, self.plan.num_steps):
+                if self.stopped_early:
+                    break
                 grad_norm, step_tokens = self.step(step)
                 tokens += step_tokens
                 self.done = done = step + 1
@@ -127,13 +137,43 @@ class Loop:
                     self.means, tokens, since = MetricMeans(), 0, time.monotonic()
                 rate = self.last.get("tokens_per_second", 0.0)
                 bar.advance(note=f"loss {self.last.get('loss', math.nan):.4f}  {rate:.0f} tok/s")
-                if due(done, self.intervals.evaluation) and not final:
-                    self.evaluate(done)
-                if due(done, self.intervals.checkpoint):
-                    save(done, self.state())
+                self.look(done, save, final=final)
                 if final:
                     break
-        return self.evaluate(self.plan.num_steps) if self.eval_groups else self.last
+        return self.end()
+
+    def look(self, done: int, save: Callable[[int, LoopState], None], *, final: bool) -> None:
+        """Evaluate, sample and save after a step, as far as they are due; after the final one the first two come at the end."""
+        better = False
+        if due(done, self.intervals.evaluation) and not final:
+            row = self.evaluate(done)
+            better = self.best is not None and self.best.observe(row)
+        if self.sample is not None and due(done, self.intervals.sample) and not final:
+            self.sample(done)
+        if due(done, self.intervals.checkpoint) or (better and self.keep_best):
+            save(done, self.state())
+
+    def end(self) -> dict[str, float]:
+        """The last evaluation and samples; returns the metrics of the evaluation, or those logged last where there is none."""
+        if self.sample is not None:
+            self.sample(self.done)
+        if self.stopped_early:
+            assert self.best is not None
+            assert self.best.last is not None
+            if self.engine.accelerator.is_main_process:
+                say(f"Stopped after step {self.done} of {self.plan.num_steps}: {self.best.text()}")
+            return self.best.last
+        if not self.eval_groups:
+            return self.last
+        row = self.evaluate(self.plan.num_steps)
+        if self.best is not None:
+            self.best.observe(row)
+        return row
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether evaluations no longer improve, before the plan's end."""
+        return self.best is not None and self.best.exhausted and self.done < self.plan.num_steps
 
     def state(self) -> LoopState:
         """What a resumed run needs to log what this one would have logged; JSON values."""
@@ -143,6 +183,8 @@ class Loop:
         if self.last_visits is not None:
             self.last_visits.exchange(self.engine.accelerator)
             state["last_visits"] = self.last_visits.state()
+        if self.best is not None:
+            state["best"] = self.best.state()
         return state
 
     def restore(self, state: LoopState) -> None:
@@ -153,6 +195,8 @@ class Loop:
         self.last, self.seen = state["last"], state["seen"]
         if self.last_visits is not None and "last_visits" in state:
             self.last_visits.restore(state["last_visits"])
+        if self.best is not None and "best" in state:
+            self.best.restore(state["best"])
 
     def step(self, step: int) -> tuple[float, int]:
         """One optimizer step over the step's groups; returns the gradient norm and the tokens this process ran."""

@@ -24,9 +24,10 @@ from ncalign.core.progress import say
 from ncalign.training.config import TrainConfig
 from ncalign.training.saved import RESULTS as SAVED_RESULTS
 
-RESULTS, METRICS, CONFIG, INPUTS, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
+RESULTS, METRICS, SAMPLES, CONFIG, INPUTS, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT = (
     "results.json",
     "metrics.jsonl",
+    "samples.jsonl",
     "config.yaml",
     "inputs.json",
     "model",
@@ -37,7 +38,7 @@ RESULTS, METRICS, CONFIG, INPUTS, MODEL, CHECKPOINTS, TENSORBOARD, ROUNDS, REPOR
 )
 ADAPTER = "adapter"
 """The adapter of a finished run that was merged later."""
-ENTRIES = (RESULTS, METRICS, CONFIG, INPUTS, MODEL, ADAPTER, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT)
+ENTRIES = (RESULTS, METRICS, SAMPLES, CONFIG, INPUTS, MODEL, ADAPTER, CHECKPOINTS, TENSORBOARD, ROUNDS, REPORT)
 """What a run leaves in its folder."""
 _FREE_ON_RESUME = frozenset(
     {
@@ -49,6 +50,12 @@ _FREE_ON_RESUME = frozenset(
         "save_total_limit",
         "eval_steps",
         "report_to",
+        "project",
+        "run_name",
+        "sample_steps",
+        "num_sample_prompts",
+        "sample_max_new_tokens",
+        "sample_temperature",
         "merge",
         "cache_dir",
         "output_dir",
@@ -218,31 +225,37 @@ def refuse_other_inputs(config: TrainConfig, now: Mapping[str, str]) -> None:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one line a logged step, appended as it happens.
+    """``metrics.jsonl`` or ``samples.jsonl``: lines of a step, appended as it happens.
 
     Args:
         path: the file.
         keep_until: on resume, lines of later steps are dropped: they will be written again.
-        num_steps: of the run; its last evaluation comes after its last checkpoint, and is written again too.
+        num_steps: of the run; its last evaluation and samples come after its last checkpoint, and are written again too.
+
+    Attributes:
+        steps: of which there are lines.
     """
 
     def __init__(self, path: Path, *, keep_until: int, num_steps: int) -> None:
-        kept = []
+        kept, self.steps = [], set[int]()
         if keep_until and path.is_file():
             for row in read_log(path, key="step"):
-                if row["step"] <= keep_until and not (row["step"] == num_steps and "eval/loss" in row):
+                at_end = row["step"] == num_steps and bool({"eval/loss", "completion"} & row.keys())
+                if row["step"] <= keep_until and not at_end:
                     kept.append(json.dumps(row) + "\n")
+                    self.steps.add(row["step"])
         write_text_atomic("".join(kept), path)
         self._path = path
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a line; NaN and infinities become null."""
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append a line a row, all or none; NaN and infinities become null."""
         whole = self._path.stat().st_size
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(json_ready(row)) + "\n")
+                file.write("".join(json.dumps(json_ready(row)) + "\n" for row in rows))
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that says these steps are logged
         except OSError as error:
             os.truncate(self._path, whole)
             raise explained(error, self._path, left="Earlier lines and the last checkpoint are kept") from error
+        self.steps.update(row["step"] for row in rows)

@@ -29,6 +29,15 @@ class LastVisitsState(TypedDict):
     logprobs: list[Number]
 
 
+class BestState(TypedDict):
+    """:meth:`ncalign.training.best.Best.state`."""
+
+    step: Count
+    row: Numbers | None
+    waited: Count
+    last: Numbers | None
+
+
 class LoopState(TypedDict):
     """:meth:`ncalign.training.loop.Loop.state`."""
 
@@ -38,6 +47,7 @@ class LoopState(TypedDict):
     last: Numbers
     seen: Annotated[list[Number], Field(min_length=2, max_length=2)]
     last_visits: NotRequired[LastVisitsState]
+    best: NotRequired[BestState]
 
 
 class SavedState(TypedDict):

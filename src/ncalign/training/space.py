@@ -61,6 +61,7 @@ def disk_need(
     merged: torch.dtype | None,
     num_steps: int,
     num_saves: int,
+    num_best: int = 0,
     kept_tensors: int = 0,
     samples: int = 0,
 ) -> DiskNeed:
@@ -72,8 +73,9 @@ def disk_need(
         merged: precision of the weights with the adapter merged into them; None where the adapter is saved alone.
         num_steps: of the run.
         num_saves: checkpoints that it writes in all.
+        num_best: those that it may write besides, of which the best is kept.
         kept_tensors: bytes that a checkpoint holds besides weights and optimizer.
-        samples: bytes that an online run writes for its rounds.
+        samples: bytes of an online run's rounds, or of answers to held-out prompts.
     """
     sizes = [(parameter.requires_grad, parameter.numel() * parameter.element_size()) for parameter in model.parameters()]
     trained, everything = sum(size for is_trained, size in sizes if is_trained), sum(size for _, size in sizes)
@@ -86,7 +88,7 @@ def disk_need(
         # Of each trained tensor: itself, two moments and a step count, and its name in the state.
         checkpoint=3 * trained + kept_tensors + 5 * _TENSOR * sum(is_trained for is_trained, _ in sizes) + _OVERHEAD,
         # While one is written, those that are kept are still there.
-        num_checkpoints=min(num_saves, config.save_total_limit + 1),
+        num_checkpoints=min(num_saves + num_best, config.save_total_limit + 1 + bool(num_best)),
         model=saved + _TENSOR * len(sizes) + _OVERHEAD + _tokenizer_size(Path(config.model)),
         others=_LINE * lines + samples,
     )

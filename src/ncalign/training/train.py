@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,16 @@ from ncalign.core.code_digest import value_digest
 from ncalign.core.store import Store
 from ncalign.model.attention import shares_prompts
 from ncalign.model.batching import GroupBatch
-from ncalign.model.compiled import compile_norms_and_mlps
 from ncalign.model.encoding import EncodedGroup, Encoder
-from ncalign.model.limits import filler_id
-from ncalign.model.logprobs import LogprobModel, base_causal_model, completion_token_cost
-from ncalign.model.policy import DTYPES, Policy, reference_mode
+from ncalign.model.logprobs import base_causal_model
+from ncalign.model.policy import Policy, reference_mode
 from ncalign.model.reference import ReferenceCache, data_digest, missing_groups, reference_folder, with_reference
-from ncalign.model.routing import router_loss_of
 from ncalign.objectives import Method, build_method
 from ncalign.report.page import report_at_end
 from ncalign.training import run_folder
-from ncalign.training.checkpoint import find_checkpoints, load_checkpoint, refuse_other_run, save_checkpoint
+from ncalign.training.assembly import make_engine
+from ncalign.training.best import Best
+from ncalign.training.checkpoint import delete_old, find_checkpoints, load_checkpoint, refuse_other_run, save_checkpoint
 from ncalign.training.config import TrainConfig
 from ncalign.training.data import (
     LoadedGroups,
@@ -41,15 +40,14 @@ from ncalign.training.data import (
     made_otherwise,
     mismatched_groups,
 )
+from ncalign.training.ends import begun, check_best, take_best
 from ncalign.training.engine import Engine
 from ncalign.training.estimate import with_candidates
 from ncalign.training.export import merges, model_card, save_model, versions
 from ncalign.training.finished import export_finished
-from ncalign.training.launch import compute_in, is_sharded, make_accelerator
-from ncalign.training.loading import choose_head, open_policy, share_prompts_alike
+from ncalign.training.launch import is_sharded, make_accelerator
+from ncalign.training.loading import open_policy
 from ncalign.training.loop import Intervals, Loop
-from ncalign.training.memory import recompute_activations, step_memory
-from ncalign.training.optimizer import make_optimizer
 from ncalign.training.peers import (
     another_process_named,
     check_shared_folder,
@@ -61,17 +59,18 @@ from ncalign.training.precision import with_precision
 from ncalign.training.rescue import kept_after
 from ncalign.training.resolve import check_data_files, groups_per_step, with_rendering
 from ncalign.training.run_folder import MetricsFile, claimed_run_folder, finished_results, open_run_folder, refuse_changes
+from ncalign.training.samples import make_sampler
 from ncalign.training.saved import TRAIN_STATE, LoopState
 from ncalign.training.schedule import DataPlan, learning_rate_at, make_plan
 from ncalign.training.selfcheck import check_first_step
 from ncalign.training.space import DiskNeed, check_space, disk_need
-from ncalign.training.trackers import log_to_trackers, start_trackers
+from ncalign.training.trackers import log_to_trackers, samples_to_trackers, start_trackers
 from ncalign.training.variants import vary_groups
 
+_TOKEN = 8
+"""Bytes of a token's text."""
 _NUM_CHECKED = 64
 """Groups whose references are checked when they come with the data."""
-_PASS_TOKENS = {"cpu": 2048, "other": 16384}
-"""Tokens of a pass by default: a CPU is busy with fewer."""
 
 
 @dataclass
@@ -136,7 +135,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
     step_size = groups_per_step(config, accelerator, checkpoints[-1] if checkpoints else None)
     prepared = prepare_training(config, accelerator, method, step_size)
     decided_by_first(accelerator, partial(check_space, config, needed_space(config, prepared)))
-    engine, held_out, inputs = prepared.engine, prepared.held_out, _inputs(config, prepared) | own
+    engine, inputs = prepared.engine, _inputs(config, prepared) | own
     refuse_unlike_inputs(inputs, accelerator)
     _fill_reference(config, prepared)
     prepared.engine = with_candidates(prepared.engine, prepared.train)
@@ -165,13 +164,13 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
     loop = _loop(config, prepared, state["step"])
     if checkpoints:
         loop.restore(state["loop"])
-    elif held_out:
-        state["before"] = loop.evaluate(0)
+        check_best(config.output_dir, loop)
+    else:
+        state["before"] = begun(loop)
     save = partial(_save, config, prepared, state, started)
-    after = _trained(config, loop, state["step"], save)
-    results = _results(
-        config, prepared, before=state["before"], after=after, seconds=state["seconds"] + time.monotonic() - started
-    )
+    after = take_best(config.output_dir, loop, _trained(config, loop, state["step"], save), save=save)
+    seconds = state["seconds"] + time.monotonic() - started
+    results = _results(config, prepared, loop, before=state["before"], after=after, seconds=seconds)
     merge, card = merges(prepared.policy, config), model_card(prepared.policy, config, written, results)
     write = partial(save_model, prepared.policy, engine.model, accelerator, merge=merge, card=card)
     _finish(config, loop, results, save=save, write=lambda target: write(target=target))
@@ -179,12 +178,13 @@ def _run(config: TrainConfig, accelerator: Accelerator, method: Method, own: dic
 
 
 def _results(
-    config: TrainConfig, prepared: Prepared, *, before: Any, after: dict[str, float], seconds: float
+    config: TrainConfig, prepared: Prepared, loop: Loop, *, before: Any, after: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """What ``results.json`` holds."""
     return {
         "method": prepared.engine.method.name,
-        "steps": prepared.plan.num_steps,
+        "steps": loop.done,
+        **({} if loop.best is None else {"best": loop.best.result(), "stopped_early": loop.stopped_early}),
         "data": prepared.counts(),
         "reward_steps": listed_steps(prepared.loaded.reward_steps),
         "before": before,
@@ -231,12 +231,15 @@ def _finish(
 def needed_space(config: TrainConfig, prepared: Prepared) -> DiskNeed:
     """What a run will write to its folder."""
     steps = prepared.plan.num_steps
+    answers = (steps // config.sample_steps + 2) * config.num_sample_prompts if config.sample_steps else 0
     return disk_need(
         config,
         prepared.engine.inner.model,
         merged=prepared.policy.merged_dtype if merges(prepared.policy, config) else None,
         num_steps=steps,
         num_saves=steps // config.save_steps if config.save_steps else 0,
+        num_best=steps // config.eval_steps + 1 if config.load_best_model_at_end else 0,
+        samples=_TOKEN * answers * (config.sample_max_new_tokens + config.encoding.max_length),
     )
 
 
@@ -295,84 +298,6 @@ def prepare_training(config: TrainConfig, accelerator: Accelerator, method: Meth
     if method.hooks.baseline is not None and method.hooks.baseline.mismatched:
         mismatched = [mismatched_groups(groups, max_length=config.encoding.max_length) for groups in (train, held_out)]
     return Prepared(policy, engine, optimizer, plan, train, held_out, loaded, encoder, mismatched[0], mismatched[1], variants)
-
-
-def make_engine(
-    config: TrainConfig, policy: Policy, method: Method, accelerator: Accelerator, *, tokens: Sequence[int] = ()
-) -> tuple[Engine, torch.optim.Optimizer]:
-    """The engine that runs the method on this policy, and the optimizer of what it trains.
-
-    ``tokens`` are those of each group, where they are known before: passes may be smaller than they are allowed to be.
-    """
-    max_tokens = config.max_tokens_per_batch or _PASS_TOKENS["cpu" if accelerator.device.type == "cpu" else "other"]
-    longest = sorted(tokens, reverse=True)[: config.per_device_train_batch_size]
-    most = max(longest[0], min(max_tokens, sum(longest))) if longest else max_tokens
-    if _recomputes(config, policy, accelerator, most):
-        recompute_activations(base_causal_model(policy.model))
-    if config.compile_norms_and_mlps:
-        compile_norms_and_mlps(policy.model, device=accelerator.device)
-    find_router = partial(router_loss_of, base_causal_model(policy.model), config.router_aux_loss_coef)
-    router, notice = decided_by_first(accelerator, find_router)
-    if notice:
-        say_first(accelerator, f"note: {notice}")
-    # Trained weights are float32 in any case: all of them, or the adapter's beside a frozen model held in bfloat16.
-    rounded = torch.bfloat16 if config.dtype == "bfloat16" else None
-    autocast = rounded
-    if is_sharded(accelerator):
-        compute_in(rounded, accelerator)
-        autocast = None
-    model = LogprobModel(policy.model, autocast=autocast)
-    # Before sharding, which hides how many weights a number packs.
-    token_cost, once = completion_token_cost(policy.model), _may_share_once(config, accelerator)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    # Only now do the weights lie where they are trained, whole or in parts, and run through that device's kernels.
-    reason = share_prompts_alike(model, accelerator, prompts_once=once) if config.share_prompts else None
-    if reason is not None:
-        say_first(accelerator, f"note: each completion computes its prompt again, since prompts can't be shared here: {reason}")
-    choose_head(config.head, model, accelerator, dtype=DTYPES[config.dtype])
-    engine = Engine(
-        model=wrapped,
-        method=method,
-        accelerator=accelerator,
-        pad_token_id=filler_id(policy.model, policy.tokenizer),
-        seed=config.seed,
-        max_groups=config.per_device_train_batch_size,
-        max_tokens=max_tokens,
-        token_cost=token_cost,
-        scoring_dtype=None if config.scoring_dtype == config.dtype else DTYPES[config.scoring_dtype],
-        prompts_once=once and shares_prompts(base_causal_model(policy.model)),
-        router=router,
-    )
-    return engine, optimizer
-
-
-def _recomputes(config: TrainConfig, policy: Policy, accelerator: Accelerator, tokens: int) -> bool:
-    """Whether layers' activations are computed again in the backward pass, as configured or where a step would not fit."""
-    if config.activation_checkpointing != "auto":
-        return config.activation_checkpointing
-    need = step_memory(
-        policy.model,
-        tokens=tokens,
-        precision=DTYPES[config.dtype],
-        device=accelerator.device,
-        num_shards=accelerator.num_processes if is_sharded(accelerator) else 1,
-    )
-    able = bool(getattr(base_causal_model(policy.model), "supports_gradient_checkpointing", False))
-    # Devices of different nodes may differ.
-    recomputes, needed = decided_by_first(accelerator, lambda: (not need.fits(), "" if need.fits() else need.text()))
-    if recomputes and able:
-        say_first(
-            accelerator, f"note: activations are computed again in the backward pass (activation_checkpointing): {needed}"
-        )
-    elif recomputes:
-        say_first(accelerator, f"warning: this model can't compute its activations again in the backward pass: {needed}")
-    return recomputes and able
-
-
-def _may_share_once(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Whether one pass over prompts may serve scoring and training: not with an adapter's dropout, nor with sharded weights."""
-    noisy = config.lora is not None and config.lora.dropout > 0
-    return not noisy and not is_sharded(accelerator)
 
 
 def self_check(config: TrainConfig, prepared: Prepared) -> None:
@@ -435,8 +360,11 @@ def _fill_reference(config: TrainConfig, prepared: Prepared) -> None:
 
 def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
     accelerator, plan = prepared.engine.accelerator, prepared.plan
-    path = config.output_dir / run_folder.METRICS
-    metrics = MetricsFile(path, keep_until=start, num_steps=plan.num_steps) if accelerator.is_main_process else None
+    first = accelerator.is_main_process
+    metrics, samples = (
+        MetricsFile(config.output_dir / name, keep_until=start, num_steps=plan.num_steps) if first and wanted else None
+        for name, wanted in ((run_folder.METRICS, True), (run_folder.SAMPLES, config.sample_steps > 0))
+    )
     start_trackers(config, config.model_dump(mode="json"), accelerator, start)
 
     def log(row: dict[str, float]) -> None:
@@ -444,6 +372,19 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
             metrics.write(row)
         log_to_trackers(config, accelerator, row)
 
+    def keep(step: int, rows: list[dict[str, Any]]) -> None:
+        assert samples is not None
+        samples.write(*rows)
+        samples_to_trackers(config, accelerator, step, rows)
+
+    sampler, best = None, None
+    if config.sample_steps:
+        done = set() if samples is None else samples.steps
+        sampler = make_sampler(config, prepared.policy, prepared.engine, prepared.held_out, write=keep, done=done)
+    if config.best_metric is not None:
+        best = Best(
+            config.best_metric, config.greater_is_better, config.early_stopping_patience, config.early_stopping_threshold
+        )
     return Loop(
         engine=prepared.engine,
         optimizer=prepared.optimizer,
@@ -458,10 +399,13 @@ def _loop(config: TrainConfig, prepared: Prepared, start: int) -> Loop:
             kind=config.lr_scheduler_type,
         ),
         max_grad_norm=config.max_grad_norm,
-        intervals=Intervals(config.logging_steps, config.eval_steps, config.save_steps),
+        intervals=Intervals(config.logging_steps, config.eval_steps, config.save_steps, config.sample_steps),
         log=log,
         mismatched=prepared.mismatched,
         eval_mismatched=prepared.eval_mismatched,
+        best=best,
+        keep_best=config.load_best_model_at_end,
+        sample=sampler,
     )
 
 
@@ -485,8 +429,10 @@ def _save(config: TrainConfig, prepared: Prepared, state: dict[str, Any], starte
         accelerator=prepared.engine.accelerator,
         state={"before": state["before"], "seconds": seconds, "loop": loop, "weights": state["weights"], "data": state["data"]}
         | {"groups_per_step": prepared.plan.groups_per_step},
-        keep=config.save_total_limit,
     )
+    best = loop.get("best") if config.load_best_model_at_end else None
+    accelerator = prepared.engine.accelerator
+    delete_old(config.output_dir, accelerator, keep=config.save_total_limit, best=best["step"] if best else 0)
 
 
 def _reference_folder(config: TrainConfig, prepared: Prepared) -> Path:
