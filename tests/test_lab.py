@@ -118,8 +118,8 @@ def test_the_page_escapes_every_text(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     run_lab(tmp_path)
     page = (tmp_path / "theory.html").read_text(encoding="utf-8")
     assert re.findall("<script[^>]*>", page) == ['<script type="application/json">', "<script>"]
-    # The statement, its source, the curve's heading, note and chart.
-    assert page.count("&lt;script&gt;&amp;&#34;&#39;") == 5
+    # The statement, its source, the curve's heading and its note.
+    assert page.count("&lt;script&gt;&amp;&#34;&#39;") == 4
 
 
 def test_a_logarithmic_plot_leaves_out_what_it_cannot_show() -> None:

@@ -81,8 +81,9 @@ function shownNumber(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-function ticks(low, high, count) {
-  const rough = (high - low) / Math.max(1, count);
+// Round numbers over a range, at most about so many; of steps and other whole numbers, whole ones.
+function ticks(low, high, count, whole = false) {
+  const rough = Math.max((high - low) / Math.max(1, count), whole ? 1 : 0);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough * 0.999);
   const found = [];
@@ -186,7 +187,7 @@ class Chart {
     let start = null;
     const place = (event) => event.clientX - this.svg.getBoundingClientRect().left;
     this.svg.addEventListener("pointerdown", (event) => {
-      if (event.button !== 0 || this.spec.across) return;
+      if (event.button !== 0 || this.spec.categories.length) return;
       start = place(event);
     });
     this.svg.addEventListener("pointermove", (event) => {
@@ -286,7 +287,8 @@ class Chart {
       drawn(this.svg, "text", { x: box.left - 6, y: y + 4, "text-anchor": "end" }, this.fitted(yNames[k], box.left - 8));
     });
     const names = this.spec.across ? [] : this.spec.categories;
-    const xTicks = names.length ? names.map((_, k) => k) : this.logX ? logTicks(...dx) : ticks(...dx, Math.max(2, box.width / 90));
+    const whole = this.spec.series.every((one) => one.points.every(([x]) => Number.isInteger(x)));
+    const xTicks = names.length ? names.map((_, k) => k) : this.logX ? logTicks(...dx) : ticks(...dx, Math.max(2, box.width / 90), whole);
     const room = (box.right - box.left) / Math.max(1, xTicks.length);
     xTicks.forEach((value) => {
       const x = this.x.to(value), name = names.length ? this.fitted(names[value], room) : shownNumber(value);
