@@ -24,7 +24,7 @@ from ncalign.training.config import TrainConfig
 
 NAMES = (
     "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, report, chat, merge, "
-    "doctor, completion"
+    "push, doctor, completion"
 )
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
 

@@ -187,7 +187,7 @@ def _add_options(parser: argparse.ArgumentParser, *, dry_run: bool) -> None:
     group.add_argument("--config", metavar="FILE", help="YAML file with values for the fields above")
     group.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML, and stop")
     if dry_run:
-        group.add_argument("--dry-run", action="store_true", help="show counts, tokens, memory and time, and stop")
+        group.add_argument("--dry-run", action="store_true", help="show what would be done and what it needs, and stop")
     group.add_argument("--json", action="store_true", help="print the result as one JSON object")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error (also NCALIGN_DEBUG=1)")
     group.add_argument("-h", "--help", action="store_true", help="show this text, and stop")

@@ -348,6 +348,17 @@ MERGE = Verb(
     as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
     positional=("model", "output"),
 )
+PUSH = Verb(
+    "push",
+    "upload a model with a card to the Hugging Face hub",
+    "ncalign.training.config:PushConfig",
+    "ncalign push runs/first owner/my-model --evaluations runs/evaluate --dry-run",
+    "ncalign.training.push:run_push",
+    "what was uploaded by then is in no commit; rerun to start again",
+    plan="ncalign.training.push:plan_push",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    positional=("model", "repo"),
+)
 DOCTOR = Verb(
     "doctor",
     "show what is installed, what this machine has, and what is missing",
@@ -370,5 +381,5 @@ COMPLETION = Verb(
 )
 VERBS: tuple[Verb, ...] = (
     *(DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB),
-    *(REPORT, CHAT, MERGE, DOCTOR, COMPLETION),
+    *(REPORT, CHAT, MERGE, PUSH, DOCTOR, COMPLETION),
 )

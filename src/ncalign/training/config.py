@@ -220,3 +220,16 @@ class TrainConfig(Frozen):
         if self.metric_for_best_model is None and not self.load_best_model_at_end and self.early_stopping_patience is None:
             return None
         return self.metric_for_best_model or "loss"
+
+
+class PushConfig(Frozen):
+    """`ncalign push`: upload a model with a card to the Hugging Face hub."""
+
+    model: str = Field(description="Run folder, or the folder of a model or adapter.")
+    repo: str = Field(description="Repository on the hub, owner/name; it is made if it is not there.")
+    evaluations: tuple[Path, ...] = Field((), description="Folders that evaluate wrote, whose tables stand in the card.")
+    base_model: str | None = Field(
+        None, min_length=1, description="Hub id of the base model; none: what the run or the adapter began with."
+    )
+    private: bool = Field(True, description="Make a new repository for yourself alone; one that is there stays as it is.")
+    message: str = Field("Upload a model aligned with ncalign", min_length=1, description="Message of the commit.")

@@ -27,6 +27,7 @@ from ncalign.model.noise import as_stated
 from ncalign.model.policy import Policy, cast_weights, load_model, quiet_transformers
 from ncalign.model.precision import announce
 from ncalign.model.quantized import dequantized, write_record
+from ncalign.training.card import hub_id_of
 from ncalign.training.config import TrainConfig
 
 PREFIX = "model."
@@ -34,8 +35,7 @@ PREFIX = "model."
 
 _CARD = """---
 library_name: {library}
-base_model: {base}
-tags: [ncalign, {method}]
+{base_model}tags: [ncalign, {method}]
 ---
 
 # {name}
@@ -189,9 +189,12 @@ def model_card(policy: Policy, config: TrainConfig, written: dict[str, Any], res
     after, before = results["after"], results["before"] or {}
     rows = ["| metric | before | after |", "|---|---|---|"]
     rows += [f"| {name} | {_shown(before.get(name))} | {_shown(value)} |" for name, value in after.items() if name != "step"]
+    base = hub_id_of(policy.source)
     return _CARD.format(
+        # A hub's card may name models of the hub alone.
+        base_model=f"base_model: {base}\n" if base else "",
         library="peft" if config.lora is not None and not merges(policy, config) else "transformers",
-        base=policy.source,
+        base=base or Path(policy.source).resolve().name,
         method=results["method"],
         name=config.output_dir.name,
         version=results["versions"]["ncalign"],
