@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from ncalign.cli import app as cli
 from ncalign.cli import settings, verbs
 from ncalign.cli.flags import parse
 from ncalign.core.config import fields
+from ncalign.objectives.pairs import SimPO
 from ncalign.training.config import TrainConfig
 
 NAMES = (
@@ -266,6 +268,53 @@ def test_failed_work_is_1_with_one_message(
     assert cli.main(TRAIN) == 1
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", message)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "expected"),
+    [
+        (TRAIN, ValueError("d.jsonl:3: `reward` is 'a'; give a number"), (1, "d.jsonl:3", "give a number")),
+        (TRAIN, ValueError("group 'g7': reward is NaN"), (1, "group 'g7'", "reward is NaN")),
+        (TRAIN, FileNotFoundError(2, "No such file or directory", "d.jsonl"), (1, "d.jsonl", "No such file or directory")),
+        (TRAIN, MemoryError(), (1, None, None)),
+        (TRAIN, KeyError("x"), (1, None, "report it with the command and what is on stderr")),
+        (TRAIN, KeyboardInterrupt(), (130, None, "rerun to start again")),
+        ([*TRAIN, "--learning_rat", "1"], None, (2, "--learning_rat", "did you mean '--learning_rate'?")),
+        ([*TRAIN, "--learning_rate", "a", "--seed", "b"], None, (2, "--learning_rate", "must be a valid number")),
+        (["tran"], None, (2, "tran", "did you mean 'train'?")),
+        ([], None, (2, "--json", "write ncalign VERB [--FIELD VALUE ...]")),
+    ],
+    ids=["data", "group", "file", "memory", "bug", "interrupted", "flag", "two values", "verb", "no verb"],
+)
+def test_a_failure_is_one_object_as_json(
+    training, words: list[str], error: BaseException | None, expected: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if error is not None:
+        training(_raise(error))
+    code, where, remedy = expected
+    assert cli.main([*words, "--json"]) == code
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found.keys() == {"error", "where", "what_to_do", "problems", "verb", "exit_code"}
+    assert (found["exit_code"], found["where"], found["what_to_do"]) == (code, where, remedy)
+    assert found["verb"] == ("train" if words[:1] == ["train"] else None)
+    # People are told as ever.
+    assert printed.err.startswith(("error: ", "interrupted", "Traceback"))
+    assert found["error"] == "\n".join(found["problems"])
+    assert len(found["problems"]) == (2 if "b" in words else 1)
+
+
+def test_the_help_of_one_method_has_its_fields_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--objective", "simpo"], ["--objective.name", "simpo"]):
+        assert cli.main(["train", *words, "--help"]) == 0
+        shown = capsys.readouterr().out
+        own = set(re.findall(r"^  --objective\.(\w+) ", shown, re.MULTILINE))
+        assert {"beta", "gamma"} <= own
+        assert own <= set(fields(SimPO)) - {"name"}
+        assert "--learning_rate" not in shown
+        assert (SimPO.__doc__ or "").strip().splitlines()[0] in shown
+    assert cli.main(["train", "--objective", "simpoo", "--help"]) == 2
+    assert capsys.readouterr().err == "error: --objective: unknown method 'simpoo'; did you mean 'simpo'?\n"
 
 
 @pytest.mark.parametrize("way", ["flag", "variable"])

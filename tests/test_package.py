@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import email
+import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -107,3 +109,23 @@ def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path, met
     shown = run(sys.executable, "-c", program, "--help", cwd=tmp_path, PYTHONPATH=str(target))
     assert "train" in shown
     assert "demo" in shown
+
+
+def test_the_container_is_made_of_what_is_there() -> None:
+    """The files can't be built here; what they name is looked at."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert copied == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "src"}
+    assert all((ROOT / name).exists() for name in copied)
+    # The rest of the folder, virtual environments and runs among it, is not sent to the builder.
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert ignored[0] == "*"
+    assert {name.removeprefix("!") for name in ignored if name.startswith("!")} == copied
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert (ROOT / ".devcontainer" / container["build"]["context"]).resolve() == ROOT
+    assert any(f"USER {container['remoteUser']}" == line for line in lines)
+    extras = set(re.findall(r"\.\[(\w+)\]", "\n".join(lines) + container["postCreateCommand"]))
+    assert extras == {"demo", "dev"}
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f"\n{extra} = [" in declared for extra in extras)

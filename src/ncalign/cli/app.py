@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from ncalign import __version__
 from ncalign.cli import other_names, settings
+from ncalign.cli.failures import failure
 from ncalign.cli.flags import Arguments, parse
 from ncalign.cli.verbs import VERBS, Result, Verb
 from ncalign.core.errors import ConfigError
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except ConfigError as error:
         _tell(_listed(error.problems))
-        return BAD_USAGE
+        return _failed(arguments, error.problems, BAD_USAGE)
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing more to say, also not when Python flushes stdout at its end.
         _drop_stdout()
@@ -90,7 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt as stop:
         _tell("interrupted")
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        return _failed(arguments, ["interrupted"], TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
+    return code
+
+
+def _failed(arguments: Sequence[str], problems: Sequence[str], code: int, error: BaseException | None = None) -> int:
+    """Print the failure as the one object that ``--json`` promises; returns the exit code."""
+    if "--json" in arguments:
+        named = error.filename if isinstance(error, OSError) else None
+        verb = next((verb.name for verb in VERBS if verb.name == arguments[0]), None)
+        found = failure(verb, problems, code=code, where=None if named is None else str(named))
+        with contextlib.suppress(BrokenPipeError):
+            _show(_as_json(found))
+            sys.stdout.flush()
     return code
 
 
@@ -116,11 +129,11 @@ def _dispatch(arguments: list[str]) -> int:
         theirs = other_names.verbs().get(first)
         advice = f"did you mean '{theirs}'?" if theirs else settings.hint(first, names)
         raise ConfigError([f"unknown verb '{first}'; {advice}"])
-    return _run(verb, arguments[1:])
+    return _run(verb, arguments)
 
 
-def _run(verb: Verb, rest: Sequence[str]) -> int:
-    arguments = parse(verb, rest)
+def _run(verb: Verb, words: Sequence[str]) -> int:
+    arguments = parse(verb, words[1:])
     if arguments.help is not None:
         _show(arguments.help)
         return DONE
@@ -134,19 +147,20 @@ def _run(verb: Verb, rest: Sequence[str]) -> int:
         with visible_output(sys.stderr, talk_to), _thread_failures_are_lines():
             result = verb.run(config, dry_run=arguments.dry_run)
     except KeyboardInterrupt as stop:
-        _tell(f"interrupted; {verb.when_interrupted(config)}")
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        kept = f"interrupted; {verb.when_interrupted(config)}"
+        _tell(kept)
+        return _failed(words, [kept], TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
     except (ConfigError, ReaderGoneError):
         raise
     except (NotImplementedError, RecursionError) as error:
-        return _failed_by_a_bug(error)
+        return _failed_by_a_bug(error, words)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if arguments.debug:
             print(visible_trace(error), file=sys.stderr, end="")
         _tell(f"error: {_worded(error)}", every_rank=True)
-        return FAILED
+        return _failed(words, [_worded(error)], FAILED, error)
     except Exception as error:
-        return _failed_by_a_bug(error)
+        return _failed_by_a_bug(error, words)
     shown = _as_json(verb.as_json(result)) if arguments.json else _summary(result)
     # A verb that talks has said all there is.
     if shown:
@@ -154,10 +168,11 @@ def _run(verb: Verb, rest: Sequence[str]) -> int:
     return verb.exit_code(result)
 
 
-def _failed_by_a_bug(error: BaseException) -> int:
+def _failed_by_a_bug(error: BaseException, words: Sequence[str]) -> int:
     print(visible_trace(error), file=sys.stderr, end="")
     _tell("error: this is a bug in ncalign; please report it with the command and the lines above", every_rank=True)
-    return FAILED
+    found = f"{type(error).__name__}: {_worded(error)}"
+    return _failed(words, [f"{found}; this is a bug in ncalign; report it with the command and what is on stderr"], FAILED)
 
 
 def _thread_failed(arguments: threading.ExceptHookArgs) -> None:

@@ -163,7 +163,7 @@ def build_parser(verb: Verb, *, make: Callable[..., argparse.ArgumentParser] = _
         usage=f"ncalign {verb.name}{positional} [--config FILE] [--FIELD VALUE ...]",
         description=f"{verb.purpose[:1].upper()}{verb.purpose[1:]}\n\nexample:\n  {verb.example}",
         epilog="Flags override the --config file. Dashes work in place of underscores. Exit codes: 0 done, 1 failed,\n"
-        "2 bad usage or configuration, 130 interrupted.",
+        f"2 bad usage or configuration, 130 interrupted.{_hint_of_methods(verb)}",
         formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=118),
         allow_abbrev=False,
         add_help=False,
@@ -180,6 +180,49 @@ def build_parser(verb: Verb, *, make: Callable[..., argparse.ArgumentParser] = _
         _add_field(groups[title], name, info)
     _add_options(parser, dry_run=verb.plan is not None)
     return parser
+
+
+def _hint_of_methods(verb: Verb) -> str:
+    choices = [name for name, info in fields(verb.config()).items() if settings.is_choice(info)]
+    return "".join(f"\n'ncalign {verb.name} --{name} NAME --help' shows the fields of one method alone." for name in choices)
+
+
+def _method_help(verb: Verb, name: str, method: str) -> str:
+    """The help of one method alone: its purpose, and its own fields with their defaults.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    info = fields(verb.config())[name]
+    models = {settings.model_name(model): model for model in settings.section_models(info)}
+    if method not in models:
+        raise ConfigError([f"--{name}: unknown method {method!r}; {settings.hint(method, list(models))}"])
+    model = models[method]
+    parser = _Parser(
+        prog=f"ncalign {verb.name}",
+        usage=f"ncalign {verb.name} --{name} {method} [--{name}.FIELD VALUE ...] [--FIELD VALUE ...]",
+        description=textwrap.dedent(model.__doc__ or method).strip(),
+        epilog=f"'ncalign {verb.name} --help' lists the other fields; docs/methods/ explains the methods.",
+        formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=118),
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    group = parser.add_argument_group(f"fields of {method}")
+    for inner in settings.own_fields(model):
+        inner_info = fields(model)[inner]
+        _add(group, f"{name}.{inner}", [inner_info], _explained({inner: inner_info}))
+        for section in settings.section_models(inner_info):
+            for deep, deep_info in fields(section).items():
+                _add(group, f"{name}.{inner}.{deep}", [deep_info], _explained({deep: deep_info}))
+    return parser.format_help()
+
+
+def _help(verb: Verb, parser: argparse.ArgumentParser, given: Mapping[str, object]) -> str:
+    """The verb's help; where a method is chosen beside ``--help``, that method's."""
+    for name, info in fields(verb.config()).items():
+        if settings.is_choice(info) and isinstance(method := given.get(name), str):
+            return _method_help(verb, name, method)
+    return parser.format_help()
 
 
 def _add_options(parser: argparse.ArgumentParser, *, dry_run: bool) -> None:
@@ -256,7 +299,7 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Arguments:
             problems.append(f"--{name}: given twice, as '{flags[name]}' and as '{word}'")
         flags[name] = word
     return Arguments(
-        help=parser.format_help() if "help" in given else None,
+        help=_help(verb, parser, given) if "help" in given else None,
         config=Path(given["config"]) if "config" in given else None,
         print_config="print_config" in given,
         dry_run="dry_run" in given,
