@@ -35,6 +35,7 @@ from ncalign.rewards.config import ScoreConfig
 from ncalign.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE_OF_MINUTES = ROOT / "docs" / "first-ten-minutes.md"
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)$")
 REWARDS = ([1.0, 0.0], [0.1, 0.9, 0.4], [0.2, 0.0, 0.6, 1.0])
 VERBS: dict[str, type[BaseModel]] = {
@@ -137,6 +138,29 @@ def test_yaml_block(block: Block, tmp_path: Path) -> None:
     assert isinstance(written, dict), "a YAML block here is a configuration: mark anything else as text"
     missing = {name for name, field in fields(model).items() if field.is_required()} - written.keys()
     settings.load(model, file, {name: "elsewhere" for name in missing})
+
+
+def test_six_commands_lead_from_a_clone_to_a_chat_with_a_model_aligned_on_ones_own_prompts(folder: Path) -> None:
+    """The section runs as it stands but for the clone, its installation, the model's name and what is typed in the chat."""
+    section = folder / "section.md"
+    text = PAGE_OF_MINUTES.read_text(encoding="utf-8").partition("## Six commands\n")[2].partition("\n## ")[0]
+    section.write_text(text, encoding="utf-8")
+    prompts, reward, commands = blocks_of(section)
+    (folder / "prompts.jsonl").write_text(prompts.text, encoding="utf-8")
+    (folder / "reward.py").write_text(reward.text, encoding="utf-8")
+    lines = commands.text.splitlines()
+    assert all(line.startswith("$ ") for line in lines)
+    typed = [line.removeprefix("$ ").replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model") for line in lines]
+    assert len(typed) <= 6
+    assert typed[0] == "git clone REPOSITORY ncalign"
+    assert typed[1].startswith("python -m pip install ")
+    assert [line.split()[1] for line in typed[2:]] == ["generate", "score", "train", "chat"]
+    *work, chat = typed[2:]
+    script = "\n".join([*work, f"echo 'Why is the sky blue?' | {chat} --max_new_tokens 8 --json > said.json"])
+    execute(["bash", "-euo", "pipefail", "-c", script], commands._replace(page=PAGE_OF_MINUTES), folder)
+    (turn,) = json.loads((folder / "said.json").read_text(encoding="utf-8"))["turns"]
+    assert turn["typed"] == "Why is the sky blue?"
+    assert turn["answers"][0]["tokens"] > 0
 
 
 def test_blocks_are_found_with_their_line_and_without_their_indentation(tmp_path: Path) -> None:
