@@ -57,6 +57,9 @@ def trained(folder: Path, *, beta: float, num_steps: int = 30) -> Path:
     results = {"method": HOSTILE, "steps": num_steps, "comparison": {HOSTILE: measured}, "answers": answers, "seed": 0}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "config.yaml").write_text(json.dumps({"seed": 0, "objective": {"name": "nca", "beta": beta}, "data": HOSTILE}))
+    asked = [(step, k) for step in (0, 10, 20, num_steps) for k in range(2)]
+    sampled = [{"step": step, "id": f"{k}", "prompt": f"{k} {HOSTILE}", "completion": HOSTILE} for step, k in asked]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sampled))
     return write_report(folder)
 
 

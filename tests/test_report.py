@@ -74,6 +74,26 @@ def test_all_text_is_escaped(run_folder: Path) -> None:
     assert_shown_literally(page, times=9)
 
 
+def test_answers_while_training_stand_by_prompt_and_step(run_folder: Path) -> None:
+    steps = range(0, 100, 10)
+    asked: dict[str, Any] = {"a": [{"role": "user", "content": EVIL}], "b": "2 + 2 ="}
+    rows = [
+        {"step": step, "id": name, "prompt": prompt, "completion": f"{name} at {step}" if step else EVIL, "tokens": 3}
+        for step in steps
+        for name, prompt in asked.items()
+        if (name, step) != ("b", 60)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run_folder / "samples.jsonl").write_text(text + '{"step": 1}\n{"step": 100, "id": "a", "comp')
+    page = write_report(run_folder).read_text()
+    # Nine elsewhere on the page; a prompt and two answers here.
+    assert_shown_literally(page, times=12)
+    section = page[page.index("Samples while training") : page.index("<h2>Held-out groups")]
+    assert re.findall(r'data-column="(step \d+)"', section) == [f"step {step}" for step in (0, 30, 60, 90)] * 2
+    assert [found for found in re.findall(r"[ab] at \d+", section)] == ["a at 30", "a at 60", "a at 90", "b at 30", "b at 90"]
+    assert section.count(">–</td>") + section.count(">–<td") == 1
+
+
 def test_nothing_is_loaded_from_elsewhere_and_only_our_script_runs(run_folder: Path) -> None:
     page = write_report(run_folder).read_text()
     assert not re.findall(r'(?:src|href)="', page)

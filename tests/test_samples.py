@@ -270,7 +270,7 @@ class TestTrackers:
         accelerator: Any = SimpleNamespace(trackers=fakes)
         samples_to_trackers(config(), accelerator, 4, [ROW])
         columns = ["id", "prompt", "completion", "tokens", "finished"]
-        row = ["g1", "user: Hi", "<b>|x|</b>\n*y*", 3, True]
+        row = ["g1", "User: Hi", "<b>|x|</b>\n*y*", 3, True]
         assert fakes[0].calls == [(("samples",), {"columns": columns, "data": [row], "step": 4})]
         assert fakes[1].calls == [({"samples": [dict(zip(columns, row, strict=True))]}, 4)]
         assert fakes[2].calls == []

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ncalign.core.progress import say
+from ncalign.data.rendering import transcript
 from ncalign.report.html import write_run_page
 from ncalign.report.plots import Chart, Series, lines_of
 from ncalign.report.runs import (
     HELD_OUT,
+    SAMPLES,
     evaluation_table,
     evaluations_in,
     evaluations_of,
     is_held_out,
     read_metrics,
     read_run,
+    read_samples,
     results_of,
 )
 from ncalign.report.settings import flat_settings, read_settings
@@ -38,6 +41,7 @@ PLOTS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     ("Negatives that out-score the positive", "share", {"negatives/above_positive": "share"}),
     ("Gradient norm", "", {"grad_norm": "norm"}),
 )
+_STEPS_OF_SAMPLES = 4
 _ROOM_FOR_OTHERS = 60
 """Charts of a page's further metrics, at most."""
 
@@ -53,6 +57,7 @@ def write_report(run_folder: Path, page: Path | None = None) -> Path:
     rows = read_metrics(run_folder / "metrics.jsonl")
     results = results_of(run_folder)
     answers = results.pop("answers", ())  # before the results are shown
+    samples = read_samples(run_folder / SAMPLES)
     training = results.get("training", results)
     main, others = metric_charts(rows)
     evaluated = [one for folder in evaluations_in(run_folder) for one in evaluations_of(read_run(folder))]
@@ -69,6 +74,8 @@ def write_report(run_folder: Path, page: Path | None = None) -> Path:
         charts=main,
         others=others,
         answers=answers,
+        sample_heads=["prompt", *(f"step {step}" for step in sampled_at(samples))],
+        samples=samples_by_prompt(samples),
         settings=flat_settings(read_settings(run_folder)),
         results=json.dumps(results, indent=2, ensure_ascii=False) if results else "",
     )
@@ -81,6 +88,33 @@ def report_at_end(run_folder: Path, *, first: bool) -> None:
             write_report(run_folder)
     except (OSError, ValueError) as error:
         say(f"warning: no page was written ({error}); `ncalign report {run_folder}` tries again")
+
+
+def sampled_at(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The steps whose samples are shown: all of them, or the first, the last and others evenly between.
+
+    >>> sampled_at([{"step": step} for step in range(0, 100, 10)])
+    [0, 30, 60, 90]
+    """
+    steps = sorted({int(row["step"]) for row in rows})
+    if len(steps) <= _STEPS_OF_SAMPLES:
+        return steps
+    apart = (len(steps) - 1) / (_STEPS_OF_SAMPLES - 1)
+    return [steps[round(apart * place)] for place in range(_STEPS_OF_SAMPLES)]
+
+
+def samples_by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str | None]]]:
+    """Each prompt with its answers at the steps that are shown; None where there is none.
+
+    >>> samples_by_prompt([{"step": 0, "id": "a", "prompt": "2 + 2 =", "completion": "5"}])
+    [('2 + 2 =', ['5'])]
+    """
+    steps, prompts, found = sampled_at(rows), dict[str, str](), dict[tuple[str, int], str]()
+    for row in rows:
+        prompt = row["prompt"]
+        prompts.setdefault(str(row.get("id")), prompt if isinstance(prompt, str) else transcript(prompt))
+        found[str(row.get("id")), int(row["step"])] = row["completion"]
+    return [(prompt, [found.get((name, step)) for step in steps]) for name, prompt in prompts.items()]
 
 
 def metric_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Chart]]:

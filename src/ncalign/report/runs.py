@@ -15,6 +15,7 @@ from ncalign.report.tables import Cell, Column, Table, columns
 Kind: TypeAlias = Literal["train", "online", "demo", "online demo", "evaluation", "audit", "study"]
 TRAINED: tuple[Kind, ...] = ("train", "online", "demo")
 AUDIT, STUDY, ONLINE_DEMO, RESULTS, METRICS = "audit.json", "study.json", "online-results.json", "results.json", "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 HELD_OUT = "eval/"
 """Before the names of metrics of held-out groups."""
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen_change", "logps/rejected_change")
@@ -79,6 +80,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not any("loss" in row for row in rows):
         raise ValueError(f"{path} has no logged steps: a report needs the folder of a run that trained")
     return rows
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The rows of a samples.jsonl, answers to held-out prompts while training; none where there is no such file."""
+    rows = read_log(path, key="step") if path.is_file() else []
+    return [row for row in rows if isinstance(row.get("completion"), str) and isinstance(row.get("prompt"), str | list)]
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate.utils import LoggerType
 
 from ncalign.core.errors import ConfigError
 from ncalign.core.outputs import record
+from ncalign.data.rendering import transcript
 from ncalign.training import run_folder
 from ncalign.training.config import TrainConfig
 
@@ -77,7 +78,8 @@ def samples_to_trackers(config: TrainConfig, accelerator: Accelerator, step: int
     Raises:
         ValueError: a tracker failed.
     """
-    table = [[row["id"], prompt_text(row["prompt"]), row["completion"], row["tokens"], row["finished"]] for row in rows]
+    asked = [row["prompt"] if isinstance(row["prompt"], str) else transcript(row["prompt"]) for row in rows]
+    table = [[row["id"], text, *(row[name] for name in _COLUMNS[2:])] for row, text in zip(rows, asked, strict=True)]
     with _failures_told(config, step):
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -87,17 +89,6 @@ def samples_to_trackers(config: TrainConfig, accelerator: Accelerator, step: int
             elif tracker.name == "trackio":
                 frame = import_module("pandas").DataFrame(table, columns=list(_COLUMNS))
                 tracker.log({_SAMPLES: import_module("trackio").Table(dataframe=frame)}, step=step)
-
-
-def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """A prompt as one text: a conversation's messages under their roles.
-
-    >>> prompt_text([{"role": "user", "content": "Two and two?"}])
-    'user: Two and two?'
-    """
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message.get('role')}: {message.get('content') or ''}" for message in prompt)
 
 
 def _markdown(table: Sequence[Sequence[Any]]) -> str:
