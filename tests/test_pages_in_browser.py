@@ -322,11 +322,11 @@ def test_tables_sort_and_filter(width: int, made: Callable[[str], Path], opened:
 
 def test_answers_sort_and_filter_on_a_wide_page(made: Callable[[str], Path], opened: Open) -> None:
     page = opened(made("train"), 1400)
-    table = page.locator("h2", has_text="Answers").locator("xpath=following::table[1]")
+    table = page.locator("h2", has_text="Answers side by side").locator("xpath=following::table[1]")
     table.locator("th button", has_text="outcome").click()
     table.locator("th button", has_text="outcome").click()
     assert rows_of(table, 0) == [f"outcome {k}" for k in reversed(range(8))]
-    page.locator("h2", has_text="Answers").locator("xpath=following::input[1]").fill("What is 3?")
+    page.locator("h2", has_text="Answers side by side").locator("xpath=following::input[1]").fill("What is 3?")
     assert rows_of(table, 0) == ["outcome 3"]
 
 

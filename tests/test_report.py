@@ -203,6 +203,10 @@ def test_several_runs_are_overlaid_with_what_differs_and_how_they_were_judged(
     one = copied(run_folder, root / "a" / "nca", objective={"name": "nca", "beta": 0.125}, dtype="float32")
     two = copied(run_folder, root / "b" / "nca", objective={"name": "dpo", "beta": 0.25}, dtype="float32")
     (one / "model").mkdir()
+    for run, name in ((one, "nca"), (two, "dpo")):
+        rows = [{"step": step, "id": f"{step}", "prompt": "Oslo?", "completion": name if step else "no"} for step in (0, 9)]
+        rows += [{"step": 9, "id": name, "prompt": f"{name}, Rome?", "completion": "one run alone"}]
+        (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # One is known by its folder, the other by its name, since only its answers were there.
     judged = evaluation(root / "judged", {"x": 62.5, "b/nca": 25.0, "other": 50.0}, {"x": str(one / "model")})
     assert report(one, two, judged)["runs"] == {"a/nca": "demo", "b/nca": "demo", "judged": "evaluation"}
@@ -223,6 +227,8 @@ def test_several_runs_are_overlaid_with_what_differs_and_how_they_were_judged(
         ("b/nca, held out", 1, True),
     ]
     page = (root / "report.html").read_text()
+    assert re.search(r"<pre>Oslo\?</pre>\s*<td[^>]*><pre>nca</pre><td[^>]*><pre>dpo</pre>", page)
+    assert "Rome" not in page
     # A method in each row, two columns of the comparison, and of each run its method, the comparison and the model as JSON.
     assert_shown_literally(page, times=10)
     # What is there is not replaced unasked, and a run's page that ncalign did not write never.

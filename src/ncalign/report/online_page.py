@@ -14,6 +14,7 @@ from ncalign.report.html import write_run_page
 from ncalign.report.page import metric_charts
 from ncalign.report.plots import Chart, Point, Series
 from ncalign.report.runs import read_metrics, results_of
+from ncalign.report.samples import shown_text
 from ncalign.report.settings import flat_settings, read_settings
 
 DRIFT_LIMIT = 0.1
@@ -133,10 +134,6 @@ def _samples(pool: Path) -> list[dict[str, Any]]:
             scored = [candidate for candidate in group["candidates"] if candidate["reward"] is not None]
             if scored:
                 scored.sort(key=lambda candidate: candidate["reward"])
-                worst, best = ({"text": _text(c["completion"]), "reward": c["reward"]} for c in (scored[0], scored[-1]))
-                rows.append({"prompt": _text(group["prompt"]), "best": best, "worst": worst})
+                worst, best = ({"text": shown_text(c["completion"]), "reward": c["reward"]} for c in (scored[0], scored[-1]))
+                rows.append({"prompt": shown_text(group["prompt"]), "best": best, "worst": worst})
     return rows
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "\n".join(f"{message['role']}: {message['content']}" for message in value)

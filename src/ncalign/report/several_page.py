@@ -10,7 +10,8 @@ from typing import Any
 from ncalign.report.html import render
 from ncalign.report.page import PLOTS
 from ncalign.report.plots import Chart, Series, lines_of
-from ncalign.report.runs import HELD_OUT, TRAINED, Run, evaluation_table, evaluations_of, runs_table
+from ncalign.report.runs import HELD_OUT, SAMPLES, TRAINED, Run, evaluation_table, evaluations_of, read_samples, runs_table
+from ncalign.report.samples import last_answers, side_by_side
 from ncalign.report.settings import differing
 from ncalign.report.tables import Column, Table, columns
 
@@ -44,6 +45,8 @@ def several_page(runs: Sequence[Run], *, title: str = "", comparison: Mapping[st
         compared=len(trained),
         charts=overlaid(trained),
         audits=_audit_table(audits),
+        trained=[run.name for run in trained],
+        samples=side_by_side([last_answers(read_samples(run.folder / SAMPLES)) for run in trained]),
         results={run.name: json.dumps(_short(run.results), indent=2, ensure_ascii=False) for run in runs if run.results},
     )
 
