@@ -25,8 +25,8 @@ from ncalign.objectives.pairs import SimPO
 from ncalign.training.config import TrainConfig
 
 NAMES = (
-    "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, report, chat, merge, "
-    "push, doctor, completion"
+    "demo, train, online, convert, check, audit, generate, score, adjust, answer, evaluate, study, lab, report, view, chat, "
+    "merge, push, doctor, completion"
 )
 TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output_dir", "runs/x"]
 

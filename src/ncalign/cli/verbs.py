@@ -236,6 +236,17 @@ AUDIT = Verb(
     positional=("data",),
     aliases=(("from", "schema_name"),),
 )
+VIEW = Verb(
+    "view",
+    "browse candidates: filter, search and sort them in a page or, if there are many, from a local server",
+    "ncalign.view.config:ViewConfig",
+    "ncalign view groups.jsonl --output groups.html",
+    "ncalign.view.view:run_view",
+    "nothing was written; rerun to start again",
+    as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
+    positional=("data",),
+    aliases=(("from", "schema_name"),),
+)
 GENERATE = Verb(
     "generate",
     "sample K candidate completions for each prompt",
@@ -381,5 +392,5 @@ COMPLETION = Verb(
 )
 VERBS: tuple[Verb, ...] = (
     *(DEMO, TRAIN, ONLINE, CONVERT, CHECK, AUDIT, GENERATE, SCORE, ADJUST, ANSWER, EVALUATE, STUDY, LAB),
-    *(REPORT, CHAT, MERGE, PUSH, DOCTOR, COMPLETION),
+    *(REPORT, VIEW, CHAT, MERGE, PUSH, DOCTOR, COMPLETION),
 )

@@ -51,19 +51,23 @@ def _seen(value: Any) -> Any:
 
 
 @cache
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
     """A file of ``assets/``: our own style or script."""
     return Markup((files("ncalign.report") / "assets" / name).read_text(encoding="utf-8"))
 
 
-def _policy(style: str, script: str) -> str:
-    """A content security policy under which this style and this script alone are used, and nothing is loaded."""
+def content_policy(style: str, script: str, *, asks: bool = False) -> Markup:
+    """A content security policy under which this style and this script alone are used, and nothing is loaded.
+
+    With ``asks`` the script may ask the server that the page came from.
+    """
     digests = {
         name: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for name, text in {"style-src": style, "script-src": script}.items()
     }
     allowed = "; ".join(f"{name} {digest}" for name, digest in digests.items())
-    return f"default-src 'none'; {allowed}; img-src data:; base-uri 'none'; form-action 'none'"
+    server = "; connect-src 'self'" if asks else ""
+    return Markup(f"default-src 'none'; {allowed}; img-src data:{server}; base-uri 'none'; form-action 'none'")
 
 
 _ENVIRONMENT = Environment(
@@ -81,8 +85,8 @@ _ENVIRONMENT.filters |= {"data_block": data_block}
 
 def render(template: str, **values: object) -> str:
     """A page as HTML, from a file of ``templates/`` (without its ending) and its values; a missing value is an error."""
-    style, script = _asset("page.css"), _asset("page.js")
-    fixed: Mapping[str, object] = {"style": style, "script": script, "policy": Markup(_policy(style, script))}
+    style, script = asset("page.css"), asset("page.js")
+    fixed: Mapping[str, object] = {"style": style, "script": script, "policy": content_policy(style, script)}
     return _ENVIRONMENT.get_template(f"{template}.html.j2").render({**fixed, **values})
 
 

@@ -1,0 +1,1 @@
+"""`ncalign view`: a browser for groups of candidates."""
