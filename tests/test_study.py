@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,10 +26,12 @@ from ncalign.objectives import DPO, NCA
 from ncalign.study import runs
 from ncalign.study.analysis import arranged, comparisons
 from ncalign.study.config import Scale, StudyConfig, StudyFile
+from ncalign.study.measure import Found
 from ncalign.study.page import curve_charts, write_outputs
 from ncalign.study.spec import Claim, Study, read_study, run_config, shipped
 from ncalign.study.study import plan_study, run_study
 from ncalign.training.config import TrainConfig
+from server_double import ServerDouble, serving
 
 REWARDS = """
 def vowels(prompt, completions):
@@ -121,6 +125,11 @@ class TestFiles:
             ({"compare": ["nca > dpo by charm"]}, "'charm' is not measured; measured are reward"),
             ({"compare": ["nca > nca"]}, "compares an arm with itself"),
             ({"evaluate": None, "measures": ["reward"]}, "measures reward need the section evaluate"),
+            ({"evaluate": None, "measures": ["win_rate"]}, "measures win_rate need the section evaluate"),
+            ({"measures": ["task_score"]}, "measures task_score need the section tasks"),
+            ({"measures": ["drift"]}, "drift is measured of online runs, and verb is train"),
+            ({"before": True, "arms": {"before": {}, "a": {}}}, "'before' is the starting model"),
+            ({"material": {"kind": "tiny", "data": "x.jsonl"}}, "data is for kind: programs, and kind is tiny"),
             ({"material": {"kind": "tiny"}}, "material brings model and data, and base has its own model, data"),
         ],
     )
@@ -248,6 +257,67 @@ class TestRuns:
         generated = {row["arm"]: row["mean"] for row in found["arms"] if row["measure"] == "tokens_generated"}
         assert generated["once"] > 0
         assert generated["once"] == sum(row["counts"]["tokens"] for row in rounds[0])
+
+    def test_the_starting_model_is_an_arm_that_is_not_trained(self, write: Write, tmp_path: Path) -> None:
+        measures = ["reward", "win_rate", "chosen_change", "kl"]
+        compare = ["nca > before by win_rate", "nca > dpo by win_rate", "before > dpo by chosen_change"]
+        path = write(before=True, measures=measures, compare=compare)
+        found = run(path, tmp_path / "out")
+        assert found["failed"] == {}
+        kept = {
+            (arm, seed): json.loads((tmp_path / f"out/measures/{arm}/seed-{seed}.json").read_text())
+            for arm in ("before", "dpo", "nca")
+            for seed in range(2)
+        }
+        rewards = {name: one["values"]["reward"] for name, one in kept.items()}
+        # The starting model answers greedily alike with every seed, and is no distance from itself.
+        assert rewards["before", 0] == rewards["before", 1]
+        assert kept["before", 0]["answers"] == kept["before", 1]["answers"]
+        assert kept["before", 0]["values"]["chosen_change"] == pytest.approx(dict.fromkeys(rewards["before", 0], 0.0), abs=1e-5)
+        assert not (tmp_path / "out/runs/before").exists()
+        # Wins counted by hand.
+        for row, other in zip(found["comparisons"][:2], ("before", "dpo"), strict=True):
+            wins = [
+                1.0 if value > rewards[other, seed][name] else 0.5 if value == rewards[other, seed][name] else 0.0
+                for seed in range(2)
+                for name, value in rewards["nca", seed].items()
+            ]
+            assert len(wins) == 8
+            assert row["mean"] == pytest.approx(np.mean(wins) - 0.5)
+        by_measure = {(one["arm"], one["measure"]): one["mean"] for one in found["arms"]}
+        assert by_measure["nca", "win_rate"] == pytest.approx(found["comparisons"][0]["mean"] + 0.5)
+        assert ("before", "win_rate") not in by_measure
+        assert found["comparisons"][2]["mean"] == pytest.approx(-by_measure["dpo", "chosen_change"], abs=1e-5)
+
+    def test_a_judge_who_compares_is_shown_both_answers(self, write: Write, tmp_path: Path) -> None:
+        def longest(body: dict[str, Any], number: int) -> str:
+            text = body["messages"][-1]["content"]
+            shown = [re.findall(rf"<answer_{name} [^>]*>(.*?)</answer_{name}", text, re.DOTALL)[-1].strip() for name in "ab"]
+            first, second = map(len, shown)
+            return "[[A]]" if first > second else "[[B]]" if first < second else "[[C]]"
+
+        double = ServerDouble(longest)
+        with serving(double) as url:
+            judge = {"base_url": url, "model": "judge", "mode": "pairwise"}
+            evaluate = {"reward": "judge", "judge": judge, "max_new_tokens": 6, "num_samples": 1}
+            fields: dict[str, Any] = {"before": True, "measures": ["win_rate"], "evaluate": evaluate}
+            found = run(write(**fields, compare=["nca > before"]), tmp_path / "out")
+            asked = len(double.requests)
+            assert run(write(**fields, compare=["nca > before"]), tmp_path / "out")["comparisons"] == found["comparisons"]
+        # Verdicts are kept: going on asks nothing again.
+        assert len(double.requests) == asked > 0
+        answers = {
+            (arm, seed): json.loads((tmp_path / f"out/measures/{arm}/seed-{seed}.json").read_text())["answers"]
+            for arm in ("before", "nca")
+            for seed in range(2)
+        }
+        wins = []
+        for seed in range(2):
+            for name, text in answers["nca", seed].items():
+                mine, other = len(text.strip()), len(answers["before", seed][name].strip())
+                wins.append(1.0 if mine > other else 0.5 if mine == other else 0.0)
+        [row] = found["comparisons"]
+        assert row["mean"] == pytest.approx(np.mean(wins) - 0.5)
 
     def test_models_go_where_they_are_not_to_be_kept(self, write: Write, tmp_path: Path) -> None:
         run(write(seeds=1, evaluate=None, keep_models=False), tmp_path / "out")
@@ -419,7 +489,7 @@ class TestAnalysis:
 
     def test_pairing_takes_out_what_arms_share_and_verdicts_have_the_right_sign(self) -> None:
         claims = [Claim("b", "a", "reward_accuracy"), Claim("a", "b", "reward_accuracy"), Claim("c", "a", "reward_accuracy")]
-        rows = comparisons(self.study(*claims), self.found({"a": 0.0, "b": 0.2, "c": 0.0}))
+        rows = comparisons(self.study(*claims), self.found({"a": 0.0, "b": 0.2, "c": 0.0}), {})
         assert [row["verdict"] for row in rows] == ["holds", "opposite", "undecided"]
         # Prompts differ by 1, and the difference of two arms by .3 √2 / √480 alone.
         low, high = rows[0]["interval"]
@@ -439,7 +509,7 @@ class TestAnalysis:
         assert table.seeds == (0, 2)
         assert table.values.shape == (2, 4)
         assert table.left_out == 1
-        [row] = comparisons(self.study(Claim("c", "a", "reward_accuracy")), found)
+        [row] = comparisons(self.study(Claim("c", "a", "reward_accuracy")), found, {})
         assert row["verdict"] == "undecided"
 
     def test_texts_in_the_page_are_escaped(self, tmp_path: Path) -> None:
@@ -474,9 +544,9 @@ class TestAnalysis:
 
 
 def test_measures_of_another_evaluation_are_not_taken_for_its_own(tmp_path: Path) -> None:
-    job = runs.Job("a", 0, {"x": 1}, tmp_path / "held.jsonl", False, None, ("reward",), tmp_path, True)
+    job = runs.Job("a", 0, {"x": 1}, tmp_path / "held.jsonl", False, None, None, ("reward",), tmp_path, True)
     job.measured.parent.mkdir(parents=True)
-    write_json_atomic({"key": job.key(), "values": {"reward": {"p": 1.0}}}, job.measured)
-    assert job.found() == {"reward": {"p": 1.0}}
-    other = runs.Job("a", 0, {"x": 1}, tmp_path / "held.jsonl", False, {"n": 2}, ("reward",), tmp_path, True)
-    assert other.found() is None
+    write_json_atomic({"key": job.key(), "values": {"reward": {"p": 1.0}}, "answers": {"p": "one"}}, job.measured)
+    assert job.found() == Found({"reward": {"p": 1.0}}, {"p": "one"})
+    for changes in ({"evaluation": {"n": 2}}, {"trained": False}, {"tasks": {"names": ["svamp"]}}, {"measures": ("solved",)}):
+        assert dataclasses.replace(job, **changes).found() is None

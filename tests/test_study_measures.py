@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from conftest import build_model, group_row
 from ncalign.data.groups import Group, read_groups
 from ncalign.rewards.config import RewardConfig
-from ncalign.study.config import Evaluation
-from ncalign.study.measure import measure_run
+from ncalign.study.config import Evaluation, TaskSuite
+from ncalign.study.measure import Plan, measure_run
 from ncalign.training.config import TrainConfig
 
 REWARDS = "def letters(prompt, completions):\n    return [float(len(text)) for text in completions]\n"
@@ -58,7 +59,7 @@ def log_ratios(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, group: G
 
 
 def test_likelihoods_are_those_of_plain_passes(run: TrainConfig, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    found = measure_run(run, run.data, None, ("chosen_change", "rejected_change", "reward_accuracy"))
+    found = measure_run(run, Plan(run.data, ("chosen_change", "rejected_change", "reward_accuracy"))).values
     groups = {group.id: group for group in read_groups(run.data)}
     # One scored candidate makes no group, and two of one reward no order.
     assert set(found["chosen_change"]) == {"g0", "g1", "g3"}
@@ -76,8 +77,12 @@ def test_answers_are_scored_and_compared_with_the_starting_model(run: TrainConfi
     rewards = RewardConfig(reward=(f"{tmp_path / 'rewards.py'}:letters",))
     evaluation = Evaluation(rewards=rewards, max_new_tokens=5, num_samples=3, solved_at=1.0, empty_reward=-1.0)
     measures = ("reward", "sampled_reward", "solved", "kl", "length")
-    found = measure_run(run, run.data, evaluation, measures)
+    plan = Plan(run.data, measures, evaluation)
+    measured = measure_run(run, plan)
+    found = measured.values
     assert all(set(found[name]) == {"g0", "g1", "g2", "g3"} for name in ("reward", "sampled_reward", "solved", "length"))
+    # A reward is the number of the answer's letters, and an empty answer's is -1.
+    assert {name: float(len(text)) or -1.0 for name, text in measured.answers.items()} == found["reward"]
     for name, reward in found["reward"].items():
         assert reward == -1.0 or reward == int(reward) >= 1
         assert found["solved"][name] == float(reward >= 1.0)
@@ -85,11 +90,48 @@ def test_answers_are_scored_and_compared_with_the_starting_model(run: TrainConfi
     # Other weights answer otherwise; the same ones are no distance from themselves.
     assert max(abs(value) for value in found["kl"].values()) > 0.1
     same = run.model_copy(update={"model": str(run.output_dir / "model")})
-    again = measure_run(same, run.data, evaluation, measures)
+    again = measure_run(same, plan).values
     assert again["kl"] == pytest.approx(dict.fromkeys(again["kl"], 0.0), abs=1e-4)
     assert {name: again[name] for name in measures if name != "kl"} == {name: found[name] for name in measures if name != "kl"}
 
 
 def test_speed_leaves_the_first_step_out(run: TrainConfig) -> None:
-    found = measure_run(run, run.data, None, ("tokens_per_second", "tokens_generated"))
-    assert found == {"tokens_per_second": {"": 60.0}, "tokens_generated": {"": 12.0}}
+    plan = Plan(run.data, ("tokens_per_second", "tokens_generated"))
+    assert measure_run(run, plan).values == {"tokens_per_second": {"": 60.0}, "tokens_generated": {"": 12.0}}
+    # The starting model has no run.
+    assert measure_run(run, plan, trained=False).values == {"tokens_per_second": {}, "tokens_generated": {}}
+
+
+def test_drift_is_the_mean_of_the_rounds_that_measured_it(run: TrainConfig) -> None:
+    results = run.output_dir / "results.json"
+    rounds = [{"drift": {"kl": 0.1}}, {"drift": None}, {"drift": {"kl": 0.3}}]
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"rounds": rounds}))
+    assert measure_run(run, Plan(run.data, ("drift",))).values == {"drift": {"": pytest.approx(0.2)}}
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"rounds": rounds[1:2]}))
+    assert measure_run(run, Plan(run.data, ("drift",))).values == {"drift": {}}
+
+
+def test_tasks_are_asked_of_the_model(run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, tuple[str, ...], dict[str, Any]]] = []
+    failed: dict[str, str] = {}
+
+    def run_tasks(model: str, tasks: tuple[str, ...], **settings: Any) -> dict[str, Any]:
+        asked.append((model, tasks, settings))
+        return {"results": {"svamp": {"score": 0.25}}, "failed": dict(failed)}
+
+    monkeypatch.setattr("ncalign.study.measure.run_tasks", run_tasks)
+    suite = TaskSuite(names=("svamp", "gsm8k"), data=("svamp=S.json",), limit=3)
+    plan = Plan(run.data, ("task_score",), tasks=suite, tasks_folder=tmp_path / "tasks")
+    assert measure_run(run, plan).values == {"task_score": {"svamp": 0.25}}
+    measure_run(run, plan, trained=False)
+    assert [model for model, _, _ in asked] == [str(run.output_dir / "model"), run.model]
+    _, names, settings = asked[0]
+    assert names == ("svamp", "gsm8k")
+    assert settings["task_data"] == {"svamp": "S.json"}
+    assert settings["output_dir"] == tmp_path / "tasks"
+    assert settings["protocol"].limit == 3
+    failed["gsm8k"] = "no network"
+    with pytest.raises(ValueError, match="task gsm8k failed: no network"):
+        measure_run(run, plan)
+    with pytest.raises(ValueError, match="'math' must be TASK=FILE, with one of the tasks svamp"):
+        TaskSuite(names=("svamp",), data=("math",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,8 +15,10 @@ from ncalign.core.json import json_ready
 from ncalign.report.tables import Column, Table, columns
 from ncalign.stats.crossed import CrossedMean, crossed_mean, seeds_needed, verdict
 from ncalign.stats.intervals import holm
+from ncalign.study.config import BEFORE, OF_PAIRS
 from ncalign.study.measure import Values
 from ncalign.study.spec import Claim, Study
+from ncalign.study.win_rates import EVEN, Wins
 
 Found: TypeAlias = Mapping[tuple[str, int], Mapping[str, Values]]
 """Measures of the runs that have them, by arm and seed."""
@@ -47,33 +49,47 @@ def arranged(found: Found, arm: str, measure: str, *, minus: str | None = None) 
     arms = [arm] if minus is None else [arm, minus]
     seeds = sorted({seed for one, seed in found if one == arm})
     seeds = [seed for seed in seeds if all(found.get((one, seed), {}).get(measure) for one in arms)]
-    tables = [[found[one, seed][measure] for seed in seeds] for one in arms]
-    every = [values for table in tables for values in table]
+    return _table([{seed: found[one, seed][measure] for seed in seeds} for one in arms])
+
+
+def _table(values: Sequence[Mapping[int, Values]]) -> Arranged | None:
+    """The first arm's values, or what it has more than the second's, of the same seeds."""
+    seeds = tuple(values[0])
+    every = [arm[seed] for arm in values for seed in seeds]
     if not every:
         return None
-    prompts = [name for name in every[0] if all(math.isfinite(values.get(name, math.nan)) for values in every)]
+    prompts = [name for name in every[0] if all(math.isfinite(one.get(name, math.nan)) for one in every)]
     left_out = len(set().union(*every)) - len(prompts)
     if not prompts:
         return None
-    first, *others = (np.array([[row[name] for name in prompts] for row in table]) for table in tables)
-    return Arranged(first - others[0] if others else first, tuple(seeds), left_out)
+    first, *others = (np.array([[arm[seed][name] for name in prompts] for seed in seeds]) for arm in values)
+    return Arranged(first - others[0] if others else first, seeds, left_out)
 
 
-def arm_means(study: Study, found: Found) -> list[dict[str, Any]]:
-    """The mean of each measure in each arm, with its interval."""
+def _compared(found: Found, wins: Wins, claim: Claim) -> Arranged | None:
+    """Differences of a claim's arms; of a win rate what it is above an even one."""
+    if claim.measure not in OF_PAIRS:
+        return arranged(found, claim.better, claim.measure, minus=claim.worse)
+    table = _table([wins[claim.better, claim.worse]])
+    return None if table is None else replace(table, values=table.values - EVEN)
+
+
+def arm_means(study: Study, found: Found, wins: Wins) -> list[dict[str, Any]]:
+    """The mean of each measure in each arm, with its interval; a win rate is that against the starting model."""
     rows = []
     for arm in study.file.arms:
         for measure in study.measures:
-            values = arranged(found, arm, measure)
+            against = wins.get((arm, BEFORE), {})
+            values = _table([against]) if measure in OF_PAIRS else arranged(found, arm, measure)
             if values is not None:
                 mean = crossed_mean(values.values)
                 rows.append({"arm": arm, "measure": measure, **_mean_row(mean), "prompts_left_out": values.left_out})
     return rows
 
 
-def comparisons(study: Study, found: Found) -> list[dict[str, Any]]:
+def comparisons(study: Study, found: Found, wins: Wins) -> list[dict[str, Any]]:
     """Each claim with its effect, interval, p-values and verdict; p-values are corrected for the number of claims (Holm)."""
-    tables = [arranged(found, claim.better, claim.measure, minus=claim.worse) for claim in study.claims]
+    tables = [_compared(found, wins, claim) for claim in study.claims]
     means = [None if table is None else crossed_mean(table.values) for table in tables]
     corrected = holm([math.nan if mean is None else mean.p_value for mean in means])
     rows = []

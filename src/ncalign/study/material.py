@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ncalign.core.atomic import write_json_atomic
 from ncalign.core.outputs import claim, record
@@ -20,12 +23,13 @@ from ncalign.generation.generate import sample_groups
 from ncalign.generation.local import TransformersGenerator, load_for_generation
 from ncalign.rewards.config import RewardConfig
 from ncalign.rewards.score import score_groups
-from ncalign.rewards.sources import source_record
+from ncalign.rewards.sources import reward_source, source_record
 from ncalign.rewards.verifiable import ReasoningGymReward
 from ncalign.study.config import Evaluation, Material, StudyFile
 from ncalign.study.spec import Study
 from ncalign.study.tiny_model import tiny_model_folder, write_tiny_model_folder
 from ncalign.study.tiny_tasks import Mix, Part, tiny_prompts
+from ncalign.tasks.programs import read_programs
 from ncalign.training.data import held_out_places, prompt_digest
 
 DATA = "data"
@@ -33,6 +37,8 @@ TRAIN, HELD_OUT = "train.jsonl", "held-out.jsonl"
 _TINY_TOKENS = 16
 _BATCH = 512
 _REWARDS = RewardConfig(reward=("reasoning_gym",), reward_timeout=300.0, max_failed_share=0.1)
+_TESTS = RewardConfig(reward=("ncalign.tasks.programs:passes_tests",), max_failed_share=0.1)
+_PROGRAM_TOKENS = 256
 _HELD_OUT_SEED = 0
 _DEMO_SAMPLES = 4
 
@@ -93,34 +99,71 @@ def tiny_groups(model: Path, *, mix: Mix, part: Part, num_prompts: int, num_samp
 
 def _made(file: StudyFile, material: Material, data: Path) -> StudyFile:
     """The study's file with the paths of what a material names."""
-    model, tokens = (tiny_model_folder(), _TINY_TOKENS) if material.kind == "tiny" else (demo_model_folder(), MAX_NEW_TOKENS)
-    _write_once(material, model, data)
-    paths = {"model": str(model), "data": str(data / TRAIN), "eval_data": str(data / HELD_OUT)}
-    evaluate = file.evaluate or Evaluation(rewards=_REWARDS, max_new_tokens=tokens)
+    if material.kind == "programs":
+        if material.data is None:
+            raise ValueError("material: programs come from a file of problems with samples: give it with --data")
+        # A study of programs may name another model.
+        model = str(file.base.get("model") or demo_model_folder())
+        rewards, tokens = _TESTS, _PROGRAM_TOKENS
+    elif material.kind == "tiny":
+        model, rewards, tokens = str(tiny_model_folder()), _REWARDS, _TINY_TOKENS
+    else:
+        model, rewards, tokens = str(demo_model_folder()), _REWARDS, MAX_NEW_TOKENS
+    _write_once(material, Path(model), data)
+    paths = {"model": model, "data": str(data / TRAIN), "eval_data": str(data / HELD_OUT)}
+    evaluate = file.evaluate or Evaluation(rewards=rewards, max_new_tokens=tokens)
     return file.model_copy(update={"base": {**file.base, **paths}, "evaluate": evaluate})
 
 
 def _write_once(material: Material, model: Path, data: Path) -> None:
     """Write the groups, unless those of this material are there."""
-    key = Store.key(material.model_dump(mode="json"), model.name)
+    digest = None if material.data is None else hashlib.sha256(material.data.read_bytes()).hexdigest()
+    key = Store.key(material.model_dump(mode="json"), model.name, digest)
     made = data / "made.json"
     if made.is_file() and made.read_text(encoding="utf-8").strip() == f'"{key}"':
         return
     say(f"Making the study's data in {data}")
-    if material.kind == "tiny":
-        sizes = {"train": material.num_prompts, "heldout": material.num_held_out}
-        parts: dict[Part, str] = {"train": TRAIN, "heldout": HELD_OUT}
-        for part, name in parts.items():
-            groups = tiny_groups(model, mix=material.mix, part=part, num_prompts=sizes[part], num_samples=material.num_samples)
-            kept = [group for group in groups if part == "heldout" or has_spread(group)]
-            write_groups(kept, data / name)
-    else:
-        groups = [group for group in shipped_candidates() if has_spread(group)]
-        write_groups(groups[: material.num_prompts], data / TRAIN)
-        params = SamplingParams(MAX_NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P)
-        prompts = make_prompts(material.num_held_out, _HELD_OUT_SEED, "heldout")
-        write_groups(sample_and_score(str(model), prompts, _DEMO_SAMPLES, params, seed=0), data / HELD_OUT)
+    train, held_out = _groups_of(material, model)
+    write_groups([group for group in train if has_spread(group)][: material.num_prompts], data / TRAIN)
+    write_groups(held_out, data / HELD_OUT)
     write_json_atomic(key, made)
+
+
+def _groups_of(material: Material, model: Path) -> tuple[list[Group], list[Group]]:
+    """Groups to train on, and held-out ones."""
+    if material.kind == "programs":
+        assert material.data is not None
+        return program_groups(material.data, num_samples=material.num_samples, num_held_out=material.num_held_out)
+    if material.kind == "tiny":
+        mix, num_samples = material.mix, material.num_samples
+        train = tiny_groups(model, mix=mix, part="train", num_prompts=material.num_prompts, num_samples=num_samples)
+        return train, tiny_groups(model, mix=mix, part="heldout", num_prompts=material.num_held_out, num_samples=num_samples)
+    params = SamplingParams(MAX_NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P)
+    prompts = make_prompts(material.num_held_out, _HELD_OUT_SEED, "heldout")
+    return shipped_candidates(), sample_and_score(str(model), prompts, _DEMO_SAMPLES, params, seed=0)
+
+
+def program_groups(file: Path, *, num_samples: int, num_held_out: int) -> tuple[list[Group], list[Group]]:
+    """Problems with sampled programs, scored by their tests, as groups to train on and held-out ones.
+
+    Args:
+        file: of problems with samples (:func:`ncalign.tasks.programs.read_programs`).
+        num_samples: candidates of a problem.
+        num_held_out: problems that are held out, drawn once for all.
+
+    Raises:
+        ValueError: the file can't be read, all its problems would be held out, or this system can't confine programs.
+    """
+    groups = read_programs(file, num_samples=num_samples)
+    if len(groups) <= num_held_out:
+        raise ValueError(f"{file} has {len(groups)} problems, and num_held_out is {num_held_out}: none is left to train on")
+    say(f"Running {sum(len(group.candidates) for group in groups)} programs with their tests")
+    source = reward_source(_TESTS, dtype=None)
+    scored = [
+        replace(one, metadata={**one.metadata, REWARD_STEPS: [source_record(_TESTS)]}) for one in score_groups(groups, source)
+    ]
+    out = set(np.random.default_rng(_HELD_OUT_SEED).permutation(len(scored))[:num_held_out].tolist())
+    return [group for at, group in enumerate(scored) if at not in out], [scored[at] for at in sorted(out)]
 
 
 def _split(file: StudyFile, data: Path) -> StudyFile:

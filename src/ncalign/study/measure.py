@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -23,9 +23,12 @@ from ncalign.model.config import EncodingConfig, Precision
 from ncalign.model.encoding import EncodedGroup, Encoder, conversation_rules, make_encoder
 from ncalign.model.limits import filler_id, limits_of
 from ncalign.model.logprobs import completion_logprobs
+from ncalign.model.precision import resolve_dtype
 from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.sources import check_failures, reward_dtype, reward_source
-from ncalign.study.config import ANSWERED, OF_RUNS, Evaluation, Measure
+from ncalign.study.config import ANSWERED, OF_RUNS, OF_TASKS, Evaluation, Measure, TaskSuite
+from ncalign.tasks.lm_backend import Backend
+from ncalign.tasks.reasoning import TaskProtocol, run_tasks
 from ncalign.training import run_folder
 from ncalign.training.config import TrainConfig
 from ncalign.training.metrics import pair_accuracy
@@ -36,48 +39,81 @@ _GROUPS_AT_A_TIME = 16
 _GREEDY = 0.0
 
 
-def measure_run(
-    config: TrainConfig, held_out: Path, evaluation: Evaluation | None, measures: Sequence[Measure]
-) -> dict[str, Values]:
-    """Measure the model that a run left.
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how.
+
+    Attributes:
+        held_out: groups that were not trained on.
+        measures: what is asked for.
+        evaluation: how held-out prompts are answered and scored; None where they are not.
+        tasks: reasoning tasks that are asked; None for none.
+        tasks_folder: where their results and answers are kept.
+    """
+
+    held_out: Path
+    measures: tuple[Measure, ...]
+    evaluation: Evaluation | None = None
+    tasks: TaskSuite | None = None
+    tasks_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of a run.
+
+    Attributes:
+        values: of each measure, for each held-out group that has one, by the group's id.
+        answers: the greedy answer to each held-out prompt that was answered.
+    """
+
+    values: dict[str, Values]
+    answers: dict[str, str]
+
+
+def measure_run(config: TrainConfig, plan: Plan, *, trained: bool = True) -> Found:
+    """Measure the model that a run left, or the one that it starts from.
 
     Args:
         config: of the run.
-        held_out: groups that were not trained on.
-        evaluation: how they are answered and scored; None where they are not.
-        measures: what is asked for.
-
-    Returns:
-        For each measure its value for each held-out group that has one, by the group's id.
+        plan: what is measured.
+        trained: false for the starting model, of which a run's own measures are left out.
 
     Raises:
-        ValueError: a reward source fails, or a held-out group can't be encoded.
+        ValueError: a reward source fails, a held-out group can't be encoded, or a task can't be run.
     """
     found: dict[str, Values] = {}
-    if any(name in OF_RUNS for name in measures):
+    answers: dict[str, str] = {}
+    if trained and any(name in OF_RUNS for name in plan.measures):
         found |= {name: {"": value} for name, value in _of_run(config.output_dir).items()}
-    wanted = [name for name in measures if name not in OF_RUNS]
+    if any(name in OF_TASKS for name in plan.measures):
+        assert plan.tasks is not None
+        assert plan.tasks_folder is not None
+        found["task_score"] = _task_scores(_model_of(config, trained), plan.tasks, plan.tasks_folder, seed=config.seed)
+    wanted = [name for name in plan.measures if name not in (*OF_RUNS, *OF_TASKS)]
     if wanted:
-        groups = _read(held_out, config)
-        measured = _Measured(config)
+        groups = read_held_out(plan.held_out, config)
+        measured = _Measured(config, trained=trained)
         if any(name not in ANSWERED for name in wanted):
             found |= measured.likelihoods(groups)
         if any(name in ANSWERED for name in wanted):
-            assert evaluation is not None
-            found |= measured.answers(groups, evaluation, wanted)
-    return {name: found.get(name, {}) for name in measures}
+            assert plan.evaluation is not None
+            values, answers = measured.answers(groups, plan.evaluation, wanted)
+            found |= values
+    return Found({name: found.get(name, {}) for name in plan.measures}, answers)
 
 
 class _Measured:
     """A run's model beside the one that it started from."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, trained: bool) -> None:
         self._config = config
         # The run's own: what auto means is measured, and may come out otherwise now.
-        self._dtype: Precision = read_results(config.output_dir / run_folder.RESULTS)["dtype"]
-        folder = config.output_dir / run_folder.MODEL
+        self._dtype: Precision = (
+            read_results(config.output_dir / run_folder.RESULTS)["dtype"] if trained else resolve_dtype(config.dtype)
+        )
         self._model, self._tokenizer = load_for_generation(
-            str(folder), dtype=self._dtype, trust_remote_code=config.trust_remote_code
+            _model_of(config, trained), dtype=self._dtype, trust_remote_code=config.trust_remote_code
         )
         self._base, _ = _starting_model(config.model, self._dtype, config.trust_remote_code)
         self._encoder = _encoder(self._model, self._tokenizer, config.encoding)
@@ -97,8 +133,10 @@ class _Measured:
                 found["reward_accuracy"][group.id] = _accuracy(changes, rewards)
         return found
 
-    def answers(self, groups: Sequence[Group], evaluation: Evaluation, measures: Sequence[Measure]) -> dict[str, Values]:
-        """Greedy and sampled answers where measures need them: rewards, lengths, and KL from the starting model."""
+    def answers(
+        self, groups: Sequence[Group], evaluation: Evaluation, measures: Sequence[Measure]
+    ) -> tuple[dict[str, Values], dict[str, str]]:
+        """Greedy and sampled answers where measures need them: rewards, lengths, KL from the start; and the greedy texts."""
         rules = self._config.encoding
         generator = TransformersGenerator(
             self._model,
@@ -116,10 +154,12 @@ class _Measured:
             seed = self._config.seed
             return sample_prompts(groups, generator, num_samples=num_samples, params=params, seed=seed, left_out=None)
 
-        source = _source(evaluation, self._config)
-        ids, found = [group.id for group in groups], dict[str, Values]()
+        source = held_out_source(evaluation, self._config)
+        ids, found, texts = [group.id for group in groups], dict[str, Values](), dict[str, str]()
         if {"reward", "solved"} & set(measures):
-            rewards = _rewards(groups, answered(1, _GREEDY), source, evaluation.empty_reward)
+            greedy = answered(1, _GREEDY)
+            texts = {name: completions[0].text for name, completions in zip(ids, greedy, strict=True) if completions}
+            rewards = _rewards(groups, greedy, source, evaluation.empty_reward)
             solved = [[float(reward >= evaluation.solved_at) for reward in some] for some in rewards]
             found |= {"reward": _means(ids, rewards), "solved": _means(ids, solved)}
         if {"sampled_reward", "length", "kl"} & set(measures):
@@ -128,7 +168,7 @@ class _Measured:
             found["sampled_reward"] = _means(ids, _rewards(groups, sampled, source, evaluation.empty_reward))
             found |= {"length": _means(ids, lengths), "kl": self._divergence(groups, sampled)}
         check_failures(source)
-        return found
+        return found, texts
 
     def _divergence(self, groups: Sequence[Group], sampled: Sequence[Sequence[Completion]]) -> Values:
         """KL of the model from the one that it started from, estimated on its own answers; nats an answer."""
@@ -166,7 +206,12 @@ def _encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rules: 
     return make_encoder(tokenizer, rules, limits=limits_of(model))
 
 
-def _source(evaluation: Evaluation, config: TrainConfig) -> RewardSource:
+def held_out_source(evaluation: Evaluation, config: TrainConfig) -> RewardSource:
+    """What scores the answers to held-out prompts.
+
+    Raises:
+        ValueError: there is no such source.
+    """
     return reward_source(
         evaluation.rewards,
         dtype=reward_dtype(evaluation.rewards, config.dtype),
@@ -176,7 +221,12 @@ def _source(evaluation: Evaluation, config: TrainConfig) -> RewardSource:
     )
 
 
-def _read(path: Path, config: TrainConfig) -> list[Group]:
+def read_held_out(path: Path, config: TrainConfig) -> list[Group]:
+    """Held-out groups, read as a run's data are.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
     return list(
         read_groups(
             path,
@@ -213,10 +263,36 @@ def _accuracy(changes: np.ndarray, rewards: np.ndarray) -> float:
     return float(pair_accuracy(torch.from_numpy(changes)[None], torch.from_numpy(rewards)[None], mask))
 
 
+def _model_of(config: TrainConfig, trained: bool) -> str:
+    return str(config.output_dir / run_folder.MODEL) if trained else config.model
+
+
+def _task_scores(model: str, tasks: TaskSuite, folder: Path, *, seed: int) -> Values:
+    """The score of each reasoning task.
+
+    Raises:
+        ValueError: one failed; the others' results are kept for a rerun.
+    """
+    found = run_tasks(
+        model,
+        tasks.names,
+        output_dir=folder,
+        task_data=tasks.files(),
+        backend=Backend("hf", batch_size=tasks.batch_size),
+        protocol=TaskProtocol(tasks.limit, tasks.num_fewshot, tasks.apply_chat_template, seed),
+    )
+    for task, reason in found["failed"].items():
+        raise ValueError(f"task {task} failed: {reason}")
+    return {task: float(result["score"]) for task, result in found["results"].items()}
+
+
 def _of_run(folder: Path) -> Values:
-    """Training's speed after its first step, and tokens generated, as the run's own records say."""
+    """Training's speed after its first step, tokens generated and drift, as the run's own records say."""
     rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()]
     speeds = [float(row["tokens_per_second"]) for row in rows if "loss" in row and "tokens_per_second" in row]
     results = read_results(folder / run_folder.RESULTS)
     found = {"tokens_generated": float(results["data"].get("tokens_generated", 0))}
-    return {**found, "tokens_per_second": float(np.median(speeds[1:]))} if len(speeds) > 1 else found
+    if len(speeds) > 1:
+        found["tokens_per_second"] = float(np.median(speeds[1:]))
+    drifts = [row["drift"]["kl"] for row in results.get("rounds", ()) if row["drift"] is not None]
+    return {**found, "drift": float(np.mean(drifts))} if drifts else found

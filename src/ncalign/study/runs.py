@@ -25,14 +25,14 @@ from ncalign.core.progress import Bar, say
 from ncalign.core.store import Store
 from ncalign.online.config import OnlineConfig
 from ncalign.online.online import run_online
-from ncalign.study.config import Evaluation, Measure
-from ncalign.study.measure import Values, measure_run
+from ncalign.study.config import Evaluation, Measure, TaskSuite
+from ncalign.study.measure import Found, Plan, measure_run
 from ncalign.study.spec import training_of
 from ncalign.training import run_folder
 from ncalign.training.config import TrainConfig
 from ncalign.training.train import run_training
 
-RUNS, MEASURES, LOGS, REFERENCE = "runs", "measures", "logs", "reference"
+RUNS, MEASURES, LOGS, REFERENCE, TASKS = "runs", "measures", "logs", "reference", "tasks"
 _MEASURED = TypeAdapter(dict[str, Any])
 _ATTEMPTS = 2
 """Of a run whose process is killed, as the system does when memory runs out."""
@@ -49,9 +49,11 @@ class Job:
         held_out: groups on which it is measured.
         online: whether it is an online run.
         evaluation: how held-out prompts are answered, as JSON values; None where they are not.
-        measures: what is asked for.
+        tasks: reasoning tasks that are asked, likewise.
+        measures: what is measured of the run.
         folder: of the study.
         keep_model: whether the model stays once it is measured.
+        trained: false for the starting model, which is only measured.
     """
 
     arm: str
@@ -60,9 +62,11 @@ class Job:
     held_out: Path
     online: bool
     evaluation: Mapping[str, Any] | None
+    tasks: Mapping[str, Any] | None
     measures: tuple[Measure, ...]
     folder: Path
     keep_model: bool
+    trained: bool = True
 
     @property
     def name(self) -> str:
@@ -76,14 +80,50 @@ class Job:
 
     def key(self) -> str:
         """A digest of what its measures depend on."""
-        return Store.key(self.config, str(self.held_out), self.evaluation, list(self.measures))
+        return Store.key(
+            self.config,
+            str(self.held_out),
+            self.evaluation,
+            self.tasks,
+            list(self.measures),
+            "trained" if self.trained else "before",
+        )
 
-    def found(self) -> dict[str, Values] | None:
+    def training(self) -> TrainConfig:
+        """The training settings of the run."""
+        return training_of(self._config())
+
+    def make(self) -> None:
+        """Train, unless the run is the starting model."""
+        config = self._config()
+        training = training_of(config)
+        resumed = training.model_copy(update={"resume": (training.output_dir / run_folder.CONFIG).is_file()})
+        if not self.trained:
+            return
+        if isinstance(config, OnlineConfig):
+            run_online(config.model_copy(update={"training": resumed}))
+        else:
+            run_training(resumed)
+
+    def plan(self) -> Plan:
+        """What is measured of it."""
+        return Plan(
+            held_out=self.held_out,
+            measures=self.measures,
+            evaluation=None if self.evaluation is None else Evaluation.model_validate(self.evaluation),
+            tasks=None if self.tasks is None else TaskSuite.model_validate(self.tasks),
+            tasks_folder=self.folder / TASKS / self.name,
+        )
+
+    def found(self) -> Found | None:
         """Its measures; None where they have not been made, or of another run."""
         if not self.measured.is_file():
             return None
         kept = read_kept(self.measured, _MEASURED, remedy="delete it: the run is measured again")
-        return kept["values"] if kept.get("key") == self.key() else None
+        return Found(kept["values"], kept.get("answers", {})) if kept.get("key") == self.key() else None
+
+    def _config(self) -> TrainConfig | OnlineConfig:
+        return (OnlineConfig if self.online else TrainConfig).model_validate(self.config)
 
 
 Failures: TypeAlias = dict[str, str]
@@ -135,19 +175,12 @@ def do_job(job: Job) -> str | None:
 
 
 def _make(job: Job) -> None:
-    model = OnlineConfig if job.online else TrainConfig
-    config = model.model_validate(job.config)
-    training = training_of(config)
-    resumed = training.model_copy(update={"resume": (training.output_dir / run_folder.CONFIG).is_file()})
-    if isinstance(config, OnlineConfig):
-        run_online(config.model_copy(update={"training": resumed}))
-    else:
-        run_training(resumed)
-    evaluation = None if job.evaluation is None else Evaluation.model_validate(job.evaluation)
-    values = measure_run(training, job.held_out, evaluation, job.measures)
+    job.make()
+    training = job.training()
+    found = measure_run(training, job.plan(), trained=job.trained)
     job.measured.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic({"key": job.key(), "values": values}, job.measured)
-    if not job.keep_model:
+    write_json_atomic({"key": job.key(), "values": found.values, "answers": found.answers}, job.measured)
+    if job.trained and not job.keep_model:
         delete_folder(training.output_dir / run_folder.MODEL)
         shutil.rmtree(training.output_dir / run_folder.CHECKPOINTS, ignore_errors=True)
 

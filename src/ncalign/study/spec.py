@@ -17,7 +17,7 @@ from ncalign.core import yaml as bounded_yaml
 from ncalign.core.config import fields
 from ncalign.core.errors import ConfigError, nearest
 from ncalign.online.config import OnlineConfig
-from ncalign.study.config import ANSWERED, Measure, Scale, StudyFile
+from ncalign.study.config import ANSWERED, BEFORE, OF_PAIRS, OF_TASKS, Measure, Scale, StudyFile
 from ncalign.training.config import TrainConfig
 
 Load = Callable[[type[BaseModel], Path | None, Mapping[str, str]], BaseModel]
@@ -64,13 +64,14 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_study(study: str, *, scale: Scale, seeds: int | None = None) -> Study:
+def read_study(study: str, *, scale: Scale, seeds: int | None = None, data: Path | None = None) -> Study:
     """Read a study's file, or a shipped study by its name.
 
     Args:
         study: path or name.
         scale: laid over what the file says, where it has ``scales``.
         seeds: in place of the file's.
+        data: file of programs, in place of what the file's material names.
 
     Raises:
         ConfigError: there is no such study, or its file holds something else; one line for each problem.
@@ -86,11 +87,15 @@ def read_study(study: str, *, scale: Scale, seeds: int | None = None) -> Study:
     values = _at_scale(_read(path), scale, path)
     if seeds is not None:
         values["seeds"] = seeds
+    if data is not None:
+        values["material"] = {**(values.get("material") or {}), "data": str(data)}
     try:
         file = StudyFile.model_validate(values)
     except ValidationError as error:
         raise ConfigError([f"{path}: {_worded(one)}" for one in error.errors(include_url=False)]) from None
     problems = [*_names(file), *_own_settings(file)]
+    if file.before:
+        file = file.model_copy(update={"arms": {BEFORE: {}, **file.arms}})
     measures = file.measures or _all_measures(file)
     claims, wrong = _claims(file, measures)
     if problems or wrong:
@@ -188,7 +193,9 @@ def _worded(fault: Any) -> str:
 
 def _names(file: StudyFile) -> Iterator[str]:
     for arm in file.arms:
-        if not _NAME.fullmatch(arm) or len(arm) > 60:
+        if arm == BEFORE and file.before:
+            yield f"arms: {arm!r} is the starting model, with before: true: name this arm otherwise"
+        elif not _NAME.fullmatch(arm) or len(arm) > 60:
             yield f"arms: {arm[:60]!r} names folders: letters, digits, '.', '_', '+' and '-' are allowed, 60 at most"
 
 
@@ -201,7 +208,9 @@ def _own_settings(file: StudyFile) -> Iterator[str]:
 
 def _all_measures(file: StudyFile) -> tuple[Measure, ...]:
     answered = ANSWERED if file.evaluate is not None or file.material is not None else ()
-    return (*answered, "reward_accuracy", "chosen_change", "rejected_change")
+    of_before = OF_PAIRS if answered and file.before else ()
+    of_tasks = OF_TASKS if file.tasks is not None else ()
+    return (*answered, *of_before, *of_tasks, "reward_accuracy", "chosen_change", "rejected_change")
 
 
 def _claims(file: StudyFile, measures: Sequence[Measure]) -> tuple[tuple[Claim, ...], list[str]]:

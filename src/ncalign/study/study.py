@@ -16,18 +16,31 @@ from ncalign.core.progress import say
 from ncalign.online.config import OnlineConfig
 from ncalign.report.tables import to_text
 from ncalign.study.analysis import CAPTION, arm_means, claims_table, comparisons, headline
-from ncalign.study.config import Scale, StudyConfig
+from ncalign.study.config import BEFORE, Scale, StudyConfig
 from ncalign.study.material import DATA, with_material, write_tiny_material
 from ncalign.study.on_ray import on_ray
 from ncalign.study.page import FIGURE, PAGE, TABLES, write_outputs
-from ncalign.study.runs import LOGS, MEASURES, REFERENCE, RUNS, Engine, Failures, Job, in_processes, in_this_process, run_jobs
+from ncalign.study.runs import (
+    LOGS,
+    MEASURES,
+    REFERENCE,
+    RUNS,
+    TASKS,
+    Engine,
+    Failures,
+    Job,
+    in_processes,
+    in_this_process,
+    run_jobs,
+)
 from ncalign.study.spec import Load, Study, read_study, run_config, training_of
+from ncalign.study.win_rates import measured_of_runs, win_rates
 from ncalign.training.config import TrainConfig
 from ncalign.training.plan import dry_run
 
 TINY_MODEL = "tiny-model"
 RESULTS = "study.json"
-_FOLDERS = (RUNS, MEASURES, LOGS, REFERENCE, DATA)
+_FOLDERS = (RUNS, MEASURES, LOGS, REFERENCE, DATA, TASKS)
 _ENTRIES = (*_FOLDERS, RESULTS, *TABLES, FIGURE, PAGE)
 _TEXT_WIDTH = 110
 
@@ -48,7 +61,7 @@ def run_study(config: StudyConfig, *, load: Load) -> dict[str, Any]:
     """
     if config.study == TINY_MODEL:
         return write_tiny_material(config.output_dir or Path("tiny"))
-    study = read_study(config.study, scale=config.scale, seeds=config.seeds)
+    study = read_study(config.study, scale=config.scale, seeds=config.seeds, data=config.data)
     folder = study_folder(config, study)
     check_arms(study, load=load)
     claim(folder, _ENTRIES, verb="study", inputs=_inputs(study), overwrite=False, own=_ENTRIES)
@@ -68,7 +81,7 @@ def plan_study(config: StudyConfig, *, load: Load) -> dict[str, Any]:
     Raises:
         ConfigError: the study's file can't be used.
     """
-    study = read_study(config.study, scale=config.scale, seeds=config.seeds)
+    study = read_study(config.study, scale=config.scale, seeds=config.seeds, data=config.data)
     material = study.file.material
     arms = list(study.file.arms)
     facts: dict[str, Any] = {"study": study.name, "arms": arms, "seeds": study.file.seeds, "runs": len(arms) * study.file.seeds}
@@ -77,7 +90,11 @@ def plan_study(config: StudyConfig, *, load: Load) -> dict[str, Any]:
     first = check_arms(study, load=load)
     if material is not None:
         made = f"{material.num_prompts} prompts of {material.num_samples} candidates, {material.num_held_out} held out"
-        lines.append(f"model and data are made by ncalign ({material.kind}): {made}")
+        lines.append(
+            f"{'data' if material.kind == 'programs' else 'model and data'} are made by ncalign ({material.kind}): {made}"
+        )
+        if material.kind == "programs" and material.data is None:
+            lines.append("to run it, give the file of programs: --data FILE")
     if isinstance(first, OnlineConfig) or material is not None:
         return {**facts, "text": "\n".join(lines)}
     training = training_of(first)
@@ -100,7 +117,7 @@ def check_arms(study: Study, *, load: Load) -> TrainConfig | OnlineConfig:
         ConfigError: an arm's settings can't be used.
     """
     # What a material brings is not there yet.
-    made = {} if study.file.material is None else {"model": "elsewhere", "data": "elsewhere"}
+    made = {} if study.file.material is None else {"model": str(study.file.base.get("model", "elsewhere")), "data": "elsewhere"}
     own = {"seed": "0", "output_dir": str(Path(RUNS) / study.name), **made}
     first, *_ = [run_config(study, arm, own, load=load) for arm in study.file.arms]
     return first
@@ -135,9 +152,11 @@ def jobs_of(study: Study, folder: Path, *, load: Load) -> list[Job]:
                     held_out=Path(str(study.file.base["eval_data"])),
                     online=isinstance(config, OnlineConfig),
                     evaluation=None if evaluation is None else evaluation.model_dump(mode="json"),
-                    measures=study.measures,
+                    tasks=None if study.file.tasks is None else study.file.tasks.model_dump(mode="json"),
+                    measures=measured_of_runs(study.measures),
                     folder=folder,
                     keep_model=study.file.keep_models,
+                    trained=not (study.file.before and arm == BEFORE),
                 )
             )
     return jobs
@@ -151,8 +170,10 @@ def _engine(config: StudyConfig) -> Engine:
 
 
 def _finish(study: Study, folder: Path, jobs: Sequence[Job], failures: Failures, *, scale: Scale) -> dict[str, Any]:
-    measured = {(job.arm, job.seed): values for job in jobs if (values := job.found()) is not None}
-    rows, claims = arm_means(study, measured), comparisons(study, measured)
+    runs = {(job.arm, job.seed): kept for job in jobs if (kept := job.found()) is not None}
+    measured = {name: kept.values for name, kept in runs.items()}
+    wins = win_rates(study, runs, jobs)
+    rows, claims = arm_means(study, measured, wins), comparisons(study, measured, wins)
     found: dict[str, Any] = json_ready(
         {
             "study": study.name,
@@ -161,6 +182,7 @@ def _finish(study: Study, folder: Path, jobs: Sequence[Job], failures: Failures,
             "scale": scale,
             "seeds": study.file.seeds,
             "arm_settings": study.file.arms,
+            "before": study.file.before,
             "measures": study.measures,
             "comparisons": claims,
             "arms": rows,
