@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-online test test-slow test-vllm check lint format types contracts doctest docs bench clean
+.PHONY: help demo demo-online test test-slow test-vllm check lint format types contracts doctest docs bench evidence clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -108,6 +108,9 @@ docs: $(VENV)/.dev  ## build the documentation and test it; open site/index.html
 
 bench: $(VENV)/.dev  ## run every benchmark, one after the other; results in benchmarks/RESULTS.md and results.json
 	@$(BIN)/python benchmarks/run_all.py
+
+evidence: $(VENV)/.dev  ## run the shipped studies, about an hour, and write docs/evidence from them (ARGS="--scale small kernels")
+	@$(BIN)/python docs/extensions/run_studies.py $(ARGS)
 
 clean:  ## remove what checks and builds leave behind (keeps .venv and runs)
 	@rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
