@@ -242,7 +242,7 @@ VIEW = Verb(
     "ncalign.view.config:ViewConfig",
     "ncalign view groups.jsonl --output groups.html",
     "ncalign.view.view:run_view",
-    "nothing was written; rerun to start again",
+    "a page or an index that was begun was not written, and a finished index is kept; rerun to start again",
     as_json=lambda result: {name: value for name, value in result.items() if name != "text"},
     positional=("data",),
     aliases=(("from", "schema_name"),),

@@ -61,13 +61,13 @@ class Index:
 
     def search(self, query: Query) -> Found:
         """The groups that a query asks for."""
-        where, values = self._where(query)
-        total = self._connection.execute(f"SELECT count(*) FROM facts {where}", values).fetchone()[0]
+        kept, values = self._kept(query)
+        total = self._connection.execute(f"SELECT count(*) FROM {kept}", values).fetchone()[0]
         order = _order(query)
         places = [
             row[0]
             for row in self._connection.execute(
-                f"SELECT place FROM facts {where} ORDER BY {order} LIMIT ? OFFSET ?", (*values, query.limit, query.offset)
+                f"SELECT place FROM {kept} ORDER BY {order} LIMIT ? OFFSET ?", (*values, query.limit, query.offset)
             )
         ]
         return Found(total, [(place, self._entry(place)) for place in places])
@@ -84,16 +84,19 @@ class Index:
     def _entry(self, place: int) -> Entry:
         return Entry.unpack(self._connection.execute("SELECT body FROM entries WHERE place = ?", (place,)).fetchone()[0])
 
-    def _where(self, query: Query) -> tuple[str, list[Any]]:
+    def _kept(self, query: Query) -> tuple[str, list[Any]]:
+        """The tables of a query with its conditions, and their values."""
         conditions = query.conditions(self.about["least"])
         parts, values = [f"{column} >= ?" for column, _ in conditions], [least for _, least in conditions]
-        asked: list[Any] = list(values)
+        tables, asked = "facts", list[Any](values)
         if wanted := terms(query.search):
-            parts.append("place IN (SELECT rowid FROM words WHERE words MATCH ?)")
+            # From the words that match to their numbers takes half the time of looking up each group among those that match.
+            tables = "words JOIN facts ON facts.place = words.rowid"
+            parts.append("words MATCH ?")
             asked.append(" ".join(f'"{term.strip()}"' for term in wanted))
         elif query.search.strip():
             parts.append("0")  # signs alone, which no text is searched for
-        return ("WHERE " + " AND ".join(parts) if parts else ""), asked
+        return f"{tables} WHERE {' AND '.join(parts)}" if parts else tables, asked
 
 
 def _order(query: Query) -> str:
