@@ -62,7 +62,9 @@ class Index:
     def search(self, query: Query) -> Found:
         """The groups that a query asks for."""
         kept, values = self._kept(query)
-        total = self._connection.execute(f"SELECT count(*) FROM {kept}", values).fetchone()[0]
+        total = self._counted(query)
+        if total is None:
+            total = self._connection.execute(f"SELECT count(*) FROM {kept}", values).fetchone()[0]
         order = _order(query)
         places = [
             row[0]
@@ -83,6 +85,13 @@ class Index:
 
     def _entry(self, place: int) -> Entry:
         return Entry.unpack(self._connection.execute("SELECT body FROM entries WHERE place = ?", (place,)).fetchone()[0])
+
+    def _counted(self, query: Query) -> int | None:
+        """How many groups a query keeps, where that was counted once for all: without a search, of one filter at most."""
+        names = set(query.filters)
+        if query.search.strip() or len(names) > 1:
+            return None
+        return int(self.about["counts"][names.pop()] if names else self.about["groups"])
 
     def _kept(self, query: Query) -> tuple[str, list[Any]]:
         """The tables of a query with its conditions, and their values."""
