@@ -371,8 +371,6 @@ def test_values_and_conversations_go_through_a_round(
     thinking_model: Path, write_jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("plot", "plot_rounds"):
-        monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
     Path("rewards.py").write_text("def place(prompt, completions):\n    return list(range(len(completions)))\n")
     seen: list[EncodedGroup] = []
     encode = Encoder.encode

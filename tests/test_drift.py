@@ -273,13 +273,6 @@ def test_the_old_name_leads_to_the_new_one(tmp_path: Path, capsys: pytest.Captur
 # --- In a run ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a small run's time."""
-    for name in ("plot", "plot_rounds"):
-        monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
-
-
 def test_every_round_answers_the_prompts_kept_out_and_trains_on_none(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,8 +229,6 @@ class TestVerbs:
         assert f"Precision: {expected} (auto: " in capsys.readouterr().err
 
     def test_online(self, tmp_path: Path, tiny_model_dir: Path, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("plot", "plot_rounds"):
-            monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
         write_inputs(tmp_path)
         given = settings(tmp_path, tiny_model_dir, "run", max_steps=2) | {"dtype": "auto", "scoring_dtype": "auto"}
         run = OnlineConfig.model_validate(given)
@@ -421,8 +419,6 @@ class TestResume:
         run_training(config(resume=True, dtype="float32", scoring_dtype="float32"))
 
     def test_of_rounds(self, tmp_path: Path, tiny_model_dir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("plot", "plot_rounds"):
-            monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
         write_inputs(tmp_path)
         given = settings(tmp_path, tiny_model_dir, "run", max_steps=4) | {"dtype": "auto", "scoring_dtype": "auto"}
         with killed_before(2, monkeypatch):

@@ -33,10 +33,8 @@ LOAD = Order("/load_lora_adapter", {"lora_name": "a"})
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
-    """Nothing is waited for, and no pictures are drawn."""
+    """Nothing is waited for."""
     monkeypatch.setattr("ncalign.generation.hosts.LOOK_EVERY", 0.05)
-    for name in ("plot", "plot_rounds"):
-        monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
 
 
 def various(body: dict[str, Any], number: int) -> str:

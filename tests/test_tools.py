@@ -76,8 +76,6 @@ def writing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(write_jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The rows as a file, in a folder with a reward."""
     monkeypatch.chdir(tmp_path)
-    for name in ("plot", "plot_rounds"):
-        monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
     Path("rewards.py").write_text("def place(prompt, completions):\n    return list(range(len(completions)))\n")
     return str(write_jsonl(ROWS))
 

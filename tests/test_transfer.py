@@ -108,13 +108,11 @@ class Receiver(Policy):
 
 @pytest.fixture(autouse=True)
 def _in_place(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
-    """The stand-in is found in vLLM's place, nothing is waited for, and no pictures are drawn."""
+    """The stand-in is found in vLLM's place, and nothing is waited for."""
     monkeypatch.setattr(transfer, "_DEVICE", transfer._DEVICE)
     monkeypatch.setitem(sys.modules, transfer._ENGINE, ModuleType("replaced"))
     put_in_place()
     monkeypatch.setattr("ncalign.generation.hosts.LOOK_EVERY", 0.05)
-    for name in ("plot", "plot_rounds"):
-        monkeypatch.setattr(f"ncalign.report.online_page.{name}", lambda *arguments: b"")
 
 
 @pytest.fixture
