@@ -24,6 +24,7 @@ from ncalign.model.encoding import EncodedGroup, Encoder, conversation_rules, ma
 from ncalign.model.limits import filler_id, limits_of
 from ncalign.model.logprobs import completion_logprobs
 from ncalign.model.precision import resolve_dtype
+from ncalign.model.sharing import share_prompts
 from ncalign.rewards.base import RewardSource, score_many
 from ncalign.rewards.sources import check_failures, reward_dtype, reward_source
 from ncalign.study.config import ANSWERED, OF_RUNS, OF_TASKS, Evaluation, Measure, TaskSuite
@@ -166,7 +167,9 @@ class _Measured:
             sampled = answered(evaluation.num_samples, evaluation.temperature)
             lengths = [[float(one.num_tokens) for one in completions] for completions in sampled]
             found["sampled_reward"] = _means(ids, _rewards(groups, sampled, source, evaluation.empty_reward))
-            found |= {"length": _means(ids, lengths), "kl": self._divergence(groups, sampled)}
+            found["length"] = _means(ids, lengths)
+            if "kl" in measures:
+                found["kl"] = self._divergence(groups, sampled)
         check_failures(source)
         return found, texts
 
@@ -182,6 +185,9 @@ class _Measured:
     def _changes(self, groups: Sequence[EncodedGroup]) -> list[np.ndarray]:
         """Log-ratios of each group's completions, in nats."""
         pad = filler_id(self._model, self._tokenizer)
+        # Where an architecture can't, a row for each completion gives the same, slower.
+        share_prompts(self._model)
+        share_prompts(self._base)
         after, before = (_logprobs(model, groups, pad) for model in (self._model, self._base))
         return [one - other for one, other in zip(after, before, strict=True)]
 
