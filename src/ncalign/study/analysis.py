@@ -128,20 +128,20 @@ def _why(mean: CrossedMean) -> str:
 
 
 def claims_table(rows: Sequence[Mapping[str, Any]], *, caption: str) -> Table:
-    """The comparisons as a table."""
+    """The comparisons as a table; its verdicts stand where a narrow screen shows them."""
     cells = []
     for row in rows:
         low, high = row.get("interval") or (None, None)
-        decided = row["verdict"] + (f": {row['why']}" if row["why"] else "")
-        cells.append((row["claim"], row.get("mean"), low, high, row.get("p_holm"), row["num_seeds"], decided))
-    names = (Column("claim"), *columns("difference", "low", "high", digits=4), Column("p (Holm)", 4), Column("seeds"))
+        numbers = (row.get("mean"), low, high, row.get("p_holm"), row["num_seeds"])
+        cells.append((row["claim"], row["verdict"], *numbers, row["why"]))
+    names = (*columns("difference", "low", "high", digits=4), Column("p (Holm)", 4), Column("seeds"))
     reasons = {("", ""): _TOO_FEW} | {
         (row["claim"], name): "one seed can't tell"
         for row in rows
         if row.get("mean") is not None
         for name in ("low", "high", "p (Holm)")
     }
-    return Table((*names, Column("verdict")), tuple(cells), caption, reasons)
+    return Table((Column("claim"), Column("verdict"), *names, Column("why")), tuple(cells), caption, reasons)
 
 
 def arms_table(found: Mapping[str, Any]) -> Table:
