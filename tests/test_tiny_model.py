@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 import re
 from pathlib import Path
 from typing import get_args
@@ -106,6 +108,20 @@ class TestModel:
         # The prompt is not trained on, and each answer ends.
         assert (targets >= 0).any(dim=1).all()
         assert not (targets[:, 0] >= 0).any()
+
+    def test_a_share_of_the_answers_it_reads_has_one_wrong_letter_or_digit(self) -> None:
+        tokenizer = byte_tokenizer()
+        right, wrong, some = (
+            list(itertools.islice(tiny_model._conversations(tokenizer, Pretraining(slips=slips)), 400))
+            for slips in (0.0, 1.0, 0.25)
+        )
+        for (read, asked), (slipped, _) in zip(right, wrong, strict=True):
+            [(was, is_now)] = [pair for pair in zip(read, slipped, strict=True) if pair[0] != pair[1]]
+            assert read[:asked] == slipped[:asked]
+            kinds = [tokenizer.decode([token]).isdigit() for token in (was, is_now)]
+            assert kinds[0] == kinds[1]
+        assert 0.68 < sum(read == known for read, known in zip(some, right, strict=True)) / len(some) < 0.82
+        assert tiny_model.with_slip("?!", random.Random(0)) == "?!"
 
     def test_it_is_an_ordinary_folder_of_less_than_a_million_weights(self, tmp_path: Path) -> None:
         write_tiny_model(tmp_path / "tiny", FEW)

@@ -8,7 +8,9 @@ to be worth while, small enough for hundreds of runs in an hour.
 from __future__ import annotations
 
 import itertools
+import random
 import shutil
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from ncalign.core.seeds import seed_of
 from ncalign.model.policy import quiet_transformers
 from ncalign.study.tiny_tasks import MIXES, entries
 
-FOLDER_NAME = "tiny-model-1"
+FOLDER_NAME = "tiny-model-2"
 """In the cache folder; another recipe gets another number."""
 _PAD, _END = "<|pad|>", "<|end|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -57,13 +59,16 @@ class Pretraining:
         batch_size: questions in one.
         learning_rate: its peak, after ``warmup`` steps; it falls to 0 on a line.
         warmup: steps.
-        seed: of weights and questions.
+        slips: share of the answers that have a slip: one letter or digit in the place of another. A model that only read right
+            answers has nothing left to align: preferences tell which of its manners is wanted, and teach few new abilities.
+        seed: of weights, questions and slips.
     """
 
     steps: int = 1800
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup: int = 50
+    slips: float = 0.2
     seed: int = 0
 
 
@@ -178,13 +183,23 @@ _SORTED = 8
 
 def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Pretraining) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids ``[B, T]``, and the same with -1 in place of what is not an answer's."""
-    stream = _conversations(tokenizer, recipe.seed)
+    stream = _conversations(tokenizer, recipe)
     order = torch.Generator().manual_seed(recipe.seed)
     for start in range(0, recipe.steps, _SORTED):
         rows = sorted(itertools.islice(stream, _SORTED * recipe.batch_size), key=lambda row: len(row[0]))
         batches = [rows[place : place + recipe.batch_size] for place in range(0, len(rows), recipe.batch_size)]
         for place in torch.randperm(len(batches), generator=order).tolist()[: recipe.steps - start]:
             yield _padded(batches[place], int(tokenizer.pad_token_id))
+
+
+def with_slip(answer: str, draw: random.Random) -> str:
+    """The answer with one of its letters or digits replaced by another one; as it is where it has none."""
+    places = [place for place, sign in enumerate(answer) if sign.isalnum()]
+    if not places:
+        return answer
+    place = draw.choice(places)
+    signs = string.digits if answer[place].isdigit() else string.ascii_lowercase
+    return answer[:place] + draw.choice([sign for sign in signs if sign != answer[place]]) + answer[place + 1 :]
 
 
 def _padded(rows: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -197,14 +212,18 @@ def _padded(rows: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, Te
     return ids, targets
 
 
-def _conversations(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
+def _conversations(tokenizer: PreTrainedTokenizerFast, recipe: Pretraining) -> Iterator[tuple[list[int], int]]:
     """Questions with their answers as tokens, and how many of these are the question's; the tasks in turn, without end."""
-    streams = [entries(task, part="pretraining", seed=seed) for mix in MIXES.values() for task in mix]
+    streams = [entries(task, part="pretraining", seed=recipe.seed) for mix in MIXES.values() for task in mix]
+    draw = random.Random(recipe.seed)
     while True:
         for stream in streams:
             question, entry = next(stream)
+            answer = str(entry["answer"])
+            if draw.random() < recipe.slips:
+                answer = with_slip(answer, draw)
             asked = tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )
             prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-            yield [*prompt, *tokenizer(f"{entry['answer']}{_END}", add_special_tokens=False)["input_ids"]], len(prompt)
+            yield [*prompt, *tokenizer(f"{answer}{_END}", add_special_tokens=False)["input_ids"]], len(prompt)
