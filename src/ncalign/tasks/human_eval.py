@@ -133,7 +133,7 @@ def read_problems(file: Path) -> list[Problem]:
     """
     problems: dict[str, Problem] = {}
     for where, row in read_rows(file):
-        problem = _problem(row, where)
+        problem = problem_of(row, where)
         if problem.id in problems:
             raise DataError(f"{where}: the task_id {problem.id!r} occurs twice; ids must differ", reason="duplicate id")
         problems[problem.id] = problem
@@ -142,7 +142,12 @@ def read_problems(file: Path) -> list[Problem]:
     return list(problems.values())
 
 
-def _problem(row: object, where: str) -> Problem:
+def problem_of(row: object, where: str) -> Problem:
+    """The problem of a row that stands at ``where`` of a file.
+
+    Raises:
+        DataError: it is no problem.
+    """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: {shown(row)} is no problem; an object is needed", reason="not an object")
     for key in ("task_id", "prompt", "test"):

@@ -10,7 +10,7 @@ from typing import Any
 from ncalign.core.errors import DataError, names, shown
 from ncalign.core.parallel import num_workers
 from ncalign.data.groups import Candidate, Group, Message
-from ncalign.tasks.human_eval import TIMEOUT_SECONDS, Form, Problem, whole_program
+from ncalign.tasks.human_eval import TIMEOUT_SECONDS, Form, Problem, problem_of, whole_program
 from ncalign.tasks.sandbox.run import run_sandboxed
 from ncalign.tasks.task_data import read_rows
 
@@ -63,19 +63,13 @@ def read_programs(file: Path, *, num_samples: int) -> list[Group]:
     """
     groups = []
     for where, row in read_rows(file):
-        if not isinstance(row, Mapping):
-            raise DataError(f"{where}: {shown(row)} is no problem; an object is needed", reason="not an object")
-        for key in ("task_id", "prompt", "test"):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise DataError(
-                    f"{where}: `{key}` is {shown(row.get(key))}; a text is needed, in a row with `task_id`, `prompt`, `test` "
-                    f"and `samples` (this one has {names(row)})",
-                    reason=f"no {key}",
-                )
+        problem = problem_of(row, where)
+        assert isinstance(row, Mapping)
         samples = row.get("samples")
         if not isinstance(samples, list) or not all(isinstance(text, str) for text in samples):
-            raise DataError(f"{where}: `samples` is {shown(samples)}; a list of texts is needed", reason="no samples")
+            found = f"`samples` is {shown(samples)}" if "samples" in row else f"no `samples` among {names(row)}"
+            raise DataError(f"{where}: {found}; a list of texts is needed", reason="no samples")
         candidates = [Candidate(text, source="samples") for text in samples[:num_samples] if text.strip()]
-        metadata = {"test": row["test"], "entry_point": str(row.get("entry_point") or "")}
-        groups.append(Group(row["task_id"], row["prompt"], candidates, metadata=metadata))
+        metadata = {"test": problem.test, "entry_point": problem.entry_point}
+        groups.append(Group(problem.id, problem.prompt, candidates, metadata=metadata))
     return groups
