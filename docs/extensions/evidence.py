@@ -17,6 +17,8 @@ FOLDER = DOCS / "evidence"
 DATA, IMAGES = FOLDER / "data", FOLDER / "images"
 README = DOCS.parent / "README.md"
 SCALES = ("tiny", "small", "paper")
+NEED_DATA = {("transfer", "small"), ("transfer", "paper")}
+"""Studies that need a file of the user's."""
 VERDICTS = ("opposite", "undecided", "holds")
 """What fails to replicate comes first."""
 MARKED = re.compile(r"(<!-- evidence: (\w+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -100,7 +102,8 @@ def _study(every: Sequence[Found]) -> Iterator[str]:
     for place, found in enumerate(every):
         name, scale = found["study"], found["scale"]
         yield from (["", f"## {scale.capitalize()}", ""] if place else [f"## {scale.capitalize()}", ""])
-        yield from ["```console", f"$ ncalign study {name} --scale {scale} --seeds {found['seeds']}", "```", ""]
+        data = " --data FILE" if (name, scale) in NEED_DATA else ""
+        yield from ["```console", f"$ ncalign study {name} --scale {scale} --seeds {found['seeds']}{data}", "```", ""]
         counts = verdict_counts(found["comparisons"])
         yield f"Of {len(found['comparisons'])} comparisons: **{counts}**. [All numbers](data/{name}-{scale}.json)"
         yield ""

@@ -10,12 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence import DATA, write_all
+from evidence import DATA, NEED_DATA, write_all
 
 from ncalign.study.spec import shipped
-
-NO_DATA = {("transfer", "small"), ("transfer", "paper")}
-"""Studies that need a file of the user's."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,9 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", help="file of programs, for transfer above tiny")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     given = parser.parse_args(arguments)
-    failed = 0
+    failed, began = 0, time.monotonic()
     for name in given.studies or shipped():
-        needs_data = (name, given.scale) in NO_DATA
+        needs_data = (name, given.scale) in NEED_DATA
         if needs_data and given.data is None:
             print(f"{name}: left out, since it needs --data")
             continue
@@ -47,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
             shutil.copyfile(folder / "study.json", DATA / f"{name}-{given.scale}.json")
             # At once: a stop costs nothing that is done.
             write_all()
+    print(f"all: {(time.monotonic() - began) / 60:.1f} min")
     return min(failed, 1)
 
 
