@@ -14,6 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ncalign.core.json import read_results
+from ncalign.data.config import OnBadRow
+from ncalign.data.formats import SchemaName
 from ncalign.data.groups import Group, read_groups
 from ncalign.generation.base import Completion, SamplingParams
 from ncalign.generation.generate import completion_as_candidate, sample_prompts
@@ -233,15 +235,14 @@ def read_held_out(path: Path, config: TrainConfig) -> list[Group]:
     Raises:
         ValueError: the file can't be read.
     """
-    return list(
-        read_groups(
-            path,
-            schema=config.schema_name,
-            on_bad_row=config.on_bad_row,
-            join_rows=config.join_rows,
-            allow_empty=True,
-        )
-    )
+    changed = path.stat().st_mtime_ns if path.exists() else 0
+    return list(_groups_of(path, changed, config.schema_name, config.on_bad_row, config.join_rows))
+
+
+@lru_cache(maxsize=1)
+def _groups_of(path: Path, changed: int, schema: SchemaName, on_bad_row: OnBadRow, join_rows: bool) -> tuple[Group, ...]:
+    """Read once for all runs of a process, as long as the file stays as it is."""
+    return tuple(read_groups(path, schema=schema, on_bad_row=on_bad_row, join_rows=join_rows, allow_empty=True))
 
 
 def _rewards(

@@ -171,6 +171,9 @@ def do_job(job: Job) -> str | None:
             return f"this is a bug in ncalign, please report it: {type(error).__name__}: {error}"
         finally:
             gc.collect()
+            if not gc.get_freeze_count():
+                # What the first run imported stays, and needn't be looked through after every other one.
+                gc.freeze()
     return None
 
 
