@@ -171,9 +171,6 @@ def do_job(job: Job) -> str | None:
             return f"this is a bug in ncalign, please report it: {type(error).__name__}: {error}"
         finally:
             gc.collect()
-            if not gc.get_freeze_count():
-                # What the first run imported stays, and needn't be looked through after every other one.
-                gc.freeze()
     return None
 
 
@@ -235,6 +232,8 @@ def _begin(parent: int, threads: int) -> None:
     """In a worker: its share of the cores, and an end with its parent."""
     begin_worker(parent, killed_with_it=True)
     torch.set_num_threads(threads)
+    # What is imported stays, and needn't be looked through after every run.
+    gc.freeze()
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
