@@ -122,7 +122,7 @@ class TestRendering:
 
     def test_what_fails_comes_first(self) -> None:
         page = with_evidence("<!-- evidence: study kernels -->\n<!-- end -->", [self.found()])
-        assert "1 opposite, 1 hold" in page
+        assert "1 opposite, 1 holds" in page
         assert page.index("| c > a by reward | -0.200 | -0.300 to -0.100 |") < page.index("| b > a by reward | +0.123 |")
         assert "| a | 0.500 ± 0.250 |" in page
         assert "| c | – |" in page

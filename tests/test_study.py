@@ -211,6 +211,7 @@ class TestRuns:
         assert main(["study", str(path), "--output_dir", str(out)]) == 1
         shown = capsys.readouterr()
         assert "failed: broken/seed-0: max_candidates: 9 leaves out nothing" in shown.out
+        assert f"starts anew once its folder in {out / 'runs'} is deleted" in shown.err
         found = json.loads((out / "study.json").read_text())
         assert list(found["failed"]) == ["broken/seed-0"]
         assert {row["arm"] for row in found["arms"]} == {"dpo", "nca"}
@@ -354,7 +355,9 @@ if __name__ == "__main__":
 def start(tmp_path: Path, path: Path, output: Path, *flags: str, kill_at: int = 0) -> int:
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), str(kill_at), str(path), "--output_dir", str(output), *flags]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600).returncode
+    ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert "leaked" not in ended.stderr
+    return ended.returncode
 
 
 @pytest.mark.slow
@@ -454,7 +457,10 @@ def test_engines_do_not_mix(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_workers_run_is_begun_again(write: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [("--workers", "2"), ("--ray", "local")], ids=["processes", "ray"])
+def test_a_killed_workers_run_is_begun_again(write: Write, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    if "--ray" in flags:
+        pytest.importorskip("ray")
     path = write()
     # Each worker loads the reward's file, and the first to come kills itself.
     source = (tmp_path / "rewards.py").read_text()
@@ -468,7 +474,7 @@ else:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     (tmp_path / "rewards.py").write_text(killer + source)
-    assert start(tmp_path, path, tmp_path / "out", "--workers", "2") == 0
+    assert start(tmp_path, path, tmp_path / "out", *flags) == 0
     assert (tmp_path / "rewards.py.killed").is_dir()
     assert json.loads((tmp_path / "out" / "study.json").read_text())["failed"] == {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_answers_are_scored_and_compared_with_the_starting_model(run: TrainConfi
     again = measure_run(same, plan).values
     assert again["kl"] == pytest.approx(dict.fromkeys(again["kl"], 0.0), abs=1e-4)
     assert {name: again[name] for name in measures if name != "kl"} == {name: found[name] for name in measures if name != "kl"}
+
+
+def test_no_log_probs_are_computed_that_no_measure_needs(
+    run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncalign.study.measure.completion_logprobs", None)
+    rewards = RewardConfig(reward=(f"{tmp_path / 'rewards.py'}:letters",))
+    plan = Plan(run.data, ("sampled_reward", "length"), Evaluation(rewards=rewards, max_new_tokens=5))
+    assert measure_run(run, plan).values["sampled_reward"]
+    with pytest.raises(TypeError):
+        measure_run(run, replace(plan, measures=("kl",)))
 
 
 def test_speed_leaves_the_first_step_out(run: TrainConfig) -> None:

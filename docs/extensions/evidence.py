@@ -69,7 +69,7 @@ def number(value: float | None, *, signed: bool = False) -> str:
 def verdict_counts(rows: Sequence[Found]) -> str:
     """``1 opposite, 2 undecided, 4 hold``, without those that there are none of."""
     counts = Counter(row["verdict"] for row in rows)
-    words = {"opposite": "opposite", "undecided": "undecided", "holds": "hold"}
+    words = {"opposite": "opposite", "undecided": "undecided", "holds": "holds" if counts["holds"] == 1 else "hold"}
     return ", ".join(f"{counts[name]} {words[name]}" for name in VERDICTS if counts[name]) or "nothing compared"
 
 

@@ -127,21 +127,28 @@ def _why(mean: CrossedMean) -> str:
     return f"{number} seeds would tell a difference as large as this one"
 
 
-def claims_table(rows: Sequence[Mapping[str, Any]], *, caption: str) -> Table:
-    """The comparisons as a table; its verdicts stand where a narrow screen shows them."""
+def claims_table(rows: Sequence[Mapping[str, Any]], *, caption: str, why: bool = True) -> Table:
+    """The comparisons as a table; its verdicts stand where a narrow screen shows them.
+
+    Args:
+        rows: of :func:`comparisons`.
+        caption: of the table.
+        why: whether it says what would decide the undecided ones.
+    """
     cells = []
     for row in rows:
         low, high = row.get("interval") or (None, None)
         numbers = (row.get("mean"), low, high, row.get("p_holm"), row["num_seeds"])
-        cells.append((row["claim"], row["verdict"], *numbers, row["why"]))
+        cells.append((row["claim"], row["verdict"], *numbers, *([row["why"]] if why else [])))
     names = (*columns("difference", "low", "high", digits=4), Column("p (Holm)", 4), Column("seeds"))
+    last = (Column("why"),) if why else ()
     reasons = {("", ""): _TOO_FEW} | {
         (row["claim"], name): "one seed can't tell"
         for row in rows
         if row.get("mean") is not None
         for name in ("low", "high", "p (Holm)")
     }
-    return Table((Column("claim"), Column("verdict"), *names, Column("why")), tuple(cells), caption, reasons)
+    return Table((Column("claim"), Column("verdict"), *names, *last), tuple(cells), caption, reasons)
 
 
 def arms_table(found: Mapping[str, Any]) -> Table:

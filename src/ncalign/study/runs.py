@@ -210,6 +210,8 @@ def in_processes(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, st
                     reason = future.result()
                     del futures[future]
                     yield job, reason
+            # Workers that end by themselves leave nothing behind.
+            pool.shutdown(wait=True)
         except BrokenProcessPool:
             again = [job for job in futures.values() if attempts[job.name] < _ATTEMPTS]
             for job in futures.values():

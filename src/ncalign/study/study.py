@@ -191,13 +191,17 @@ def _finish(study: Study, folder: Path, jobs: Sequence[Job], failures: Failures,
         }
     )
     write_json_atomic(found, folder / RESULTS)
-    table = claims_table(claims, caption=CAPTION)
+    # The lines above it say why.
+    table = claims_table(claims, caption=CAPTION, why=False)
     page = write_outputs(folder, found)
     lines = [headline(one, row) for one, row in zip(study.claims, claims, strict=True)]
     lines = [*([study.file.claim] if study.file.claim else []), *lines, "", to_text(table, width=_TEXT_WIDTH)]
     lines += [f"failed: {name}: {reason.splitlines()[0]}" for name, reason in failures.items()]
     if failures:
-        say(f"warning: {len(failures)} of {len(jobs)} runs failed; rerun to try them again")
+        say(
+            f"warning: {len(failures)} of {len(jobs)} runs failed; rerun to try them again. A run whose settings changed "
+            f"starts anew once its folder in {folder / RUNS} is deleted"
+        )
     return {**found, "text": "\n".join([*lines, "", f"Report: {page}"])}
 
 
