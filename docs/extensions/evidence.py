@@ -141,20 +141,24 @@ def _arms(found: Found) -> Iterator[str]:
 
 
 def _summary(every: Sequence[Found], root: str) -> Iterator[str]:
-    """A row for each study and scale, those with the most that fails first."""
-
-    def failing(found: Found) -> tuple[float, ...]:
-        counts, total = Counter(row["verdict"] for row in found["comparisons"]), len(found["comparisons"])
-        return tuple(-counts[name] / total for name in VERDICTS[:2])
-
+    """A row for each study, those with the most that fails at the first scale first."""
     if not every:
         yield "Not run yet."
         return
+    studies: dict[str, list[Found]] = {}
+    for found in every:
+        studies.setdefault(found["study"], []).append(found)
     yield "| Claim | Source | Study | Comparisons |"
     yield "|---|---|---|---|"
-    for found in sorted(every, key=failing):
-        link = f"[{found['study']}]({root}{found['study']}.md), {found['scale']}, {found['seeds']} seeds"
-        yield f"| {found['claim']} | {found['source']} | {link} | {verdict_counts(found['comparisons'])} |"
+    for name, scales in sorted(studies.items(), key=lambda one: _failing(one[1][0])):
+        first = scales[0]
+        counts = [f"{one['scale']}, {one['seeds']} seeds: {verdict_counts(one['comparisons'])}" for one in scales]
+        yield f"| {first['claim']} | {first['source']} | [{name}]({root}{name}.md) | {'; '.join(counts)} |"
+
+
+def _failing(found: Found) -> tuple[float, ...]:
+    counts, total = Counter(row["verdict"] for row in found["comparisons"]), len(found["comparisons"])
+    return tuple(-counts[name] / total for name in VERDICTS[:2])
 
 
 def _claims(every: Sequence[Found]) -> Iterator[str]:
