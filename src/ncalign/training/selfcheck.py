@@ -23,9 +23,9 @@ class Tolerance:
 TOLERANCES = {
     "float64": Tolerance(1e-8, 1e-7),
     "float32": Tolerance(1e-3, 5e-3),
-    # Batches of another shape round differently, typically by 0.01 to 0.045 for a 135M model's own answers on CPUs, and by 0.07
-    # for token swaps, which it finds improbable; those are 0.07 from float32 too, so that two passes may be 0.1 apart.
-    "bfloat16": Tolerance(0.1, 0.5),
+    # Batches of another shape round differently: typically by 0.01 to 0.07 for a 135M model on CPUs. Against float32 each of two
+    # such passes was 0.07 off, with token swaps, which the model finds improbable, so that 0.1 may lie between them.
+    "bfloat16": Tolerance(0.15, 0.6),
 }
 _TIMES = 3.0
 """How many times further than two passes of the starting model itself the reference may be from the policy."""
