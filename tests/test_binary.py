@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -31,6 +32,8 @@ from ncalign.objectives.binary import (
 )
 from ncalign.objectives.config import Pairing
 from ncalign.objectives.method import Method, mean_over_negatives
+from ncalign.objectives.mix import weighted_sum
+from ncalign.objectives.pairs import DPO
 from ncalign.objectives.targets import sharpness, target_weights, z_scores
 from trl_losses import assert_trls, dpo_trainer, random_groups
 
@@ -394,6 +397,34 @@ def test_the_threshold_makes_the_labels(config: type[KTO] | type[BCO]) -> None:
     labels = row(1.0, 0.0, 0.0, math.nan)
     found = value_of(config(threshold=3.0).method(), r, rewards)
     torch.testing.assert_close(found, value_of(config().method(), r, labels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weight", "told"),
+    [
+        (
+            [1.0, 0.0, 0.0, 0.0],
+            1.0,
+            "count as 0.33 to 1: training lowers nearly all completions; set objective.desirable_weight to 3 to 4.5",
+        ),
+        (
+            [1.0, 1.0, 1.0, 0.0],
+            2.0,
+            "count as 6 to 1: training raises nearly all completions; set objective.desirable_weight to 0.333 to 0.5",
+        ),
+        ([1.0, 0.0, 0.0, 0.0], 4.0, None),
+        ([1.0, 0.0, 0.0, 1.0], 1.0, None),
+        ([0.0, 0.0, 0.0, 0.0], 1.0, "0 desirable and 4 undesirable candidates: it learns from both"),
+    ],
+)
+def test_labels_out_of_balance_are_told(rewards: list[float], weight: float, told: str | None) -> None:
+    kto, padded = KTO(desirable_weight=weight).method(), torch.tensor([[*rewards, 1.0]])
+    mask = torch.tensor([[True] * 4 + [False]])
+    for method in (kto, weighted_sum("mix", [DPO().method(), kto])):
+        assert method.hooks.notice is not None
+        found = method.hooks.notice(padded, mask)
+        assert found is None if told is None else re.search(told, found or "")
+    assert DPO().method().hooks.notice is None
 
 
 def test_bco_takes_the_mean_of_the_steps_before_as_its_shift() -> None:

@@ -384,6 +384,10 @@ class LabelConfig(WholeGroup):
         return None
 
 
+_KTO_BALANCE = (1.0, 1.5)
+"""Of the weighted numbers of desirable to undesirable candidates, as the paper advises."""
+
+
 class KTO(LabelConfig):
     """KTO: each candidate a gain or a loss against the policy's mean drift, one a group is enough (arXiv 2402.01306)."""
 
@@ -401,9 +405,39 @@ class KTO(LabelConfig):
             beta=self.beta,
             loss=lambda values, rewards, mask: loss(values, self.labels(rewards), mask),
             refuse=self.refuse,
-            hooks=Hooks(baseline=MISMATCHED_KL),
+            hooks=Hooks(baseline=MISMATCHED_KL, notice=self.notice),
         )
         return replace(made, separable=True)
+
+    def notice(self, rewards: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> str | None:
+        r"""Says where the labels are out of balance: $\lambda_D n_D / (\lambda_U n_U)$ is to lie between 1 and 3/2.
+
+        Args:
+            rewards: Of the whole training set.
+            mask: True where there is a candidate.
+
+        Returns:
+            The advice where the ratio is below half of that or above twice as much, or either label is missing; else None.
+
+        Example:
+            >>> rewards, real = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]), torch.ones(1, 5, dtype=torch.bool)
+            >>> KTO().notice(rewards, real)[:76]
+            'KTO has 1 desirable and 4 undesirable candidates, which count as 0.25 to 1: '
+            >>> KTO(desirable_weight=5.0).notice(rewards, real) is None
+            True
+        """
+        desirable = int((self.labels(rewards) & mask).sum())
+        undesirable = int(mask.sum()) - desirable
+        told = f"KTO has {desirable} desirable and {undesirable} undesirable candidates"
+        if not desirable or not undesirable:
+            return f"{told}: it learns from both; see objective.threshold"
+        ratio = self.desirable_weight * desirable / (self.undesirable_weight * undesirable)
+        least, most = _KTO_BALANCE
+        if least / 2 <= ratio <= 2 * most:
+            return None
+        weights = " to ".join(f"{self.desirable_weight * end / ratio:.3g}" for end in _KTO_BALANCE)
+        side = "lowers nearly all completions" if ratio < least else "raises nearly all completions"
+        return f"{told}, which count as {ratio:.2g} to 1: training {side}; set objective.desirable_weight to {weights}"
 
 
 class BCO(LabelConfig):

@@ -85,6 +85,7 @@ class Hooks:
         rewards_from: ``(rewards, metadata) -> rewards`` of a group, applied as it is loaded.
         fit: Makes the method again from the rewards ``[N, K]`` of the whole training set and their mask.
         shares: ``inputs -> {part: [B]}``, what each part of a mix adds to the loss; for metrics. They sum to the loss.
+        notice: What the rewards ``[N, K]`` of the whole training set and their mask give reason to tell; None for nothing.
     """
 
     target_weights: Weights | None = None
@@ -92,6 +93,7 @@ class Hooks:
     rewards_from: Rewards | None = None
     fit: Callable[[Tensor, Tensor], Method] | None = None
     shares: Callable[[LossInputs], dict[str, Tensor]] | None = None
+    notice: Callable[[Tensor, Tensor], str | None] | None = None
 
 
 NO_HOOKS = Hooks()

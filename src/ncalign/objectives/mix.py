@@ -117,12 +117,18 @@ def weighted_sum(name: str, methods: Sequence[Method], *, weights: Sequence[floa
 
 
 def _hooks(methods: Sequence[Method]) -> Hooks:
-    """What the loop does for the parts: the target weights of the first that has them, and the level that all agree on."""
+    """What the loop does for the parts: the target weights of the first that has them, the level that all agree on, notices."""
+    notices = [method.hooks.notice for method in methods if method.hooks.notice is not None]
+
+    def notice(rewards: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> str | None:
+        return "; ".join(filter(None, (one(rewards, mask) for one in notices))) or None
+
     targets = (method.hooks.target_weights for method in methods)
     levels = (method.hooks.baseline for method in methods)
     return Hooks(
         target_weights=next((found for found in targets if found is not None), None),
         baseline=next((found for found in levels if found is not None), None),
+        notice=notice if notices else None,
     )
 
 

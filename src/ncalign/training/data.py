@@ -190,7 +190,7 @@ def scored_candidates(group: Group, method: Method) -> tuple[Group, str | None]:
 
 
 def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, str]:
-    """The method fitted to the training set's rewards, and a notice about its target weights (or "")."""
+    """The method fitted to the training set's rewards, and a notice about its target weights or labels (or "")."""
     size = max(len(group.rewards) for group in groups)
     rewards = torch.full((len(groups), size), float("nan"), dtype=torch.float64)
     for row, group in zip(rewards, groups, strict=True):
@@ -198,9 +198,10 @@ def fit_method(method: Method, groups: Sequence[EncodedGroup]) -> tuple[Method, 
     mask = ~rewards.isnan()
     if method.hooks.fit is not None:
         method = replace(method.hooks.fit(rewards, mask), estimator=method.estimator)
-    if method.hooks.target_weights is None:
-        return method, ""
-    return method, warn_if_degenerate(method.hooks.target_weights(rewards, mask), mask) or ""
+    notices = [] if method.hooks.notice is None else [method.hooks.notice(rewards, mask)]
+    if method.hooks.target_weights is not None:
+        notices.append(warn_if_degenerate(method.hooks.target_weights(rewards, mask), mask))
+    return method, "; ".join(filter(None, notices))
 
 
 def mismatched_groups(groups: Sequence[EncodedGroup], *, max_length: int) -> list[EncodedGroup]:

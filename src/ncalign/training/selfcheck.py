@@ -23,8 +23,8 @@ class Tolerance:
 TOLERANCES = {
     "float64": Tolerance(1e-8, 1e-7),
     "float32": Tolerance(1e-3, 5e-3),
-    # Batches of another shape round differently: typically by 0.01 to 0.07 for a 135M model on CPUs. Against float32 each of two
-    # such passes was 0.07 off, with token swaps, which the model finds improbable, so that 0.1 may lie between them.
+    # Batches of another shape round differently: typically by 0.01 to 0.07 for a 135M model on CPUs. Each of two such passes
+    # was 0.07 from float32's with token swaps, which the model finds improbable, so that 0.1 may lie between them.
     "bfloat16": Tolerance(0.15, 0.6),
 }
 _TIMES = 3.0
