@@ -17,7 +17,7 @@ from ncalign.study.spec import read_study, shipped
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs" / "extensions"))
 
-from evidence import DATA, FOLDER, IMAGES, MARKED, README, draw, image_name, number, read_found, with_evidence  # noqa: E402
+from evidence import AGAIN, DATA, FOLDER, IMAGES, MARKED, README, draw, image_name, number, read_found, with_evidence  # noqa: E402
 
 PAGES = sorted(FOLDER.glob("*.md"))
 FILES = sorted(DATA.glob("*.json"))
@@ -60,7 +60,8 @@ def test_tables_and_verdicts_are_those_of_the_results(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_no_other_number_is_typed(path: Path) -> None:
-    values = [value for found in read_found() if path.stem in (found["study"], "index") for value in numbers_of(found)]
+    every = [*read_found(), *read_found(AGAIN)]
+    values = [value for found in every if path.stem in (found["study"], "index") for value in numbers_of(found)]
     wrong = [text for text in typed_numbers(path.read_text(encoding="utf-8")) if not is_found(text, values)]
     assert wrong == []
 
@@ -76,7 +77,7 @@ def test_a_number_that_was_made_up_is_noticed() -> None:
     assert not is_found("1,234", [0.3149])
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, *AGAIN.glob("*.json")], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_results_are_of_the_studies_that_are_shipped(path: Path) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     assert path.stem == f"{found['study']}-{found['scale']}"

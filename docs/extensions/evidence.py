@@ -15,6 +15,8 @@ from ncalign.report.charts import interval_chart, write_chart
 DOCS = Path(__file__).resolve().parents[1]
 FOLDER = DOCS / "evidence"
 DATA, IMAGES = FOLDER / "data", FOLDER / "images"
+AGAIN = DATA / "other-processor"
+"""Results of the same studies on another processor: it rounds otherwise, so that its tiny model and candidates are others."""
 README = DOCS.parent / "README.md"
 SCALES = ("tiny", "small", "paper")
 NEED_DATA = {("transfer", "small"), ("transfer", "paper")}
@@ -110,6 +112,13 @@ def _study(every: Sequence[Found]) -> Iterator[str]:
         yield from _comparisons(found["comparisons"])
         yield ""
         yield from _arms(found)
+        other = AGAIN / f"{name}-{scale}.json"
+        if other.is_file():
+            rows = json.loads(other.read_text(encoding="utf-8"))["comparisons"]
+            yield from ["", f"On another processor, whose model and candidates are others: **{verdict_counts(rows)}**."]
+            yield f"[All numbers](data/{AGAIN.name}/{other.name})"
+            yield ""
+            yield from _comparisons(rows)
         if any(row["measure"] == found["measures"][0] for row in found["arms"]):
             yield from ["", f"![{found['measures'][0]} of each arm, with 95 % intervals](images/{image_name(found)})"]
         if found["failed"]:
@@ -152,8 +161,16 @@ def _summary(every: Sequence[Found], root: str) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, scales in sorted(studies.items(), key=lambda one: _failing(one[1][0])):
         first = scales[0]
-        counts = [f"{one['scale']}, {one['seeds']} seeds: {verdict_counts(one['comparisons'])}" for one in scales]
+        counts = [f"{one['scale']}, {one['seeds']} seeds: {verdict_counts(one['comparisons'])}{_again(one)}" for one in scales]
         yield f"| {first['claim']} | {first['source']} | [{name}]({root}{name}.md) | {'; '.join(counts)} |"
+
+
+def _again(found: Found) -> str:
+    """The verdicts on another processor, where the study ran there too."""
+    other = AGAIN / f"{found['study']}-{found['scale']}.json"
+    if not other.is_file():
+        return ""
+    return f" (other processor: {verdict_counts(json.loads(other.read_text(encoding='utf-8'))['comparisons'])})"
 
 
 def _failing(found: Found) -> tuple[float, ...]:
